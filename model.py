@@ -1,0 +1,285 @@
+"""The Llama family, small enough to read: config, RoPE, attention over a static KV cache, one forward.
+
+Runs Llama 1-3.2, Vicuna, TinyLlama, SmolLM2, Mistral, Qwen2/2.5 and Qwen3 from `config.json` and the one
+`model.safetensors` that convert_hf_checkpoint.py writes. What it does not implement it refuses by name.
+
+The one thing tree verification asks of a model: `forward` takes three separate things where an ordinary
+model needs one. `rope_pos` is a token's place in the text, `cache_pos` the slot its key and value are
+written to, and `mask` which slots it sees. Two drafts of the same next token share a place, never a slot.
+
+Legend for the shapes at line ends:
+  B batch   T tokens of this call   W cache slots looked at   S cache slots   L layers
+  C hidden size   I intermediate size   V vocabulary   H query heads   K key/value heads   D head dim
+
+    python -c "import model; print(model.load_model('checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct'))"
+"""
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+FORMAT = "eagle2-native-1"  # the safetensors metadata entry that tells a converted file from any other
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What `config.json` says of the architecture. `sliding_window` is a limit on the context: up to it a
+    sliding window changes nothing, beyond it we would be wrong, so `Llama.allocate_cache` refuses."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    rope_scaling: dict | None
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    qk_norm: bool
+    max_position_embeddings: int
+    sliding_window: int | None
+
+    @classmethod
+    def load(cls, path: Path | str, *, model_type: str | None = None) -> "Config":
+        """Read a config.json (or the folder that holds one).
+
+        `model_type` overrides the file's: draft heads are Llama layers whatever their config calls them.
+        Raises FileNotFoundError, or ValueError naming what the file asks for that is not implemented.
+        """
+        path = Path(path)
+        path = path / "config.json" if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; a checkpoint folder holds a config.json")
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(raw, dict):
+                raise TypeError("not a JSON object")
+            return cls.from_dict({**raw, "model_type": model_type} if model_type else raw)
+        except KeyError as e:
+            raise ValueError(f"{path}: {e.args[0]} is missing") from None
+        except (ValueError, TypeError, RecursionError) as e:
+            raise ValueError(f"{path}: {e}") from None
+
+    @classmethod
+    def from_dict(cls, raw: dict) -> "Config":
+        kind = raw["model_type"]
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5 merged theta into the former
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        hidden, heads = positive(raw, "hidden_size"), positive(raw, "num_attention_heads")
+        windows = "sliding_attention" in (raw.get("layer_types") or ()) or (
+            raw.get("use_sliding_window", kind == "mistral"))  # only Mistral slides without saying so
+        refusals = {
+            f"model_type {kind!r}": kind not in MODEL_TYPES,
+            f"hidden_act {raw.get('hidden_act')!r}": raw.get("hidden_act", "silu") != "silu",
+            f"RoPE type {rope_type!r}": rope_type not in ("default", "llama3"),
+            "a mixture of experts": any(raw.get(k) for k in ("num_experts", "num_local_experts", "n_routed_experts")),
+            "quantization_config (start from the unquantised checkpoint)": raw.get("quantization_config") is not None,
+            "biases in the MLP": bool(raw.get("mlp_bias")),
+            "a bias in the attention output": bool(raw.get("attention_bias")),
+            "partial_rotary_factor": rope.get("partial_rotary_factor", raw.get("partial_rotary_factor") or 1) != 1,
+        }
+        for what, refused in refusals.items():
+            if refused:
+                raise ValueError(f"{what} is not implemented")
+        cfg = cls(
+            vocab_size=positive(raw, "vocab_size"), hidden_size=hidden,
+            intermediate_size=positive(raw, "intermediate_size"), num_layers=positive(raw, "num_hidden_layers"),
+            num_heads=heads, num_kv_heads=positive(raw, "num_key_value_heads", heads),
+            head_dim=positive(raw, "head_dim", hidden // heads),
+            rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
+            rope_scaling={k: float(rope[k]) for k in ("factor", "low_freq_factor", "high_freq_factor",
+                          "original_max_position_embeddings")} if rope_type == "llama3" else None,
+            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)), qk_norm=kind == "qwen3",
+            max_position_embeddings=positive(raw, "max_position_embeddings", 2048),
+            sliding_window=raw.get("sliding_window") if windows else None)
+        if cfg.num_heads % cfg.num_kv_heads or cfg.head_dim % 2:
+            raise ValueError(f"{cfg.num_heads} heads, {cfg.num_kv_heads} key/value heads, head_dim {cfg.head_dim} "
+                             "do not fit together")
+        return cfg
+
+
+def positive(raw: dict, key: str, default: int | None = None) -> int:
+    value = raw[key] if default is None else raw.get(key)
+    value = default if value is None and default is not None else value
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+        raise ValueError(f"{key} should be a positive whole number, not {value!r}")
+    return value
+
+
+def rope_table(cfg: Config, length: int, device: torch.device | None = None) -> Tensor:
+    """cos and sin of every position, fp32 [2, length, D]: both halves of D hold the same D/2 angles.
+
+    Llama 3.1's scaling: wavelengths beyond the old context are slowed by `factor`, short ones kept, and
+    those between blended (transformers, modeling_rope_utils.py, _compute_llama3_parameters).
+    """
+    inv_freq = cfg.rope_theta ** -(torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device=device) / cfg.head_dim)
+    if cfg.rope_scaling:
+        factor, low, high, context = (cfg.rope_scaling[k] for k in (
+            "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
+        turns = context * inv_freq / (2 * math.pi)  # how often a frequency turns within the old context
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        inv_freq = keep * inv_freq + (1 - keep) * inv_freq / factor
+    angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * inv_freq  # [length, D/2]
+    return torch.stack((angles.cos(), angles.sin())).repeat(1, 1, 2)
+
+
+def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate x [B, T, heads, D] by rope [2, T, D] (Hugging Face's layout: element i pairs with i + D/2)."""
+    cos, sin = rope[:, :, None].unbind(0)  # [T, 1, D]
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Layer(nn.Module):
+    """One decoder layer. `norm_input=False` is the EAGLE head's: its input is normed features already."""
+
+    def __init__(self, cfg: Config, *, qkv_bias: bool = False, norm_input: bool = True) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+        self.attn_norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps) if norm_input else nn.Identity()
+        self.wqkv = nn.Linear(cfg.hidden_size, (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim, bias=qkv_bias)
+        self.q_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps) if cfg.qk_norm else None
+        self.k_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps) if cfg.qk_norm else None
+        self.wo = nn.Linear(cfg.num_heads * cfg.head_dim, cfg.hidden_size, bias=False)
+        self.mlp_norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.w13 = nn.Linear(cfg.hidden_size, 2 * cfg.intermediate_size, bias=False)
+        self.w2 = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, rope: Tensor, kv: Tensor | None, cache_pos: Tensor | None,
+                mask: Tensor | None) -> Tensor:
+        x = x + self.attention(self.attn_norm(x), rope, kv, cache_pos, mask)
+        gate, up = self.w13(self.mlp_norm(x)).chunk(2, dim=-1)
+        return x + self.w2(F.silu(gate) * up)
+
+    def qkv(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated q [B, T, H, D], rotated k [B, T, K, D] and v [B, T, K, D] of x [B, T, C]."""
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        q, k, v = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).split((heads, kv_heads, kv_heads), dim=2)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return apply_rope(q, rope), apply_rope(k, rope), v
+
+    def attention(self, x: Tensor, rope: Tensor, kv: Tensor | None, cache_pos: Tensor | None,
+                  mask: Tensor | None) -> Tensor:
+        """x [B, T, C], rope [2, T, D], kv [2, B, K, S, D], cache_pos [T], mask [T, W] -> [B, T, C].
+
+        Without a cache: plain causal attention among the T tokens (training)."""
+        q, k, v = (y.transpose(1, 2) for y in self.qkv(x, rope))  # [B, heads, T, D]
+        if kv is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            kv.index_copy_(3, cache_pos, torch.stack((k, v)))
+            k, v = kv[:, :, :, :mask.shape[-1]].unbind(0)  # [B, K, W, D]
+            # The H/K query heads that share a key become rows of one matrix: no key is ever repeated.
+            q = q.reshape(q.shape[0], self.num_kv_heads, -1, self.head_dim)  # [B, K, H/K * T, D]
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(self.num_heads // self.num_kv_heads, 1))
+            y = y.reshape(y.shape[0], self.num_heads, -1, self.head_dim)
+        return self.wo(y.transpose(1, 2).flatten(2))
+
+
+class Llama(nn.Module):
+    def __init__(self, cfg: Config, *, qkv_bias: bool = False) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.layers = nn.ModuleList(Layer(cfg, qkv_bias=qkv_bias) for _ in range(cfg.num_layers))
+        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+        if cfg.tie_word_embeddings:
+            self.lm_head.weight = self.embed.weight
+        self.kv = self.rope = None
+
+    def allocate_cache(self, max_seq_len: int, spare: int = 0, batch: int = 1) -> None:
+        """The static KV cache [L, 2, B, K, S, D] and the RoPE table, S = max_seq_len + spare: once, whatever
+        prompts follow. The spare slots hold drafts that reach beyond the last token that may be committed."""
+        cfg, like = self.cfg, self.embed.weight
+        if cfg.sliding_window and max_seq_len > cfg.sliding_window:
+            raise ValueError(f"this model's sliding window of {cfg.sliding_window} tokens is not implemented: "
+                             f"use --max_seq_len {cfg.sliding_window} or less, where it makes no difference")
+        slots = max_seq_len + spare
+        self.kv = like.new_zeros(cfg.num_layers, 2, batch, cfg.num_kv_heads, slots, cfg.head_dim)
+        self.rope = rope_table(cfg, slots, like.device).to(like.dtype)
+
+    def forward(self, tokens: Tensor, rope_pos: Tensor, cache_pos: Tensor | None = None,
+                mask: Tensor | None = None) -> Tensor:
+        """Hidden states after the final norm, [B, T, C]: what the lm_head reads and EAGLE calls features.
+
+        tokens [B, T] int64; rope_pos [T] int64 places in the text; cache_pos [T] int64 distinct slots to
+        write; mask [T, W] bool, or additive in the weights' dtype: which of the first W slots a row sees,
+        after the write. cache_pos=None, mask=None: no cache, causal among the T tokens.
+        """
+        x, rope = self.embed(tokens), self.rope[:, rope_pos]
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rope, None if cache_pos is None else self.kv[i], cache_pos, mask)
+        return self.norm(x)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a .safetensors or .bin file, memory-mapped, and the metadata; ValueError if it is damaged."""
+    try:
+        if path.suffix == ".bin":  # a pickle: weights_only admits tensors and refuses code
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True), {}
+        with safe_open(path, framework="pt") as f:
+            return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; run convert_hf_checkpoint.py first") from None
+    except (SafetensorError, UnpicklingError, RuntimeError, ValueError, EOFError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise ValueError(f"{path}: damaged, or not plain tensors ({reason}); convert or download it again") from None
+
+
+def fill(module: nn.Module, tensors: dict[str, Tensor], path: Path, device: torch.device | str,
+         dtype: torch.dtype | None) -> None:
+    """Give a meta-device `module` its weights; every name and shape must match, or ValueError says which not."""
+    wanted = module.state_dict()
+    for problem, names in (("lacks", wanted.keys() - tensors.keys()), ("has unknown", tensors.keys() - wanted.keys())):
+        if names:
+            raise ValueError(f"{path}: {problem} {', '.join(sorted(names)[:3])} (config.json describes another model?)")
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name].shape:
+            raise ValueError(f"{path}: {name} is {list(tensor.shape)}, "
+                             f"config.json asks for {list(wanted[name].shape)}")
+        tensors[name] = tensor.to(device, dtype)
+    module.load_state_dict(tensors, assign=True)
+    module.requires_grad_(False).eval()
+
+
+def load_model(path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Llama:
+    """A converted checkpoint: its folder, or one model file in it. dtype None keeps the file's.
+
+    Raises FileNotFoundError or ValueError with one line that says what to do.
+    """
+    path = Path(path)
+    file = path / "model.safetensors" if path.is_dir() else path
+    cfg = Config.load(file.parent)
+    tensors, metadata = read_tensors(file)
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{file}: not a converted checkpoint; run `python convert_hf_checkpoint.py {file.parent}`")
+    with torch.device("meta"):
+        model = Llama(cfg, qkv_bias="layers.0.wqkv.bias" in tensors)
+    if cfg.tie_word_embeddings and "embed.weight" in tensors:
+        tensors["lm_head.weight"] = tensors["embed.weight"]
+    fill(model, tensors, file, device, dtype)
+    if cfg.tie_word_embeddings:
+        model.lm_head.weight = model.embed.weight  # assign=True made two parameters of one tensor
+    return model
