@@ -1,0 +1,95 @@
+"""What all tests share: the path to the scripts, one thread for tiny tensors, the demo model and what it wrote.
+
+`make test` prepares the demo model. DEMO_CHECKPOINT=FOLDER names another converted folder with a head in eagle/.
+"""
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the scripts are flat files, not a package
+DEMO = ROOT / "checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct"
+
+PROMPTS = [
+    "What should I pack for a weekend in the mountains?",
+    "Write a Python function that returns the n-th Fibonacci number.",
+    "If a train travels 180 km in 3 hours, how far does it go in 5 hours? Explain step by step.",
+    "List ten animals that live in the sea.",
+    "Tell me a short story about a lighthouse keeper and a lost whale.",
+    "Translate into French: Where is the nearest train station?",
+    "Explain to a child why the sky is blue.",
+    "Write a polite email that asks my landlord to repair the heating.",
+    "What is the difference between a virus and a bacterium?",
+    "Give me a recipe for vegetable soup with exact quantities.",
+    "Summarise the plot of Romeo and Juliet in three sentences.",
+    "Which is larger, 3/4 or 5/7? Show the calculation.",
+    "Write an SQL query that counts the orders of each customer in 2023.",
+    "Compose four lines of verse about autumn rain.",
+]
+
+torch.set_num_threads(1)  # tiny tensors: more threads only wait for one another
+settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+settings.load_profile("repeatable")
+
+
+@contextmanager
+def all_cores() -> Iterator[None]:
+    """For what is done with the demo model, whose matrices are worth more than one thread."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def demo() -> Path:
+    """The converted SmolLM2-135M-Instruct with its draft head in eagle/."""
+    folder = Path(os.environ.get("DEMO_CHECKPOINT", DEMO))
+    if not folder.is_dir():
+        pytest.skip(f"no demo model at {folder}: `make demo` makes it, DEMO_CHECKPOINT names another folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_model(demo: Path):
+    """The demo model in fp32; shared, for nothing of it changes but its cache."""
+    from model import load_model
+    return load_model(demo, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def demo_head(demo: Path, demo_model):
+    from draft import load_head
+    return load_head(demo / "eagle", demo_model)
+
+
+@pytest.fixture(scope="session")
+def demo_prompts(demo: Path) -> list[list[int]]:
+    """PROMPTS as the chat template puts them."""
+    from tokenizer import Tokenizer
+    tokenizer = Tokenizer(demo)
+    return [tokenizer.chat([{"role": "user", "content": text}]) for text in PROMPTS]
+
+
+@pytest.fixture(scope="session")
+def demo_runs(demo_model, demo_head, demo_prompts):
+    """Every prompt continued greedily by 64 tokens with EAGLE-2's default tree: [(cycles, all ids, Recorder)]."""
+    from recorder import Recorder
+
+    from draft import Eagle2
+    from generate import Engine
+    runs = []
+    with all_cores():
+        for ids in demo_prompts:
+            recorder = Recorder(Eagle2(demo_head, demo_model))
+            engine = Engine(demo_model, recorder.drafter, 512, frozenset([2]))
+            cycles = list(engine.generate(ids, 64))
+            runs.append((cycles, ids + sum(cycles, []), recorder))
+    return runs

@@ -1,0 +1,395 @@
+"""The decode cycle: whatever is drafted, the text is the one that decoding token by token writes.
+
+Tiny models run in float64, where it makes no difference how many rows are computed together; the demo model in fp32.
+"""
+import random
+from collections.abc import Iterator
+
+import pytest
+import tiny
+import torch
+from conftest import all_cores
+from scipy import stats
+from torch import Tensor
+
+import generate
+from draft import Eagle1, Eagle2, State
+from generate import Engine, Sampling, Vanilla
+from model import Llama
+from tree import Tree, build, causal_mask, gumbel_noise, process
+
+GREEDY = Sampling()
+SAMPLINGS = [GREEDY, Sampling(temperature=0.7, top_p=0.9, seed=1), Sampling(temperature=1.0, top_p=0.9, seed=-5),
+             Sampling(temperature=1.0, top_k=5, seed=2**40), Sampling(temperature=1.3, min_p=0.05, seed=3),
+             Sampling(temperature=0.8, top_k=12, top_p=0.95, min_p=0.02, seed=4), Sampling(temperature=2.0, seed=5)]
+
+
+def cycle_by_cycle(engine: Engine, ids: list[int], count: int, sampling: Sampling = GREEDY) -> list[list[int]]:
+    """What prefill and each cycle after it committed."""
+    cycles = []
+    for new in engine.generate(ids, count, sampling):
+        assert new, "a cycle that commits nothing"  # it would go on for ever
+        cycles.append(new)
+    return cycles
+
+
+def write(engine: Engine, ids: list[int], count: int, sampling: Sampling = GREEDY) -> list[int]:
+    return sum(cycle_by_cycle(engine, ids, count, sampling), [])
+
+
+def vanilla(model: Llama, ids: list[int], count: int, sampling: Sampling = GREEDY, max_seq_len: int = 256,
+            stop_ids: frozenset[int] = frozenset()) -> list[int]:
+    return write(Engine(model, Vanilla(), max_seq_len, stop_ids), ids, count, sampling)
+
+
+class Scripted(Vanilla):
+    """Drafts a tree of a random shape every cycle, knowing the text that is to come: along one path the tokens are
+    right, down to a random depth, and `gains` lists what each cycle must therefore commit. All other nodes are wrong
+    somewhere on their path, though often right by themselves."""
+
+    def __init__(self, text: list[int], size: int, max_depth: int, seed: int, vocab_size: int = 24) -> None:
+        self.text, self.num_nodes, self.max_depth, self.vocab_size = text, size, max_depth, vocab_size
+        self.random, self.gains = random.Random(seed), []
+
+    def propose(self, state: State) -> Tree:
+        length, parents, depth = int(state.length), [0], [0]
+        while len(parents) < self.num_nodes:
+            shallow = [i for i, d in enumerate(depth) if d < self.max_depth]
+            parents.append(self.random.choice(shallow[-4:] if self.random.random() < 0.5 else shallow))
+            depth.append(depth[parents[-1]] + 1)
+        tokens, right = [int(state.tokens[length - 1])] + [-1] * (self.num_nodes - 1), {0}
+        for node in range(self.num_nodes):
+            children = [i for i in range(node + 1, self.num_nodes) if parents[i] == node]
+            due = self.text[length + depth[node]] if length + depth[node] < len(self.text) else 0
+            lucky = self.random.choice(children) if children and self.random.random() < 0.8 else None
+            wrong = self.random.sample([t for t in range(self.vocab_size) if t != due], min(len(children), 23))
+            for child in children:
+                tokens[child] = due if child == lucky else wrong.pop() if wrong else due
+                if node in right and tokens[child] == due:
+                    right.add(child)
+        self.gains.append(1 + max(depth[node] for node in right))
+        return build(torch.tensor(tokens), torch.tensor(parents), self.max_depth)
+
+
+class Chain(Vanilla):
+    """Drafts the text that is to come, each token shifted by `off`: always right, or always wrong."""
+
+    def __init__(self, text: list[int], depth: int, off: int = 0) -> None:
+        self.text, self.num_nodes, self.max_depth, self.off = text, depth + 1, depth, off
+
+    def propose(self, state: State) -> Tree:
+        length = int(state.length)
+        ahead = (self.text[length:] + [0] * self.max_depth)[:self.max_depth]
+        tokens = [int(state.tokens[length - 1])] + [(token + self.off) % 24 for token in ahead]
+        return build(torch.tensor(tokens), torch.arange(-1, self.max_depth).clamp(min=0), self.max_depth)
+
+
+def drafters(model: Llama, text: list[int]) -> Iterator[Vanilla | Eagle1 | Eagle2]:
+    head = tiny.head(model)
+    yield from (Vanilla(), Chain(text, 8), Eagle1(head, model), Eagle2(head, model, 64, 8, 10),
+                Scripted(text, 40, 8, seed=1))
+
+
+# ----- The text does not depend on the drafter -------------------------------------------------------------------
+
+
+def plain(model: Llama, ids: list[int], count: int, sampling: Sampling) -> list[int]:
+    """Decoding without an engine: a whole forward for every token."""
+    text = list(ids)
+    for _ in range(count):
+        logits = tiny.logits(model, text)[-1:]
+        if sampling.temperature:
+            noise = gumbel_noise(torch.tensor(sampling.seed), torch.tensor([len(text)]), logits.shape[1])
+            logits = process(logits, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p) + noise
+        text.append(int(logits.argmax()))
+    return text[len(ids):]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_vanilla_is_plain_decoding(sampling: Sampling) -> None:
+    """A baseline that is wrong in the same way as what is compared with it; a text that changes where the number of
+    slots looked at does, at the multiples of 128."""
+    model, ids = tiny.target(8), tiny.prompt(8, 119)
+    text = plain(model, ids, 24, sampling)
+    for drafter in drafters(model, ids + text):
+        assert write(Engine(model, drafter, 300), ids, 24, sampling) == text
+    assert vanilla(model, ids[:1], 24, sampling) == plain(model, ids[:1], 24, sampling)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_any_tree(sampling: Sampling) -> None:
+    """A path accepted too far or not far enough, a bonus token of another node, keys left where siblings were, noise
+    of another place. The trees are wilder than any drafter's, and what each cycle must commit is known."""
+    for seed in range(12):
+        model, size, depth = tiny.target(seed % 3), [1, 2, 7, 20, 64][seed % 5], 1 + seed % 8
+        ids = tiny.prompt(seed, 1 + seed)
+        text = ids + vanilla(model, ids, 40, sampling)
+        drafter = Scripted(text, size, depth if size > 1 else 0, seed)
+        engine = Engine(model, drafter, 256)
+        cycles = cycle_by_cycle(engine, ids, 40, sampling)
+        assert ids + sum(cycles, []) == text
+        gains = [len(cycle) for cycle in cycles[1:]]
+        assert gains[:-1] == drafter.gains[:-1] and gains[-1] <= drafter.gains[-1]
+        assert sum(gains) > len(gains) or size < 7
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_eagle2_equals_vanilla(seed: int) -> None:
+    """The same for real EAGLE-2 trees of every shape: spare slots too few, a root with more children than nodes."""
+    draw = random.Random(seed)
+    changes = {"vocab_size": draw.choice([12, 24, 60]), "num_key_value_heads": draw.choice([1, 2, 4])}
+    if seed % 2:
+        model, head = tiny.pair(seed, draw.choice([0.0, 0.03, 0.1, 0.3]), **changes)
+    else:
+        model = tiny.target(seed, **changes)
+        head = tiny.head(model, seed, fc_bias=draw.random() < 0.5)
+    for sampling in draw.sample(SAMPLINGS, 3) + SAMPLINGS[:1]:
+        shape = draw.randint(2, 64), draw.randint(1, 8), draw.randint(1, 10)
+        ids = tiny.prompt(seed, draw.randint(1, 20), changes["vocab_size"])
+        expected = vanilla(model, ids, 24, sampling, stop_ids=frozenset([0]))
+        engine = Engine(model, Eagle2(head, model, *shape), 256, frozenset([0]))
+        assert write(engine, ids, 24, sampling) == expected, shape
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_eagle1_equals_vanilla(seed: int) -> None:
+    """The same for EAGLE-1's fixed tree."""
+    model, head = tiny.pair(seed, 0.1) if seed % 2 else (tiny.target(seed), tiny.head(tiny.target(seed)))
+    engine = Engine(model, Eagle1(head, model), 256)
+    for sampling in SAMPLINGS:
+        ids = tiny.prompt(seed, 1 + seed)
+        assert write(engine, ids, 24, sampling) == vanilla(model, ids, 24, sampling)
+
+
+def test_equal_in_fp32() -> None:
+    """A tensor of the wrong dtype in the cycle: everything above runs in float64."""
+    model, head = tiny.pair(1, 0.1, torch.float32)
+    for drafter in (Eagle2(head, model), Eagle1(head, model)):
+        for sampling in SAMPLINGS:
+            for seed in range(3):
+                ids = tiny.prompt(seed, 5)
+                assert write(Engine(model, drafter, 256), ids, 24, sampling) == vanilla(model, ids, 24, sampling)
+
+
+def test_seeds() -> None:
+    """A seed that is ignored, cut to 32 bits, or mixed with something that changes from run to run."""
+    model = tiny.target(1)
+    texts = {seed: tuple(vanilla(model, [1, 2], 30, Sampling(temperature=1.5, seed=seed)))
+             for seed in (0, 1, -1, 2**32, 2**32 + 1, 2**62)}
+    assert len(set(texts.values())) == len(texts)
+    assert tuple(vanilla(model, [1, 2], 30, Sampling(temperature=1.5, seed=-1))) == texts[-1]
+
+
+# ----- What a cycle gains ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [1, 3, 8])
+def test_always_right_and_always_wrong(depth: int) -> None:
+    """An accepted token too few or too many, which the text alone does not show: right drafts gain all plus the bonus
+    token every cycle, wrong ones the bonus token alone."""
+    model, ids = tiny.target(2), tiny.prompt(0, 6)
+    text = ids + vanilla(model, ids, 61)
+    right = cycle_by_cycle(Engine(model, Chain(text, depth), 256), ids, 61)
+    assert sum(right, ids) == text
+    whole, rest = divmod(60, depth + 1)
+    assert [len(cycle) for cycle in right] == [1] + [depth + 1] * whole + [rest] * (rest > 0)
+    wrong = cycle_by_cycle(Engine(model, Chain(text, depth, off=1), 256), ids, 61)
+    assert [len(cycle) for cycle in wrong] == [1] * 61 and sum(wrong, ids) == text
+
+
+@pytest.mark.parametrize("depth", [1, 4, 8])
+def test_perfect_head_gains_everything(depth: int) -> None:
+    """Tokens paired with the wrong features or drafted one place off: this head knows what follows each token."""
+    model, head = tiny.pair(4, noise=0.0)
+    engine = Engine(model, Eagle2(head, model, depth + 1, depth, 1), 256)
+    cycles = cycle_by_cycle(engine, tiny.prompt(0, 5), 1 + 5 * (depth + 1))
+    assert [len(cycle) for cycle in cycles] == [1] + [depth + 1] * 5
+
+
+# ----- Caches ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(8))
+@torch.inference_mode()
+def test_caches_after_cycles(seed: int) -> None:
+    """Accepted keys and values not moved to the front, or moved from the wrong rows; the head keeping the features it
+    guessed instead of the true ones. A wrong entry changes the text only later, or only the acceptance."""
+    model, head = tiny.pair(seed, 0.05)
+    ids = tiny.prompt(seed, 1 + 3 * seed)
+    drafter = Eagle2(head, model, 40, 6, 7)
+    engine = Engine(model, drafter, 128)
+    state = engine.prefill(ids, 60, SAMPLINGS[seed % 4])
+    while not state.done:
+        engine.cycle(state)
+    drafter.extend(state)
+    n = int(state.length)
+    text = state.tokens[:n].tolist()
+    target_kv, head_kv = model.kv[..., :n - 1, :].clone(), head.kv[..., :n - 1, :].clone()
+    slots = torch.arange(n - 1)
+    features = model(torch.tensor([text[:-1]]), slots, slots, causal_mask(0, n - 1, n - 1, slots.device))[0]
+    drafter.prefill(torch.tensor(text[1:]), features, 0)
+    assert torch.allclose(target_kv, model.kv[..., :n - 1, :], atol=1e-9)
+    assert torch.allclose(head_kv, head.kv[..., :n - 1, :], atol=1e-9)
+    assert n - len(ids) == 60
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 7, 8, 9, 12, 13])
+def test_prompt_in_chunks(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token or a draft feature lost or doubled where two chunks of the prompt meet."""
+    model, head = tiny.pair(6, 0.05)
+    ids = tiny.prompt(length, length)
+
+    def run() -> tuple[list[list[int]], Tensor, Tensor]:
+        engine = Engine(model, Eagle2(head, model, 30, 4, 6), 128)
+        cycles = cycle_by_cycle(engine, ids, 20)
+        return cycles, model.kv[..., :length, :].clone(), head.kv[..., :length, :].clone()
+
+    whole = run()
+    monkeypatch.setattr(generate, "PREFILL_CHUNK", 4)
+    parts = run()
+    assert parts[0] == whole[0]  # the drafts too: the same tokens cycle by cycle
+    assert torch.allclose(parts[1], whole[1], atol=1e-9) and torch.allclose(parts[2], whole[2], atol=1e-9)
+
+
+def test_abandoned_generator() -> None:
+    """What an earlier answer left in the caches, or in the engine, seen by a later one."""
+    model, head = tiny.pair(7, 0.05)
+    first, second = tiny.prompt(1, 30), tiny.prompt(2, 4)
+    fresh = cycle_by_cycle(Engine(model, Eagle2(head, model), 128), second, 20, SAMPLINGS[1])
+    engine = Engine(model, Eagle2(head, model), 128)
+    abandoned = engine.generate(first, 60, Sampling(temperature=1.0, seed=9))
+    for _ in range(4):
+        next(abandoned)
+    assert cycle_by_cycle(engine, second, 20, SAMPLINGS[1]) == fresh
+    abandoned.close()
+    assert cycle_by_cycle(engine, second, 20, SAMPLINGS[1]) == fresh
+
+
+# ----- Where a text ends -----------------------------------------------------------------------------------------
+
+
+def test_stop_ids() -> None:
+    """Tokens written after a stop id that was accepted within a path, or a stop id that is not written itself."""
+    model, ids = tiny.target(5), tiny.prompt(3, 5)
+    text = vanilla(model, ids, 40)
+    for drafter in drafters(model, ids + text):
+        for place in range(25):
+            for stop_ids in ({text[place]}, {text[place], text[place + 3], 99}):
+                end = min(text.index(token) for token in stop_ids if token in text)
+                engine = Engine(model, drafter, 128, frozenset(stop_ids))
+                assert write(engine, ids, 40) == text[:end + 1]
+
+
+def test_max_new_tokens() -> None:
+    """A limit overrun by what one cycle accepts, or a last cycle that commits nothing."""
+    model, ids = tiny.target(5), tiny.prompt(3, 5)
+    text = vanilla(model, ids, 30)
+    for drafter in drafters(model, ids + text):
+        for count in (1, 2, 3, 9, 10, 11, 17):
+            assert write(Engine(model, drafter, 128), ids, count) == text[:count]
+
+
+@pytest.mark.parametrize("room", [1, 2, 5, 9, 30])
+def test_to_the_last_slot(room: int) -> None:
+    """Drafts that write or look past the end of the caches; a context left partly unused."""
+    model, ids = tiny.target(5), tiny.prompt(4, 34)
+    text = vanilla(model, ids, 60)
+    for drafter in drafters(model, ids + text):
+        engine = Engine(model, drafter, 34 + room)
+        assert write(engine, ids, 1000) == text[:room]
+        assert write(engine, ids[:3], 31 + room) == vanilla(model, ids[:3], 31 + room)
+
+
+def test_cycles_after_the_end_change_nothing() -> None:
+    """A finished text that goes on growing, or an error, when cycles are run ahead of reading their results."""
+    model, head = tiny.pair(5, 0.05)
+    for drafter in (Vanilla(), Eagle1(head, model), Eagle2(head, model)):
+        engine = Engine(model, drafter, 128)
+        state = engine.prefill([1, 2, 3], 10, GREEDY)
+        while not state.done:
+            engine.cycle(state)
+        length, text = int(state.length), state.tokens[:13].tolist()
+        for _ in range(3):
+            engine.cycle(state)
+            assert bool(state.done) and int(state.length) == length == 13
+            assert state.tokens[:13].tolist() == text
+
+
+def test_prompts_that_do_not_fit() -> None:
+    """A traceback from deep inside, or a text that silently starts with an overwritten prompt."""
+    engine = Engine(tiny.target(), Vanilla(), 16)
+    with pytest.raises(ValueError, match="empty"):
+        next(engine.generate([], 5))
+    with pytest.raises(ValueError, match="max_seq_len 16"):
+        next(engine.generate([1] * 16, 5))
+    assert len(write(engine, [1] * 15, 5)) == 1
+
+
+# ----- The distribution ------------------------------------------------------------------------------------------
+
+
+def test_distribution_of_texts() -> None:
+    """A bias of the whole engine, prefill's first token included: 3000 sampled texts against exact probabilities."""
+    draws, vocab, ids = 3000, 12, [3, 1, 4]
+    model, head = tiny.pair(11, 0.05, vocab_size=vocab)
+    engine = Engine(model, Eagle2(head, model, 12, 3, 4), 32)
+    settings = {"temperature": 0.8, "top_p": 0.95}
+    counts, cycles = torch.zeros(vocab, vocab, vocab), 0
+    for seed in range(draws):
+        found = cycle_by_cycle(engine, ids, 3, Sampling(**settings, seed=seed))
+        counts[tuple(sum(found, []))] += 1
+        cycles += len(found)
+    assert cycles < 2.7 * draws  # 3 if nothing drafted were ever accepted
+    probs = {}
+    for text in [(), *((a,) for a in range(vocab)), *((a, b) for a in range(vocab) for b in range(vocab))]:
+        probs[text] = process(tiny.logits(model, [*ids, *text])[-1:], **settings)[0].double().softmax(-1)
+    joint = torch.stack([torch.stack([probs[()][a] * probs[a,][b] * probs[a, b] for b in range(vocab)])
+                         for a in range(vocab)])
+    assert (counts[joint == 0] == 0).all()
+    for one in range(3):  # the joint distribution of each two of the three tokens
+        expected, observed = (draws * joint).sum(one).flatten(), counts.sum(one).flatten().double()
+        rare = expected < 5
+        cells = [torch.cat((x[~rare], x[rare].sum()[None])).numpy() for x in (observed, expected)]
+        assert stats.chisquare(*cells).pvalue > 1e-3
+
+
+# ----- The demo model --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demo_texts(demo_model: Llama, demo_prompts) -> list[list[int]]:
+    """Every prompt continued greedily by 64 tokens, one at a time."""
+    with all_cores():
+        return [ids + vanilla(demo_model, ids, 64, max_seq_len=512, stop_ids=frozenset([2])) for ids in demo_prompts]
+
+
+def test_demo_eagle2_equals_vanilla(demo_runs, demo_texts) -> None:
+    """Whatever only trained weights show: sharp attention, long texts, a vocabulary of 49,152."""
+    assert [text for _, text, _ in demo_runs] == demo_texts
+
+
+def test_demo_eagle1_equals_vanilla(demo_model: Llama, demo_head, demo_prompts, demo_texts) -> None:
+    """The same for EAGLE-1's tree, on half of the prompts."""
+    engine = Engine(demo_model, Eagle1(demo_head, demo_model), 512, frozenset([2]))
+    with all_cores():
+        for ids, text in list(zip(demo_prompts, demo_texts, strict=True))[::2]:
+            assert write(engine, ids, 32) == text[len(ids):len(ids) + 32]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0.7, top_p=0.9, seed=1), Sampling(temperature=1.0, seed=2)])
+def test_demo_sampled(sampling: Sampling, demo_model: Llama, demo_head, demo_prompts) -> None:
+    """Sampled text that changes with the drafter: noise keyed by anything but the place."""
+    engine = Engine(demo_model, Eagle2(demo_head, demo_model), 512, frozenset([2]))
+    with all_cores():
+        for ids in demo_prompts[:3]:
+            expected = vanilla(demo_model, ids, 24, sampling, 512, frozenset([2]))
+            assert write(engine, ids, 24, sampling) == expected
+
+
+MEAN_GAINED = 3.2
+
+
+def test_demo_acceptance(demo_runs) -> None:
+    """Drafting that is harmless but wrong: shifted by one place or token, blind to the prompt, fed with guesses."""
+    gains = [len(cycle) for cycles, _, _ in demo_runs for cycle in cycles[1:]]
+    assert sum(gains) / len(gains) > MEAN_GAINED

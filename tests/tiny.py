@@ -1,0 +1,124 @@
+"""Random models of a few thousand weights, in memory and on disk. The same seed gives the same model.
+
+Weights are scaled so that attention is sharp and the next token depends on the context: a small initialisation,
+as training starts with, would hide a wrong mask or position below any tolerance. float64 by default, so that how
+many rows are computed together makes no difference to the tokens.
+"""
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from draft import EagleHead
+from model import FORMAT, Config, Llama
+
+SHAPE = {"model_type": "llama", "vocab_size": 24, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-5}
+
+
+def randomise(module: nn.Module, seed: int, dtype: torch.dtype) -> None:
+    """Fill a module, norms near 1, biases small, everything else with unit gain; ready for inference."""
+    random = torch.Generator().manual_seed(seed)
+    for name, weight in module.named_parameters():
+        noise = torch.randn(weight.shape, generator=random, dtype=torch.float64)
+        if "norm" in name:
+            noise = 1 + 0.2 * noise
+        elif name.endswith("bias"):
+            noise = 0.5 * noise
+        elif "embed" not in name:
+            noise = (3 if "wqkv" in name else 2) * noise / weight.shape[1] ** 0.5
+        weight.data = noise.to(dtype)
+    module.requires_grad_(False).eval()
+
+
+def target(seed: int = 0, dtype: torch.dtype = torch.float64, **changes) -> Llama:
+    """A Llama of shape SHAPE with some entries of its config.json changed."""
+    model = Llama(Config.from_dict(SHAPE | changes))
+    randomise(model, seed, dtype)
+    return model
+
+
+def head(model: Llama, seed: int = 1, fc_bias: bool = False, qkv_bias: bool = False, **changes) -> EagleHead:
+    """A draft head for `model`, in its dtype, with some entries of its own config.json changed."""
+    shape = {"vocab_size": model.cfg.vocab_size, "hidden_size": model.cfg.hidden_size, "num_hidden_layers": 1}
+    eagle = EagleHead(Config.from_dict(SHAPE | shape | changes), fc_bias=fc_bias, qkv_bias=qkv_bias)
+    randomise(eagle, seed, model.embed.weight.dtype)
+    return eagle
+
+
+def pair(seed: int = 0, noise: float = 0.3, dtype: torch.dtype = torch.float64, **changes) -> tuple[Llama, EagleHead]:
+    """A target and a head that guesses it well, for trees whose deep nodes are accepted too. With noise 0 a feature
+    is the token's own embedding, the head knows it exactly, and the next token depends on the last one alone; `noise`
+    scales what the layers of both add to that."""
+    model = target(seed, dtype, **changes)
+    eagle, size = head(model, seed + 1000), model.cfg.hidden_size
+    embed = model.embed.weight.data
+    embed /= embed.pow(2).mean(1, keepdim=True).sqrt()
+    model.norm.weight.data.fill_(1)
+    eagle.fc.weight.data = torch.cat((torch.eye(size), torch.zeros(size, size)), dim=1).to(dtype)
+    for layer in (*model.layers, eagle.layer):
+        layer.wo.weight.data *= noise
+        layer.w2.weight.data *= noise
+    return model, eagle
+
+
+def config_json(cfg: Config) -> dict:
+    """The config.json of a Config, as Hugging Face writes it."""
+    raw = {"model_type": "qwen3" if cfg.qk_norm else "llama", "num_hidden_layers": cfg.num_layers,
+           "num_attention_heads": cfg.num_heads, "num_key_value_heads": cfg.num_kv_heads}
+    same = ("vocab_size", "hidden_size", "intermediate_size", "head_dim", "rope_theta", "rms_norm_eps",
+            "tie_word_embeddings", "max_position_embeddings")
+    return raw | {key: getattr(cfg, key) for key in same}
+
+
+def save_target(model: Llama, folder: Path) -> Path:
+    """A native checkpoint folder, as convert_hf_checkpoint.py writes it (without a tokenizer)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = model.state_dict()
+    if model.cfg.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    (folder / "config.json").write_text(json.dumps(config_json(model.cfg)))
+    save_file(tensors, folder / "model.safetensors", {"format": FORMAT})
+    return folder
+
+
+def published(eagle: EagleHead) -> dict[str, Tensor]:
+    """The tensors of a head under the names that heads on the hub have."""
+    cfg, own = eagle.cfg, eagle.state_dict()
+    names = {"layer.wo.weight": "layers.0.self_attn.o_proj.weight", "layer.w2.weight": "layers.0.mlp.down_proj.weight",
+             "layer.mlp_norm.weight": "layers.0.post_attention_layernorm.weight"}
+    tensors = {names.get(name, name): t for name, t in own.items() if "wqkv" not in name and "w13" not in name}
+    for kind in ("weight", "bias"):
+        if f"layer.wqkv.{kind}" in own:
+            rows = [n * cfg.head_dim for n in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)]
+            for x, part in zip("qkv", own[f"layer.wqkv.{kind}"].split(rows), strict=True):
+                tensors[f"layers.0.self_attn.{x}_proj.{kind}"] = part.clone()
+    for x, part in zip(("gate", "up"), own["layer.w13.weight"].chunk(2), strict=True):
+        tensors[f"layers.0.mlp.{x}_proj.weight"] = part.clone()
+    return tensors
+
+
+def save_head(eagle: EagleHead, folder: Path, **extra: Tensor) -> Path:
+    """A draft head as published: config.json and model.safetensors; `extra` tensors go into the file too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config_json(eagle.cfg)))
+    save_file(published(eagle) | {name: t.contiguous() for name, t in extra.items()}, folder / "model.safetensors")
+    return folder
+
+
+def prompt(seed: int, length: int, vocab_size: int = SHAPE["vocab_size"]) -> list[int]:
+    return torch.randint(vocab_size, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def logits(model: Llama, ids: list[int]) -> Tensor:
+    """The plainest forward there is: no cache, causal, all positions; [len(ids), V]."""
+    if model.rope is None or model.rope.shape[1] < len(ids):
+        model.allocate_cache(max(len(ids), 64))
+    return model.lm_head(features(model, ids))
+
+
+def features(model: Llama, ids: list[int]) -> Tensor:
+    """The target's hidden states after the final norm, [len(ids), C], without a cache."""
+    return model(torch.tensor([ids]), torch.arange(len(ids)))[0]

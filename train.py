@@ -1,0 +1,409 @@
+"""Train an EAGLE-1/2 draft head for any converted chat model, on one GPU, from nothing but the model itself.
+
+    python train.py --checkpoint checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct --tokens 40e6 --steps 10000
+
+1. Data: the model writes its own dialogues, thousands at a time, user turns included; so what the head learns
+   is what it will be asked to guess. No data set, no network. They land in <work>/dialogues.bin.
+2. Training: features come from the frozen target on the fly. The head is unrolled as when drafting: step 1
+   sees true features, step j its own guesses from step j - 1. The loss is the cross-entropy with the target's
+   own distribution, plus a little feature regression.
+3. Evaluation on held-out dialogues with the real tree and the real engine: mean tokens gained a cycle.
+
+Stop it at any time: the same command goes on where it stopped. The head is saved as EAGLE heads are published,
+so vLLM, SGLang and the EAGLE reference load it too. Starting from the target's last layer instead of small
+random weights diverges: that layer expects a normed input and this one has none.
+"""
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from draft import Eagle2, EagleHead, load_head
+from generate import Engine, Sampling
+from model import Config, Llama, load_model, rope_table
+from tokenizer import Tokenizer
+
+# Most user turns begin with one of these, because a model left alone asks the same few things.
+OPENERS = """Write|Write a short|Write a Python function that|Write a story about|Write an email to|Explain|Explain why
+Explain how|Explain the difference between|How do I|How does|How many|How can I|What is|What are|What are some
+What would|What is the best way to|Why is|Why do|Can you|Could you explain|Give me|Give an example of|Give three
+List|List five|Describe|Describe a|Summarize|Summarise the following text:|Translate|Compare|Create a|Design a|Make a
+Suggest|Imagine you are|You are a|Pretend to be|Act as|Is it true that|Tell me about|Name|Identify|Classify
+Rewrite the following sentence:|Edit the following|Find the|Calculate|Solve|If|A|The|In|I have a|I am|My|Who|When|Where
+Which|Given|Consider|Suppose|def |import|Generate a|Generate a list of|Propose|Develop|Discuss|Do you|Should|Let's
+Provide|Draft|Compose|Come up with|Help me|Read the passage below|Extract|Convert|Implement|What's""".replace("\n", "|").split("|")
+MAX_USER, MAX_ANSWER = 80, 256  # tokens a turn may take before it is cut short
+
+
+class Script:
+    """Which tokens a dialogue is forced to contain: what the chat template writes around the turns.
+
+    Found by rendering: the ids around one-token contents are the template's. Without a template there are no
+    turns, and the model writes on from the beginning of a text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, device: torch.device) -> None:
+        stops = sorted(tokenizer.stop_ids)
+        if tokenizer.has_chat_template:
+            one, other = (tokenizer.chat([{"role": "user", "content": c}]) for c in "X7")
+            head = next(i for i, (a, b) in enumerate(zip(one, other)) if a != b)
+            tail = one[head + 1:]
+            two = tokenizer.chat([{"role": "user", "content": "X"}, {"role": "assistant", "content": "X"},
+                                  {"role": "user", "content": "X"}])
+            between = two[len(one) + 1:len(two) - len(tail) - 1]
+            openers = [[]] * (len(OPENERS) // 2) + [tokenizer.chat([{"role": "user", "content": o.strip()}])[
+                head:-len(tail)] for o in OPENERS]
+            sequences = [[*one[:head], *o] for o in openers] + [[*between, *o] for o in openers] + [tail]
+            self.openers = len(openers)
+        else:
+            bos = tokenizer.bos_id if tokenizer.bos_id is not None else stops[0]
+            sequences, self.openers, tail = [[bos]], 0, []
+        width = max(map(len, sequences)) + 1
+        self.forced = torch.tensor([s + [-1] * (width - len(s)) for s in sequences], device=device)  # [kinds, width]
+        self.answer = len(sequences) - 1  # the kind that opens an answer
+        self.ends = torch.tensor(sorted({*stops, *tail[:1]}), device=device)
+
+    def start(self, batch: int, seed: int) -> dict[str, Tensor]:
+        """The state of `batch` dialogues, each at its first token."""
+        device = self.forced.device
+        torch.manual_seed(seed)
+        zero = torch.zeros(batch, dtype=torch.int64, device=device)
+        kind = torch.randint(self.openers, (batch,), device=device) if self.openers else zero
+        return {"kind": kind, "at": zero.clone(), "said": zero.clone(), "answering": zero.bool(),
+                "temperature": torch.ones(batch, device=device)}
+
+    def step(self, state: dict[str, Tensor], sampled: Tensor) -> Tensor:
+        """Advance all dialogues by one token; returns what each of them says, as ~token where it is not the
+        answer's own (so that one number carries both)."""
+        forced = self.forced[state["kind"], state["at"]]
+        free = forced < 0
+        token = torch.where(free, sampled, forced)
+        own = free & (state["answering"] if self.openers else True)
+        if self.openers:
+            state["said"] += free
+            too_long = state["said"] >= torch.where(state["answering"], MAX_ANSWER, MAX_USER)
+            ended = free & ((token[:, None] == self.ends).any(1) | too_long)
+            next_user = self.openers + torch.randint_like(token, self.openers)
+            kind = torch.where(ended, torch.where(state["answering"], next_user, self.answer), state["kind"])
+            already = (self.forced[kind, 0] == token).long()  # the turn ended with the template's own first token
+            state["at"].copy_(torch.where(ended, already, state["at"] + ~free))
+            state["kind"].copy_(kind)
+            state["answering"].copy_(state["answering"] ^ ended)
+            state["said"].mul_(~ended)
+            draw = torch.rand_like(state["temperature"])  # half of the answers greedy, the rest 0.7 or 1.0
+            warm = torch.where(draw < 0.5, 0.0, torch.where(draw < 0.75, 0.7, 1.0))
+            temperature = torch.where(ended, torch.where(state["answering"], warm, 1.0), state["temperature"])
+            state["temperature"].copy_(temperature)
+        else:
+            state["at"] += ~free
+        return torch.where(own, token, ~token)
+
+
+def sample(logits: Tensor, temperature: Tensor, answering: Tensor) -> Tensor:
+    """[B, V] -> [B] tokens at each row's temperature; user turns without the unlikely tail (min-p 0.02)."""
+    logits, warm = logits.float(), temperature[:, None]
+    gumbel = -torch.log(-torch.log(torch.rand_like(logits).clamp(1e-10, 1 - 1e-7)))
+    floor = logits.amax(-1, keepdim=True) + warm * torch.where(answering, -1e4, math.log(0.02))[:, None]
+    return torch.where(logits < floor, -torch.inf, logits + warm * gumbel).argmax(-1)
+
+
+@torch.inference_mode()
+def write_dialogues(model: Llama, script: Script, path: Path, rows: int, length: int, batch: int) -> None:
+    """Append dialogues to `path` until it holds `rows` of `length` int32; the batches there are kept."""
+    device, bucket = model.embed.weight.device, 128
+    have = path.stat().st_size // (4 * length) if path.exists() else 0
+    if have >= rows:
+        return
+    model.allocate_cache(length, -length % bucket, batch)
+    state = script.start(batch, 0)
+    token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+    said, at = torch.zeros(batch, dtype=torch.int64, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    draw = torch.compile(sample, dynamic=False) if device.type == "cuda" else sample
+
+    def step(width: int) -> None:
+        mask = torch.arange(width, device=device)[None] <= at
+        logits = model.lm_head(model(token, at, at, mask)[:, -1])
+        said.copy_(script.step(state, draw(logits, state["temperature"], state["answering"])))
+        token.copy_(torch.where(said < 0, ~said, said)[:, None])
+        at.add_(1)
+
+    steps = {width: capture(step, width, device) for width in range(bucket, length + bucket, bucket)}
+    while have < rows:
+        start, fresh = time.perf_counter(), script.start(batch, have)
+        for name, value in fresh.items():
+            state[name].copy_(value)
+        said.copy_(script.step(state, token[:, 0]))  # every dialogue begins with a forced token
+        token.copy_(~said[:, None])
+        at.zero_()
+        columns = [said.clone()]
+        for i in range(length - 1):
+            steps[(i // bucket + 1) * bucket]()
+            columns.append(said.clone())
+        block = torch.stack(columns, 1).int().cpu()[:rows - have]
+        with path.open("ab") as f:
+            f.write(block.numpy().tobytes())
+        have += len(block)
+        print(f"dialogues {have}/{rows}  {have * length / 1e6:.1f}M tokens  "
+              f"{batch * length / (time.perf_counter() - start):,.0f} tokens/s  "
+              f"{(block >= 0).float().mean():.0%} answers", flush=True)
+    model.kv = None
+
+
+def capture(step, width: int, device: torch.device):
+    """`step(width)` as a CUDA graph; as it is on a CPU."""
+    if device.type != "cuda":
+        return lambda: step(width)
+    step(width)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(width)
+    return graph.replay
+
+
+def new_head(cfg: Config, device: torch.device) -> EagleHead:
+    """Small random weights; the layer adds almost nothing at first, and fc passes half of the feature on."""
+    cfg = Config(**{**cfg.__dict__, "num_layers": 1, "qk_norm": False, "tie_word_embeddings": False,
+                    "sliding_window": None, "rope_scaling": None})
+    head = EagleHead(cfg).to(device)
+    for name, p in head.named_parameters():
+        torch.nn.init.normal_(p, std={"layer.wqkv.weight": 0.01, "layer.w2.weight": 0.002}.get(name, 0.02))
+    with torch.no_grad():
+        head.layer.wo.weight.zero_()
+        head.layer.mlp_norm.weight.fill_(1)
+        head.fc.weight[:, cfg.hidden_size:] = 0.5 * torch.eye(cfg.hidden_size)
+    return head
+
+
+def unrolled(head: EagleHead, embedding: Tensor, features: Tensor, rope: Tensor, keys: list[Tensor],
+             values: list[Tensor]) -> Tensor:
+    """One unrolled step for all rows at once. Row s guesses as it would at draft step j after place s: it sees
+    the true-feature entries up to s (keys[0]) and its own entry of each later step. Extends keys and values."""
+    layer = head.layer
+    x = head.fc(torch.cat((embedding, features), dim=-1))
+    q, k, v = (y.transpose(1, 2) for y in layer.qkv(x, rope))  # [B, heads, R, D]
+    groups = layer.num_heads // layer.num_kv_heads
+    keys.append(k.repeat_interleave(groups, 1))
+    values.append(v.repeat_interleave(groups, 1))
+    causal = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
+    scores = [(q @ keys[0].transpose(-1, -2)).masked_fill(~causal, -torch.inf)]
+    scores += [(q * key).sum(-1, keepdim=True) for key in keys[1:]]
+    weights = (torch.cat(scores, -1).float() * layer.head_dim**-0.5).softmax(-1).to(v.dtype)
+    y = weights[..., :q.shape[2]] @ values[0]
+    for j, value in enumerate(values[1:]):
+        y = y + weights[..., q.shape[2] + j, None] * value
+    x = x + layer.wo(y.transpose(1, 2).flatten(2))
+    return x + layer.mlp(layer.mlp_norm(x))
+
+
+def distill(guess: Tensor, feature: Tensor, lm_head: Tensor, counts: Tensor, regression: float) -> tuple[Tensor, Tensor]:
+    """Loss and top-1 agreement over N places. guess, feature [N, C]; counts [N] bool: which places count."""
+    target, logits = F.linear(feature, lm_head).detach().float(), F.linear(guess, lm_head).float()
+    cross_entropy = logits.logsumexp(-1) - (target.softmax(-1) * logits).sum(-1)
+    off = F.smooth_l1_loss(guess.float(), feature.float(), reduction="none").mean(-1)
+    share = counts / counts.sum().clamp(min=1)
+    agree = logits.argmax(-1) == target.argmax(-1)
+    return ((cross_entropy + regression * off) * share).sum(), (agree * share).sum()
+
+
+class Trainer:
+    def __init__(self, model: Llama, args: argparse.Namespace) -> None:
+        self.model, self.args, self.device = model, args, model.embed.weight.device
+        self.head, self.step, self.seconds = new_head(model.cfg, self.device), 0, 0.0
+        self.rope = rope_table(self.head.cfg, args.length, self.device).bfloat16()
+        matrices = [p for p in self.head.parameters() if p.ndim == 2]
+        vectors = [p for p in self.head.parameters() if p.ndim != 2]
+        self.optimizers = [
+            # Without weight decay Muon's steps, all of one size, let the weights grow tenfold, and learning stalls.
+            torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(vectors, lr=args.lr / 5, betas=(0.9, 0.95), weight_decay=0.0)]
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["initial_lr"] = group["lr"]
+        compiled = (lambda f: torch.compile(f, dynamic=False)) if self.device.type == "cuda" else (lambda f: f)
+        self.unrolled, self.distill = compiled(unrolled), compiled(distill)
+        model.rope = rope_table(model.cfg, args.length, self.device).to(model.embed.weight.dtype)
+        self.amp = torch.autocast(self.device.type, torch.bfloat16)
+
+    def train_step(self, said: Tensor) -> tuple[Tensor, Tensor]:
+        """said [B, S]: tokens, as ~token where the loss does not count them. Returns loss and agreements [unroll].
+
+        The loss is taken at `args.places` random places of the answers: its logits over the vocabulary are what
+        a step spends its time on, and neighbouring places tell much the same."""
+        args, tokens = self.args, torch.where(said < 0, ~said, said)
+        rows = tokens.shape[1] - args.unroll - 1  # the places that have a target at every unrolled step
+        counts = said >= 0
+        with torch.no_grad():
+            features = self.model(tokens, torch.arange(tokens.shape[1], device=self.device))
+            places = (torch.rand_like(features[:, :rows, 0].float()) + counts[:, 2:2 + rows]).flatten().topk(
+                min(args.places, rows * len(said))).indices
+        guess, keys, values, total, agreements = features[:, :rows], [], [], 0.0, []
+        for j in range(1, args.unroll + 1):  # row s: entry s + j - 1, token s + j, guesses feature s + j
+            with self.amp:
+                embedding = self.model.embed(tokens[:, j:j + rows])
+                guess = self.unrolled(self.head, embedding, guess, self.rope[:, j - 1:j - 1 + rows], keys, values)
+                loss, agree = self.distill(
+                    guess.flatten(0, 1)[places], features[:, j:j + rows].flatten(0, 1)[places],
+                    self.model.lm_head.weight, counts[:, j + 1:j + 1 + rows].flatten()[places], args.regression)
+            total = total + args.decay ** (j - 1) * loss
+            agreements.append(agree)
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(self.head.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * self.schedule()
+            optimizer.step()
+            optimizer.zero_grad()
+        return total.detach(), torch.stack(agreements)
+
+    def schedule(self) -> float:
+        """Warm-up, then a cosine that ends with --steps or --minutes, whichever comes first."""
+        progress = min(max(self.step / self.args.steps, self.seconds / (60 * self.args.minutes)), 1)
+        return min((self.step + 1) / 100, 1) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+    def run(self, data: Tensor, work: Path) -> None:
+        args, generator, losses, agreements = self.args, torch.Generator(), [], []
+        start = last = saved = time.perf_counter() - self.seconds
+        while self.step < args.steps and self.seconds < 60 * args.minutes:
+            generator.manual_seed(self.step)  # the same batch for the same step, resumed or not
+            rows = torch.randint(len(data), (args.batch,), generator=generator)
+            loss, agreement = self.train_step(data[rows].to(self.device, torch.int64))
+            losses.append(loss)
+            agreements.append(agreement)
+            self.step += 1
+            self.seconds = time.perf_counter() - start
+            if self.step % 100 == 0:
+                speed = len(losses) * args.batch * args.length / (time.perf_counter() - last)
+                print(f"step {self.step}  {self.seconds:.0f} s  loss {torch.stack(losses).mean():.3f}  agreement "
+                      + " ".join(f"{a:.3f}" for a in torch.stack(agreements).mean(0).tolist())
+                      + f"  {speed:,.0f} tokens/s", flush=True)
+                losses, agreements, last = [], [], time.perf_counter()
+            if time.perf_counter() - saved > 30:
+                saved = time.perf_counter()
+                self.save(work)
+        self.save(work)
+
+    def save(self, work: Path) -> None:
+        state = {"step": self.step, "seconds": self.seconds, "head": self.head.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers]}
+        torch.save(state, work / "state.part")
+        (work / "state.part").replace(work / "state.pt")
+        save_head(self.head, self.args.out)
+
+    def resume(self, work: Path) -> None:
+        if (work / "state.pt").exists():
+            state = torch.load(work / "state.pt", map_location=self.device, weights_only=True)
+            self.head.load_state_dict(state["head"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+                optimizer.load_state_dict(saved)
+            self.step, self.seconds = state["step"], state["seconds"]
+            print(f"resuming at step {self.step}", flush=True)
+
+
+def save_head(head: EagleHead, out: Path) -> None:
+    """The format of EAGLE-1/2 heads on the hub: bf16 tensors under Hugging Face's names, q/k/v and gate/up apart."""
+    cfg, state = head.cfg, {k: v.detach().to("cpu", torch.bfloat16) for k, v in head.state_dict().items()}
+    attention, kv = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+    q, k, v = state["layer.wqkv.weight"].split((attention, kv, kv))
+    gate, up = state["layer.w13.weight"].chunk(2)
+    tensors = {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v,
+               "self_attn.o_proj": state["layer.wo.weight"], "mlp.gate_proj": gate, "mlp.up_proj": up,
+               "mlp.down_proj": state["layer.w2.weight"], "post_attention_layernorm": state["layer.mlp_norm.weight"]}
+    tensors = {"fc.weight": state["fc.weight"], **{f"layers.0.{k}.weight": v.contiguous() for k, v in tensors.items()}}
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": cfg.hidden_size,
+              "intermediate_size": cfg.intermediate_size, "num_hidden_layers": 1, "num_attention_heads": cfg.num_heads,
+              "num_key_value_heads": cfg.num_kv_heads, "head_dim": cfg.head_dim, "hidden_act": "silu",
+              "rms_norm_eps": cfg.rms_norm_eps, "rope_theta": cfg.rope_theta, "vocab_size": cfg.vocab_size,
+              "max_position_embeddings": cfg.max_position_embeddings, "bias": False, "tie_word_embeddings": False,
+              "torch_dtype": "bfloat16"}
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, out / "model.part")
+    (out / "model.part").replace(out / "model.safetensors")
+    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def evaluate(model: Llama, out: Path, prompts: list[list[int]], stop_ids: frozenset[int], temperature: float,
+             new_tokens: int = 128) -> float:
+    """Mean tokens gained a cycle, EAGLE-2's default tree: all tokens committed after prefill / all cycles."""
+    longest = max(map(len, prompts)) + new_tokens
+    model.kv = None
+    engine = Engine(model, Eagle2(load_head(out, model), model), longest, stop_ids)
+    gained = [len(new) for ids in prompts for new in
+              list(engine.generate(ids, new_tokens, Sampling(temperature=temperature)))[1:]]
+    return sum(gained) / max(len(gained), 1)
+
+
+def held_out_prompts(data: Tensor) -> list[list[int]]:
+    """Each dialogue up to its first answer; those without one are left out."""
+    prompts = []
+    for said in data.tolist():
+        first = next((i for i, s in enumerate(said) if s >= 0), 0)
+        if first:
+            prompts.append([~s for s in said[:first]])
+    return prompts
+
+
+def parse_args() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description="Train an EAGLE-1/2 head by self-distillation.")
+    p.add_argument("--checkpoint", type=Path, required=True, help="folder of the converted target model")
+    p.add_argument("--out", type=Path, help="where the head goes (default: <checkpoint>/eagle)")
+    p.add_argument("--work", type=Path, help="dialogues and training state (default: <checkpoint>/training)")
+    p.add_argument("--tokens", type=float, default=40e6, help="dialogue tokens to generate")
+    p.add_argument("--steps", type=int, default=10000, help="training steps; 0 only generates")
+    p.add_argument("--minutes", type=float, default=math.inf, help="end training after this time, if sooner")
+    p.add_argument("--length", type=int, default=640, help="tokens a dialogue")
+    p.add_argument("--batch", type=int, default=32, help="dialogues a training step")
+    p.add_argument("--generate_batch", type=int, default=2048, help="dialogues written side by side")
+    p.add_argument("--unroll", type=int, default=4, help="draft steps that training unrolls")
+    p.add_argument("--decay", type=float, default=0.8, help="weight of each unrolled step against the one before")
+    p.add_argument("--places", type=int, default=8192, help="places a step that the loss looks at")
+    p.add_argument("--regression", type=float, default=0.0, help="weight of the feature regression")
+    p.add_argument("--lr", type=float, default=5e-3, help="peak learning rate (Muon)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--questions", type=Path, nargs="*", default=[], help="also evaluate on these .jsonl (turns[0])")
+    p.add_argument("--eval_prompts", type=int, default=80, help="held-out dialogues to evaluate on; 0: no evaluation")
+    args = p.parse_args()
+    args.out = args.out or args.checkpoint / "eagle"
+    args.work = args.work or args.checkpoint / "training"
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    if args.out.exists() and not (args.work / "state.pt").exists():
+        sys.exit(f"error: {args.out} holds a head already; choose another --out or move it away")
+    torch.set_float32_matmul_precision("high")
+    model = load_model(args.checkpoint, args.device, torch.bfloat16)
+    tokenizer = Tokenizer(args.checkpoint)
+    script = Script(tokenizer, model.embed.weight.device)
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.device == "cuda":  # one layer compiled once serves them all
+        torch._dynamo.config.recompile_limit = 64
+        for layer in model.layers:
+            layer.compile(dynamic=False)
+    path, rows = args.work / "dialogues.bin", max(int(args.tokens / args.length), args.generate_batch + args.batch)
+    write_dialogues(model, script, path, rows, args.length, args.generate_batch)
+    data = torch.from_file(str(path), size=rows * args.length, dtype=torch.int32).view(rows, args.length)
+    trainer = Trainer(model, args)
+    trainer.resume(args.work)
+    trainer.run(data[args.generate_batch:], args.work)  # the first batch, with its own seed, is held out
+    if not args.eval_prompts:
+        return
+    model = load_model(args.checkpoint, args.device, torch.bfloat16)
+    sets = {"held-out dialogues": held_out_prompts(data[:args.eval_prompts])}
+    for path in args.questions:
+        turns = [json.loads(line)["turns"][0] for line in path.read_text(encoding="utf-8").splitlines()[::2]]
+        sets[path.name] = [ids for t in turns if len(ids := tokenizer.chat([{"role": "user", "content": t}])) <= 700]
+    for name, prompts in sets.items():
+        scores = [evaluate(model, args.out, prompts, tokenizer.stop_ids, t) for t in (0.0, 1.0)]
+        print(f"mean gained on {len(prompts)} {name}: greedy {scores[0]:.2f}, T=1 {scores[1]:.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
