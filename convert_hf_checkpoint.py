@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from draft import load_head
 from model import FORMAT, Config, Llama, read_tensors
-from tokenizer import LLAMA3_SPLIT, read_json
+from tokenizer_files import LLAMA3_SPLIT, read_json
 
 DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # as a safetensors header spells them
 FILES = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",

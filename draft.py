@@ -83,7 +83,7 @@ def load_head(folder: Path | str, target: Llama) -> EagleHead:
     if cfg.hidden_size != target.cfg.hidden_size or cfg.vocab_size != target.cfg.vocab_size or (
             "embed_tokens.weight" in published and published["embed_tokens.weight"].shape != weight.shape):
         raise ValueError(f"{folder}: a head for hidden size {cfg.hidden_size} and {cfg.vocab_size} tokens, but the "
-                         f"target has {target.cfg.hidden_size} and {target.cfg.vocab_size}: it belongs to another model")
+                         f"target has {target.cfg.hidden_size} and {target.cfg.vocab_size}: another model's")
     tensors = native_names(published, path)
     with torch.device("meta"):
         head = EagleHead(cfg, fc_bias="fc.bias" in tensors, qkv_bias="layer.wqkv.bias" in tensors)
@@ -158,7 +158,7 @@ class Eagle2(Eagle):
                  topk: int = 10) -> None:
         super().__init__(head, target)
         if not (2 <= draft_tokens <= MAX_NODES and 1 <= draft_depth <= 8 and 1 <= topk <= 10):
-            raise ValueError(f"a tree needs 2 to {MAX_NODES} --draft_tokens, 1 to 8 --draft_depth, 1 to 10 --draft_topk")
+            raise ValueError(f"a tree takes 2-{MAX_NODES} --draft_tokens, 1-8 --draft_depth and 1-10 --draft_topk")
         self.topk, self.max_depth = topk, draft_depth
         self.num_nodes = min(draft_tokens, 1 + topk + (draft_depth - 1) * topk * topk)  # no more than candidates
         self.scratch = max((draft_depth - 1) * topk, 1)

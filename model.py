@@ -72,7 +72,7 @@ class Config:
     @classmethod
     def from_dict(cls, raw: dict) -> "Config":
         kind = raw["model_type"]
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5 merged theta into the former
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5: the former
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         hidden, heads = positive(raw, "hidden_size"), positive(raw, "num_attention_heads")
         windows = "sliding_attention" in (raw.get("layer_types") or ()) or (
@@ -246,8 +246,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; run convert_hf_checkpoint.py first") from None
-    except (SafetensorError, UnpicklingError, RuntimeError, ValueError, EOFError) as e:
-        reason = str(e).strip().splitlines()[0]
+    except (SafetensorError, UnpicklingError, OSError, RuntimeError, ValueError, EOFError) as e:
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise ValueError(f"{path}: damaged, or not plain tensors ({reason}); convert or download it again") from None
 
 

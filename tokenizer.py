@@ -12,9 +12,7 @@ from pathlib import Path
 
 from tokenizers import decoders
 
-from tokenizer_files import BYTE_OF, LLAMA3_SPLIT, clear_error, load_bpe, load_template, read_json
-
-__all__ = ["LLAMA3_SPLIT", "TextStream", "Tokenizer", "read_json"]
+from tokenizer_files import BYTE_OF, clear_error, load_bpe, load_template, read_json
 
 
 class Tokenizer:

@@ -31,6 +31,8 @@ PROMPTS = [
     "Which is larger, 3/4 or 5/7? Show the calculation.",
     "Write an SQL query that counts the orders of each customer in 2023.",
     "Compose four lines of verse about autumn rain.",
+    "Rewrite this in plain English: the party of the first part shall indemnify the party of the second part.",
+    "Name three advantages and three disadvantages of working from home.",
 ]
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for one another
@@ -38,10 +40,14 @@ settings.register_profile("repeatable", deadline=None, derandomize=True, databas
 settings.load_profile("repeatable")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "xdist_group(name): tests that one worker runs, where pytest-xdist is there")
+
+
 @contextmanager
 def all_cores() -> Iterator[None]:
-    """For what is done with the demo model, whose matrices are worth more than one thread."""
-    torch.set_num_threads(os.cpu_count() or 1)
+    """For what is done with the demo model, whose matrices are worth more than one thread: this process's share."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
     try:
         yield
     finally:
@@ -80,7 +86,8 @@ def demo_prompts(demo: Path) -> list[list[int]]:
 
 @pytest.fixture(scope="session")
 def demo_runs(demo_model, demo_head, demo_prompts):
-    """Every prompt continued greedily by 64 tokens with EAGLE-2's default tree: [(cycles, all ids, Recorder)]."""
+    """Every prompt continued greedily by 64 tokens with EAGLE-2's default tree: [(cycles, all ids, Recorder)]. Tests
+    that use it are one xdist_group: with --dist loadgroup it is made once, not once a worker."""
     from recorder import Recorder
 
     from draft import Eagle2

@@ -269,9 +269,10 @@ def plain_demo_head(demo: Path, demo_model: Llama) -> PlainHead:
     return PlainHead(load_file(folder / "model.safetensors"), Config.load(folder), demo_model)
 
 
+@pytest.mark.xdist_group("demo")
 @torch.inference_mode()
 def test_eagle2_demo(demo_runs, demo_model: Llama, plain_demo_head: PlainHead) -> None:
-    """The same on the head that ships, fp32, at 200 places of 14 texts."""
+    """The same on the head that ships, fp32, at 200 places of 16 texts."""
     total = close = 0
     with all_cores():
         for _, text, recorder in demo_runs:

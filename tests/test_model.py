@@ -202,7 +202,8 @@ def test_refused_by_name(message: str, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '"x"', "[" * 100000, '{"model_type": "llama"}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '"x"', "[" * 100000, '{"model_type": "llama"}',
+                                  '{"model_type": "llama", "rope_scaling": "linear"}'])
 def test_broken_config(text: str, tmp_path: Path) -> None:
     """A traceback for a config.json that is empty, cut off or of the wrong kind."""
     (tmp_path / "config.json").write_text(text)

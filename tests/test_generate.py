@@ -1,0 +1,154 @@
+"""The command line: what it prints, its JSON, and that bad input ends in one line and exit code 2."""
+import io
+import json
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from conftest import all_cores
+
+import generate
+
+KEYS = {"method", "text", "tokens", "prompt_tokens", "new_tokens", "cycles", "gained", "mean_gained", "accept_by_depth",
+        "prefill_s", "decode_s", "tokens_per_sec", "compile_s", "memory_gb", "device", "dtype", "torch", "seed", "stop"}
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, words)])
+        code = 0
+        try:
+            with all_cores():
+                generate.main()
+        except SystemExit as e:
+            code = e.code if isinstance(e.code, int) else 1
+        out, err = capsys.readouterr()
+        return code, out, err
+    return call
+
+
+@pytest.fixture
+def copy(demo: Path, tmp_path: Path) -> Path:
+    """The demo folder with links for files, so that a test may break any of them."""
+    folder = tmp_path / "copy"
+    shutil.copytree(demo, folder, copy_function=lambda a, b: Path(b).symlink_to(Path(a).resolve()))
+    return folder
+
+
+def test_compare_json(call, demo: Path) -> None:
+    """Guards the documented JSON, and that streamed text, decoded tokens and counts are about the same run."""
+    code, out, err = call("--checkpoint", demo, "--eagle2", "--compare", "--json", "--prompt", "Name three colours.",
+                          "--max_new_tokens", 24, "--dtype", "float32", "--device", "cpu")
+    assert code == 0
+    *text, last = out.rstrip("\n").split("\n")
+    result = json.loads(last)
+    assert result.keys() == KEYS | {"vanilla", "identical"} and result["vanilla"].keys() == KEYS
+    assert result["identical"] is True and result["tokens"] == result["vanilla"]["tokens"]
+    assert "\n".join(text).rstrip() == result["text"].rstrip()
+    assert result["new_tokens"] == len(result["tokens"]) == 1 + sum(result["gained"]) <= 24
+    assert result["cycles"] == len(result["gained"]) and set(result["vanilla"]["gained"]) <= {1}
+    assert result["mean_gained"] == pytest.approx(sum(result["gained"]) / result["cycles"])
+    assert result["method"] == "eagle2" and result["vanilla"]["method"] == "vanilla" and result["dtype"] == "float32"
+    assert "identical tokens" in err and "tokens/s" in err
+
+
+def test_sampled_text_does_not_depend_on_the_drafter(call, demo: Path) -> None:
+    """Guards the promise of --seed: same seed, same text, whatever drafts; another seed, another text."""
+    words = ("--checkpoint", demo, "--prompt", "Tell me a joke.", "--max_new_tokens", 16, "--dtype", "float32",
+             "--temperature", 1, "--device", "cpu")
+    texts = [call(*words, *more)[1] for more in (["--seed", 7], ["--seed", 7, "--eagle"], ["--seed", 7, "--eagle2"],
+                                                 ["--seed", 8, "--eagle2"])]
+    assert texts[0] == texts[1] == texts[2] != texts[3]
+
+
+def test_context_is_filled_and_named(call, demo: Path) -> None:
+    """Guards generation past the context: it must write what fits and say that the context ended it."""
+    code, out, _ = call("--checkpoint", demo, "--raw", "--prompt", "One two three four", "--max_seq_len", 12, "--eagle2",
+                        "--json", "--device", "cpu")
+    result = json.loads(out.splitlines()[-1])
+    assert code == 0 and result["stop"] == "context"
+    assert result["prompt_tokens"] + result["new_tokens"] == 12
+
+
+def test_prompt_from_file_and_stdin(call, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards @FILE and -: the same text must reach the model by all three ways."""
+    (tmp_path / "p.txt").write_text("Hello there", encoding="utf-8")
+    words = ("--checkpoint", demo, "--max_new_tokens", 3, "--device", "cpu", "--prompt")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello there"))
+    outs = {call(*words, source)[1] for source in ("Hello there", f"@{tmp_path}/p.txt", "-")}
+    assert len(outs) == 1 and outs != {""}
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--prompt", "x", "--draft_tokens", "8"], "--eagle2"),
+    (["--prompt", "x", "--eagle", "--draft_depth", "2"], "--eagle2"),
+    (["--prompt", "x", "--eagle", "--eagle2"], "not allowed with"),
+    (["--prompt", "x", "--compare"], "--compare need"),
+    (["--prompt", "x", "--top_p", "0.5"], "--temperature above 0"),
+    (["--prompt", "x", "--temperature", "-1"], "--temperature"),
+    (["--prompt", "x", "--temperature", "nan"], "--temperature"),
+    (["--prompt", "x", "--temperature", "1", "--top_p", "0"], "--top_p"),
+    (["--prompt", "x", "--max_new_tokens", "0"], "--max_new_tokens"),
+    (["--prompt", "x", "--seed", str(2**64)], "--seed"),
+    (["--prompt", ""], "empty"),
+    (["--prompt", " \n"], "empty"),
+    (["--prompt", "@/no/such/file"], "/no/such/file"),
+    (["--prompt", "word " * 300, "--max_seq_len", "256"], "--max_seq_len 256"),
+    (["--prompt", "x", "--eagle2", "--draft_tokens", "65"], "--draft_tokens"),
+    (["--prompt", "x", "--eagle2", "--draft", "/no/such/head"], "/no/such/head"),
+])
+def test_bad_flags(words: list[str], message: str, call, demo: Path) -> None:
+    """Guards against a traceback, or a silent guess, where the command line makes no sense."""
+    code, out, err = call("--checkpoint", demo, "--device", "cpu", *words)
+    assert code == 2 and message in err and "Traceback" not in err and out == ""
+
+
+def test_no_cuda(call, demo: Path) -> None:
+    """Guards against a CUDA initialisation traceback on a machine without one."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    code, _, err = call("--checkpoint", demo, "--device", "cuda", "--prompt", "x")
+    assert code == 2 and "--device cuda" in err
+
+
+class Payload:
+    def __reduce__(self):
+        return (Path.touch, (Path("pickle-was-executed"),))
+
+
+@pytest.mark.parametrize("how", ["missing", "half converted", "not converted", "truncated", "garbage", "no tokenizer",
+                                 "other head", "evil head", "truncated head", "no head"])
+def test_bad_checkpoints(how: str, call, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the first thing that goes wrong for a user: one line that names the file, nothing executed."""
+    monkeypatch.chdir(tmp_path)
+    weights, head = copy / "model.safetensors", copy / "eagle"
+    data = weights.read_bytes() if how in ("truncated", "not converted") else b""
+    named = {"missing": "nowhere", "half converted": "config.json", "no tokenizer": "tokenizer",
+             "no head": "eagle"}.get(how, "eagle" if "head" in how else "model.safetensors")
+    if how == "half converted":
+        (copy / "config.json").unlink()
+    elif how == "no tokenizer":
+        (copy / "tokenizer.json").unlink()
+    elif how in ("truncated", "garbage", "not converted"):
+        weights.unlink()
+        weights.write_bytes({"truncated": data[:len(data) // 2], "garbage": bytes(range(256)) * 40,
+                             "not converted": data.replace(b"eagle2-native-1", b"something-else1", 1)}[how])
+    elif how != "missing":
+        shutil.rmtree(head)
+        if how == "other head":
+            tiny.save_head(tiny.head(tiny.target()), head)
+        elif how != "no head":
+            head.mkdir()
+            shutil.copy(copy.parent / "copy" / "config.json", head / "config.json")
+            blob = pickle.dumps({"fc.weight": Payload()}) if how == "evil head" else b"PK\x03\x04 cut"
+            (head / "pytorch_model.bin").write_bytes(blob)
+    code, out, err = call("--checkpoint", copy.parent / "nowhere" if how == "missing" else copy, "--eagle2",
+                          "--prompt", "x", "--device", "cpu")
+    assert code == 2 and err.startswith("error: ") and named in err and err.count("\n") == 1 and out == ""
+    assert not Path("pickle-was-executed").exists()
