@@ -29,7 +29,7 @@ from tree import Tree, accept, causal_mask, choose, gumbel_noise, sees, tree_mas
 
 PREFILL_CHUNK = 512  # prompt tokens a forward
 SPARE = 128  # cache slots past max_seq_len, for drafts that reach beyond the last token to be committed
-CPU_TREE = (12, 5, 2)  # tokens, depth, topk where width is not free; see BENCHMARKS.md
+CPU_TREE = (8, 3, 3)  # tokens, depth, topk where width is not free; see BENCHMARKS.md
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 

@@ -69,8 +69,8 @@ def test_sampled_text_does_not_depend_on_the_drafter(call, demo: Path) -> None:
 
 def test_context_is_filled_and_named(call, demo: Path) -> None:
     """Guards generation past the context: it must write what fits and say that the context ended it."""
-    code, out, _ = call("--checkpoint", demo, "--raw", "--prompt", "One two three four", "--max_seq_len", 12, "--eagle2",
-                        "--json", "--device", "cpu")
+    code, out, _ = call("--checkpoint", demo, "--raw", "--prompt", "One two three four", "--max_seq_len", 12,
+                        "--eagle2", "--json", "--device", "cpu")
     result = json.loads(out.splitlines()[-1])
     assert code == 0 and result["stop"] == "context"
     assert result["prompt_tokens"] + result["new_tokens"] == 12
