@@ -53,6 +53,8 @@ class EagleHead(nn.Module):
     def allocate_cache(self, slots: int) -> None:
         """Sized by the engine's context, never by the head's config: published heads say 2048."""
         cfg, like = self.cfg, self.fc.weight
+        if self.kv is not None and self.kv.shape[3] >= slots:
+            return  # engines may share a head, as they share a model
         self.kv = like.new_zeros(2, 1, cfg.num_kv_heads, slots, cfg.head_dim)
         self.rope = rope_table(cfg, slots, like.device).to(like.dtype)
 

@@ -142,7 +142,7 @@ class Engine:
         count = torch.minimum(torch.minimum(accepted, first_stop) + 1, self.limit - state.length)
         count = torch.where(state.done, 0, count)
         state.length = state.length + count
-        state.committed = count
+        state.committed = torch.where(state.done, state.committed, count)
         state.done = state.done | (first_stop < count) | (state.length >= self.limit)
 
     def generate(self, ids: list[int], max_new_tokens: int, sampling: Sampling = Sampling()) -> Iterator[list[int]]:

@@ -73,6 +73,8 @@ class Config:
     def from_dict(cls, raw: dict) -> "Config":
         kind = raw["model_type"]
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5: the former
+        if not isinstance(rope, dict):
+            raise ValueError(f"rope_scaling should be an object, not {rope!r}")
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         hidden, heads = positive(raw, "hidden_size"), positive(raw, "num_attention_heads")
         windows = "sliding_attention" in (raw.get("layer_types") or ()) or (
@@ -241,7 +243,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a .safetensors or .bin file, memory-mapped, and the metadata; ValueError if it is damaged."""
     try:
         if path.suffix == ".bin":  # a pickle: weights_only admits tensors and refuses code
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True), {}
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+                raise ValueError("not a dictionary of tensors")
+            return tensors, {}
         with safe_open(path, framework="pt") as f:
             return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
     except FileNotFoundError:
@@ -273,6 +278,8 @@ def load_model(path: Path | str, device: torch.device | str = "cpu", dtype: torc
     Raises FileNotFoundError or ValueError with one line that says what to do.
     """
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such checkpoint; make one with convert_hf_checkpoint.py")
     file = path / "model.safetensors" if path.is_dir() else path
     cfg = Config.load(file.parent)
     tensors, metadata = read_tensors(file)

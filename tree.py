@@ -138,7 +138,8 @@ def gumbel_noise(seed: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     h = mix32(h + positions)[:, None]  # [N, 1]
     h = mix32(mix32(h ^ token))  # [N, V]
     # -log(-log(1 - u)) with u near 0 for the winners: fp32 resolves u to 2^-32 there, and only 2^-24 near 1
-    return -torch.log(-torch.log1p(-(h.float() + 0.5) * 2.0**-32))
+    u = ((h.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)  # never 1: an infinite loser ties with the excluded
+    return -torch.log(-torch.log1p(-u))
 
 
 def mix32(x: Tensor) -> Tensor:
