@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 DEMO := checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct
 HEAD := heads/SmolLM2-135M-Instruct
-PROMPT ?= Explain in a few sentences how a bicycle stays upright.
+PROMPT ?= Give me three tips for sleeping better.
 
 .PHONY: demo model test lint
 demo: model

@@ -1,7 +1,7 @@
 """Generate text with a Llama, one sequence on one device, as fast as it goes; with EAGLE-2 the same text faster.
 
     python generate.py --checkpoint checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct --eagle2 --compare \\
-        --prompt "Explain how a bicycle stays upright."
+        --prompt "Give me three tips for sleeping better."
 
 Each cycle a drafter proposes a tree of continuations (draft.py), one forward of the target over all its nodes
 says what the target would have written after each, and the longest path that agrees is committed, with one

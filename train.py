@@ -1,12 +1,12 @@
 """Train an EAGLE-1/2 draft head for any converted chat model, on one GPU, from nothing but the model itself.
 
-    python train.py --checkpoint checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct --tokens 40e6 --steps 10000
+    python train.py --checkpoint checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct --tokens 16e6 --minutes 7
 
 1. Data: the model writes its own dialogues, thousands at a time, user turns included; so what the head learns
    is what it will be asked to guess. No data set, no network. They land in <work>/dialogues.bin.
 2. Training: features come from the frozen target on the fly. The head is unrolled as when drafting: step 1
    sees true features, step j its own guesses from step j - 1. The loss is the cross-entropy with the target's
-   own distribution, plus a little feature regression.
+   own distribution (feature regression did not help: BENCHMARKS.md).
 3. Evaluation on held-out dialogues with the real tree and the real engine: mean tokens gained a cycle.
 
 Stop it at any time: the same command goes on where it stopped. The head is saved as EAGLE heads are published,
@@ -221,7 +221,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--out", type=Path, help="where the head goes (default: <checkpoint>/eagle)")
     p.add_argument("--work", type=Path, help="dialogues and training state (default: <checkpoint>/training)")
     p.add_argument("--tokens", type=float, default=40e6, help="dialogue tokens to generate")
-    p.add_argument("--steps", type=int, default=10000, help="training steps; 0 only generates")
+    p.add_argument("--steps", type=int, default=10000, help="end training after so many steps; 0 only generates")
     p.add_argument("--minutes", type=float, default=math.inf, help="end training after this time, if sooner")
     p.add_argument("--length", type=int, default=640, help="tokens a dialogue")
     p.add_argument("--batch", type=int, default=32, help="dialogues a training step")
