@@ -97,8 +97,7 @@ class Engine:
         tokens[:n] = torch.tensor(ids, device=device)
         for a in range(0, n, PREFILL_CHUNK):
             b = min(a + PREFILL_CHUNK, n)
-            slots = torch.arange(a, b, device=device)
-            features = self.model(tokens[None, a:b], slots, slots, causal_mask(a, b - a, b, device))[0]
+            features = self.chunk(tokens[a:b], a)
             known = min(b, n - 1)  # entry i of the head wants token i + 1; the last one is not chosen yet
             if known > a:
                 self.drafter.prefill(tokens[a + 1:known + 1], features[:known - a], a)
@@ -107,6 +106,12 @@ class Engine:
         state = State(tokens, torch.tensor(n, device=device), pending, zero, zero > 0, self.slots)
         self.commit(state, zero, self.choose(features[-1:], state.length[None]))
         return state
+
+    def chunk(self, tokens: Tensor, first: int) -> Tensor:
+        """Features [T, C] of tokens [T] that stand at places first, first + 1, ...; fills their cache slots."""
+        slots = torch.arange(first, first + len(tokens), device=self.device)
+        mask = causal_mask(first, len(tokens), first + len(tokens), self.device)
+        return self.model(tokens[None], slots, slots, mask)[0]
 
     def choose(self, features: Tensor, positions: Tensor, rows: Tensor | None = None) -> Tensor:
         """The target's next token [T] after each of features [T, C]. `positions` [N]: the places these tokens
@@ -159,16 +164,12 @@ class Engine:
                 state.width = min(-(-(length + SPARE) // 128) * 128, self.slots)
             self.cycle(state)
 
+    @torch.inference_mode()
     def top2_gap(self, ids: list[int]) -> float:
         """How far apart the target's two best logits after `ids` are: near 0, rounding decides between them."""
-        features = None
-        with torch.inference_mode():
-            for a in range(0, len(ids), PREFILL_CHUNK):
-                tokens = torch.tensor(ids[a:a + PREFILL_CHUNK], device=self.device)
-                slots = torch.arange(a, a + len(tokens), device=self.device)
-                mask = causal_mask(a, len(tokens), a + len(tokens), self.device)
-                features = self.model(tokens[None], slots, slots, mask)[0, -1:]
-            best = self.model.lm_head(features).float().topk(2).values[0]
+        for a in range(0, len(ids), PREFILL_CHUNK):
+            features = self.chunk(torch.tensor(ids[a:a + PREFILL_CHUNK], device=self.device), a)
+        best = self.model.lm_head(features[-1]).float().topk(2).values
         return (best[0] - best[1]).item()
 
 

@@ -135,7 +135,8 @@ class Trainer:
 
     def run(self, data: Tensor, work: Path) -> None:
         args, generator, losses, agreements = self.args, torch.Generator(), [], []
-        start = last = saved = time.perf_counter() - self.seconds
+        last = saved = time.perf_counter()
+        start = last - self.seconds
         while self.step < args.steps and self.seconds < 60 * args.minutes:
             generator.manual_seed(self.step)  # the same batch for the same step, resumed or not
             rows = torch.randint(len(data), (args.batch,), generator=generator)
@@ -255,6 +256,8 @@ def main() -> None:
             layer.compile(dynamic=False)
     path, rows = args.work / "dialogues.bin", max(int(args.tokens / args.length), args.generate_batch + args.batch)
     write_dialogues(model, script, path, rows, args.length, args.generate_batch)
+    if args.steps == 0:
+        return
     data = torch.from_file(str(path), size=rows * args.length, dtype=torch.int32).view(rows, args.length)
     trainer = Trainer(model, args)
     trainer.resume(args.work)
