@@ -12,7 +12,7 @@ demo: model
 model: .venv/installed $(DEMO)/eagle/config.json
 
 test: .venv/installed-dev $(DEMO)/eagle/config.json
-	$(PY) -m pytest -q -n 2
+	DEMO_GGUF=checkpoints/demo.gguf $(PY) -m pytest -q -n 2 --dist loadgroup
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check .

@@ -107,6 +107,8 @@ def write_dialogues(model: Llama, script: Script, path: Path, rows: int, length:
     have = path.stat().st_size // (4 * length) if path.exists() else 0
     if have >= rows:
         return
+    with path.open("ab") as f:
+        f.truncate(have * 4 * length)  # a row that was cut short would shift all that follow
     model.allocate_cache(length, -length % bucket, batch)
     state = script.start(batch, 0)
     token = torch.zeros(batch, 1, dtype=torch.int64, device=device)

@@ -77,8 +77,8 @@ class Config:
             raise ValueError(f"rope_scaling should be an object, not {rope!r}")
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         hidden, heads = positive(raw, "hidden_size"), positive(raw, "num_attention_heads")
-        windows = "sliding_attention" in (raw.get("layer_types") or ()) or (
-            raw.get("use_sliding_window", kind == "mistral"))  # only Mistral slides without saying so
+        windows = raw.get("sliding_window") is not None and ("sliding_attention" in (raw.get("layer_types") or ()) or (
+            raw.get("use_sliding_window", kind == "mistral")))  # only Mistral slides without saying so
         refusals = {
             f"model_type {kind!r}": kind not in MODEL_TYPES,
             f"hidden_act {raw.get('hidden_act')!r}": raw.get("hidden_act", "silu") != "silu",
@@ -97,25 +97,30 @@ class Config:
             intermediate_size=positive(raw, "intermediate_size"), num_layers=positive(raw, "num_hidden_layers"),
             num_heads=heads, num_kv_heads=positive(raw, "num_key_value_heads", heads),
             head_dim=positive(raw, "head_dim", hidden // heads),
-            rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
-            rope_scaling={k: float(rope[k]) for k in ("factor", "low_freq_factor", "high_freq_factor",
-                          "original_max_position_embeddings")} if rope_type == "llama3" else None,
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rope_theta=positive(raw if rope.get("rope_theta") is None else rope, "rope_theta", 10000.0, float),
+            rope_scaling={k: positive(rope, k, kind=float) for k in (
+                "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+            } if rope_type == "llama3" else None,
+            rms_norm_eps=positive(raw, "rms_norm_eps", 1e-6, float),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)), qk_norm=kind == "qwen3",
             max_position_embeddings=positive(raw, "max_position_embeddings", 2048),
-            sliding_window=raw.get("sliding_window") if windows else None)
+            sliding_window=positive(raw, "sliding_window") if windows else None)
+        if cfg.rope_scaling and not cfg.rope_scaling["low_freq_factor"] < cfg.rope_scaling["high_freq_factor"]:
+            raise ValueError("low_freq_factor should be below high_freq_factor")
         if cfg.num_heads % cfg.num_kv_heads or cfg.head_dim % 2:
             raise ValueError(f"{cfg.num_heads} heads, {cfg.num_kv_heads} key/value heads, head_dim {cfg.head_dim} "
                              "do not fit together")
         return cfg
 
 
-def positive(raw: dict, key: str, default: int | None = None) -> int:
+def positive(raw: dict, key: str, default: float | None = None, kind: type = int) -> int | float:
+    """raw[key], or the default where it is missing or null: a finite number above 0, whole unless `kind` is float."""
     value = raw[key] if default is None else raw.get(key)
     value = default if value is None and default is not None else value
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-        raise ValueError(f"{key} should be a positive whole number, not {value!r}")
-    return value
+    kinds, limit, whole = (int, 2**31, "whole ") if kind is int else ((int, float), 1e30, "")
+    if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value < limit:  # NaN is not above 0 either
+        raise ValueError(f"{key} should be a positive {whole}number, not {value!r}")
+    return kind(value)
 
 
 def rope_table(cfg: Config, length: int, device: torch.device | None = None) -> Tensor:

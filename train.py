@@ -134,12 +134,12 @@ class Trainer:
         return min((self.step + 1) / 100, 1) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
     def run(self, data: Tensor, work: Path) -> None:
-        args, generator, losses, agreements = self.args, torch.Generator(), [], []
+        args, losses, agreements = self.args, [], []
         last = saved = time.perf_counter()
         start = last - self.seconds
         while self.step < args.steps and self.seconds < 60 * args.minutes:
-            generator.manual_seed(self.step)  # the same batch for the same step, resumed or not
-            rows = torch.randint(len(data), (args.batch,), generator=generator)
+            torch.manual_seed(self.step)  # the same batch and places for the same step, resumed or not
+            rows = torch.randint(len(data), (args.batch,))
             loss, agreement = self.train_step(data[rows].to(self.device, torch.int64))
             losses.append(loss)
             agreements.append(agreement)
@@ -198,7 +198,7 @@ def save_head(head: EagleHead, out: Path) -> None:
 def evaluate(model: Llama, out: Path, prompts: list[list[int]], stop_ids: frozenset[int], temperature: float,
              new_tokens: int = 128) -> float:
     """Mean tokens gained a cycle, EAGLE-2's default tree: all tokens committed after prefill / all cycles."""
-    longest = max(map(len, prompts)) + new_tokens
+    longest = max(map(len, prompts), default=0) + new_tokens
     model.kv = None
     engine = Engine(model, Eagle2(load_head(out, model), model), longest, stop_ids)
     gained = [len(new) for ids in prompts for new in
@@ -243,7 +243,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    if args.out.exists() and not (args.work / "state.pt").exists():
+    if args.steps and args.out.exists() and not (args.work / "state.pt").exists():
         sys.exit(f"error: {args.out} holds a head already; choose another --out or move it away")
     torch.set_float32_matmul_precision("high")
     model = load_model(args.checkpoint, args.device, torch.bfloat16)

@@ -1,5 +1,6 @@
 """model.py against transformers: the same logits for every family, from the files on; and what it refuses."""
 import json
+import math
 import os
 from pathlib import Path
 
@@ -189,7 +190,14 @@ REFUSED = {
     "do not fit together": {"num_key_value_heads": 3},
     "vocab_size": {"vocab_size": None},
     "factor": {"rope_scaling": {"rope_type": "llama3"}},
+    "low_freq_factor should be below": {"rope_parameters": LLAMA31 | {"low_freq_factor": 4.0}},
 }
+# Numbers that load and then write nonsense or NaN: every key with every value that none of them may have.
+NUMBERS = [
+    ("rope_theta", {}), ("rms_norm_eps", {}), ("sliding_window", {"model_type": "mistral"}),
+    *((key, {"rope_parameters": LLAMA31}) for key in LLAMA31 if key != "rope_type"),
+]
+NOT_POSITIVE = [math.nan, math.inf, -math.inf, -1.0, 0, 0.0, "10000", True, [1.0], 10**400]
 
 
 @pytest.mark.parametrize("message", REFUSED)
@@ -200,6 +208,21 @@ def test_refused_by_name(message: str, tmp_path: Path) -> None:
         Config.load(tmp_path)
     assert message in str(error.value) and str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key, beside", NUMBERS)
+def test_numbers_refused(key: str, beside: dict, tmp_path: Path) -> None:
+    """A zero taken for a missing value, NaN from a division by a scaling of 0, text converted or a late traceback."""
+    def config(value: object) -> dict:
+        inner = {name: scaling | {key: value} for name, scaling in beside.items() if isinstance(scaling, dict)}
+        return tiny.SHAPE | beside | (inner or {key: value})
+
+    for value in [*NOT_POSITIVE, 64.5] if key == "sliding_window" else NOT_POSITIVE:
+        (tmp_path / "config.json").write_text(json.dumps(config(value)))
+        with pytest.raises(ValueError, match=f"config.json: {key} should be a positive .*number, not ") as error:
+            Config.load(tmp_path)
+        assert "\n" not in str(error.value)
+    Config.from_dict(config(3))  # a whole number is a number
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '"x"', "[" * 100000, '{"model_type": "llama"}',
