@@ -11,33 +11,25 @@ costs no correctness, only acceptance, which is why acceptance has tests of its 
 
 A drafter has `num_nodes`, `max_depth`, `prefill(...)` once a prompt and `propose(state) -> Tree` once a cycle.
 """
-from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+import tree
+import tree_kernels
+from kernels import TreeMask
+from linears import linear
 from model import Config, Layer, Llama, fill, read_tensors, rope_table
-from tree import MAX_NODES, Tree, best_children, best_first, build, causal_mask, rerank, tree_mask
+from tree import MAX_NODES, State, Tree, build, causal_mask, root, tree_mask
 
 # The EAGLE authors' fixed tree `mc_sim_7b_63` (their repository, eagle/model/choices.py): 25 drafted nodes,
 # each the path of ranks that leads to it. (0, 1) is the second-best token after the best one.
 EAGLE1_TREE = [(0,), (1,), (2,), (3,), (0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0),
                (0, 0, 0), (0, 0, 1), (0, 0, 2), (0, 1, 0), (0, 1, 1), (0, 2, 0), (0, 2, 1), (1, 0, 0),
                (0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 0, 2), (0, 0, 0, 0, 0), (0, 0, 0, 0, 1)]
-
-
-@dataclass
-class State:
-    """One sequence being decoded, all of it on the device. Only `width` is a Python number: how many cache
-    slots attention looks at, a bound on everything this cycle touches."""
-    tokens: Tensor  # [S] int64, committed up to `length`; tokens[length - 1] is the root, not yet in the KV cache
-    length: Tensor  # 0-d int64
-    features: Tensor  # [max_depth + 1, C], the target's features of the places before the tokens just committed
-    committed: Tensor  # 0-d int64, how many tokens the last cycle committed; that many rows of `features` count
-    done: Tensor  # 0-d bool: a stop id or the length limit was reached, further cycles change nothing
-    width: int
 
 
 class EagleHead(nn.Module):
@@ -59,9 +51,9 @@ class EagleHead(nn.Module):
         self.rope = rope_table(cfg, slots, like.device).to(like.dtype)
 
     def forward(self, embedding: Tensor, features: Tensor, rope_pos: Tensor, cache_pos: Tensor | None = None,
-                mask: Tensor | None = None) -> Tensor:
+                mask: Tensor | TreeMask | None = None) -> Tensor:
         """embedding, features [B, T, C]; the rest as in Llama.forward. Returns predicted features [B, T, C]."""
-        x = self.fc(torch.cat((embedding, features), dim=-1))
+        x = linear(torch.cat((embedding, features), dim=-1), self.fc.weight, self.fc.bias)
         return self.layer(x, self.rope[:, rope_pos], None if cache_pos is None else self.kv, cache_pos, mask)
 
 
@@ -113,43 +105,41 @@ def native_names(published: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def steps(device: torch.device) -> ModuleType:
+    """The small steps of a cycle: tree.py's, or on a GPU the kernels of the same names."""
+    return tree_kernels if device.type == "cuda" else tree
+
+
 class Eagle:
-    """What both drafters share: the head's prefill, its catch-up on accepted tokens, and its scratch rows."""
+    """What both drafters share: the head's prefill and its catch-up on accepted tokens."""
     num_nodes: int
     max_depth: int
-    scratch: int  # cache slots that the drafted nodes fed to the head take
 
-    def __init__(self, head: EagleHead, target: Llama) -> None:
-        self.head, self.embed, self.lm_head = head, target.embed, target.lm_head
+    def __init__(self, head: EagleHead, target: Llama, max_depth: int) -> None:
+        self.head, self.embed, self.lm_head, self.max_depth = head, target.embed, target.lm_head, max_depth
+        self.steps = steps(self.embed.weight.device)
+        self.entries = torch.arange(max_depth + 1, device=self.embed.weight.device)
 
-    def prefill(self, tokens: Tensor, features: Tensor, first: int) -> None:
-        """Feed entries first, first + 1, ...: features [T, C] of those places, tokens [T] of the next places."""
-        slots = torch.arange(first, first + len(tokens), device=tokens.device)
-        self.rows(tokens, features, slots, slots, causal_mask(first, len(tokens), first + len(tokens), tokens.device))
+    def prefill(self, tokens: Tensor, features: Tensor, slots: Tensor, mask: Tensor | TreeMask) -> None:
+        """Feed entries `slots` [T]: features [T, C] of those places and tokens [T] of the next places."""
+        self.rows(tokens, features, slots, slots, mask)
 
-    def rows(self, tokens: Tensor, features: Tensor, rope_pos: Tensor, cache_pos: Tensor, mask: Tensor) -> Tensor:
+    def rows(self, tokens: Tensor, features: Tensor, rope_pos: Tensor, cache_pos: Tensor,
+             mask: Tensor | TreeMask) -> Tensor:
         return self.head(self.embed(tokens)[None], features[None], rope_pos, cache_pos, mask)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return linear(hidden, self.lm_head.weight)
 
     def extend(self, state: State) -> Tensor:
         """Re-run the head over the tokens just committed, now with the target's true features, replacing what
         drafting left there. Always max_depth + 1 rows; the spare ones lie past every slot that is read.
         Returns the feature [1, C] predicted for the root."""
         first = state.length - 1 - state.committed
-        slots = first + torch.arange(self.max_depth + 1, device=first.device)
-        mask = causal_mask(first, self.max_depth + 1, state.width, first.device)
+        slots = first + self.entries
+        mask = causal_mask(first, self.max_depth + 1, state.width)
         hidden = self.rows(state.tokens[slots + 1], state.features, slots, slots, mask)
         return hidden.index_select(0, (state.committed - 1)[None])
-
-    def level(self, state: State, tokens: Tensor, features: Tensor, depth: int, used: int, sees: Tensor) -> Tensor:
-        """Feed drafted nodes of one depth (1: the root's children): tokens [N], features [N, C] predicted for
-        their parents, sees [N, scratch]: which scratch slots each attends to; `used` of these are taken."""
-        base = state.length - 1
-        slots = base + used + torch.arange(len(tokens), device=base.device)
-        rope_pos = (base + depth - 1).expand(len(tokens))  # siblings share a place, never a slot
-        return self.rows(tokens, features, rope_pos, slots, tree_mask(sees, base, state.width))
-
-    def root(self, state: State) -> Tensor:
-        return state.tokens.index_select(0, (state.length - 1)[None])[0]
 
 
 class Eagle2(Eagle):
@@ -158,47 +148,40 @@ class Eagle2(Eagle):
 
     def __init__(self, head: EagleHead, target: Llama, draft_tokens: int = 60, draft_depth: int = 6,
                  topk: int = 10) -> None:
-        super().__init__(head, target)
+        super().__init__(head, target, draft_depth)
         if not (2 <= draft_tokens <= MAX_NODES and 1 <= draft_depth <= 8 and 1 <= topk <= 10):
             raise ValueError(f"a tree takes 2-{MAX_NODES} --draft_tokens, 1-8 --draft_depth and 1-10 --draft_topk")
-        self.topk, self.max_depth = topk, draft_depth
+        self.topk = topk
         self.num_nodes = min(draft_tokens, 1 + topk + (draft_depth - 1) * topk * topk)  # no more than candidates
-        self.scratch = max((draft_depth - 1) * topk, 1)
+        scratch = torch.arange((draft_depth - 1) * topk, device=self.embed.weight.device)  # slots for nodes fed
+        self.scratch, self.level_of = scratch, scratch // topk
+        self.start = tree.start(topk, draft_depth, scratch.device)
 
     def propose(self, state: State) -> Tree:
-        k, device = self.topk, state.tokens.device
+        k, (level, candidates) = self.topk, self.start
+        base = state.length - 1
+        slots, places = base + self.scratch, base + self.level_of  # siblings share a place, never a slot
         hidden = self.extend(state)
-        tokens, scores = best_children(self.lm_head(hidden), torch.zeros(1, device=device), k)  # [1, k]
-        candidates = [(tokens[0], scores[0], torch.full((k,), -1, device=device))]  # tokens, scores, parents
-        tokens, scores, index = tokens[0], scores[0], torch.arange(k, device=device)  # the nodes to feed next
-        features = hidden.expand(k, -1)
-        sees = torch.zeros(k, self.scratch, dtype=torch.bool, device=device)
-        own = torch.eye(k, dtype=torch.bool, device=device)
+        level = self.steps.grow(self.logits(hidden), level, candidates, 0, k)
         for depth in range(1, self.max_depth):
-            used = (depth - 1) * k
-            sees = torch.cat((sees[:, :used], own, sees[:, used + k:]), dim=1)
-            hidden = self.level(state, tokens, features, depth, used, sees)
-            tokens, scores = (x.flatten() for x in best_children(self.lm_head(hidden), scores, k))  # [k * k]
-            candidates.append((tokens, scores, index.repeat_interleave(k)))
-            best = best_first(scores, k)
-            index = k + (depth - 1) * k * k + best
-            tokens, scores, features, sees = tokens[best], scores[best], hidden[best // k], sees[best // k]
-        tokens, scores, parents = (torch.cat(x) for x in zip(*candidates))
-        return rerank(self.root(state), tokens, parents, scores, self.num_nodes - 1, self.max_depth)
+            fed = slice((depth - 1) * k, depth * k)
+            hidden = self.rows(level.tokens, hidden[level.rows], places[fed], slots[fed],
+                               tree_mask(base, level.bits, state.width))
+            level = self.steps.grow(self.logits(hidden), level, candidates, depth, k)
+        return self.steps.rerank(state, candidates, self.num_nodes - 1, self.max_depth)
 
 
 class Eagle1(Eagle):
     """EAGLE's fixed tree: which nodes exist and which are fed is known in advance, only the tokens are not."""
 
     def __init__(self, head: EagleHead, target: Llama, choices: list[tuple[int, ...]] = EAGLE1_TREE) -> None:
-        super().__init__(head, target)
+        super().__init__(head, target, max(map(len, choices)))
         device = target.embed.weight.device
         nodes = sorted([(), *choices], key=lambda path: (len(path), path))  # level order, the root first
-        self.num_nodes, self.max_depth = len(nodes), len(nodes[-1])
+        self.num_nodes = len(nodes)
         parents = torch.tensor([0] + [nodes.index(path[:-1]) for path in nodes[1:]], device=device)
         self.shape = build(torch.zeros_like(parents), parents, self.max_depth)
         fed = [path for path in nodes[1:] if any(c[:-1] == path for c in choices)]  # in scratch-slot order
-        self.scratch = max(len(fed), 1)
         self.levels = []  # for each depth of fed nodes: their tensors, see `propose`
         self.grow = [self.places([c for c in nodes if len(c) == 1], [()], device)]
         for depth in range(1, self.max_depth):
@@ -208,8 +191,9 @@ class Eagle1(Eagle):
             self.levels.append((
                 torch.tensor([at_depth.index(path) for path in here], device=device),
                 torch.tensor([above.index(path[:-1]) for path in here], device=device),
-                torch.tensor([[path[:len(other)] == other for other in fed] for path in here], device=device),
-                fed.index(here[0])))
+                torch.tensor([[sum(1 << j for j, other in enumerate(fed) if path[:len(other)] == other)]
+                              for path in here], device=device),
+                torch.tensor([fed.index(path) for path in here], device=device), depth - 1))
             self.grow.append(self.places([c for c in nodes if len(c) == depth + 1], here, device))
 
     @staticmethod
@@ -218,13 +202,14 @@ class Eagle1(Eagle):
         return torch.tensor([[fed.index(c[:-1]) for c in children], [c[-1] for c in children]], device=device)
 
     def propose(self, state: State) -> Tree:
-        hidden = self.extend(state)
+        base, hidden = state.length - 1, self.extend(state)
         levels = [self.children(hidden, self.grow[0])]
-        for depth, (fed, parent_rows, sees, used) in enumerate(self.levels, 1):
-            hidden = self.level(state, levels[-1][fed], hidden[parent_rows], depth, used, sees)
-            levels.append(self.children(hidden, self.grow[depth]))
-        return self.shape._replace(tokens=torch.cat((self.root(state)[None], *levels)))
+        for (fed, parent_rows, bits, slots, place), grow in zip(self.levels, self.grow[1:]):
+            hidden = self.rows(levels[-1][fed], hidden[parent_rows], (base + place).expand(len(slots)), base + slots,
+                               tree_mask(base, bits, state.width))
+            levels.append(self.children(hidden, grow))
+        return self.shape._replace(tokens=torch.cat((root(state), *levels)))
 
     def children(self, hidden: Tensor, places: Tensor) -> Tensor:
-        logits = self.lm_head(hidden)
-        return logits.topk(min(10, logits.shape[-1])).indices[places[0], places[1]]
+        logits = self.logits(hidden)
+        return self.steps.best_tokens(logits, min(10, logits.shape[-1]))[places[0], places[1]]

@@ -3,10 +3,7 @@
     python generate.py --checkpoint checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct --eagle2 --compare \\
         --prompt "Give me three tips for sleeping better."
 
-Each cycle a drafter proposes a tree of continuations (draft.py), one forward of the target over all its nodes
-says what the target would have written after each, and the longest path that agrees is committed, with one
-bonus token (tree.py). Vanilla decoding is the same cycle with a tree of one node. Lengths, positions and masks
-live on the device; the host reads back what was committed and nothing else.
+This file is the command line; engine.py decodes.
 
 Text goes to stdout as it is written, statistics to stderr; with --json the last line of stdout is one object.
 """
@@ -15,162 +12,17 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from draft import Eagle1, Eagle2, State, load_head
-from model import Llama, load_model
+from draft import Eagle1, Eagle2, load_head
+from engine import Engine, Sampling, Vanilla
+from model import load_model
 from tokenizer import Tokenizer
-from tree import Tree, accept, causal_mask, choose, gumbel_noise, sees, tree_mask
 
-PREFILL_CHUNK = 512  # prompt tokens a forward
-SPARE = 128  # cache slots past max_seq_len, for drafts that reach beyond the last token to be committed
 CPU_TREE = (8, 3, 3)  # tokens, depth, topk where width is not free; see BENCHMARKS.md
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. The same seed gives the same text,
-    whatever the drafter."""
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-
-
-class Vanilla:
-    """No draft: the root alone."""
-    num_nodes, max_depth, scratch = 1, 0, 0
-
-    def prefill(self, tokens: Tensor, features: Tensor, first: int) -> None:
-        pass
-
-    def propose(self, state: State) -> Tree:
-        root = state.tokens.index_select(0, (state.length - 1)[None])
-        zero = torch.zeros_like(root)
-        return Tree(root, zero, zero, zero + 1)
-
-
-class Engine:
-    """A model, a drafter and the state of one sequence. Call `generate` again and again, one at a time."""
-
-    def __init__(self, model: Llama, drafter: Vanilla | Eagle1 | Eagle2, max_seq_len: int,
-                 stop_ids: frozenset[int] = frozenset()) -> None:
-        self.model, self.drafter, self.max_seq_len = model, drafter, max_seq_len
-        self.device = model.embed.weight.device
-        self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=self.device)
-        self.slots, self.compile_s = max_seq_len + SPARE, 0.0
-        if model.kv is None or model.kv.shape[4] < self.slots:
-            model.allocate_cache(max_seq_len, SPARE)
-        if not isinstance(drafter, Vanilla):
-            drafter.head.allocate_cache(self.slots)
-
-    def check(self, ids: list[int]) -> None:
-        if not ids:
-            raise ValueError("the prompt is empty: there is nothing to continue")
-        if len(ids) >= self.max_seq_len:
-            raise ValueError(f"the prompt has {len(ids)} tokens and --max_seq_len {self.max_seq_len} leaves no room "
-                             f"for more (the model was made for {self.model.cfg.max_position_embeddings})")
-
-    def warm_up(self, sampling: Sampling) -> None:
-        """Run a few cycles, so that what happens once (kernel selection, allocation) is not timed as decoding."""
-        start = time.perf_counter()
-        for _ in self.generate([0] * min(8, self.max_seq_len - 1), 8, sampling):
-            pass
-        self.compile_s = time.perf_counter() - start
-
-    @torch.inference_mode()
-    def prefill(self, ids: list[int], max_new_tokens: int, sampling: Sampling) -> State:
-        """Process the prompt and commit the first new token. Raises ValueError where it does not fit."""
-        self.check(ids)
-        n, device = len(ids), self.device
-        self.sampling = sampling
-        self.seed = torch.tensor(sampling.seed, device=device)
-        self.limit = torch.tensor(min(n + max_new_tokens, self.max_seq_len), device=device)
-        tokens = torch.zeros(self.slots, dtype=torch.int64, device=device)
-        tokens[:n] = torch.tensor(ids, device=device)
-        for a in range(0, n, PREFILL_CHUNK):
-            b = min(a + PREFILL_CHUNK, n)
-            features = self.chunk(tokens[a:b], a)
-            known = min(b, n - 1)  # entry i of the head wants token i + 1; the last one is not chosen yet
-            if known > a:
-                self.drafter.prefill(tokens[a + 1:known + 1], features[:known - a], a)
-        pending = features.new_zeros(self.drafter.max_depth + 1, features.shape[1])
-        pending[0], zero = features[-1], torch.tensor(0, device=device)
-        state = State(tokens, torch.tensor(n, device=device), pending, zero, zero > 0, self.slots)
-        self.commit(state, zero, self.choose(features[-1:], state.length[None]))
-        return state
-
-    def chunk(self, tokens: Tensor, first: int) -> Tensor:
-        """Features [T, C] of tokens [T] that stand at places first, first + 1, ...; fills their cache slots."""
-        slots = torch.arange(first, first + len(tokens), device=self.device)
-        mask = causal_mask(first, len(tokens), first + len(tokens), self.device)
-        return self.model(tokens[None], slots, slots, mask)[0]
-
-    def choose(self, features: Tensor, positions: Tensor, rows: Tensor | None = None) -> Tensor:
-        """The target's next token [T] after each of features [T, C]. `positions` [N]: the places these tokens
-        will take, one entry per distinct place; rows [T] says which place belongs to which feature."""
-        logits, s, noise = self.model.lm_head(features), self.sampling, None
-        if s.temperature > 0:
-            noise = gumbel_noise(self.seed, positions, logits.shape[-1])
-            noise = noise if rows is None else noise[rows]
-        return choose(logits, noise, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p)
-
-    @torch.inference_mode()
-    def cycle(self, state: State) -> None:
-        """Draft, verify, accept, commit. Once `state.done`, a cycle changes nothing."""
-        base, device = state.length - 1, self.device
-        tree = self.drafter.propose(state)
-        slots = base + torch.arange(len(tree.tokens), device=device)
-        mask = tree_mask(sees(tree), base, state.width)
-        features = self.model(tree.tokens[None], base + tree.depth, slots, mask)[0]
-        places = state.length + torch.arange(self.drafter.max_depth + 1, device=device)
-        path, accepted, out = accept(tree, self.choose(features, places, tree.depth), self.drafter.max_depth)
-        if len(tree.tokens) > 1:  # the accepted rows move to the front; gathered first, for the slots overlap
-            kept = base + torch.arange(len(path), device=device)
-            self.model.kv.index_copy_(4, kept, self.model.kv.index_select(4, base + path))
-        self.commit(state, accepted, out)
-        state.features = features[path]
-
-    def commit(self, state: State, accepted: Tensor, out: Tensor) -> None:
-        """Append out[: accepted + 1], cut after the first stop id and at the length limit."""
-        steps = torch.arange(len(out), device=self.device)
-        state.tokens.index_copy_(0, state.length + steps, out)
-        is_stop = (out[:, None] == self.stop_ids).any(1)
-        first_stop = torch.where(is_stop, steps, len(out)).amin()
-        count = torch.minimum(torch.minimum(accepted, first_stop) + 1, self.limit - state.length)
-        count = torch.where(state.done, 0, count)
-        state.length = state.length + count
-        state.committed = torch.where(state.done, state.committed, count)
-        state.done = state.done | (first_stop < count) | (state.length >= self.limit)
-
-    def generate(self, ids: list[int], max_new_tokens: int, sampling: Sampling = Sampling()) -> Iterator[list[int]]:
-        """Yield the new token ids, cycle by cycle: first the one that prefill chose, then what each cycle
-        committed. Ends after a stop id (yielded too), max_new_tokens, or a full context."""
-        state, length, done = self.prefill(ids, max_new_tokens, sampling), len(ids), False
-        while True:
-            now, done = int(state.length), bool(state.done)
-            yield state.tokens[length:now].tolist()
-            if done:
-                return
-            length = now
-            if self.device.type == "cpu":  # on a CPU attention over unused slots costs time; on CUDA, new shapes do
-                state.width = min(-(-(length + SPARE) // 128) * 128, self.slots)
-            self.cycle(state)
-
-    @torch.inference_mode()
-    def top2_gap(self, ids: list[int]) -> float:
-        """How far apart the target's two best logits after `ids` are: near 0, rounding decides between them."""
-        for a in range(0, len(ids), PREFILL_CHUNK):
-            features = self.chunk(torch.tensor(ids[a:a + PREFILL_CHUNK], device=self.device), a)
-        best = self.model.lm_head(features[-1]).float().topk(2).values
-        return (best[0] - best[1]).item()
 
 
 def run(engine: Engine, ids: list[int], max_new_tokens: int, sampling: Sampling, tokenizer: Tokenizer,
@@ -251,6 +103,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 where the device is fast at it")
     p.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
     p.add_argument("--max_seq_len", type=int, help="cache slots (default: the model's context, at most 4096)")
+    p.add_argument("--no_compile", action="store_true", help="no CUDA graphs: launch every kernel from Python")
     p.add_argument("--json", action="store_true", help="end stdout with one line of JSON")
     args = p.parse_args(argv)
     shape = (args.draft_tokens, args.draft_depth, args.draft_topk)
@@ -285,14 +138,14 @@ def load(args: argparse.Namespace) -> tuple[Engine, Tokenizer]:
     tokenizer = Tokenizer(folder)
     if tokenizer.vocab_size > model.cfg.vocab_size:
         raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.cfg.vocab_size}")
-    drafter = Vanilla()
+    drafter = Vanilla(device)
     if args.eagle2 or args.eagle:
         head = load_head(args.draft or folder / "eagle", model)
         tokens, depth, topk = (60, 6, 10) if device == "cuda" else CPU_TREE
         drafter = Eagle1(head, model) if args.eagle else Eagle2(
             head, model, args.draft_tokens or tokens, args.draft_depth or depth, args.draft_topk or topk)
     max_seq_len = args.max_seq_len or min(model.cfg.max_position_embeddings, model.cfg.sliding_window or 4096, 4096)
-    return Engine(model, drafter, max_seq_len, tokenizer.stop_ids), tokenizer
+    return Engine(model, drafter, max_seq_len, tokenizer.stop_ids, not args.no_compile), tokenizer
 
 
 def read_prompt(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
@@ -320,7 +173,8 @@ def main() -> None:
     result = run(engine, ids, args.max_new_tokens, sampling, tokenizer, show=True)
     print(report(result), file=sys.stderr)
     if args.compare:
-        plain = Engine(engine.model, Vanilla(), engine.max_seq_len, tokenizer.stop_ids)
+        plain = Engine(engine.model, Vanilla(engine.device), engine.max_seq_len, tokenizer.stop_ids,
+                       not args.no_compile)
         plain.warm_up(sampling)
         result["vanilla"] = run(plain, ids, args.max_new_tokens, sampling, tokenizer)
         result["identical"] = result["tokens"] == result["vanilla"]["tokens"]

@@ -25,6 +25,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kernels import TreeMask, rope_store, tree_attention
+from linears import linear
+
 FORMAT = "eagle2-native-1"  # the safetensors metadata entry that tells a converted file from any other
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -163,7 +166,7 @@ class Layer(nn.Module):
     def __init__(self, cfg: Config, *, qkv_bias: bool = False, norm_input: bool = True) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-        self.attn_norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps) if norm_input else nn.Identity()
+        self.attn_norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps) if norm_input else None
         self.wqkv = nn.Linear(cfg.hidden_size, (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim, bias=qkv_bias)
         self.q_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps) if cfg.qk_norm else None
         self.k_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps) if cfg.qk_norm else None
@@ -173,27 +176,38 @@ class Layer(nn.Module):
         self.w2 = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rope: Tensor, kv: Tensor | None, cache_pos: Tensor | None,
-                mask: Tensor | None) -> Tensor:
-        x = x + self.attention(self.attn_norm(x), rope, kv, cache_pos, mask)
-        return x + self.mlp(self.mlp_norm(x))
+                mask: Tensor | TreeMask | None) -> Tensor:
+        """x [B, T, C], rope [2, T, D], kv [2, B, K, S, D], cache_pos [T], mask [T, W] -> [B, T, C].
+
+        Six kernels on a GPU: norms, gates and residuals happen within the matrix products beside them."""
+        x = linear(self.attention(x, rope, kv, cache_pos, mask), self.wo.weight, residual=x)
+        return self.mlp(x)
 
     def mlp(self, x: Tensor) -> Tensor:
-        gate, up = self.w13(x).chunk(2, dim=-1)
-        return self.w2(F.silu(gate) * up)
+        """x + w2(silu(w1(norm(x))) * w3(norm(x)))"""
+        gated = linear(x, self.w13.weight, norm=(self.mlp_norm.weight, self.mlp_norm.eps), gated=True)
+        return linear(gated, self.w2.weight, residual=x)
+
+    def project(self, x: Tensor) -> Tensor:
+        """x [B, T, C] -> queries, keys and values side by side, [B, T, (H + 2K) D]; the norm comes first."""
+        norm = None if self.attn_norm is None else (self.attn_norm.weight, self.attn_norm.eps)
+        return linear(x, self.wqkv.weight, self.wqkv.bias, norm=norm)
 
     def qkv(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated q [B, T, H, D], rotated k [B, T, K, D] and v [B, T, K, D] of x [B, T, C]."""
         heads, kv_heads = self.num_heads, self.num_kv_heads
-        q, k, v = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).split((heads, kv_heads, kv_heads), dim=2)
+        q, k, v = self.project(x).unflatten(-1, (-1, self.head_dim)).split((heads, kv_heads, kv_heads), dim=2)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return apply_rope(q, rope), apply_rope(k, rope), v
 
     def attention(self, x: Tensor, rope: Tensor, kv: Tensor | None, cache_pos: Tensor | None,
-                  mask: Tensor | None) -> Tensor:
-        """x [B, T, C], rope [2, T, D], kv [2, B, K, S, D], cache_pos [T], mask [T, W] -> [B, T, C].
-
-        Without a cache: plain causal attention among the T tokens (training)."""
+                  mask: Tensor | TreeMask | None) -> Tensor:
+        """What each head read, [B, T, H * D]. Without a cache: causal among the T tokens (training)."""
+        if isinstance(mask, TreeMask):
+            norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps) if self.q_norm is not None else ()
+            q = rope_store(self.project(x)[0], rope, cache_pos, kv[:, 0], *norms)
+            return tree_attention(q, kv[:, 0], *mask)[None]
         q, k, v = (y.transpose(1, 2) for y in self.qkv(x, rope))  # [B, heads, T, D]
         if kv is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -204,7 +218,7 @@ class Layer(nn.Module):
             q = q.reshape(q.shape[0], self.num_kv_heads, -1, self.head_dim)  # [B, K, H/K * T, D]
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(self.num_heads // self.num_kv_heads, 1))
             y = y.reshape(y.shape[0], self.num_heads, -1, self.head_dim)
-        return self.wo(y.transpose(1, 2).flatten(2))
+        return y.transpose(1, 2).flatten(2)
 
 
 class Llama(nn.Module):
@@ -231,12 +245,13 @@ class Llama(nn.Module):
         self.rope = rope_table(cfg, slots, like.device).to(like.dtype)
 
     def forward(self, tokens: Tensor, rope_pos: Tensor, cache_pos: Tensor | None = None,
-                mask: Tensor | None = None) -> Tensor:
+                mask: Tensor | TreeMask | None = None) -> Tensor:
         """Hidden states after the final norm, [B, T, C]: what the lm_head reads and EAGLE calls features.
 
         tokens [B, T] int64; rope_pos [T] int64 places in the text; cache_pos [T] int64 distinct slots to
         write; mask [T, W] bool, or additive in the weights' dtype: which of the first W slots a row sees,
-        after the write. cache_pos=None, mask=None: no cache, causal among the T tokens.
+        after the write. On a GPU with B = 1 rather a TreeMask, which our own attention kernel reads.
+        cache_pos=None, mask=None: no cache, causal among the T tokens.
         """
         x, rope = self.embed(tokens), self.rope[:, rope_pos]
         for i, layer in enumerate(self.layers):

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dialogues import Script, write_dialogues
 from draft import Eagle2, EagleHead, load_head
-from generate import Engine, Sampling
+from engine import Engine, Sampling
 from model import Config, Llama, load_model, rope_table
 from tokenizer import Tokenizer
 
@@ -64,7 +64,7 @@ def unrolled(head: EagleHead, embedding: Tensor, features: Tensor, rope: Tensor,
     for j, value in enumerate(values[1:]):
         y = y + weights[..., q.shape[2] + j, None] * value
     x = x + layer.wo(y.transpose(1, 2).flatten(2))
-    return x + layer.mlp(layer.mlp_norm(x))
+    return layer.mlp(x)
 
 
 def distill(guess: Tensor, feature: Tensor, lm_head: Tensor, counts: Tensor,

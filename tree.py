@@ -1,7 +1,8 @@
 """Draft trees as a few small tensors: growing them, reranking them, masks, noise, and what is accepted.
 
-Pure functions of static shape: no model, no cache, no loop over candidates, no value ever read by the host.
-They run unchanged on a CPU, on a GPU and inside a CUDA graph.
+Functions of static shape on small tensors: no model, no loop over candidates, no value ever read by the host. They
+run unchanged on a CPU, on a GPU and inside a CUDA graph. On a GPU tree_kernels.py does the steps of a cycle (from
+`Level` on down) in fewer kernels, under the same names and with the same results.
 
 A tree of T <= 64 nodes is three vectors: `tokens`, `parents`, `depth`. Node 0 is the root, the newest
 committed token; parents[i] < i. Then a node's ancestors, itself included, are the bits of one int64.
@@ -12,10 +13,13 @@ committed token; parents[i] < i. Then a node's ancestors, itself included, are t
       / \\                    bits     1  11 101 1011 10011   (bit j: node j is an ancestor)
      3   4
 """
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from kernels import TreeMask
 
 MAX_NODES = 64  # the bits of an int64
 
@@ -25,6 +29,23 @@ class Tree(NamedTuple):
     parents: Tensor  # [T] int64, parents[0] = 0
     depth: Tensor  # [T] int64
     ancestors: Tensor  # [T] int64, bit j of ancestors[i]: node i is node j or descends from it
+
+
+@dataclass
+class State:
+    """One sequence being decoded, all of it on the device. Only `width` is a Python number: how many cache slots
+    PyTorch's attention looks at on a CPU, a bound on everything this cycle touches."""
+    tokens: Tensor  # [S + 1] int64, committed up to `length`; tokens[length - 1] is the root, not yet in the KV cache
+    length: Tensor  # 0-d int64
+    features: Tensor  # [max_depth + 1, C], the target's features of the places before the tokens just committed
+    committed: Tensor  # 0-d int64, how many tokens the last cycle committed; that many rows of `features` count
+    done: Tensor  # 0-d bool: a stop id or the length limit was reached, further cycles change nothing
+    width: int
+
+
+def root(state: State) -> Tensor:
+    """The newest committed token, [1] int64."""
+    return state.tokens.index_select(0, (state.length - 1)[None])
 
 
 def build(tokens: Tensor, parents: Tensor, max_depth: int) -> Tree:
@@ -38,22 +59,17 @@ def build(tokens: Tensor, parents: Tensor, max_depth: int) -> Tree:
     return Tree(tokens, parents, depth + (torch.arange(len(parents), device=parents.device) > 0), ancestors)
 
 
-def sees(tree: Tree) -> Tensor:
-    """Bool [T, T]: node i attends to node j, an ancestor or itself."""
-    return (tree.ancestors[:, None] >> torch.arange(len(tree.tokens), device=tree.tokens.device)) & 1 == 1
+def tree_mask(base: Tensor, bits: Tensor, width: int) -> Tensor | TreeMask:
+    """Which cache slots each row sees: all before `base` (0-d), and slot base + j where bit j % 64 of
+    bits[row, j // 64] is set. A TreeMask on a GPU; spelled out as bool [rows, width] for PyTorch on a CPU."""
+    mask = TreeMask(base, bits)
+    return mask if base.is_cuda else mask.dense(len(bits), width)
 
 
-def tree_mask(sees: Tensor, base: Tensor, width: int) -> Tensor:
-    """Bool [rows, width] over cache slots: all before `base` (0-d), and node j's slot base + j where sees[row, j]."""
-    node = torch.arange(width, device=sees.device) - base  # negative in the prefix
-    inside = (node >= 0) & (node < sees.shape[1])
-    return (node < 0) | (sees.index_select(1, node.clamp(0, sees.shape[1] - 1)) & inside)
-
-
-def causal_mask(first: Tensor | int, rows: int, width: int, device: torch.device) -> Tensor:
-    """Bool [rows, width]: row i is the token in slot first + i and sees the slots up to its own."""
-    row = torch.arange(rows, device=device)[:, None] + first
-    return torch.arange(width, device=device) <= row
+def causal_mask(first: Tensor, rows: int, width: int) -> Tensor | TreeMask:
+    """Row i is the token in slot first + i (first 0-d) and sees the slots up to its own. As `tree_mask`."""
+    mask = TreeMask(first, None)
+    return mask if first.is_cuda else mask.dense(rows, width)
 
 
 def best_children(logits: Tensor, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -74,18 +90,56 @@ def best_first(scores: Tensor, n: int) -> Tensor:
     return scores.sort(descending=True, stable=True).indices[:n]
 
 
-def rerank(root: Tensor, tokens: Tensor, parents: Tensor, scores: Tensor, n: int, max_depth: int) -> Tree:
-    """EAGLE-2's last step (arXiv 2406.16858, 4.2): of all N candidates keep the n most probable, as one tree.
+class Level(NamedTuple):
+    """The drafted nodes that the head is fed next, best first: k of them, or the root alone."""
+    tokens: Tensor  # [k] int64
+    scores: Tensor  # [k] fp32, log-probability of the path to each
+    index: Tensor  # [k] int64, which candidate each is; -1 for the root
+    rows: Tensor  # [k] int64, each one's parent among the rows fed before
+    bits: Tensor  # [k, 2] int64, bit s: it attends to scratch slot s. Node i of depth d has slot (d - 1) k + i
 
-    root 0-d; tokens, parents, scores [N], level by level; parents are candidate indices, -1 under the root.
+
+class Candidates(NamedTuple):
+    """All drafted nodes, level by level, siblings best first: N = k + (max_depth - 1) k^2."""
+    tokens: Tensor  # [N] int64
+    scores: Tensor  # [N] fp32
+    parents: Tensor  # [N] int64, candidate indices; -1 under the root
+
+
+def start(k: int, max_depth: int, device: torch.device) -> tuple[Level, Candidates]:
+    """What a tree grows from: the root, of score 0 and without a scratch slot, and room for the candidates."""
+    zero, n = torch.zeros(1, dtype=torch.int64, device=device), k + (max_depth - 1) * k * k
+    candidates = (torch.empty(n, dtype=t, device=device) for t in (torch.int64, torch.float32, torch.int64))
+    return Level(zero, zero.float(), zero - 1, zero, zero.new_zeros(1, 2)), Candidates(*candidates)
+
+
+def grow(logits: Tensor, level: Level, candidates: Candidates, depth: int, k: int) -> Level:
+    """Give each fed node its k best continuations, add them to `candidates`, and choose the k best to be fed next.
+    logits [N, V] of the nodes of `level`, `depth` below the root; at depth 0 `level` is the root, see `start`."""
+    tokens, scores = (x.flatten() for x in best_children(logits, level.scores, k))
+    first = k + (depth - 1) * k * k if depth else 0
+    here = slice(first, first + len(tokens))
+    candidates.tokens[here], candidates.scores[here] = tokens, scores
+    candidates.parents[here] = level.index.repeat_interleave(k)
+    best = best_first(scores, k)
+    slot = torch.arange(depth * k, (depth + 1) * k, device=logits.device)[:, None]
+    own = torch.where(slot >> 6 == torch.arange(2, device=slot.device), torch.ones_like(slot) << (slot & 63), 0)
+    return Level(tokens[best], scores[best], first + best, best // k, level.bits[best // k] | own)
+
+
+def rerank(state: State, candidates: Candidates, n: int, max_depth: int) -> Tree:
+    """EAGLE-2's last step (arXiv 2406.16858, 4.2): of all N candidates keep the n most probable, as one tree
+    under the newest committed token.
+
     A parent comes before its child and never scores lower, and the sort is stable, so whoever is kept has its
     parent kept too. Ascending order of the kept indices is level order. Returns a Tree of n + 1 nodes.
     """
+    tokens, scores, parents = candidates
     kept = best_first(scores, n).sort().values  # [n] candidate indices
     node_of = torch.zeros(len(scores) + 1, dtype=torch.int64, device=scores.device)  # the last entry serves parent -1
     node_of[kept] = torch.arange(1, n + 1, device=scores.device)
     new_parents = node_of[parents[kept]]
-    return build(torch.cat((root[None], tokens[kept])), torch.cat((new_parents.new_zeros(1), new_parents)), max_depth)
+    return build(torch.cat((root(state), tokens[kept])), torch.cat((new_parents.new_zeros(1), new_parents)), max_depth)
 
 
 def accept(tree: Tree, next_tokens: Tensor, max_depth: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,6 +161,44 @@ def accept(tree: Tree, next_tokens: Tensor, max_depth: int) -> tuple[Tensor, Ten
     at_depth = on_path & (tree.depth == steps[:, None])  # [max_depth + 1, T], at most one node a row
     path = torch.where(at_depth.any(1), at_depth.int().argmax(1), last)
     return path, depth[last], next_tokens[path]
+
+
+def accept_commit(tree: Tree, next_tokens: Tensor, state: State, stop_ids: Tensor, limit: Tensor, max_depth: int,
+                  report: Tensor) -> Tensor:
+    """Accept, append what was accepted to the text, cut after the first of `stop_ids` [any] and at the length `limit`
+    (0-d). Changes state.tokens, length, committed and done in place; once done is set, nothing that counts.
+    Returns accept's path and fills report [max_depth + 3] int64 for the host: how many tokens were committed,
+    whether the text has ended, and the tokens (entries beyond that number do not count)."""
+    path, accepted, out = accept(tree, next_tokens, max_depth)
+    steps = torch.arange(len(out), device=out.device)
+    state.tokens.index_copy_(0, state.length + steps, out)
+    is_stop = (out[:, None] == stop_ids).any(1)
+    first_stop = torch.where(is_stop, steps, len(out)).amin()
+    count = torch.minimum(torch.minimum(accepted, first_stop) + 1, limit - state.length)
+    count = torch.where(state.done, 0, count)
+    state.length.add_(count)
+    state.committed.copy_(torch.where(state.done, state.committed, count))
+    state.done.logical_or_((first_stop < count) | (state.length >= limit))
+    report.copy_(torch.cat((torch.stack((count, state.done.long())), out)))
+    return path
+
+
+def compact(kv: Tensor, base: Tensor, path: Tensor, features: Tensor, kept: Tensor) -> None:
+    """Move rows base + path[j] of kv [..., S, D] to base + j, and put features[path], those of the accepted path, into
+    `kept` [max_depth + 1, C]. base 0-d int64, path [max_depth + 1] int64, features [T, C]."""
+    slots = base + torch.arange(len(path), device=path.device)
+    kv.index_copy_(-2, slots, kv.index_select(-2, base + path))  # gathered first, for the slots overlap
+    kept.copy_(features[path])
+
+
+def best_tokens(logits: Tensor, k: int) -> Tensor:
+    """The k most probable tokens of each of logits [N, V], best first, [N, k] int64."""
+    return logits.topk(k).indices
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """The most probable token of each of logits [T, V], [T] int64."""
+    return logits.argmax(-1)
 
 
 def process(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
@@ -150,8 +242,6 @@ def mix32(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def choose(logits: Tensor, noise: Tensor | None, **sampling: float) -> Tensor:
-    """The target's next token after each row, [T]: argmax, or a sample where `noise` [T, V] is given."""
-    if noise is None:
-        return logits.argmax(-1)
+def choose(logits: Tensor, noise: Tensor, **sampling: float) -> Tensor:
+    """A sample after each row of logits [T, V], [T] int64; noise [T, V] as `gumbel_noise` makes it."""
     return (process(logits, **sampling) + noise).argmax(-1)

@@ -3,8 +3,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from draft import Eagle1, Eagle2, State
-from tree import Tree
+from draft import Eagle1, Eagle2
+from tree import State, Tree
 
 
 @dataclass

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from draft import EAGLE1_TREE, Eagle1, Eagle2, EagleHead, load_head
-from generate import Engine, Sampling
+from engine import Engine, Sampling
 from model import Config, Llama
-from tree import Tree, sees
+from tree import Tree
 
 MARGIN = 1e-4  # log-probabilities: closer calls than this may go either way by rounding
 
@@ -171,7 +171,7 @@ def same_tree(tree: Tree, plain: Plain, root: int) -> bool:
     return (tree.tokens.tolist() == [root] + [node.token for node in plain.nodes]
             and tree.parents.tolist() == [0, *parents]
             and tree.depth.tolist() == [0] + [node.depth for node in plain.nodes]
-            and [{j for j, bit in enumerate(row) if bit} for row in sees(tree).tolist()] == ancestors)
+            and [{j for j in range(64) if bits >> j & 1} for bits in tree.ancestors.tolist()] == ancestors)
 
 
 def check_rows(cycle: Cycle, plain: Plain, builder: Builder, atol: float) -> None:

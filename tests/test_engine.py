@@ -12,11 +12,11 @@ from conftest import all_cores
 from scipy import stats
 from torch import Tensor
 
-import generate
-from draft import Eagle1, Eagle2, State
-from generate import Engine, Sampling, Vanilla
+import engine as engine_module
+from draft import Eagle1, Eagle2
+from engine import Engine, Sampling, Vanilla
 from model import Llama
-from tree import Tree, build, causal_mask, gumbel_noise, process
+from tree import State, Tree, build, causal_mask, gumbel_noise, process
 
 GREEDY = Sampling()
 SAMPLINGS = [GREEDY, Sampling(temperature=0.7, top_p=0.9, seed=1), Sampling(temperature=1.0, top_p=0.9, seed=-5),
@@ -220,14 +220,15 @@ def test_caches_after_cycles(seed: int) -> None:
     engine = Engine(model, drafter, 128)
     state = engine.prefill(ids, 60, SAMPLINGS[seed % 4])
     while not state.done:
-        engine.cycle(state)
+        engine.cycle()
     drafter.extend(state)
     n = int(state.length)
     text = state.tokens[:n].tolist()
     target_kv, head_kv = model.kv[..., :n - 1, :].clone(), head.kv[..., :n - 1, :].clone()
     slots = torch.arange(n - 1)
-    features = model(torch.tensor([text[:-1]]), slots, slots, causal_mask(0, n - 1, n - 1, slots.device))[0]
-    drafter.prefill(torch.tensor(text[1:]), features, 0)
+    mask = causal_mask(torch.tensor(0), n - 1, n - 1)
+    features = model(torch.tensor([text[:-1]]), slots, slots, mask)[0]
+    drafter.prefill(torch.tensor(text[1:]), features, slots, mask)
     assert torch.allclose(target_kv, model.kv[..., :n - 1, :], atol=1e-9)
     assert torch.allclose(head_kv, head.kv[..., :n - 1, :], atol=1e-9)
     assert n - len(ids) == 60
@@ -245,7 +246,7 @@ def test_prompt_in_chunks(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
         return cycles, model.kv[..., :length, :].clone(), head.kv[..., :length, :].clone()
 
     whole = run()
-    monkeypatch.setattr(generate, "PREFILL_CHUNK", 4)
+    monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 4)
     parts = run()
     assert parts[0] == whole[0]  # the drafts too: the same tokens cycle by cycle
     assert torch.allclose(parts[1], whole[1], atol=1e-9) and torch.allclose(parts[2], whole[2], atol=1e-9)
@@ -317,10 +318,10 @@ def test_cycles_after_the_end_change_nothing() -> None:
         engine = Engine(model, drafter, 128)
         state = engine.prefill([1, 2, 3], 10, GREEDY)
         while not state.done:
-            engine.cycle(state)
+            engine.cycle()
         length, text = int(state.length), state.tokens[:13].tolist()
         for _ in range(3):
-            engine.cycle(state)
+            engine.cycle()
             assert bool(state.done) and int(state.length) == length == 13
             assert state.tokens[:13].tolist() == text
 

@@ -22,10 +22,11 @@ from torch import Tensor
 import dialogues
 import train
 from dialogues import OPENERS, Script, sample, write_dialogues
-from draft import Eagle2, EagleHead, State, load_head
+from draft import Eagle2, EagleHead, load_head
 from model import Config, Llama, rope_table
 from tokenizer import Tokenizer
 from train import Trainer, evaluate, held_out_prompts, save_head
+from tree import State, causal_mask
 
 CPU = torch.device("cpu")
 EOS, BOS, USER, ASSISTANT, END = range(5)
@@ -230,13 +231,14 @@ def drafted(head: EagleHead, model: Llama, ids: list[int], place: int, depth: in
     head.allocate_cache(64)
     features, tokens = tiny.features(model, ids), torch.tensor(ids + [0] * depth)
     if place:
-        drafter.prefill(tokens[1:place + 1], features[:place], 0)
+        slots, mask = torch.arange(place), causal_mask(torch.tensor(0), place, place)
+        drafter.prefill(tokens[1:place + 1], features[:place], slots, mask)
     pending = torch.cat((features[place:place + 1], features.new_zeros(depth, features.shape[1])))
     state = State(tokens, torch.tensor(place + 2), pending, torch.tensor(1), torch.tensor(False), 64)
     guesses = [drafter.extend(state)]
     for level in range(1, depth):
-        sees = torch.arange(drafter.scratch)[None] < level  # a chain: all drafted entries up to its own
-        guesses.append(drafter.level(state, tokens[None, place + 1 + level], guesses[-1], level, level - 1, sees))
+        slot = torch.tensor([place + level])  # of the chain's node `level`, which sees all of the chain up to itself
+        guesses.append(drafter.rows(tokens[slot + 1], guesses[-1], slot, slot, causal_mask(slot[0], 1, 64)))
     return torch.cat(guesses)
 
 

@@ -18,6 +18,8 @@ from transformers import (
 
 import tree
 from tree import (
+    Candidates,
+    State,
     Tree,
     accept,
     best_children,
@@ -28,9 +30,15 @@ from tree import (
     gumbel_noise,
     process,
     rerank,
-    sees,
     tree_mask,
 )
+
+
+def rooted(token: int) -> State:
+    """A text of one token, for a tree to grow on."""
+    one = torch.tensor(1)
+    return State(torch.tensor([token]), one, torch.zeros(1), one, one == 0, 1)
+
 
 # A tree by hand:   0 -> 1, 2, 3      1 -> 4      3 -> 5      4 -> 6
 PARENTS = [0, 0, 0, 0, 1, 3, 4]
@@ -80,9 +88,8 @@ def test_typed_tree() -> None:
     made = build(torch.arange(7), torch.tensor(PARENTS), 3)
     assert made.depth.tolist() == DEPTH
     assert made.ancestors.tolist() == ANCESTORS
-    assert seen(sees(made)) == SEES
-    assert seen(tree_mask(sees(made), torch.tensor(3), 12)) == ["111" + row + ".." for row in SEES]
-    assert seen(causal_mask(2, 3, 6, torch.device("cpu"))) == ["111...", "1111..", "11111."]
+    assert seen(tree_mask(torch.tensor(3), made.ancestors[:, None], 12)) == ["111" + row + ".." for row in SEES]
+    assert seen(causal_mask(torch.tensor(2), 3, 6)) == ["111...", "1111..", "11111."]
 
 
 @given(trees(), st.integers(0, 9), st.integers(0, 5))
@@ -98,7 +105,7 @@ def test_build_and_mask(drawn: tuple[list[int], list[int]], base: int, extra: in
     assert [bits % 2**64 for bits in made.ancestors.tolist()] == [sum(1 << node for node in path) for path in paths]
     width = base + len(parents) + extra
     expected = [[slot < base or slot - base in path for slot in range(width)] for path in paths]
-    assert tree_mask(sees(made), torch.tensor(base), width).tolist() == expected
+    assert tree_mask(torch.tensor(base), made.ancestors[:, None], width).tolist() == expected
 
 
 def walk(tokens: list[int], parents: list[int], next_tokens: list[int]) -> list[int]:
@@ -164,7 +171,7 @@ def test_rerank(data: st.DataObject) -> None:
     keep = data.draw(st.integers(1, min(size, 63)))
     kept = sorted(sorted(range(size), key=lambda i: (-scores[i], i))[:keep])
     assert all(parents[i] < 0 or parents[i] in kept for i in kept)
-    made = rerank(torch.tensor(1000), torch.arange(size), torch.tensor(parents), torch.tensor(scores), keep, size)
+    made = rerank(rooted(1000), Candidates(torch.arange(size), torch.tensor(scores), torch.tensor(parents)), keep, size)
     assert made.tokens.tolist() == [1000, *kept]
     assert made.parents.tolist() == [0] + [0 if parents[i] < 0 else 1 + kept.index(parents[i]) for i in kept]
     assert (made.parents[1:] < torch.arange(1, keep + 1)).all()
@@ -182,7 +189,7 @@ def test_rerank_bf16_levels() -> None:
         scores = torch.cat((first[0], more.flatten()))
         parents = [-1] * 3 + [0] * 3 + [1] * 3 + [2] * 3
         tokens = torch.cat((tokens[0], more_tokens.flatten()))
-        made = rerank(torch.tensor(0), tokens, torch.tensor(parents), scores, 6, 2)
+        made = rerank(rooted(0), Candidates(tokens, scores, torch.tensor(parents)), 6, 2)
         kept = sorted(sorted(range(12), key=lambda i: (-scores[i], i))[:6])
         assert all(parents[i] < 0 or parents[i] in kept for i in kept)
         assert made.tokens.tolist()[1:] == tokens[kept].tolist()
@@ -229,7 +236,6 @@ def test_choose() -> None:
     """Noise added before the excluded tokens are, greedy decoding that samples, or a sample from unscaled logits."""
     random = torch.Generator().manual_seed(0)
     logits = torch.randn(2000, 30, generator=random)
-    assert torch.equal(choose(logits, None, temperature=0.0), logits.argmax(-1))
     noise = gumbel_noise(torch.tensor(3), torch.arange(2000), 30)
     assert torch.equal(choose(logits, noise, temperature=1.0, top_k=1), logits.argmax(-1))
     chosen = choose(logits, noise, temperature=0.5, top_k=4)

@@ -1,0 +1,226 @@
+"""The engine: a model, a drafter and one sequence, decoded cycle by cycle.
+
+Each cycle a drafter proposes a tree of continuations (draft.py), one forward of the target over all its nodes
+says what the target would have written after each, and the longest path that agrees is committed, with one
+bonus token (tree.py). Vanilla decoding is the same cycle with a tree of one node.
+
+Everything in a cycle has a static shape and lives on the device: lengths, positions, masks, the stop test. So on a
+GPU a cycle is one CUDA graph, whatever the prompt, and the host does nothing but replay it and read what it committed.
+
+    engine = Engine(load_model("checkpoints/org/name", "cuda"), Vanilla("cuda"), max_seq_len=2048)
+    for tokens in engine.generate([1, 2, 3], max_new_tokens=100): ...
+"""
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from draft import Eagle1, Eagle2, steps
+from kernels import TreeMask
+from linears import linear
+from model import Llama
+from tree import State, Tree, causal_mask, choose, gumbel_noise, root, tree_mask
+
+PREFILL_CHUNK = 512  # prompt tokens a forward
+SPARE = 128  # cache slots past max_seq_len, for drafts that reach beyond the last token to be committed
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. The same seed gives the same text,
+    whatever the drafter."""
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+
+
+class Vanilla:
+    """No draft: the root alone."""
+    num_nodes, max_depth = 1, 0
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        zero = torch.zeros(1, dtype=torch.int64, device=device)
+        self.shape = Tree(zero, zero, zero, zero + 1)
+
+    def prefill(self, tokens: Tensor, features: Tensor, slots: Tensor, mask: Tensor | TreeMask) -> None:
+        pass
+
+    def propose(self, state: State) -> Tree:
+        return self.shape._replace(tokens=root(state))
+
+
+class Engine:
+    """A model, a drafter and the state of one sequence. Call `generate` again and again, one at a time.
+
+    On a GPU a cycle is one CUDA graph: the host enqueues the next replay before it reads what the last one
+    committed, so the GPU never waits for Python. `compiled=False` launches every kernel from Python instead,
+    which is slow but can be stepped through."""
+
+    def __init__(self, model: Llama, drafter: Vanilla | Eagle1 | Eagle2, max_seq_len: int,
+                 stop_ids: frozenset[int] = frozenset(), compiled: bool = True) -> None:
+        self.model, self.drafter, self.max_seq_len = model, drafter, max_seq_len
+        self.device = device = model.embed.weight.device
+        self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
+        self.slots, self.compile_s = max_seq_len + SPARE, 0.0
+        if model.kv is None or model.kv.shape[4] < self.slots:
+            model.allocate_cache(max_seq_len, SPARE)
+        if not isinstance(drafter, Vanilla):
+            drafter.head.allocate_cache(self.slots)
+        self.cuda = device.type == "cuda"
+        self.steps = steps(device)
+        self.graphs, self.caches = {} if self.cuda and compiled else None, (None, None)
+        rows = drafter.max_depth + 1
+        zero = torch.zeros((), dtype=torch.int64, device=device)
+        self.seed, self.limit, self.first = zero.clone(), zero + 1, zero.clone()
+        self.nodes = torch.arange(drafter.num_nodes, device=device)
+        self.state = State(
+            tokens=torch.zeros(self.slots + 1, dtype=torch.int64, device=device), length=zero + 2, committed=zero + 1,
+            features=model.embed.weight.new_zeros(rows, model.cfg.hidden_size), done=zero == 0, width=self.slots)
+        self.report = torch.zeros(rows + 2, dtype=torch.int64, device=device)  # see tree.accept_commit
+        # The host's copies, of the cycle it reads and of the one that runs meanwhile
+        self.inbox = torch.zeros(2, rows + 2, dtype=torch.int64, pin_memory=self.cuda)
+        self.arrived = [torch.cuda.Event(), torch.cuda.Event()] if self.cuda else None
+        self.features = model.embed.weight.new_zeros(min(PREFILL_CHUNK, max_seq_len), model.cfg.hidden_size)
+
+    def check(self, ids: list[int]) -> None:
+        if not ids:
+            raise ValueError("the prompt is empty: there is nothing to continue")
+        if len(ids) >= self.max_seq_len:
+            raise ValueError(f"the prompt has {len(ids)} tokens and --max_seq_len {self.max_seq_len} leaves no room "
+                             f"for more (the model was made for {self.model.cfg.max_position_embeddings})")
+
+    def warm_up(self, sampling: Sampling) -> None:
+        """Run a few cycles, so that what happens once (compilation, capture, allocation) is not timed as decoding."""
+        start = time.perf_counter()
+        for _ in self.generate([0] * min(8, self.max_seq_len - 1), 8, sampling):
+            pass
+        self.compile_s = time.perf_counter() - start
+
+    def captured(self, function: Callable[[], None], *key: object) -> Callable[[], None]:
+        """`function` as a CUDA graph, captured the first time it is asked for with this key; as it is on a CPU."""
+        if self.graphs is None:
+            return function
+        caches = [self.model.kv, getattr(self.drafter, "head", self.model).kv]
+        if any(a is not b for a, b in zip(caches, self.caches)):  # replaced by another engine that shares them
+            self.graphs.clear()
+            self.caches = caches
+        if key not in self.graphs:
+            function()  # compiles the kernels
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                function()
+            self.graphs[key] = graph
+        return self.graphs[key].replay
+
+    @torch.inference_mode()
+    def prefill(self, ids: list[int], max_new_tokens: int, sampling: Sampling) -> State:
+        """Process the prompt and commit the first new token. Raises ValueError where it does not fit."""
+        self.check(ids)
+        state, n = self.state, len(ids)
+        self.sampling = sampling
+        self.seed.fill_(sampling.seed)
+        self.limit.fill_(min(n + max_new_tokens, self.max_seq_len))
+        state.tokens[:n].copy_(torch.tensor(ids))
+        first, features = self.chunks(ids)
+        state.length.fill_(n)
+        state.committed.fill_(0)
+        state.done.fill_(False)
+        state.features[0] = features[n - 1 - first]
+        root = Vanilla(self.device).propose(state)
+        self.accept(root, self.choose(state.features[:1], root), 0)
+        return state
+
+    def chunks(self, ids: list[int]) -> tuple[int, Tensor]:
+        """Run the prompt through model and draft head. Returns the place of the last chunk and its features."""
+        rows, n = len(self.features), len(ids)
+        if not self.cuda:
+            for first in range(0, n, rows):
+                self.first.fill_(first)
+                self.chunk(min(rows, n - first), min(first + rows, n))
+            return first, self.features
+        chunk = self.captured(lambda: self.chunk(rows, self.slots), "chunk")  # one shape for every prompt
+        for first in range(0, n, rows):
+            self.first.fill_(first := min(first, self.slots - rows))
+            chunk()
+        return first, self.features
+
+    def chunk(self, rows: int, width: int) -> None:
+        """Fill the cache slots of tokens `first` to first + rows, the head's too, and `features`. What lies past the
+        prompt is written over before anyone reads it, as is the head's last entry, whose token is not chosen yet."""
+        slots = self.first + torch.arange(rows, device=self.device)
+        mask = causal_mask(self.first, rows, width)
+        features = self.model(self.state.tokens[slots][None], slots, slots, mask)[0]
+        self.features[:rows].copy_(features)
+        self.drafter.prefill(self.state.tokens[slots + 1], features, slots, mask)
+
+    def choose(self, features: Tensor, tree: Tree) -> Tensor:
+        """The target's next token after each node, [T] int64. features [T, C] of the nodes of `tree`."""
+        logits, s = linear(features, self.model.lm_head.weight), self.sampling
+        if s.temperature == 0:
+            return self.steps.argmax(logits)
+        places = self.state.length + torch.arange(self.drafter.max_depth + 1, device=self.device)
+        noise = gumbel_noise(self.seed, places, logits.shape[-1])[tree.depth]  # one row for each place in the text
+        return choose(logits, noise, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p)
+
+    @torch.inference_mode()
+    def cycle(self) -> None:
+        """Draft, verify, accept, commit. Once `state.done`, a cycle changes nothing that counts."""
+        state, depth = self.state, self.drafter.max_depth
+        base = state.length - 1
+        tree = self.drafter.propose(state)
+        mask = tree_mask(base, tree.ancestors[:, None], state.width)
+        features = self.model(tree.tokens[None], base + tree.depth, base + self.nodes, mask)[0]
+        path = self.accept(tree, self.choose(features, tree), depth)
+        if depth:
+            self.steps.compact(self.model.kv, base, path, features, state.features)
+
+    def accept(self, tree: Tree, next_tokens: Tensor, max_depth: int) -> Tensor:
+        return self.steps.accept_commit(tree, next_tokens, self.state, self.stop_ids, self.limit, max_depth,
+                                        self.report[:max_depth + 3])
+
+    def generate(self, ids: list[int], max_new_tokens: int, sampling: Sampling = Sampling()) -> Iterator[list[int]]:
+        """Yield the new token ids, cycle by cycle: first the one that prefill chose, then what each cycle
+        committed. Ends after a stop id (yielded too), max_new_tokens, or a full context."""
+        self.sampling = sampling
+        cycle = self.captured(self.cycle, "cycle", replace(sampling, seed=0))
+        self.prefill(ids, max_new_tokens, sampling)
+        self.send(0)
+        length = len(ids)
+        for turn in itertools.count():
+            if self.cuda:  # running ahead is harmless: after the end a cycle changes nothing
+                cycle()
+                self.send(turn + 1)
+            count, done, *tokens = self.receive(turn)
+            yield tokens[:count]
+            if done:
+                return
+            if not self.cuda:
+                length += count
+                self.state.width = min(-(-(length + SPARE) // 128) * 128, self.slots)
+                cycle()
+                self.send(turn + 1)
+
+    def send(self, turn: int) -> None:
+        """Copy the last cycle's report to the host, as soon as the device gets there."""
+        self.inbox[turn % 2].copy_(self.report, non_blocking=True)
+        if self.cuda:
+            self.arrived[turn % 2].record()
+
+    def receive(self, turn: int) -> list[int]:
+        if self.cuda:
+            self.arrived[turn % 2].synchronize()
+        return self.inbox[turn % 2].tolist()
+
+    @torch.inference_mode()
+    def top2_gap(self, ids: list[int]) -> float:
+        """How far apart the target's two best logits after `ids` are: near 0, rounding decides between them."""
+        self.state.tokens[:len(ids)].copy_(torch.tensor(ids))
+        first, features = self.chunks(ids)
+        best = linear(features[len(ids) - 1 - first][None], self.model.lm_head.weight).float().topk(2).values[0]
+        return (best[0] - best[1]).item()

@@ -1,0 +1,356 @@
+"""Triton kernels of a decoding step: tree attention, RoPE with the cache write, RMSNorm, SiLU.
+
+A decoding step is one captured CUDA graph: what changes from step to step, the used length of the cache above all,
+is read from device memory, and the grids are static. Sums have a fixed order: the same input gives the same bits.
+Nothing needs more than the 99 KB of shared memory that a program has on sm_86.
+Each kernel has a PyTorch twin that defines it: the public function runs the kernel on CUDA tensors, else the twin.
+
+Shapes as in model.py: T tokens, H query heads, K key/value heads, G = H/K, D head dim, S cache slots, C hidden size.
+"""
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # PyTorch for CPUs brings no Triton
+    triton, tl = SimpleNamespace(jit=lambda f: f), SimpleNamespace(constexpr=None)
+
+class TreeMask(NamedTuple):
+    """Which cache slots each row sees: all before `base`, and slot base + j where bit j % 64 of bits[row, j // 64] is
+    set; bits None: where j <= row. `tree_attention` reads it as it is, PyTorch's attention wants it spelled out."""
+    base: Tensor  # 0-d int64
+    bits: Tensor | None  # [T, 1 or 2] int64
+
+    def dense(self, rows: int, width: int) -> Tensor:
+        """Bool [rows, width]."""
+        node = torch.arange(width, device=self.base.device) - self.base  # negative in the prefix
+        if self.bits is None:
+            return node <= torch.arange(rows, device=node.device)[:, None]
+        last = 64 * self.bits.shape[1] - 1
+        words = self.bits.index_select(1, node.clamp(0, last) >> 6)  # [rows, width]
+        return (node < 0) | ((words >> (node & 63) & 1 == 1) & (node <= last))
+
+
+PDL = False  # programmatic dependent launch: a kernel starts while the one before it ends; needs sm_90
+
+
+def either(on_gpu: Callable, twin: Callable) -> Callable:
+    @wraps(twin)
+    def function(x: Tensor, *args, **kwargs):
+        return (on_gpu if x.is_cuda else twin)(x, *args, **kwargs)
+    return function
+
+
+def attention_config(T: int, G: int, K: int, D: int, dtype: torch.dtype, sms: int) -> tuple[int, int, int, int, int]:
+    """(BM rows a tile, BN slots a block, NS splits of the slots, num_warps, num_stages) on `sms` multiprocessors.
+
+    BN and stages are what fits into 99 KB and, without a spill, the registers. More than 64 tokens are a prefill.
+    """
+    rows = T * G
+    if rows == 1:  # bound by memory alone: straight to registers, no tensor cores, no shared memory
+        BM, BN, warps, stages = 1, 64, 8, 1
+    elif dtype == torch.float32:  # not on the tensor cores
+        BM, BN, warps, stages = (16, 32, 8, 2) if rows <= 16 else (32, 16, 8, 2)
+    elif rows <= 32:  # 16: the least a tensor core takes
+        BM, BN, warps, stages = (16, 64, 4, 3) if rows <= 16 else (32, 64, 4, 2)
+    else:  # in prefill arithmetic dominates: a larger tile uses each block of keys for more rows
+        BM, BN, warps, stages = (128, 64, 8, 2) if T > 64 else (64, 32, 4, 2) if D in (64, 128) else (64, 64, 8, 2)
+    # Two programs a multiprocessor hide each other's latency; one of prefill fills it. A power of two, so that the
+    # arrival counters may wrap, and 16 at most, for the merge reads what every split wrote.
+    splits = (2 if T <= 64 else 1) * sms // (K * -(-rows // BM))
+    return BM, BN, 1 << min(max(splits, 1).bit_length() - 1, 4), warps, stages
+
+
+@triton.jit
+def enter(PDL: tl.constexpr):
+    """With PDL: from here on the next kernel may start, and what the kernel before wrote is there."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def rounded(x, like):
+    """fp32 as precise as what `like` points to: each step rounds where PyTorch's does."""
+    return x.to(like.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def attend(q, keys, values, slot, live, seen, d, edge, state, VECTOR: tl.constexpr, D: tl.constexpr):
+    """One block of online softmax. state: acc [BM, D], sum [BM], top [BM], the last in units of log 2.
+
+    slot [BN]; live [BN] and edge [D] (is it inside the cache and the head?); seen [BM, BN]. With VECTOR (one row) the
+    state is one softmax for each slot of the block, [BN, D] and [BN]: nothing crosses warps until the loop is done.
+    """
+    scale: tl.constexpr = 1.4426950408889634 * D**-0.5  # log2(e) / sqrt(D)
+    acc, total, top = state
+    mask = edge[None, :] if live is None else live[:, None] & edge[None, :]
+    k = tl.load(keys + slot[:, None] * D + d[None, :], mask=mask, other=0.0)
+    v = tl.load(values + slot[:, None] * D + d[None, :], mask=mask, other=0.0)
+    if VECTOR:
+        s = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)  # [BN]
+        s = s if seen is None else tl.where(tl.reshape(seen, s.shape), s, float("-inf"))
+        new_top = tl.maximum(top, s * scale)
+        p, shrink = tl.exp2(s * scale - new_top), tl.exp2(top - new_top)
+        return acc * shrink[:, None] + p[:, None] * v.to(tl.float32), total * shrink + p, new_top
+    else:
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BM, BN]
+        s = s if seen is None else tl.where(seen, s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1) * scale)
+        p, shrink = tl.exp2(s * scale - new_top[:, None]), tl.exp2(top - new_top)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        return acc, total * shrink + tl.sum(p, 1), new_top
+
+
+@triton.jit
+def merge(parts, logs, out, row, valid, d, edge, D: tl.constexpr, NS: tl.constexpr):
+    """out[row] = the mean of its NS parts, weighted by their softmax sums (`logs`), in the order of the splits."""
+    mask = valid[:, None] & edge[None, :]
+    top = tl.full(valid.shape, float("-inf"), tl.float32)
+    acc, total = tl.zeros(mask.shape, tl.float32), tl.zeros(valid.shape, tl.float32)
+    for i in tl.static_range(NS):
+        top = tl.maximum(top, tl.load(logs + row * NS + i, mask=valid, other=0.0, cache_modifier=".cg"))
+    for i in tl.static_range(NS):
+        at = row * NS + i
+        weight = tl.exp2(tl.load(logs + at, mask=valid, other=0.0, cache_modifier=".cg") - top)
+        wrote = mask & (weight > 0)[:, None]  # a split without slots wrote no part
+        part = tl.load(parts + at[:, None] * D + d[None, :], mask=wrote, other=0.0, cache_modifier=".cg")
+        acc, total = acc + weight[:, None] * part, total + weight
+    tl.store(out + row[:, None] * D + d[None, :], acc / total[:, None], mask=mask)
+
+
+@triton.jit
+def merge_kernel(parts, logs, out, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
+                 NS: tl.constexpr, PDL: tl.constexpr):
+    enter(PDL)
+    row, d = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, DP)
+    merge(parts, logs, out, row, row < ROWS, d, d < D, D, NS)
+
+
+@triton.jit
+def attention_kernel(q, kv, base, bits, out, parts, logs, arrivals, S, T: tl.constexpr, H: tl.constexpr,
+                     K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WORDS: tl.constexpr, BM: tl.constexpr,
+                     BN: tl.constexpr, NS: tl.constexpr, LAST: tl.constexpr, PDL: tl.constexpr):
+    """Program (tile, head, split): BM of the T * G rows that share a key/value head, a 1/NS of the slots they see."""
+    enter(PDL)
+    tile, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    G: tl.constexpr = H // K
+    VECTOR: tl.constexpr = BM == 1
+    d, packed = tl.arange(0, DP), tile * BM + tl.arange(0, BM)
+    token, valid = packed // G, packed < T * G
+    row = token * H + head * G + packed % G  # of q and out as [T * H, D]
+    edge = d < D if D < DP else tl.full((DP,), 1, tl.int1)  # all ones: the compiler drops the mask
+    q_rows = tl.load(q + row[:, None] * D + d[None, :], mask=valid[:, None] & edge[None, :], other=0.0)
+    n = tl.load(base).to(tl.int32)
+    if WORDS > 0:
+        low = tl.load(bits + token * WORDS, mask=valid, other=0)
+        if WORDS == 2:
+            high = tl.load(bits + token * WORDS + 1, mask=valid, other=0)
+        common, end = n, tl.minimum(n + 64 * WORDS, S)  # every row sees the slots below `common`, none those from `end`
+    else:
+        common, end = n + tile * BM // G + 1, tl.minimum(n + min(tile * BM + BM - 1, T * G - 1) // G + 1, S)
+    blocks = tl.cdiv(end, BN)
+    first, stop = split * blocks // NS, (split + 1) * blocks // NS
+    masked = tl.minimum(tl.maximum(common // BN, first), stop)
+
+    states: tl.constexpr = BN if VECTOR else BM
+    top = tl.full((states,), -1e30, tl.float32)  # finite: exp2(-inf - top) is 0 while nothing is seen, not NaN
+    state = tl.zeros((states, DP), tl.float32), tl.zeros((states,), tl.float32), top
+    keys, values = kv + head.to(tl.int64) * S * D, kv + (head + K).to(tl.int64) * S * D
+    for block in range(first, masked):
+        slot = block * BN + tl.arange(0, BN)
+        state = attend(q_rows, keys, values, slot, None, None, d, edge, state, VECTOR, D)
+    for block in range(masked, stop):
+        slot = block * BN + tl.arange(0, BN)
+        node, live = (slot - n)[None, :], slot < end
+        if WORDS > 0:
+            word = tl.where(node < 64, low[:, None], high[:, None]) if WORDS == 2 else low[:, None]
+            seen = (node < 0) | (((word >> (node & 63)) & 1 == 1) & live[None, :])
+        else:
+            seen = node <= token[:, None]
+        state = attend(q_rows, keys, values, slot, live, seen, d, edge, state, VECTOR, D)
+    acc, total, top = state
+    if VECTOR:
+        weight = tl.exp2(top - tl.max(top, 0))
+        top = tl.max(top, 0, keep_dims=True)
+        acc, total = tl.sum(acc * weight[:, None], 0, keep_dims=True), tl.sum(total * weight, 0, keep_dims=True)
+    acc = acc / total[:, None]  # NaN where this split saw nothing: its weight is 0, and the merge leaves it out
+
+    mask = valid[:, None] & edge[None, :]
+    if NS == 1:
+        tl.store(out + row[:, None] * D + d[None, :], acc, mask=mask)
+    else:
+        at = row * NS + split
+        tl.store(logs + at, top + tl.log2(total), mask=valid)  # -inf where this split saw nothing
+        tl.store(parts + at[:, None] * D + d[None, :], acc, mask=mask & (first < stop))
+        if LAST:  # the last to arrive merges; counted modulo NS, nothing ever has to be reset
+            tl.debug_barrier()
+            arrived = tl.atomic_add(arrivals + head * tl.num_programs(0) + tile, 1, sem="acq_rel")
+            if arrived & (NS - 1) == NS - 1:
+                merge(parts, logs, out, row, valid, d, edge, D, NS)
+
+
+@lru_cache
+def arrival_counters(device: torch.device, tiles: int, NS: int) -> Tensor:
+    """[tiles] int32 that live as long as the process: every launch with NS splits adds NS to each."""
+    return torch.zeros(tiles, dtype=torch.int32, device=device)
+
+
+def tree_attention_triton(q: Tensor, kv: Tensor, base: Tensor, bits: Tensor | None = None,
+                          config: tuple[int, int, int, int, int] | None = None, last_arriver: bool = False) -> Tensor:
+    """last_arriver: of the programs that share a tile the last merges, in place of a second kernel."""
+    (T, H, D), (K, S) = q.shape, kv.shape[1:3]
+    assert q.is_contiguous() and kv.is_contiguous() and (bits is None or bits.is_contiguous())
+    BM, BN, NS, warps, stages = config or attention_config(
+        T, H // K, K, D, q.dtype, torch.cuda.get_device_properties(q.device).multi_processor_count)
+    DP, tiles, parts, logs, arrivals = triton.next_power_of_2(D), triton.cdiv(T * H // K, BM), None, None, None
+    out = q.new_empty(T, H * D)
+    if NS > 1:
+        parts, logs = (torch.empty(T * H * NS, n, dtype=torch.float32, device=q.device) for n in (D, 1))
+        arrivals = arrival_counters(q.device, K * tiles, NS) if last_arriver else None
+    attention_kernel[(tiles, K, NS)](
+        q, kv, base, bits, out, parts, logs, arrivals, S, T, H, K, D, DP, 0 if bits is None else bits.shape[1],
+        BM, BN, NS, arrivals is not None, PDL, num_warps=warps, num_stages=stages, launch_pdl=PDL)
+    if NS > 1 and not last_arriver:
+        merge_kernel[(triton.cdiv(T * H, 2),)](parts, logs, out, T * H, D, DP, 2, NS, PDL, num_warps=1, launch_pdl=PDL)
+    return out
+
+
+def tree_attention_torch(q: Tensor, kv: Tensor, base: Tensor, bits: Tensor | None = None) -> Tensor:
+    """Attention over one layer's static cache -> [T, H * D].
+
+    q [T, H, D] rotated; kv [2, K, S, D] keys and values, those of the T tokens among them, unused slots finite; base
+    0-d int64. Row i sees every slot below base, and base + j where bit j % 64 of bits[i, j // 64] is set (bits
+    [T, 1 or 2] int64; None: where j <= i). Each row sees at least one.
+    """
+    (T, H, D), (K, S) = q.shape, kv.shape[1:3]
+    width = min(S, int(base) + (T if bits is None else 64 * bits.shape[1]))  # a CPU may ask for the used length
+    mask = TreeMask(base, bits).dense(T, width)
+    q = q.transpose(0, 1).reshape(1, K, -1, D)  # the rows that share a key are one matrix: no key is ever repeated
+    y = F.scaled_dot_product_attention(q, *kv[:, None, :, :width], attn_mask=mask.repeat(H // K, 1))
+    return y.reshape(H, T, D).transpose(0, 1).reshape(T, H * D)
+
+
+@triton.jit
+def rope_store_kernel(qkv, rope, cache_pos, kv, q_norm, k_norm, out, eps, S, H: tl.constexpr,
+                      K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BH: tl.constexpr, PDL: tl.constexpr):
+    """Program (token, BH of its H + 2K heads). Values turn by angle 0: cos 1 and sin 0 leave them exact."""
+    enter(PDL)
+    token, head = tl.program_id(0), (tl.program_id(1) * BH + tl.arange(0, BH))[:, None]
+    d = tl.arange(0, DP // 2)[None, :]
+    half, turns = d < D // 2, head < H + K
+    mask = half & (head < H + 2 * K)
+    at = qkv + token * (H + 2 * K) * D + head * D + d
+    a = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(at + D // 2, mask=mask, other=0.0).to(tl.float32)
+    if q_norm is not None:
+        inverse = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / D + eps)[:, None]
+        wa = tl.where(head < H, tl.load(q_norm + d, mask=half), tl.load(k_norm + d, mask=half))
+        wb = tl.where(head < H, tl.load(q_norm + D // 2 + d, mask=half), tl.load(k_norm + D // 2 + d, mask=half))
+        a = tl.where(turns, rounded(a * inverse * wa, qkv), a)
+        b = tl.where(turns, rounded(b * inverse * wb, qkv), b)
+    angle = rope + token * D + d  # both halves of D hold the same angles
+    cos = tl.where(turns, tl.load(angle, mask=half).to(tl.float32), 1.0)
+    sin = tl.where(turns, tl.load(angle + tl.num_programs(0) * D, mask=half).to(tl.float32), 0.0)
+    x, y = rounded(a * cos, qkv) - rounded(b * sin, qkv), rounded(b * cos, qkv) + rounded(a * sin, qkv)
+    to_q = out + token * H * D + head * D + d
+    # kv [2, K, S, D] is 2K heads of S slots, in the order in which keys and values follow the queries in qkv
+    to_kv = kv + ((head - H).to(tl.int64) * S + tl.load(cache_pos + token)) * D + d
+    tl.store(to_q, x, mask=half & (head < H))
+    tl.store(to_q + D // 2, y, mask=half & (head < H))
+    tl.store(to_kv, x, mask=mask & (head >= H))
+    tl.store(to_kv + D // 2, y, mask=mask & (head >= H))
+
+
+def rope_store_triton(qkv: Tensor, rope: Tensor, cache_pos: Tensor, kv: Tensor,
+                      q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 0.0) -> Tensor:
+    (T, width), (K, S, D), BH = qkv.shape, kv.shape[1:], 4
+    assert qkv.is_contiguous() and kv.is_contiguous() and rope.is_contiguous()
+    out = qkv.new_empty(T, width // D - 2 * K, D)
+    rope_store_kernel[(T, triton.cdiv(width // D, BH))](
+        qkv, rope, cache_pos, kv, q_norm, k_norm, out, eps, S, out.shape[1], K, D,
+        triton.next_power_of_2(D), BH, PDL, num_warps=1, launch_pdl=PDL)
+    return out
+
+
+def rope_store_torch(qkv: Tensor, rope: Tensor, cache_pos: Tensor, kv: Tensor,
+                     q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 0.0) -> Tensor:
+    """Rotated q [T, H, D] of qkv [T, (H + 2K) * D]; rotated k, and v, go to slots cache_pos [T] of kv [2, K, S, D].
+
+    rope [2, T, D]: cos and sin of each token's place, in qkv's dtype. q_norm, k_norm [D] (Qwen3): norm each head first.
+    """
+    K, D = kv.shape[1], kv.shape[3]
+    q, k, v = qkv.unflatten(-1, (-1, D)).split((qkv.shape[1] // D - 2 * K, K, K), dim=1)  # [T, heads, D]
+    if q_norm is not None:
+        q, k = F.rms_norm(q, (D,), q_norm, eps), F.rms_norm(k, (D,), k_norm, eps)
+    cos, sin = rope[:, :, None].unbind(0)  # [T, 1, D]
+    q, k = (x * cos + torch.cat((-x[..., D // 2:], x[..., :D // 2]), -1) * sin for x in (q, k))
+    kv.index_copy_(2, cache_pos, torch.stack((k, v)).transpose(1, 2))
+    return q
+
+
+@triton.jit
+def rms_norm_kernel(x, weight, residual, out, summed, eps, C: tl.constexpr, CP: tl.constexpr, PDL: tl.constexpr):
+    c = tl.arange(0, CP)
+    at = tl.program_id(0) * C + c
+    w = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)  # no kernel writes weights: read before waiting
+    enter(PDL)
+    row = tl.load(x + at, mask=c < C, other=0.0).to(tl.float32)
+    if residual is not None:
+        row = rounded(row + tl.load(residual + at, mask=c < C, other=0.0).to(tl.float32), x)
+        tl.store(summed + at, row, mask=c < C)
+    tl.store(out + at, row * tl.rsqrt(tl.sum(row * row, 0) / C + eps) * w, mask=c < C)
+
+
+def rms_norm_triton(x: Tensor, weight: Tensor, eps: float,
+                    residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    C, CP = x.shape[-1], triton.next_power_of_2(x.shape[-1])
+    assert x.is_contiguous() and (residual is None or residual.is_contiguous())
+    out, summed = torch.empty_like(x), None if residual is None else torch.empty_like(x)
+    rms_norm_kernel[(x.numel() // C,)](x, weight, residual, out, summed, eps, C, CP, PDL,
+                                       num_warps=min(max(CP // 512, 1), 16), launch_pdl=PDL)
+    return out if residual is None else (summed, out)
+
+
+def rms_norm_torch(x: Tensor, weight: Tensor, eps: float,
+                   residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """RMSNorm of x [..., C] with weight [C]; with a residual [..., C]: (x + residual, the norm of that)."""
+    summed = x if residual is None else x + residual
+    out = F.rms_norm(summed, weight.shape, weight, eps)
+    return out if residual is None else (summed, out)
+
+
+@triton.jit
+def silu_mul_kernel(gate_up, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    enter(PDL)
+    row, i = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(gate_up + row * 2 * WIDTH + i, mask=i < WIDTH, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * WIDTH + WIDTH + i, mask=i < WIDTH, other=0.0).to(tl.float32)
+    tl.store(out + row * WIDTH + i, rounded(gate / (1 + tl.exp(-gate)), out) * up, mask=i < WIDTH)
+
+
+def silu_mul_triton(gate_up: Tensor) -> Tensor:
+    T, width = gate_up.shape[0], gate_up.shape[1] // 2
+    assert gate_up.is_contiguous()
+    out = gate_up.new_empty(T, width)
+    silu_mul_kernel[(T, triton.cdiv(width, 1024))](gate_up, out, width, 1024, PDL, launch_pdl=PDL)
+    return out
+
+
+def silu_mul_torch(gate_up: Tensor) -> Tensor:
+    """[T, 2I], gate and up side by side -> silu(gate) * up, [T, I]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+tree_attention = either(tree_attention_triton, tree_attention_torch)
+rope_store = either(rope_store_triton, rope_store_torch)
+rms_norm = either(rms_norm_triton, rms_norm_torch)
+silu_mul = either(silu_mul_triton, silu_mul_torch)

@@ -1,0 +1,225 @@
+"""A linear layer for 1 to 64 rows that reads its weights at the speed of memory, RMSNorm, SiLU and residual fused in.
+
+At batch 1 a decode step is nothing but reading weights, and a tree of 60 tokens reads them as often as one token
+does. So one Triton kernel serves every row count: a program owns BN rows of the weights, streams them once, and
+does everything a Llama layer wants around a matrix product in the same pass:
+
+    rms_norm(x) @ w.T  =  rstd[m] * sum_k w[n, k] * (g[k] * x[m, k])     rstd is known when the sum is, so it comes last
+    silu(gate) * up                                                       rows of gate and up are interleaved in a tile
+    ... + bias, ... + residual                                            in fp32, rounded once
+
+Where N is too small to occupy the machine, K is split: each split writes its fp32 partial sums, and whichever arrives
+last adds all of them up in a fixed order, so that the result does not depend on who that is.
+
+    python -c "import linears; print(linears.linear_config(M=60, N=22016, K=4096, sms=132, capability=(9, 0)))"
+
+Legend: M rows of x, K inputs, N rows of the weights, width = N or, gated, N / 2 outputs.
+"""
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # a machine without a GPU needs none of it
+    triton = None
+
+MAX_ROWS = 64  # beyond, a matrix product is no longer bound by memory and cuBLAS is the better choice
+MAX_TILES = 4096  # counters kept for split K
+
+
+class Config(NamedTuple):
+    BM: int  # rows of x, padded; 1: multiply and add instead of tensor cores
+    BN: int  # rows of the weights a program owns
+    BK: int
+    SK: int  # programs that share a tile's K, at most 64
+    warps: int
+    stages: int  # K blocks in flight, through shared memory
+    x_first: bool = False  # x @ w.T instead of (w @ x.T).T: fewer idle tensor core rows where BM is small
+    ahead: int = 4  # K blocks prefetched into L2 while the kernel before still runs (Hopper)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: tuple[Tensor, float] | None = None,
+           residual: Tensor | None = None, gated: bool = False) -> Tensor:
+    """x [..., K], weight [N, K], bias [N], norm (weight [K], eps), residual [..., width] -> [..., width].
+
+    gated: the first N / 2 rows of the weights are the gate's, the others up's, and the output is silu(gate) * up.
+    """
+    rows, K = x.numel() // x.shape[-1], x.shape[-1]
+    if not x.is_cuda or rows > MAX_ROWS or K % 16 or x.dtype not in (torch.bfloat16, torch.float16):
+        return linear_torch(x, weight, bias, norm, residual, gated)
+    flat = None if residual is None else residual.reshape(rows, -1)
+    return linear_triton(x.reshape(rows, K), weight, bias, norm, flat, gated).view(*x.shape[:-1], -1)
+
+
+def linear_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: tuple[Tensor, float] | None = None,
+                 residual: Tensor | None = None, gated: bool = False) -> Tensor:
+    """What `linear` computes, in plain PyTorch: each step rounded to x's dtype."""
+    if norm is not None:
+        x = F.rms_norm(x, x.shape[-1:], *norm)
+    y = F.linear(x, weight, bias)
+    if gated:
+        gate, up = y.chunk(2, dim=-1)
+        y = F.silu(gate) * up
+    return y if residual is None else residual + y
+
+
+def linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: tuple[Tensor, float] | None = None,
+                  residual: Tensor | None = None, gated: bool = False, config: Config | None = None,
+                  pdl: bool = True) -> Tensor:
+    """`linear` by the kernel. pdl: on Hopper, start while the kernel before drains."""
+    (M, K), N = x.shape, len(weight)
+    sms, capability = device_limits(x.device)
+    BM, BN, BK, SK, warps, stages, x_first, ahead = config or linear_config(M, N, K, sms, capability)
+    pdl = pdl and capability >= (9, 0)
+    width, tiles = N // 2 if gated else N, triton.cdiv(N, BN)
+    assert M <= BM and weight.is_contiguous() and (SK == 1 or tiles <= MAX_TILES)
+    norm_weight, eps = norm or (None, 0.0)
+    residual = None if residual is None else residual.contiguous()
+    out = x.new_empty(M, width)
+    partial = x.new_empty(tiles * SK * (BN + 1) * BM, dtype=torch.float32) if SK > 1 else None
+    linear_kernel[(tiles * SK,)](
+        x.contiguous(), weight, bias, norm_weight, eps, residual, out, partial, counters(x.device) if SK > 1 else None,
+        M, width, K, GATED=gated, EVEN_K=K % BK == 0, BM=BM, BN=BN, BK=BK, SK=SK, STAGES=stages, X_FIRST=x_first,
+        AHEAD=ahead, PDL=pdl, num_warps=warps, **({"launch_pdl": True} if pdl else {}))
+    return out
+
+
+def linear_config(M: int, N: int, K: int, sms: int, capability: tuple[int, int]) -> Config:
+    """How to cut [N, K] weights for M rows of x. Up to two programs a multiprocessor, all of them resident at once and
+    each with some 48 KB of weights in flight: then memory never idles, and shares itself out evenly among them."""
+    hopper = capability >= (9, 0)
+    if M == 1:  # threads side by side along K, so that the loop needs no barrier
+        if K >= 8192:
+            return Config(1, 4, 2048, 1, 4, 1, ahead=1)
+        return Config(1, 8, 1024, 1, 4, 4, ahead=2) if K >= 2048 else Config(1, 4, 256, 1, 1, 1, ahead=1)
+    BM = 16 if M <= 16 else 32 if M <= 32 else 64
+    BN, BK, warps, stages = 64, 128, 4, 4 if BM < 64 else 3
+    if BM == 64 and not hopper:  # registers
+        BK = 64
+    fills = N >= BN * sms  # one program a multiprocessor, without splitting K
+    if fills and BM == 16 and hopper:
+        BK, stages = 256, 3
+    elif fills and BM == 64:  # every tile reads all of x again, from L2: few and large ones
+        BN, BK, warps, stages = (128, 128, 8, 3) if hopper else (128, 32, 4, 4)
+    while K % BK and BK > 32:
+        BK //= 2  # K = 576: no masks with blocks of 64
+    SK = 1 if fills else max(1, min(2 * sms // -(-N // BN), K // BK // 4, 64))  # a shorter split is all ramp
+    return Config(BM, BN, BK, SK, warps, stages)
+
+
+@cache
+def device_limits(device: torch.device) -> tuple[int, tuple[int, int]]:
+    """Multiprocessors and compute capability; on a CPU (the Triton interpreter) those of a small Ampere card."""
+    if device.type != "cuda":
+        return 82, (8, 6)
+    props = torch.cuda.get_device_properties(device)
+    return props.multi_processor_count, (props.major, props.minor)
+
+
+@cache
+def counters(device: torch.device) -> Tensor:
+    """One arrival counter a tile, shared by all calls of a stream. Made by the first call: warm up before a capture."""
+    return torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
+
+
+if triton is not None:
+
+    @triton.jit
+    def linear_kernel(x_ptr, w_ptr, bias_ptr, norm_ptr, eps, res_ptr, out_ptr, partial_ptr, count_ptr, M, width, K,
+                      GATED: tl.constexpr, EVEN_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                      BK: tl.constexpr, SK: tl.constexpr, STAGES: tl.constexpr, X_FIRST: tl.constexpr,
+                      AHEAD: tl.constexpr, PDL: tl.constexpr):
+        tile, split = tl.program_id(0) // SK, tl.program_id(0) % SK
+        HALVES: tl.constexpr = 2 if GATED else 1
+        r = tl.arange(0, BN)
+        col = tile * (BN // HALVES) + r // HALVES  # gated: even rows of the tile are gate's, odd ones up's
+        row = tl.minimum(col, width - 1) + r % HALVES * width  # a ragged last tile reads its last row again
+        w_rows = w_ptr + row.to(tl.int64)[:, None] * K
+        blocks = tl.cdiv(K, BK)
+        first, last = split * blocks // SK * BK, (split + 1) * blocks // SK * BK
+        if PDL:  # weights depend on no kernel, everything else does
+            gdc_launch_dependents()
+            if AHEAD:
+                prefetch(w_rows, first, K, AHEAD * BK)
+            gdc_wait()
+        acc, squares = stream(x_ptr, w_rows, norm_ptr, M, K, first, last, EVEN_K, BM, BN, BK, STAGES, X_FIRST)
+        if SK > 1:
+            size: tl.constexpr = (BN + 1) * BM
+            tile_ptr = partial_ptr + tile * SK * size
+            if not arrive(acc, squares, tile_ptr + split * size, count_ptr + tile, split, BM, BN, SK):
+                return
+            acc, squares = add_up(tile_ptr, BM, BN, SK)
+        if norm_ptr is not None:
+            acc *= tl.rsqrt(squares / K + eps)[None, :]
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + row).to(tl.float32)[:, None]
+        if GATED:
+            gate, up = tl.split(acc.reshape(BN // 2, 2, BM).permute(0, 2, 1))
+            acc = gate * tl.sigmoid(gate) * up
+        m = tl.arange(0, BM)[None, :]
+        n = (tile * (BN // HALVES) + tl.arange(0, BN // HALVES))[:, None]
+        inside = (m < M) & (n < width)
+        if res_ptr is not None:
+            acc += tl.load(res_ptr + m * width + n, mask=inside).to(tl.float32)
+        tl.store(out_ptr + m * width + n, acc, mask=inside)
+
+    @triton.jit
+    def stream(x_ptr, w_rows, norm_ptr, M, K, first, last, EVEN_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+               BK: tl.constexpr, STAGES: tl.constexpr, X_FIRST: tl.constexpr):
+        """Over K from first to last: w @ (norm * x).T [BN, BM] fp32, and the sum of squares of each row of x [BM]."""
+        m = tl.arange(0, BM)[:, None]
+        squares = tl.zeros((BM, BK), dtype=tl.float32)
+        acc = tl.zeros((BN, BK) if BM == 1 else (BM, BN) if X_FIRST else (BN, BM), dtype=tl.float32)
+        for start in tl.range(first, last, BK, num_stages=STAGES):
+            k = start + tl.arange(0, BK)
+            inside = (k < K)[None, :] | EVEN_K  # folds to no mask at all
+            w = tl.load(w_rows + k[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
+            x = tl.load(x_ptr + m * K + k[None, :], mask=inside & (m < M), other=0.0)
+            if norm_ptr is not None:
+                squares += x.to(tl.float32) * x.to(tl.float32)
+                x = x * tl.load(norm_ptr + k, mask=(k < K) | EVEN_K, other=0.0)[None, :]
+            if BM == 1:
+                acc += w.to(tl.float32) * x.to(tl.float32)
+            elif X_FIRST:
+                acc = tl.dot(x, w.trans(), acc, input_precision="ieee")
+            else:
+                acc = tl.dot(w, x.trans(), acc, input_precision="ieee")
+        if BM == 1:
+            acc = tl.sum(acc, 1)[:, None]
+        elif X_FIRST:
+            acc = acc.trans()
+        return acc, tl.sum(squares, 1)
+
+    @triton.jit
+    def arrive(acc, squares, ptr, count_ptr, split, BM: tl.constexpr, BN: tl.constexpr, SK: tl.constexpr):
+        """Store one split's sums; true for the last to do so. The shares of a tile's splits add up to 64, so its
+        counter is a multiple of 64 between launches whatever SK was, and wraps around unharmed: nobody resets it."""
+        tl.store(ptr + tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :], acc)
+        tl.store(ptr + BN * BM + tl.arange(0, BM), squares)
+        share = tl.where(split == 0, 64 - 64 // SK * (SK - 1), 64 // SK)
+        tl.debug_barrier()  # all threads have stored before one of them says so
+        return (tl.atomic_add(count_ptr, share, sem="acq_rel") + share) % 64 == 0
+
+    @triton.jit
+    def add_up(ptr, BM: tl.constexpr, BN: tl.constexpr, SK: tl.constexpr):
+        """The sum of a tile's partials [BN, BM] and squares [BM], first split first."""
+        at = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+        acc, squares = tl.zeros((BN, BM), dtype=tl.float32), tl.zeros((BM,), dtype=tl.float32)
+        for _ in tl.static_range(SK):
+            acc += tl.load(ptr + at, cache_modifier=".cg")
+            squares += tl.load(ptr + BN * BM + tl.arange(0, BM), cache_modifier=".cg")
+            ptr += (BN + 1) * BM
+        return acc, squares
+
+    @triton.jit
+    def prefetch(w_rows, first, K, COLUMNS: tl.constexpr):
+        """Ask L2 for the first COLUMNS of each row, one request a line of 128 bytes (two bytes a weight)."""
+        k = tl.minimum(first + tl.arange(0, COLUMNS // 64) * 64, K - 1)
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; // $0", "=r,l", [w_rows + k[None, :]], dtype=tl.int32,
+                                  is_pure=False, pack=1)

@@ -1,0 +1,276 @@
+"""The small steps of a cycle as a few Triton kernels: tree.py's functions for a GPU, within a CUDA graph.
+
+Between two forwards a cycle does little work in many steps: some 300 kernels of a few microseconds each as PyTorch
+operations. Here the host reads nothing, grids are static, every sum has a fixed order, and state changes in place.
+
+  top_children, argmax  tree.best_children without scores, logits.argmax(-1)
+  grow                  one level of Eagle2.propose: children, candidates, and which of them are fed next
+  rerank                tree.rerank
+  accept_commit         tree.accept_commit
+  compact               the accepted rows of cache and features, moved to the front
+
+All choices compare int64 keys made of value and index: largest key, best value, at a tie the lower index.
+"""
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from tree import Candidates, Level, State, Tree
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # PyTorch for CPUs brings no Triton
+    triton, tl = SimpleNamespace(jit=lambda f=None, **_: f or (lambda f: f)), SimpleNamespace(constexpr=None)
+
+
+@triton.jit
+def sort_key(value, index, real):
+    """int64 whose order is that of the values, fp32, and at a tie the lower index first. Where not `real`: last."""
+    bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)  # -0 ties with 0
+    bits ^= (bits >> 31) & 0x7FFFFFFF  # floats are sign and magnitude, integers two's complement
+    return tl.where(real, (bits.to(tl.int64) << 32) | (0x7FFFFFFF - index), -(1 << 63))
+
+
+@triton.jit
+def key_value(key):
+    bits = (key >> 32).to(tl.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def key_index(key):
+    return 0x7FFFFFFF - (key & 0x7FFFFFFF)
+
+
+@triton.jit
+def partial_kernel(logits, keys, peaks, sums, V, stride, K: tl.constexpr, BLOCK: tl.constexpr, SUM: tl.constexpr):
+    """One block of one row's tokens: the K best keys in order, and the block's share of the row's log-sum-exp."""
+    row, block = tl.program_id(0), tl.program_id(1)
+    at = row * tl.num_programs(1) + block
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(logits + row * stride + token, mask=token < V, other=-float("inf")).to(tl.float32)
+    if SUM:
+        peak = tl.max(x, 0)
+        tl.store(peaks + at, peak)
+        tl.store(sums + at, tl.sum(tl.exp(x - tl.where(peak == -float("inf"), 0.0, peak)), 0))
+    key = sort_key(x, token, token < V)
+    for rank in range(K):
+        best = tl.max(key, 0)
+        tl.store(keys + at * K + rank, best)
+        key = tl.where(key == best, -(1 << 63), key)
+
+
+@triton.jit
+def merge(keys, peaks, sums, row, real, BLOCKS, K: tl.constexpr, B: tl.constexpr, SUM: tl.constexpr):
+    """The partial results of rows [R] -> tokens [R, 16], best first, of which K count, and their log-probabilities:
+    at most 0, so that no child outscores its parent. Without SUM the logits themselves.
+    Each round takes the best of the blocks' heads and moves that block's list on."""
+    block, rank = tl.arange(0, B)[None, :], tl.arange(0, 16)[None, :]
+    at, inside = row[:, None] * BLOCKS + block, real[:, None] & (block < BLOCKS)
+    head, taken = tl.load(keys + at * K, mask=inside, other=-(1 << 63)), tl.zeros_like(at)
+    best_first = tl.zeros_like(row[:, None] + rank).to(tl.int64)
+    for i in range(K):
+        best = tl.max(head, 1)[:, None]
+        best_first = tl.where(rank == i, best, best_first)
+        won = head == best
+        taken += won.to(tl.int32)
+        head = tl.where(won, tl.load(keys + at * K + taken, mask=inside & won & (taken < K), other=-(1 << 63)), head)
+    value = key_value(best_first)
+    if SUM:
+        peak = tl.load(peaks + at, mask=inside, other=tl.where(real, -float("inf"), 0.0)[:, None])
+        top = tl.max(peak, 1)[:, None]
+        total = tl.sum(tl.load(sums + at, mask=inside, other=1.0) * tl.exp(peak - top), 1)[:, None]
+        value = tl.minimum(value - top - tl.log(total), 0.0)  # a GPU's log of just above 1 may be negative
+    return key_index(best_first), value
+
+
+@triton.jit
+def merge_kernel(keys, peaks, sums, tokens, logs, BLOCKS, K: tl.constexpr, B: tl.constexpr, SUM: tl.constexpr):
+    """One row's K best tokens, and with SUM their log-probabilities."""
+    row, rank = tl.program_id(0) + tl.arange(0, 1), tl.arange(0, 16)[None, :]
+    token, log_p = merge(keys, peaks, sums, row, row >= 0, BLOCKS, K, B, SUM)
+    tl.store(tokens + row[:, None] * K + rank, token, mask=rank < K)
+    if SUM:
+        tl.store(logs + row[:, None] * K + rank, log_p, mask=rank < K)
+
+
+@triton.jit(do_not_specialize=["N", "depth"])
+def grow_kernel(keys, peaks, sums, fed_scores, fed_index, fed_bits, tokens, scores, parents, next_tokens, next_scores,
+                next_index, next_rows, next_bits, N, BLOCKS, depth, K: tl.constexpr, B: tl.constexpr):
+    """See `grow`. One program; tiles are [16, 16]: fed rows, and their children by rank."""
+    lane, rank = tl.arange(0, 16), tl.arange(0, 16)[None, :]
+    fed = lane < N
+    token, log_p = merge(keys, peaks, sums, lane, fed, BLOCKS, K, B, True)
+    score = tl.load(fed_scores + lane, mask=fed, other=0.0)[:, None] + log_p
+    child, real = lane[:, None] * K + rank, fed[:, None] & (rank < K)
+    first = tl.where(depth == 0, 0, K + (depth - 1) * K * K)  # candidates of the levels before
+    tl.store(tokens + first + child, token, mask=real)
+    tl.store(scores + first + child, score, mask=real)
+    tl.store(parents + first + child, tl.load(fed_index + lane, mask=fed, other=0)[:, None], mask=real)
+
+    top = tl.topk(tl.reshape(sort_key(score, child, real), [256]), 16)
+    chosen, child = lane < K, key_index(top).to(tl.int32)
+    row = tl.where(chosen, child // K, 0)
+    place = row * 16 + tl.where(chosen, child % K, 0)  # in the tile
+    tl.store(next_tokens + lane, tl.gather(tl.reshape(token, [256]), place, 0), mask=chosen)
+    tl.store(next_scores + lane, key_value(top), mask=chosen)
+    tl.store(next_index + lane, first + child, mask=chosen)
+    tl.store(next_rows + lane, row, mask=chosen)
+    slot = (depth * K + lane).to(tl.int64)
+    for word in tl.static_range(2):
+        own = tl.where(slot // 64 == word, tl.full([16], 1, tl.int64) << (slot % 64), 0)
+        inherited = tl.load(fed_bits + row * 2 + word, mask=chosen, other=0)
+        tl.store(next_bits + lane * 2 + word, inherited | own, mask=chosen)
+
+
+@triton.jit
+def rerank_kernel(tokens, scores, parents, text, length, tree_tokens, tree_parents, tree_depth, tree_ancestors,
+                  N, n, MAX_DEPTH: tl.constexpr, SIZE: tl.constexpr):
+    """See `rerank`. One program. The root takes part as candidate -1, the parent that its children name."""
+    index, node = tl.arange(0, SIZE), tl.arange(0, 64).to(tl.int64)
+    score = tl.load(scores + index, mask=index < N, other=0.0)
+    best = key_index(tl.topk(sort_key(score, index, index < N), 64))
+    kept = tl.sort(tl.where(node < n, best, tl.where(node == 63, -1, SIZE)))  # the root, the n best, and padding
+    drafted = (node > 0) & (node <= n)
+    above = tl.load(parents + kept, mask=drafted, other=-1)
+    parent = tl.sum(tl.where(kept[None, :] == above[:, None], node[None, :], 0), 1)
+    token = tl.load(tokens + kept, mask=drafted, other=tl.load(text + tl.load(length) - 1))
+
+    one = tl.full([64], 1, tl.int64)
+    ancestors, depth, at = one << node, (node > 0).to(tl.int64), parent
+    for _ in range(MAX_DEPTH):  # as tree.build does
+        ancestors |= one << at
+        depth += at > 0
+        at = tl.gather(parent, at, 0)
+    tl.store(tree_tokens + node, token, mask=node <= n)
+    tl.store(tree_parents + node, parent, mask=node <= n)
+    tl.store(tree_depth + node, depth, mask=node <= n)
+    tl.store(tree_ancestors + node, ancestors, mask=node <= n)
+
+
+@triton.jit
+def accept_commit_kernel(tokens, parents, depths, ancestors, next_tokens, text, length, committed, done, stop_ids,
+                         limit, path, report, T, STOPS, STEPS, PATH: tl.constexpr, STOP_TILE: tl.constexpr):
+    """See `accept_commit`. One program of one warp; PATH and STOP_TILE are STEPS and STOPS rounded up."""
+    node, step = tl.arange(0, 64).to(tl.int64), tl.arange(0, PATH)
+    real, taken = node < T, step < STEPS
+    parent = tl.load(parents + node, mask=real, other=0)
+    wrong = tl.load(tokens + node, mask=real, other=0) != tl.load(next_tokens + parent, mask=real, other=0)
+    wrong_bits = tl.sum((wrong & (node > 0)).to(tl.int64) << node, 0)  # bits are distinct
+    above, depth = tl.load(ancestors + node, mask=real, other=0), tl.load(depths + node, mask=real, other=-1)
+    reached = tl.where((above & wrong_bits) == 0, depth, -1)
+    last, accepted = tl.argmax(reached, 0), tl.max(reached, 0)
+    on_path = (tl.load(ancestors + last) >> node) & 1 == 1
+    here = tl.where(on_path[None, :] & (depth[None, :] == step[:, None]), node[None, :], -1)  # at most one node a row
+    walk = tl.where(tl.max(here, 1) < 0, last, tl.max(here, 1))
+    out = tl.load(next_tokens + walk)
+    tl.store(path + step, walk, mask=taken)
+
+    stop = tl.arange(0, STOP_TILE)[None, :]
+    stops = (out[:, None] == tl.load(stop_ids + stop, mask=stop < STOPS, other=0)) & (stop < STOPS)
+    first_stop = tl.min(tl.where(stops, step[:, None], STEPS))
+    before, most, over, old = tl.load(length), tl.load(limit), tl.load(done), tl.load(committed)
+    count = tl.where(over, 0, tl.minimum(tl.minimum(accepted, first_stop) + 1, most - before))
+    over_now = over | (first_stop < count) | (before + count >= most)
+    tl.debug_barrier()  # every thread has read the state
+    tl.store(text + before + step, out, mask=taken & (over == 0))
+    tl.store(length, before + count)
+    tl.store(committed, tl.where(over, old, count))
+    tl.store(done, over_now)
+    tl.store(report, count)
+    tl.store(report + 1, over_now)
+    tl.store(report + 2 + step, out, mask=taken)
+
+
+@triton.jit
+def compact_kernel(kv, base, path, features, kept, CELLS, S, D, C, STEPS, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """See `compact`. A program moves the rows of one layer's keys or values of one head, or, the last programs,
+    COLUMNS columns of the features. All rows are loaded before any is stored: slots overlap."""
+    cell, step, column = tl.program_id(0), tl.arange(0, ROWS), tl.arange(0, COLUMNS)[None, :]
+    source = tl.load(path + step, mask=step < STEPS, other=0)[:, None]
+    step = step[:, None].to(tl.int64)
+    if cell < CELLS:
+        rows = kv + (cell.to(tl.int64) * S + tl.load(base)) * D + column
+        origin, goal = rows + source * D, rows + step * D
+        moves = (step < STEPS) & (source != step) & (column < D)
+    else:
+        column += (cell - CELLS) * COLUMNS
+        origin, goal = features + source * C + column, kept + step * C + column
+        moves = (step < STEPS) & (column < C)
+    x = tl.load(origin, mask=moves)
+    tl.debug_barrier()
+    tl.store(goal, x, mask=moves)
+
+
+def partials(logits: Tensor, k: int, sum_exp: bool) -> tuple[Tensor, Tensor, Tensor, int]:
+    """logits [N, V] -> sorted keys [N, blocks, k] int64, peaks and sums of exp(logit - peak), [N, blocks] fp32 each
+    (empty if not `sum_exp`), and `blocks`, at most 64: enough programs for a large GPU even if N is 1."""
+    rows, vocab = logits.shape
+    block = max(1024, triton.next_power_of_2(triton.cdiv(vocab, 64)))  # 2048 for Llama-3
+    blocks = triton.cdiv(vocab, block)
+    keys = torch.empty(rows, blocks, k, dtype=torch.int64, device=logits.device)
+    peaks, sums = torch.empty(2, rows if sum_exp else 0, blocks, device=logits.device)
+    partial_kernel[rows, blocks](logits, keys, peaks, sums, vocab, logits.stride(0), k, block, sum_exp)
+    return keys, peaks, sums, blocks
+
+
+def top_children(logits: Tensor, k: int, log_p: bool = True) -> tuple[Tensor, Tensor]:
+    """The k <= 10 most probable tokens of logits [N, V], best first, the lower id at a tie: tokens [N, k] int64 and
+    log-probabilities [N, k] fp32, at most 0 (without `log_p` not computed)."""
+    *parts, blocks = partials(logits, k, log_p)
+    tokens, logs = parts[0].new_empty(len(logits), k), parts[1].new_empty(len(logits), k)
+    merge_kernel[len(logits),](*parts, tokens, logs, blocks, k, triton.next_power_of_2(blocks), log_p, num_warps=1)
+    return tokens, logs
+
+
+def best_tokens(logits: Tensor, k: int) -> Tensor:
+    """tree.best_tokens; the lower id at a tie."""
+    return top_children(logits, k, log_p=False)[0]
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """The most probable token of each of logits [T, V], [T] int64; the lower id at a tie."""
+    return best_tokens(logits, 1).flatten()
+
+
+def grow(logits: Tensor, level: Level, candidates: Candidates, depth: int, k: int) -> Level:
+    """Give each fed node its k best continuations, add them to `candidates`, and choose the k best to be fed next.
+    logits [N, V] of the nodes of `level`, `depth` below the root; at depth 0 `level` is the root, see `start`."""
+    *parts, blocks = partials(logits, k, True)
+    new = parts[0].new_empty
+    following = Level(new(k), parts[1].new_empty(k), new(k), new(k), new(k, 2))
+    grow_kernel[1,](*parts, level.scores, level.index, level.bits, *candidates, *following, len(logits), blocks, depth,
+                    k, triton.next_power_of_2(blocks), num_warps=8)
+    return following
+
+
+def rerank(state: State, candidates: Candidates, n: int, max_depth: int) -> Tree:
+    """The n <= 63 best candidates as one tree under the newest committed token; see tree.rerank."""
+    tree, size = Tree(*candidates.tokens.new_empty(4, n + 1)), len(candidates.tokens)
+    rerank_kernel[1,](*candidates, state.tokens, state.length, *tree, size, n, max_depth,
+                      max(64, triton.next_power_of_2(size)), num_warps=8)
+    return tree
+
+
+def accept_commit(tree: Tree, next_tokens: Tensor, state: State, stop_ids: Tensor, limit: Tensor, max_depth: int,
+                  report: Tensor) -> Tensor:
+    """tree.accept_commit. next_tokens [T]: the target's choice after each node; stop_ids [any] int64;
+    limit 0-d int64. Changes state.tokens, length, committed (0-d int64) and done (0-d bool) in place; once done is
+    set, none of them. Returns path [max_depth + 1] int64 and fills report [max_depth + 3] int64 for the host: how many
+    tokens were committed, whether the text has ended, and the tokens (entries beyond that number do not count)."""
+    path, stops = torch.empty_like(report[2:]), len(stop_ids)
+    accept_commit_kernel[1,](*tree, next_tokens, state.tokens, state.length, state.committed, state.done, stop_ids,
+                             limit, path, report, len(next_tokens), stops, max_depth + 1,
+                             triton.next_power_of_2(max_depth + 1), triton.next_power_of_2(max(stops, 1)), num_warps=1)
+    return path
+
+
+def compact(kv: Tensor, base: Tensor, path: Tensor, features: Tensor, kept: Tensor) -> None:
+    """tree.compact. features and kept in kv's dtype; they must not overlap."""
+    (slots, size), steps, width = kv.shape[-2:], len(path), features.shape[1]
+    cells, columns = kv.numel() // (slots * size), triton.next_power_of_2(size)
+    compact_kernel[cells + triton.cdiv(width, columns),](
+        kv, base, path, features, kept, cells, slots, size, width, steps, triton.next_power_of_2(steps), columns,
+        num_warps=1)
