@@ -1,4 +1,4 @@
-"""Triton kernels of a decoding step: tree attention, RoPE with the cache write, RMSNorm, SiLU.
+"""Triton kernels of a decoding step beside its matrix products: tree attention, RoPE with the cache write.
 
 A decoding step is one captured CUDA graph: what changes from step to step, the used length of the cache above all,
 is read from device memory, and the grids are static. Sums have a fixed order: the same input gives the same bits.
@@ -16,11 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linears import device_limits
+
 try:
     import triton
     import triton.language as tl
 except ImportError:  # PyTorch for CPUs brings no Triton
     triton, tl = SimpleNamespace(jit=lambda f: f), SimpleNamespace(constexpr=None)
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel may start while the one before it ends (programmatic dependent launch, from Hopper on)."""
+    return device_limits(device)[1] >= (9, 0)
+
 
 class TreeMask(NamedTuple):
     """Which cache slots each row sees: all before `base`, and slot base + j where bit j % 64 of bits[row, j // 64] is
@@ -36,9 +44,6 @@ class TreeMask(NamedTuple):
         last = 64 * self.bits.shape[1] - 1
         words = self.bits.index_select(1, node.clamp(0, last) >> 6)  # [rows, width]
         return (node < 0) | ((words >> (node & 63) & 1 == 1) & (node <= last))
-
-
-PDL = False  # programmatic dependent launch: a kernel starts while the one before it ends; needs sm_90
 
 
 def either(on_gpu: Callable, twin: Callable) -> Callable:
@@ -208,8 +213,8 @@ def tree_attention_triton(q: Tensor, kv: Tensor, base: Tensor, bits: Tensor | No
     """last_arriver: of the programs that share a tile the last merges, in place of a second kernel."""
     (T, H, D), (K, S) = q.shape, kv.shape[1:3]
     assert q.is_contiguous() and kv.is_contiguous() and (bits is None or bits.is_contiguous())
-    BM, BN, NS, warps, stages = config or attention_config(
-        T, H // K, K, D, q.dtype, torch.cuda.get_device_properties(q.device).multi_processor_count)
+    BM, BN, NS, warps, stages = config or attention_config(T, H // K, K, D, q.dtype, device_limits(q.device)[0])
+    pdl = overlaps(q.device)
     DP, tiles, parts, logs, arrivals = triton.next_power_of_2(D), triton.cdiv(T * H // K, BM), None, None, None
     out = q.new_empty(T, H * D)
     if NS > 1:
@@ -217,9 +222,9 @@ def tree_attention_triton(q: Tensor, kv: Tensor, base: Tensor, bits: Tensor | No
         arrivals = arrival_counters(q.device, K * tiles, NS) if last_arriver else None
     attention_kernel[(tiles, K, NS)](
         q, kv, base, bits, out, parts, logs, arrivals, S, T, H, K, D, DP, 0 if bits is None else bits.shape[1],
-        BM, BN, NS, arrivals is not None, PDL, num_warps=warps, num_stages=stages, launch_pdl=PDL)
+        BM, BN, NS, arrivals is not None, pdl, num_warps=warps, num_stages=stages, launch_pdl=pdl)
     if NS > 1 and not last_arriver:
-        merge_kernel[(triton.cdiv(T * H, 2),)](parts, logs, out, T * H, D, DP, 2, NS, PDL, num_warps=1, launch_pdl=PDL)
+        merge_kernel[(triton.cdiv(T * H, 2),)](parts, logs, out, T * H, D, DP, 2, NS, pdl, num_warps=1, launch_pdl=pdl)
     return out
 
 
@@ -271,12 +276,12 @@ def rope_store_kernel(qkv, rope, cache_pos, kv, q_norm, k_norm, out, eps, S, H: 
 
 def rope_store_triton(qkv: Tensor, rope: Tensor, cache_pos: Tensor, kv: Tensor,
                       q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 0.0) -> Tensor:
-    (T, width), (K, S, D), BH = qkv.shape, kv.shape[1:], 4
+    (T, width), (K, S, D), BH, pdl = qkv.shape, kv.shape[1:], 4, overlaps(qkv.device)
     assert qkv.is_contiguous() and kv.is_contiguous() and rope.is_contiguous()
     out = qkv.new_empty(T, width // D - 2 * K, D)
     rope_store_kernel[(T, triton.cdiv(width // D, BH))](
         qkv, rope, cache_pos, kv, q_norm, k_norm, out, eps, S, out.shape[1], K, D,
-        triton.next_power_of_2(D), BH, PDL, num_warps=1, launch_pdl=PDL)
+        triton.next_power_of_2(D), BH, pdl, num_warps=1, launch_pdl=pdl)
     return out
 
 
@@ -296,61 +301,5 @@ def rope_store_torch(qkv: Tensor, rope: Tensor, cache_pos: Tensor, kv: Tensor,
     return q
 
 
-@triton.jit
-def rms_norm_kernel(x, weight, residual, out, summed, eps, C: tl.constexpr, CP: tl.constexpr, PDL: tl.constexpr):
-    c = tl.arange(0, CP)
-    at = tl.program_id(0) * C + c
-    w = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)  # no kernel writes weights: read before waiting
-    enter(PDL)
-    row = tl.load(x + at, mask=c < C, other=0.0).to(tl.float32)
-    if residual is not None:
-        row = rounded(row + tl.load(residual + at, mask=c < C, other=0.0).to(tl.float32), x)
-        tl.store(summed + at, row, mask=c < C)
-    tl.store(out + at, row * tl.rsqrt(tl.sum(row * row, 0) / C + eps) * w, mask=c < C)
-
-
-def rms_norm_triton(x: Tensor, weight: Tensor, eps: float,
-                    residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-    C, CP = x.shape[-1], triton.next_power_of_2(x.shape[-1])
-    assert x.is_contiguous() and (residual is None or residual.is_contiguous())
-    out, summed = torch.empty_like(x), None if residual is None else torch.empty_like(x)
-    rms_norm_kernel[(x.numel() // C,)](x, weight, residual, out, summed, eps, C, CP, PDL,
-                                       num_warps=min(max(CP // 512, 1), 16), launch_pdl=PDL)
-    return out if residual is None else (summed, out)
-
-
-def rms_norm_torch(x: Tensor, weight: Tensor, eps: float,
-                   residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-    """RMSNorm of x [..., C] with weight [C]; with a residual [..., C]: (x + residual, the norm of that)."""
-    summed = x if residual is None else x + residual
-    out = F.rms_norm(summed, weight.shape, weight, eps)
-    return out if residual is None else (summed, out)
-
-
-@triton.jit
-def silu_mul_kernel(gate_up, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    enter(PDL)
-    row, i = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(gate_up + row * 2 * WIDTH + i, mask=i < WIDTH, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * WIDTH + WIDTH + i, mask=i < WIDTH, other=0.0).to(tl.float32)
-    tl.store(out + row * WIDTH + i, rounded(gate / (1 + tl.exp(-gate)), out) * up, mask=i < WIDTH)
-
-
-def silu_mul_triton(gate_up: Tensor) -> Tensor:
-    T, width = gate_up.shape[0], gate_up.shape[1] // 2
-    assert gate_up.is_contiguous()
-    out = gate_up.new_empty(T, width)
-    silu_mul_kernel[(T, triton.cdiv(width, 1024))](gate_up, out, width, 1024, PDL, launch_pdl=PDL)
-    return out
-
-
-def silu_mul_torch(gate_up: Tensor) -> Tensor:
-    """[T, 2I], gate and up side by side -> silu(gate) * up, [T, I]."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
 tree_attention = either(tree_attention_triton, tree_attention_torch)
 rope_store = either(rope_store_triton, rope_store_torch)
-rms_norm = either(rms_norm_triton, rms_norm_torch)
-silu_mul = either(silu_mul_triton, silu_mul_torch)
