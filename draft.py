@@ -23,7 +23,9 @@ import tree_kernels
 from kernels import TreeMask
 from linears import linear
 from model import Config, Layer, Llama, fill, read_tensors, rope_table
-from tree import MAX_NODES, State, Tree, build, causal_mask, root, tree_mask
+from tree import MAX_NODES, Level, State, Tree, build, causal_mask, root, tree_mask
+
+Where = tuple[Tensor, Tensor, Tensor]  # of a tree: the root's slot 0-d, then places and scratch slots [fed nodes]
 
 # The EAGLE authors' fixed tree `mc_sim_7b_63` (their repository, eagle/model/choices.py): 25 drafted nodes,
 # each the path of ranks that leads to it. (0, 1) is the second-best token after the best one.
@@ -158,17 +160,30 @@ class Eagle2(Eagle):
         self.start = tree.start(topk, draft_depth, scratch.device)
 
     def propose(self, state: State) -> Tree:
-        k, (level, candidates) = self.topk, self.start
-        base = state.length - 1
-        slots, places = base + self.scratch, base + self.level_of  # siblings share a place, never a slot
-        hidden = self.extend(state)
-        level = self.steps.grow(self.logits(hidden), level, candidates, 0, k)
+        where, hidden, level = self.begin(state)
         for depth in range(1, self.max_depth):
-            fed = slice((depth - 1) * k, depth * k)
-            hidden = self.rows(level.tokens, hidden[level.rows], places[fed], slots[fed],
-                               tree_mask(base, level.bits, state.width))
-            level = self.steps.grow(self.logits(hidden), level, candidates, depth, k)
-        return self.steps.rerank(state, candidates, self.num_nodes - 1, self.max_depth)
+            hidden, level = self.expand(state, where, hidden, level, depth)
+        return self.rerank(state)
+
+    def begin(self, state: State) -> tuple[Where, Tensor, Level]:
+        """Catch up with what was accepted, and choose the first level. Returns where this tree is drafted, and what
+        the first `expand` wants."""
+        base, (level, candidates) = state.length - 1, self.start
+        where = base, base + self.level_of, base + self.scratch  # siblings share a place, never a slot
+        hidden = self.extend(state)
+        return where, hidden, self.steps.grow(self.logits(hidden), level, candidates, 0, self.topk)
+
+    def expand(self, state: State, where: Where, hidden: Tensor, level: Level, depth: int) -> tuple[Tensor, Level]:
+        """Feed the nodes of `level`, `depth` below the root; hidden [any, C] are the features of the rows fed before.
+        Returns the features of these nodes, [k, C], and the next level."""
+        base, places, slots = where
+        fed = slice((depth - 1) * self.topk, depth * self.topk)
+        hidden = self.rows(level.tokens, hidden[level.rows], places[fed], slots[fed],
+                           tree_mask(base, level.bits, state.width))
+        return hidden, self.steps.grow(self.logits(hidden), level, self.start[1], depth, self.topk)
+
+    def rerank(self, state: State) -> Tree:
+        return self.steps.rerank(state, self.start[1], self.num_nodes - 1, self.max_depth)
 
 
 class Eagle1(Eagle):

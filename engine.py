@@ -22,7 +22,7 @@ from draft import Eagle1, Eagle2, steps
 from kernels import TreeMask
 from linears import linear
 from model import Llama
-from tree import State, Tree, causal_mask, choose, gumbel_noise, root, tree_mask
+from tree import MAX_NODES, State, Tree, causal_mask, choose, gumbel_noise, root, tree_mask
 
 PREFILL_CHUNK = 512  # prompt tokens a forward
 SPARE = 128  # cache slots past max_seq_len, for drafts that reach beyond the last token to be committed
@@ -77,7 +77,7 @@ class Engine:
         rows = drafter.max_depth + 1
         zero = torch.zeros((), dtype=torch.int64, device=device)
         self.seed, self.limit, self.first = zero.clone(), zero + 1, zero.clone()
-        self.nodes = torch.arange(drafter.num_nodes, device=device)
+        self.nodes = torch.arange(MAX_NODES, device=device)
         self.state = State(
             tokens=torch.zeros(self.slots + 1, dtype=torch.int64, device=device), length=zero + 2, committed=zero + 1,
             features=model.embed.weight.new_zeros(rows, model.cfg.hidden_size), done=zero == 0, width=self.slots)
@@ -171,14 +171,23 @@ class Engine:
     @torch.inference_mode()
     def cycle(self) -> None:
         """Draft, verify, accept, commit. Once `state.done`, a cycle changes nothing that counts."""
-        state, depth = self.state, self.drafter.max_depth
-        base = state.length - 1
-        tree = self.drafter.propose(state)
-        mask = tree_mask(base, tree.ancestors[:, None], state.width)
-        features = self.model(tree.tokens[None], base + tree.depth, base + self.nodes, mask)[0]
-        path = self.accept(tree, self.choose(features, tree), depth)
+        base, tree = self.state.length - 1, self.drafter.propose(self.state)
+        self.commit(base, tree, *self.verify(base, tree))
+
+    def verify(self, base: Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
+        """One forward over all nodes, the root in slot `base` (0-d). Returns their features [T, C] and the target's
+        choice after each, [T]."""
+        slots = base + self.nodes[:len(tree.tokens)]  # siblings share a place in the text, never a slot
+        mask = tree_mask(base, tree.ancestors[:, None], self.state.width)
+        features = self.model(tree.tokens[None], base + tree.depth, slots, mask)[0]
+        return features, self.choose(features, tree)
+
+    def commit(self, base: Tensor, tree: Tree, features: Tensor, next_tokens: Tensor) -> None:
+        """Accept, and move what was accepted to the front of cache and features."""
+        depth = self.drafter.max_depth
+        path = self.accept(tree, next_tokens, depth)
         if depth:
-            self.steps.compact(self.model.kv, base, path, features, state.features)
+            self.steps.compact(self.model.kv, base, path, features, self.state.features)
 
     def accept(self, tree: Tree, next_tokens: Tensor, max_depth: int) -> Tensor:
         return self.steps.accept_commit(tree, next_tokens, self.state, self.stop_ids, self.limit, max_depth,

@@ -1,0 +1,470 @@
+"""bench.py, workload.py and baselines.py on a CPU: the parts are those of a cycle, the text is the small model's, other
+engines compute what we do. Times are counted in operations where a test compares them: a busy machine counts alike.
+"""
+import argparse
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from tokenizers import Tokenizer as BPE
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import bench
+import workload
+from baselines import Run, gpt_fast_decoder, transformers_decoder
+from bench import cycle_parts, freeze, run, score
+from draft import Eagle2
+from engine import Engine, Vanilla
+from tokenizer import Tokenizer
+from widen import FIELDS, SHAPES
+
+V, CPU = 300, torch.device("cpu")
+STOPS = [1, 250]  # the end of a turn, and a byte that no prompt has
+SHAPE = dict(zip(FIELDS, (200, 64, 64, 3, 8, 4, 8)))  # a third of the ids is cut away
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>reply\n"
+# What gpt_fast_decoder relies on in gpt-fast's model.py: names, layouts, and RoPE that turns neighbours.
+STAND_IN = '''
+from dataclasses import dataclass
+import torch
+from torch import nn
+
+@dataclass
+class ModelArgs:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    dim: int
+    intermediate_size: int
+    n_local_heads: int
+    rope_base: float
+    norm_eps: float
+
+class Layer(nn.Module):
+    def __init__(self, a):
+        super().__init__()
+        size = a.dim // a.n_head
+        self.heads, self.attention, self.feed_forward = (a.n_head, a.n_local_heads), nn.Module(), nn.Module()
+        self.attention.wqkv = nn.Linear(a.dim, (a.n_head + 2 * a.n_local_heads) * size, bias=False)
+        self.attention.wo = nn.Linear(a.dim, a.dim, bias=False)
+        for name, (i, o) in {"w1": (a.dim, a.intermediate_size), "w3": (a.dim, a.intermediate_size),
+                             "w2": (a.intermediate_size, a.dim)}.items():
+            setattr(self.feed_forward, name, nn.Linear(i, o, bias=False))
+        self.attention_norm, self.ffn_norm = nn.RMSNorm(a.dim, a.norm_eps), nn.RMSNorm(a.dim, a.norm_eps)
+
+    def forward(self, x, turn, at, seen):
+        h, k = self.heads
+        y = self.attention.wqkv(self.attention_norm(x)).unflatten(-1, (h + 2 * k, -1))
+        qk = torch.view_as_complex(y[:, :, :h + k].unflatten(-1, (-1, 2)).contiguous())
+        qk = torch.view_as_real(qk * turn[:, None]).flatten(-2)
+        self.kv[:, :, :, at] = torch.stack((qk[:, :, h:], y[:, :, h + k:])).transpose(2, 3)
+        y = nn.functional.scaled_dot_product_attention(qk[:, :, :h].transpose(1, 2), *self.kv, seen, enable_gqa=True)
+        x = x + self.attention.wo(y.transpose(1, 2).flatten(2))
+        y, f = self.ffn_norm(x), self.feed_forward
+        return x + f.w2(nn.functional.silu(f.w1(y)) * f.w3(y))
+
+class Transformer(nn.Module):
+    def __init__(self, a):
+        super().__init__()
+        self.a, self.tok_embeddings = a, nn.Embedding(a.vocab_size, a.dim)
+        self.layers = nn.ModuleList(Layer(a) for _ in range(a.n_layer))
+        self.norm, self.output = nn.RMSNorm(a.dim, a.norm_eps), nn.Linear(a.dim, a.vocab_size, bias=False)
+
+    def setup_caches(self, batch, length):
+        a, self.length = self.a, length
+        for layer in self.layers:
+            layer.kv = torch.zeros(2, batch, a.n_local_heads, length, a.dim // a.n_head, dtype=self.output.weight.dtype)
+        size = a.dim // a.n_head
+        angles = torch.outer(torch.arange(a.block_size), a.rope_base ** (-torch.arange(0, size, 2) / size))
+        self.turn = torch.polar(torch.ones_like(angles), angles)
+
+    def forward(self, tokens, at):
+        x, seen = self.tok_embeddings(tokens), torch.arange(self.length) <= at[:, None]
+        for layer in self.layers:
+            x = layer(x, self.turn[at], at, seen)
+        return self.output(self.norm(x))
+'''
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint with a head that guesses well, and a byte-level tokenizer with a chat template."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model, head = tiny.pair(4, 0.03, torch.float32, vocab_size=V)
+    tiny.save_head(head, tiny.save_target(model, folder) / "eagle")
+    bpe = BPE(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.train_from_iterator(bench.QUESTIONS.read_text().split("\n"), trainers.BpeTrainer(
+        vocab_size=V, special_tokens=["<|im_start|>", "<|im_end|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bpe.save(str(folder / "tokenizer.json"))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": STOPS}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE, "eos_token": "<|im_end|>"}))
+    return folder
+
+
+@pytest.fixture
+def arguments(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., argparse.Namespace]:
+    """bench.py's own parser on these words; the tiny shape is among its shapes."""
+    monkeypatch.setitem(SHAPES, "tiny", SHAPE)
+    (tmp_path / "asked.jsonl").write_text("".join(bench.QUESTIONS.read_text().splitlines(keepends=True)[:3]))
+
+    def arguments(*words: object) -> argparse.Namespace:
+        monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, (
+            "--checkpoint", checkpoint, "--questions", tmp_path / "asked.jsonl", "--device", "cpu", *words))])
+        return bench.parse_args()
+    return arguments
+
+
+@pytest.fixture
+def gpt_fast(tmp_path: Path) -> Path:
+    (tmp_path / "clone").mkdir()
+    (tmp_path / "clone/model.py").write_text(STAND_IN)
+    return tmp_path / "clone"
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations on tensors."""
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **kwargs or {})
+
+
+def operations(function: Callable[[], object], calls: int = 1, device: torch.device = CPU) -> float:
+    with Operations() as counted:
+        function()
+    return counted.count * calls
+
+
+def engines(stop_ids: frozenset[int] = frozenset(), slots: int = 96) -> dict[str, Engine]:
+    model, head = tiny.pair(3, 0.1)
+    return {"vanilla": Engine(model, Vanilla(), slots, stop_ids),
+            "eagle2": Engine(model, Eagle2(head, model, 20, 4, 4), slots, stop_ids)}
+
+
+def check_numbers(part: dict, context: int) -> None:
+    """What must hold between the numbers of one context, whatever they are."""
+    assert part["context"] == context and context + 6 <= part["timed_at"] <= context + 6 + 4
+    names = [p["part"] for p in part["parts"]]
+    assert [name.split(",")[0] for name in names] == [
+        "draft: extend", "draft: expansion 1", "draft: expansion 2", "rerank", "verify", "accept and compact"]
+    assert part["sum_ms"] == sum(p["ms"] for p in part["parts"]) and all(p["ms"] > 0 for p in part["parts"])
+    assert part["cycle_ms"] == part["sum_ms"] + 1, "all but the root's slot belongs to some part"
+    verify = part["parts"][4]
+    assert part["cycle_ms"] > verify["ms"] and part["verify_ratio"] == verify["ms"] / part["vanilla_ms"] > 0.5
+    assert part["cycle_ratio"] == part["cycle_ms"] / part["vanilla_ms"] > 1.5
+    fast = part["speed"]["eagle2"]
+    assert fast["mean_gained"] > 1.5 and part["speed"]["vanilla"]["mean_gained"] == 1, "the head guesses well"
+    assert part["efficiency"] == pytest.approx(part["cycle_ms"] / fast["cycle_ms"])
+    assert part["between_ms"] == fast["cycle_ms"] - part["cycle_ms"] and part["gaps"] == []
+    layer = 64 * (64 + 2 * 32 + 64 + 3 * 64) + 2 * 64
+    slot = 2 * 4 * 8  # of one layer's keys and values
+    assert verify["gb"] == pytest.approx(4e-9 * (3 * layer + 200 * 64 + 3 * slot * part["timed_at"]))
+    draft = 4e-9 * (layer - 64 + 2 * 64 * 64 + 64 + 200 * 64 + slot * part["timed_at"])  # one norm less, and fc
+    assert [p["gb"] for p in part["parts"]] == [pytest.approx(draft)] * 3 + [0, verify["gb"], 0]
+
+
+def test_command_line(arguments, gpt_fast: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything at once, in operations instead of milliseconds: the JSON is about the run that was asked for, parts
+    make up the cycle, all engines write one text, and every table says what it is of."""
+    monkeypatch.setattr(bench, "elapsed", operations)
+    arguments("--shape", "tiny", "--contexts", 60, 40, "--max_new_tokens", 12, "--rounds", 2, "--rows",
+              "--transformers", "--gpt_fast", gpt_fast, "--json", tmp_path / "out.json")
+    bench.main()
+    result, out = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
+    assert result["read_gb_s"] == 1e3 * 4e-9 * 2**26 and result["copy_gb_s"] == 2 * result["read_gb_s"]
+    assert 0.1 < result["memory_gb"] < 60
+    for part, context in zip(result["contexts"], (40, 60), strict=True):
+        check_numbers(part, context)
+        assert list(part["rows_ms"]) == [str(rows) for rows in bench.ROWS]
+        assert {name: (s["same"], s["prompts"]) for name, s in part["speed"].items()} == {
+            "vanilla": (3, 3), "eagle2": (3, 3), "gpt-fast": (2, 2),
+            "transformers, dynamic cache": (2, 2), "transformers, static cache": (2, 2)}
+        assert all(s["tokens_per_sec"] > 0 for s in part["speed"].values())
+    lines, tables = out.splitlines(), 0
+    assert max(map(len, lines)) <= 100
+    for i in range(2, len(lines)):
+        if lines[i].startswith("| -"):
+            above = " ".join("\n".join(lines[:i - 2]).split("\n\n")[-1].split())
+            assert "CPU" in above and torch.__version__ in above and "float32" in above
+            assert "tiny is a shape: its cost, with the text and acceptance of checkpoint" in above
+            tables += 1
+    assert tables == 2 * 3 + 1 + 2
+
+
+def test_parts_are_those_of_a_cycle() -> None:
+    """A part forgotten, or timed on a state that the cycle never sees: drafting and verifying alone, on a frozen
+    engine, gives the tree and the choices of that engine's own cycle."""
+    engine = engines()["eagle2"]
+    length = freeze(engine, tiny.prompt(0, 20), 12)
+    assert 32 <= length <= 36 and engine.state.done
+    text, tree, trees = engine.state.tokens[:length].clone(), engine.drafter.propose(engine.state), []
+    features, chosen = engine.verify(engine.state.length - 1, tree)
+    for candidates in engine.drafter.start[1]:
+        candidates.fill_(-1)
+    engine.commit = lambda *inputs: trees.append(inputs)
+    assert len(cycle_parts(engine)) == 1 + 3 + 3 and len(trees) > 2
+    for base, again, *verified in trees:
+        assert int(base) == length - 1 and all(torch.equal(a, b) for a, b in zip(again, tree))
+        assert torch.equal(verified[0], features) and torch.equal(verified[1], chosen)
+    assert int(engine.state.length) == length and torch.equal(engine.state.tokens[:length], text)
+
+
+def test_rows_are_those_of_a_chain() -> None:
+    """Nodes that see other nodes than a draft would, or places beyond the cache."""
+    engine, seen = engines()["eagle2"], {}
+    length = freeze(engine, tiny.prompt(0, 20), 12)
+    engine.verify = lambda base, tree: seen.update({len(tree.tokens): (int(base), tree)})
+    assert list(bench.verify_by_rows(engine)) == list(seen) == list(bench.ROWS)
+    for rows, (base, tree) in seen.items():
+        assert base == length - 1 and tree.depth.tolist() == list(range(rows)) and base + rows <= engine.slots
+        assert [bin(a % 2**64).count("1") for a in tree.ancestors.tolist()] == list(range(1, rows + 1))
+
+
+def test_a_frozen_cycle_does_all_its_work() -> None:
+    """Once frozen nothing is committed, yet a cycle is as long as that of a running text."""
+    for engine in engines().values():
+        freeze(engine, tiny.prompt(1, 20), 5)
+        still = operations(engine.cycle)
+        engine.state.done.fill_(False)
+        engine.limit.fill_(96)
+        length = int(engine.state.length)
+        assert operations(engine.cycle) == still and int(engine.state.length) > length
+
+
+def test_timed() -> None:
+    """Milliseconds of one call, not of all, nor seconds; and the middle one of several rounds."""
+    assert 5 <= bench.timed(lambda: time.sleep(0.005), CPU) < 50
+    original, taken = bench.elapsed, iter([9.0, 3.0, 6.0, 60.0, 0.3])
+    try:
+        bench.elapsed = lambda function, calls, device: next(taken)
+        assert bench.timed(lambda: None, CPU) == 2.0
+    finally:
+        bench.elapsed = original
+
+
+def test_timed_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All the calls of a graph taken for one, or calls timed that are no replays. A call is 2 ms of a clock that only
+    replays move."""
+    class Graph:
+        def replay(self) -> None:
+            clock.append(2.0 * self.calls)
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = None
+
+        def record(self) -> None:
+            self.at = sum(clock)
+
+        def elapsed_time(self, end: "Event") -> float:
+            assert "synchronized" in events
+            return end.at - self.at
+
+        def synchronize(self) -> None:
+            events.append("synchronized")
+
+    @contextmanager
+    def graph(captured: Graph) -> Iterator[None]:
+        assert calls[-2:] == ["call"] * 2 and events == ["idle"], "compile before the capture"
+        before = len(calls)
+        yield
+        captured.calls = len(calls) - before
+
+    for name, fake in (("CUDAGraph", Graph), ("Event", Event), ("graph", graph),
+                       ("synchronize", lambda: events.append("idle"))):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    for unroll in (1, 10):
+        clock, calls, events = [], [], []
+        assert bench.timed(partial(calls.append, "call"), torch.device("cuda"), unroll) == 2.0
+        assert len(calls) == 2 + unroll and len(clock) == 1 + 5 * 30 // unroll
+
+
+def test_score() -> None:
+    """The token of prefill counted as decoded, means of ratios, the slowest round instead of the middle one."""
+    runs = [[Run([1, 2, 3, 4], 3, 1, s), Run([5, 6], 1, 1, s)] for s in (0.5, 3.0, 1.0)]
+    assert score(runs, [[1, 2, 3, 4], [5, 7]]) == {
+        "tokens_per_sec": 2.0, "mean_gained": 2.0, "cycle_ms": 1000.0, "same": 1, "prompts": 2}
+
+
+def test_run_and_race() -> None:
+    """Cycles and tokens are counted as the engine made them; methods take turns."""
+    both, ids, order = engines(), tiny.prompt(2, 10), []
+    for engine in both.values():
+        cycles, result = list(engine.generate(ids, 20)), run(engine, ids, 20)
+        assert result[:3] == (sum(cycles, []), 19, len(cycles) - 1) and result.seconds > 0
+    decoders = {name: lambda ids, n, name=name: order.append((name, ids[0], n)) or Run([1], 0, 0, 1.0) for name in "AB"}
+    runs = bench.race(decoders, [[1], [2]], 9, 2)
+    assert order == [("A", 1, 9), ("B", 1, 9)] + [(x, i, 9) for x in "ABAB" for i in (1, 2)]
+    assert {name: [len(each) for each in group] for name, group in runs.items()} == {"A": [2, 2], "B": [2, 2]}
+
+
+def test_gap_where_texts_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gap is vanilla's, after the last token that both wrote."""
+    both, prompts = engines(), [tiny.prompt(seed, 12) for seed in (4, 5)]
+
+    def altered(engine: Engine, ids: list[int], new_tokens: int) -> Run:
+        result = run(engine, ids, new_tokens)
+        if engine is both["eagle2"] and ids == prompts[1]:
+            result.tokens[3] ^= 1
+        return result
+
+    monkeypatch.setattr(bench, "run", altered)
+    part = bench.measure(both, prompts, argparse.Namespace(max_new_tokens=12, rounds=1, rows=False))
+    logits = tiny.logits(both["vanilla"].model, prompts[1] + part["texts"][1][:3])[-1].topk(2).values
+    assert part["gaps"] == [pytest.approx((logits[0] - logits[1]).item(), rel=1e-6)]
+    assert (part["speed"]["eagle2"]["same"], part["rows_ms"]) == (1, {})
+
+
+def test_keep_ids() -> None:
+    """Used ids wherever they are, then the lowest; never twice, never more than fit."""
+    assert workload.keep_ids({7, 2, 90}, 100, 6) == [0, 1, 2, 3, 7, 90]
+    assert workload.keep_ids({0, 5}, 6, 9) == list(range(6)), "a larger vocabulary moves nothing"
+    assert workload.keep_ids({8, 3}, 10, 2) == [3, 8]
+    with pytest.raises(ValueError, match="3 different ids, the shape has 2"):
+        workload.keep_ids({1, 2, 3}, 10, 2)
+
+
+def texts(args: argparse.Namespace) -> tuple[list[list[int]], list[int]]:
+    """Answers to all prompts in the checkpoint's ids (an id of a widened model is the one of the same embedding), and
+    the cycles that each took."""
+    model, head, prompts, stop = workload.load(args)
+    small = workload.load_model(args.checkpoint, "cpu", torch.float32).embed.weight
+    known = {tuple(row): i for i, row in enumerate(small.tolist())}
+    ids = [known.get(tuple(row)) for row in model.embed.weight[:, :small.shape[1]].tolist()]
+    assert sorted(ids[i] for i in stop) == STOPS
+    engine = Engine(model, Eagle2(head, model, 8, 3, 3), 128, stop)
+    runs = [(prompt, run(engine, prompt, 12)) for group in prompts for prompt in group]
+    return [[ids[i] for i in prompt + result.tokens] for prompt, result in runs], [r.cycles for _, r in runs]
+
+
+def test_cut_vocabulary_keeps_the_text(arguments) -> None:
+    """Ids that only the answers use cut away, prompts or stops not mapped: prompt, text and stops are the small
+    model's, though a third of its ids is gone."""
+    words = ("--contexts", 50, 40, "--max_new_tokens", 12)
+    (wide, cycles), plain = texts(arguments(*words, "--shape", "tiny")), texts(arguments(*words))
+    assert wide == plain[0] and len(wide) == 6
+    assert max(sum(cycles), sum(plain[1])) < 0.6 * 6 * 11, "drafts that the cut vocabulary lacks give way to others"
+    assert len({i for text in wide for i in text if i >= SHAPE["vocab_size"]}) > 5
+
+
+def test_larger_vocabulary_needs_no_answers(arguments, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids moved where all of them fit."""
+    monkeypatch.setitem(SHAPES, "tiny", SHAPE | {"vocab_size": 320})
+    monkeypatch.setattr(workload, "Engine", None)
+    wide, plain = (workload.load(arguments("--contexts", 40, *more)) for more in (("--shape", "tiny"), ()))
+    assert wide[2:] == plain[2:] and wide[0].cfg.vocab_size == 320
+
+
+def test_prompts_of_a_context(checkpoint: Path) -> None:
+    """Exactly so many tokens, the template whole around them, the question last, whatever else had to be cut."""
+    tokenizer, questions = Tokenizer(checkpoint), ["How old is the moon?", "Name a river."]
+    for length in (40, 200):
+        for ids, question in zip(workload.fill_context(tokenizer, questions, length), questions, strict=True):
+            whole = tokenizer.chat([{"role": "user", "content": question}])
+            assert len(ids) == length and ids[:3] == whole[:3] and ids[-6:] == whole[-6:]
+            assert tokenizer.decode(ids).endswith(question + tokenizer.decode(whole).partition(question)[2])
+    text = tokenizer.decode(ids)
+    assert text.count(questions[0]) >= 3 and questions[0] + "\n\n" + questions[1] in text
+    tokenizer.has_chat_template = False
+    assert [len(ids) for ids in workload.fill_context(tokenizer, questions, 30)] == [30, 30]
+    tokenizer.has_chat_template = True
+    with pytest.raises(ValueError, match="--contexts 5: the chat template alone takes"):
+        workload.fill_context(tokenizer, questions, 5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 4}, {"tie_word_embeddings": True, "rope_theta": 50.0,
+                                                                             "rms_norm_eps": 0.05}],
+                         ids=["gqa", "mha", "tied"])
+def test_other_engines_write_our_text(changes: dict, gpt_fast: Path) -> None:
+    """A weight in the wrong place, rows not reordered for the other RoPE, prefill off by one, a stop id ignored."""
+    model, stop = tiny.target(3, torch.float32, **changes), frozenset([7])
+    ours, lengths = Engine(model, Vanilla(), 96, stop), set()
+    others = [transformers_decoder(model, stop, "dynamic"), transformers_decoder(model, stop, "static"),
+              gpt_fast_decoder(model, stop, gpt_fast)]
+    for seed in range(4):
+        ids = tiny.prompt(seed, 20 + seed)
+        text = sum(ours.generate(ids, 25), [])
+        lengths.add(len(text))
+        for decode in others:
+            theirs = decode(ids, 25)
+            assert theirs.tokens == text and theirs.seconds > 0
+            assert theirs.cycles == theirs.gained == (24 if decode is others[2] else len(text) - 1)
+    assert len(lengths) > 1, "no text was ended by a stop id"
+
+
+def test_other_engines_share_our_weights(gpt_fast: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second copy of a 13B does not fit: only q, k and v are copied, for gpt-fast."""
+    model, taken = tiny.target(), {}
+    model.allocate_cache(64)
+    original = torch.nn.Module.load_state_dict
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda self, tensors, **how: (
+        taken.update(tensors), original(self, tensors, **how))[1])
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    for decoder in (partial(transformers_decoder, cache="dynamic"), partial(gpt_fast_decoder, folder=gpt_fast)):
+        taken.clear()
+        decoder(model, frozenset())
+        copies = {name for name, t in taken.items() if t.untyped_storage().data_ptr() not in own}
+        assert copies <= {f"layers.{i}.attention.wqkv.weight" for i in range(2)} and len(taken) > 15
+
+
+def test_models_that_others_lack_are_refused(gpt_fast: Path) -> None:
+    """A wrong text instead of one clear line."""
+    for decoder in (partial(transformers_decoder, cache="dynamic"), partial(gpt_fast_decoder, folder=gpt_fast)):
+        model = tiny.target(model_type="qwen3")
+        model.allocate_cache(64)
+        with pytest.raises(ValueError, match="for Llamas"):
+            decoder(model, frozenset())
+    (gpt_fast / "model.py").write_text(STAND_IN.replace("forward(self, tokens, at)", "forward(self, mask, tokens, at)"))
+    with pytest.raises(ValueError, match="check out its commit"):
+        gpt_fast_decoder(tiny.target(), frozenset(), gpt_fast)
+    (gpt_fast / "model.py").write_text(STAND_IN)
+    model = tiny.target(head_dim=16)
+    model.allocate_cache(64)
+    with pytest.raises(ValueError, match="whose heads make up"):
+        gpt_fast_decoder(model, frozenset(), gpt_fast)
+
+
+def test_startup(arguments) -> None:
+    """Measured to the first text of a process of its own, and a process that fails is no fast start."""
+    seconds = bench.startup(arguments())
+    assert list(seconds) == ["cold", "warm"] and all(1e-1 < s < 300 for s in seconds.values())
+    with pytest.raises(ValueError, match="generate.py ended with exit code 2"):
+        bench.startup(arguments("--draft", "no/such/head"))
+
+
+@pytest.mark.parametrize("words, message", [
+    (("--startup", "--shape", "llama-2-7b"), "without --shape"), (("--max_new_tokens", 1), "2 or more"),
+    (("--rounds", 0), "1 or more"), (("--gpt_fast", "no/such/clone"), "no model.py"),
+    (("--shape", "7b"), "invalid choice")])
+def test_refused(words: tuple, message: str, arguments, capsys) -> None:
+    """Bad input found before the model is loaded."""
+    with pytest.raises(SystemExit) as exit:
+        arguments(*words)
+    assert exit.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_questions_of_another_form(arguments, tmp_path: Path) -> None:
+    """A traceback where the file is at fault."""
+    for text in ("What?", '{"turn": "What?"}', '{"turns": []}', "[1]"):
+        (tmp_path / "asked.jsonl").write_text(text)
+        with pytest.raises(ValueError, match='asked.jsonl: each line should be a JSON object with "turns"'):
+            workload.load(arguments())
+
+
+def test_transformers_missing(arguments, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        arguments("--transformers")
+    assert "pip install" in capsys.readouterr().err
