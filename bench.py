@@ -264,7 +264,7 @@ def report(result: dict, part: dict) -> str:
     if part["gaps"]:
         note += f" Where a text parts from vanilla's, the two best logits are at most {max(part['gaps']):.3g} apart."
     tables = [speed_table(result, part) + f"\n{wrapped(note)}\n", table(
-        result, (f"after {part['timed_at']} tokens", "ms", "GB read", "GB/s", f"of {result['read_gb_s']:.0f}"),
+        result, (f"after {part['timed_at']} tokens", "ms", "GB read", "GB/s", f"of {result['read_gb_s']:.0f} GB/s"),
         *(line(p["part"], p["ms"], p["gb"]) for p in part["parts"]),
         line("sum of these", part["sum_ms"], part["cycle_gb"]), line("cycle", part["cycle_ms"], part["cycle_gb"]),
         line("between two cycles (wall-clock)", part["between_ms"], 0),
