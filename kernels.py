@@ -8,7 +8,7 @@ Each kernel has a PyTorch twin that defines it: the public function runs the ker
 Shapes as in model.py: T tokens, H query heads, K key/value heads, G = H/K, D head dim, S cache slots, C hidden size.
 """
 from collections.abc import Callable
-from functools import lru_cache, wraps
+from functools import wraps
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -23,11 +23,6 @@ try:
     import triton.language as tl
 except ImportError:  # PyTorch for CPUs brings no Triton
     triton, tl = SimpleNamespace(jit=lambda f: f), SimpleNamespace(constexpr=None)
-
-
-def overlaps(device: torch.device) -> bool:
-    """Whether a kernel may start while the one before it ends (programmatic dependent launch, from Hopper on)."""
-    return device_limits(device)[1] >= (9, 0)
 
 
 class TreeMask(NamedTuple):
@@ -53,29 +48,32 @@ def either(on_gpu: Callable, twin: Callable) -> Callable:
     return function
 
 
-def attention_config(T: int, G: int, K: int, D: int, dtype: torch.dtype, sms: int) -> tuple[int, int, int, int, int]:
+def attention_config(T: int, G: int, K: int, D: int, dtype: torch.dtype, sms: int,
+                     capability: tuple[int, int]) -> tuple[int, int, int, int, int]:
     """(BM rows a tile, BN slots a block, NS splits of the slots, num_warps, num_stages) on `sms` multiprocessors.
 
-    BN and stages are what fits into 99 KB and, without a spill, the registers. More than 64 tokens are a prefill.
+    BN and stages are what fits into shared memory and, without a spill, the registers. One program a multiprocessor
+    was the fastest on an H100 (BENCHMARKS.md). More than 64 tokens are a prefill, where one split is enough.
     """
     rows = T * G
-    if rows == 1:  # bound by memory alone: straight to registers, no tensor cores, no shared memory
-        BM, BN, warps, stages = 1, 64, 8, 1
-    elif dtype == torch.float32:  # not on the tensor cores
+    if dtype == torch.float32:  # not on the tensor cores
         BM, BN, warps, stages = (16, 32, 8, 2) if rows <= 16 else (32, 16, 8, 2)
     elif rows <= 32:  # 16: the least a tensor core takes
         BM, BN, warps, stages = (16, 64, 4, 3) if rows <= 16 else (32, 64, 4, 2)
-    else:  # in prefill arithmetic dominates: a larger tile uses each block of keys for more rows
-        BM, BN, warps, stages = (128, 64, 8, 2) if T > 64 else (64, 32, 4, 2) if D in (64, 128) else (64, 64, 8, 2)
-    # Two programs a multiprocessor hide each other's latency; one of prefill fills it. A power of two, so that the
-    # arrival counters may wrap, and 16 at most, for the merge reads what every split wrote.
-    splits = (2 if T <= 64 else 1) * sms // (K * -(-rows // BM))
-    return BM, BN, 1 << min(max(splits, 1).bit_length() - 1, 4), warps, stages
+    elif T <= 64 and capability >= (9, 0):
+        BM, BN, warps, stages = 64, 64, 8, 3
+    elif T <= 64:
+        BM, BN, warps, stages = (64, 32, 4, 2) if D in (64, 128) else (64, 64, 8, 2)
+    else:  # arithmetic dominates: a larger tile uses each block of keys for more rows
+        BM, BN, warps, stages = 128, 64, 8, 2
+    splits = sms // (K * -(-rows // BM)) if T <= 64 else 1
+    return BM, BN, min(max(splits, 1), 8), warps, stages  # the merge reads what every split wrote
 
 
 @triton.jit
 def enter(PDL: tl.constexpr):
-    """With PDL: from here on the next kernel may start, and what the kernel before wrote is there."""
+    """With PDL (programmatic dependent launch, from Hopper on): from here on the next kernel may start, and what the
+    kernel before wrote is there."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -88,66 +86,52 @@ def rounded(x, like):
 
 
 @triton.jit
-def attend(q, keys, values, slot, live, seen, d, edge, state, VECTOR: tl.constexpr, D: tl.constexpr):
+def attend(q, keys, values, slot, live, seen, d, edge, state, D: tl.constexpr):
     """One block of online softmax. state: acc [BM, D], sum [BM], top [BM], the last in units of log 2.
 
-    slot [BN]; live [BN] and edge [D] (is it inside the cache and the head?); seen [BM, BN]. With VECTOR (one row) the
-    state is one softmax for each slot of the block, [BN, D] and [BN]: nothing crosses warps until the loop is done.
+    slot [BN]; live [BN] and edge [D] (is it inside the cache and the head?); seen [BM, BN].
     """
     scale: tl.constexpr = 1.4426950408889634 * D**-0.5  # log2(e) / sqrt(D)
     acc, total, top = state
     mask = edge[None, :] if live is None else live[:, None] & edge[None, :]
     k = tl.load(keys + slot[:, None] * D + d[None, :], mask=mask, other=0.0)
     v = tl.load(values + slot[:, None] * D + d[None, :], mask=mask, other=0.0)
-    if VECTOR:
-        s = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)  # [BN]
-        s = s if seen is None else tl.where(tl.reshape(seen, s.shape), s, float("-inf"))
-        new_top = tl.maximum(top, s * scale)
-        p, shrink = tl.exp2(s * scale - new_top), tl.exp2(top - new_top)
-        return acc * shrink[:, None] + p[:, None] * v.to(tl.float32), total * shrink + p, new_top
-    else:
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BM, BN]
-        s = s if seen is None else tl.where(seen, s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1) * scale)
-        p, shrink = tl.exp2(s * scale - new_top[:, None]), tl.exp2(top - new_top)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-        return acc, total * shrink + tl.sum(p, 1), new_top
-
-
-@triton.jit
-def merge(parts, logs, out, row, valid, d, edge, D: tl.constexpr, NS: tl.constexpr):
-    """out[row] = the mean of its NS parts, weighted by their softmax sums (`logs`), in the order of the splits."""
-    mask = valid[:, None] & edge[None, :]
-    top = tl.full(valid.shape, float("-inf"), tl.float32)
-    acc, total = tl.zeros(mask.shape, tl.float32), tl.zeros(valid.shape, tl.float32)
-    for i in tl.static_range(NS):
-        top = tl.maximum(top, tl.load(logs + row * NS + i, mask=valid, other=0.0, cache_modifier=".cg"))
-    for i in tl.static_range(NS):
-        at = row * NS + i
-        weight = tl.exp2(tl.load(logs + at, mask=valid, other=0.0, cache_modifier=".cg") - top)
-        wrote = mask & (weight > 0)[:, None]  # a split without slots wrote no part
-        part = tl.load(parts + at[:, None] * D + d[None, :], mask=wrote, other=0.0, cache_modifier=".cg")
-        acc, total = acc + weight[:, None] * part, total + weight
-    tl.store(out + row[:, None] * D + d[None, :], acc / total[:, None], mask=mask)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BM, BN]
+    s = s if seen is None else tl.where(seen, s, float("-inf"))
+    new_top = tl.maximum(top, tl.max(s, 1) * scale)
+    p, shrink = tl.exp2(s * scale - new_top[:, None]), tl.exp2(top - new_top)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return acc, total * shrink + tl.sum(p, 1), new_top
 
 
 @triton.jit
 def merge_kernel(parts, logs, out, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
                  NS: tl.constexpr, PDL: tl.constexpr):
+    """BM rows of out: the mean of their NS parts, weighted by their softmax sums (`logs`), in the order of splits."""
     enter(PDL)
     row, d = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, DP)
-    merge(parts, logs, out, row, row < ROWS, d, d < D, D, NS)
+    valid, mask = row < ROWS, (row < ROWS)[:, None] & (d < D)[None, :]
+    top = tl.full(row.shape, float("-inf"), tl.float32)
+    acc, total = tl.zeros(mask.shape, tl.float32), tl.zeros(row.shape, tl.float32)
+    for i in tl.static_range(NS):
+        top = tl.maximum(top, tl.load(logs + row * NS + i, mask=valid, other=0.0))
+    for i in tl.static_range(NS):
+        at = row * NS + i
+        weight = tl.exp2(tl.load(logs + at, mask=valid, other=0.0) - top)
+        wrote = mask & (weight > 0)[:, None]  # a split without slots wrote no part
+        part = tl.load(parts + at[:, None] * D + d[None, :], mask=wrote, other=0.0)
+        acc, total = acc + weight[:, None] * part, total + weight
+    tl.store(out + row[:, None] * D + d[None, :], acc / total[:, None], mask=mask)
 
 
 @triton.jit
-def attention_kernel(q, kv, base, bits, out, parts, logs, arrivals, S, T: tl.constexpr, H: tl.constexpr,
+def attention_kernel(q, kv, base, bits, out, parts, logs, S, T: tl.constexpr, H: tl.constexpr,
                      K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WORDS: tl.constexpr, BM: tl.constexpr,
-                     BN: tl.constexpr, NS: tl.constexpr, LAST: tl.constexpr, PDL: tl.constexpr):
+                     BN: tl.constexpr, NS: tl.constexpr, PDL: tl.constexpr):
     """Program (tile, head, split): BM of the T * G rows that share a key/value head, a 1/NS of the slots they see."""
     enter(PDL)
     tile, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     G: tl.constexpr = H // K
-    VECTOR: tl.constexpr = BM == 1
     d, packed = tl.arange(0, DP), tile * BM + tl.arange(0, BM)
     token, valid = packed // G, packed < T * G
     row = token * H + head * G + packed % G  # of q and out as [T * H, D]
@@ -165,13 +149,12 @@ def attention_kernel(q, kv, base, bits, out, parts, logs, arrivals, S, T: tl.con
     first, stop = split * blocks // NS, (split + 1) * blocks // NS
     masked = tl.minimum(tl.maximum(common // BN, first), stop)
 
-    states: tl.constexpr = BN if VECTOR else BM
-    top = tl.full((states,), -1e30, tl.float32)  # finite: exp2(-inf - top) is 0 while nothing is seen, not NaN
-    state = tl.zeros((states, DP), tl.float32), tl.zeros((states,), tl.float32), top
+    top = tl.full((BM,), -1e30, tl.float32)  # finite: exp2(-inf - top) is 0 while nothing is seen, not NaN
+    state = tl.zeros((BM, DP), tl.float32), tl.zeros((BM,), tl.float32), top
     keys, values = kv + head.to(tl.int64) * S * D, kv + (head + K).to(tl.int64) * S * D
     for block in range(first, masked):
         slot = block * BN + tl.arange(0, BN)
-        state = attend(q_rows, keys, values, slot, None, None, d, edge, state, VECTOR, D)
+        state = attend(q_rows, keys, values, slot, None, None, d, edge, state, D)
     for block in range(masked, stop):
         slot = block * BN + tl.arange(0, BN)
         node, live = (slot - n)[None, :], slot < end
@@ -180,12 +163,8 @@ def attention_kernel(q, kv, base, bits, out, parts, logs, arrivals, S, T: tl.con
             seen = (node < 0) | (((word >> (node & 63)) & 1 == 1) & live[None, :])
         else:
             seen = node <= token[:, None]
-        state = attend(q_rows, keys, values, slot, live, seen, d, edge, state, VECTOR, D)
+        state = attend(q_rows, keys, values, slot, live, seen, d, edge, state, D)
     acc, total, top = state
-    if VECTOR:
-        weight = tl.exp2(top - tl.max(top, 0))
-        top = tl.max(top, 0, keep_dims=True)
-        acc, total = tl.sum(acc * weight[:, None], 0, keep_dims=True), tl.sum(total * weight, 0, keep_dims=True)
     acc = acc / total[:, None]  # NaN where this split saw nothing: its weight is 0, and the merge leaves it out
 
     mask = valid[:, None] & edge[None, :]
@@ -195,35 +174,20 @@ def attention_kernel(q, kv, base, bits, out, parts, logs, arrivals, S, T: tl.con
         at = row * NS + split
         tl.store(logs + at, top + tl.log2(total), mask=valid)  # -inf where this split saw nothing
         tl.store(parts + at[:, None] * D + d[None, :], acc, mask=mask & (first < stop))
-        if LAST:  # the last to arrive merges; counted modulo NS, nothing ever has to be reset
-            tl.debug_barrier()
-            arrived = tl.atomic_add(arrivals + head * tl.num_programs(0) + tile, 1, sem="acq_rel")
-            if arrived & (NS - 1) == NS - 1:
-                merge(parts, logs, out, row, valid, d, edge, D, NS)
-
-
-@lru_cache
-def arrival_counters(device: torch.device, tiles: int, NS: int) -> Tensor:
-    """[tiles] int32 that live as long as the process: every launch with NS splits adds NS to each."""
-    return torch.zeros(tiles, dtype=torch.int32, device=device)
 
 
 def tree_attention_triton(q: Tensor, kv: Tensor, base: Tensor, bits: Tensor | None = None,
-                          config: tuple[int, int, int, int, int] | None = None, last_arriver: bool = False) -> Tensor:
-    """last_arriver: of the programs that share a tile the last merges, in place of a second kernel."""
-    (T, H, D), (K, S) = q.shape, kv.shape[1:3]
+                          config: tuple[int, int, int, int, int] | None = None) -> Tensor:
+    (T, H, D), (K, S), (sms, capability) = q.shape, kv.shape[1:3], device_limits(q.device)
     assert q.is_contiguous() and kv.is_contiguous() and (bits is None or bits.is_contiguous())
-    BM, BN, NS, warps, stages = config or attention_config(T, H // K, K, D, q.dtype, device_limits(q.device)[0])
-    pdl = overlaps(q.device)
-    DP, tiles, parts, logs, arrivals = triton.next_power_of_2(D), triton.cdiv(T * H // K, BM), None, None, None
-    out = q.new_empty(T, H * D)
+    BM, BN, NS, warps, stages = config or attention_config(T, H // K, K, D, q.dtype, sms, capability)
+    DP, parts, logs, out, pdl = triton.next_power_of_2(D), None, None, q.new_empty(T, H * D), capability >= (9, 0)
     if NS > 1:
         parts, logs = (torch.empty(T * H * NS, n, dtype=torch.float32, device=q.device) for n in (D, 1))
-        arrivals = arrival_counters(q.device, K * tiles, NS) if last_arriver else None
-    attention_kernel[(tiles, K, NS)](
-        q, kv, base, bits, out, parts, logs, arrivals, S, T, H, K, D, DP, 0 if bits is None else bits.shape[1],
-        BM, BN, NS, arrivals is not None, pdl, num_warps=warps, num_stages=stages, launch_pdl=pdl)
-    if NS > 1 and not last_arriver:
+    attention_kernel[(triton.cdiv(T * H // K, BM), K, NS)](
+        q, kv, base, bits, out, parts, logs, S, T, H, K, D, DP, 0 if bits is None else bits.shape[1], BM, BN, NS, pdl,
+        num_warps=warps, num_stages=stages, launch_pdl=pdl)
+    if NS > 1:
         merge_kernel[(triton.cdiv(T * H, 2),)](parts, logs, out, T * H, D, DP, 2, NS, pdl, num_warps=1, launch_pdl=pdl)
     return out
 
@@ -276,7 +240,8 @@ def rope_store_kernel(qkv, rope, cache_pos, kv, q_norm, k_norm, out, eps, S, H: 
 
 def rope_store_triton(qkv: Tensor, rope: Tensor, cache_pos: Tensor, kv: Tensor,
                       q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 0.0) -> Tensor:
-    (T, width), (K, S, D), BH, pdl = qkv.shape, kv.shape[1:], 4, overlaps(qkv.device)
+    (T, width), (K, S, D), BH = qkv.shape, kv.shape[1:], 4
+    pdl = device_limits(qkv.device)[1] >= (9, 0)
     assert qkv.is_contiguous() and kv.is_contiguous() and rope.is_contiguous()
     out = qkv.new_empty(T, width // D - 2 * K, D)
     rope_store_kernel[(T, triton.cdiv(width // D, BH))](

@@ -9,12 +9,12 @@ does everything a Llama layer wants around a matrix product in the same pass:
     ... + bias, ... + residual                                            in fp32, rounded once
 
 Where N is too small to occupy the machine, K is split: each split writes its fp32 partial sums, and whichever arrives
-last adds all of them up in a fixed order, so that the result does not depend on who that is.
-
-    python -c "import linears; print(linears.linear_config(M=60, N=22016, K=4096, sms=132, capability=(9, 0)))"
+last adds all of them up in a fixed order: the same bits whoever that is. With many rows the norm gets a kernel of its
+own: x * g has to pass through registers, and every product would wait for it.
 
 Legend: M rows of x, K inputs, N rows of the weights, width = N or, gated, N / 2 outputs.
 """
+import math
 from functools import cache
 from typing import NamedTuple
 
@@ -31,6 +31,7 @@ except ImportError:  # a machine without a GPU needs none of it
 
 MAX_ROWS = 64  # beyond, a matrix product is no longer bound by memory and cuBLAS is the better choice
 MAX_TILES = 4096  # counters kept for split K
+NORM_ROWS = 16  # up to so many rows the norm is fused
 
 
 class Config(NamedTuple):
@@ -40,7 +41,6 @@ class Config(NamedTuple):
     SK: int  # programs that share a tile's K, at most 64
     warps: int
     stages: int  # K blocks in flight, through shared memory
-    x_first: bool = False  # x @ w.T instead of (w @ x.T).T: fewer idle tensor core rows where BM is small
     ahead: int = 4  # K blocks prefetched into L2 while the kernel before still runs (Hopper)
 
 
@@ -75,42 +75,46 @@ def linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: t
     """`linear` by the kernel. pdl: on Hopper, start while the kernel before drains."""
     (M, K), N = x.shape, len(weight)
     sms, capability = device_limits(x.device)
-    BM, BN, BK, SK, warps, stages, x_first, ahead = config or linear_config(M, N, K, sms, capability)
-    pdl = pdl and capability >= (9, 0)
-    width, tiles = N // 2 if gated else N, triton.cdiv(N, BN)
+    BM, BN, BK, SK, warps, stages, ahead = config or linear_config(M, N, K, sms, capability)
+    pdl, width, tiles = pdl and capability >= (9, 0), N // 2 if gated else N, triton.cdiv(N, BN)
     assert M <= BM and weight.is_contiguous() and (SK == 1 or tiles <= MAX_TILES)
-    norm_weight, eps = norm or (None, 0.0)
-    residual = None if residual is None else residual.contiguous()
-    out = x.new_empty(M, width)
+    x, residual, out = x.contiguous(), None if residual is None else residual.contiguous(), x.new_empty(M, width)
+    (g, eps), launch = norm or (None, 0.0), {"launch_pdl": True} if pdl else {}
+    if g is not None and M > NORM_ROWS:
+        raw, x = x, torch.empty_like(x)
+        norm_kernel[(M,)](raw, g, x, eps, K, triton.next_power_of_2(K), pdl, num_warps=8, **launch)
+        g = None
     partial = x.new_empty(tiles * SK * (BN + 1) * BM, dtype=torch.float32) if SK > 1 else None
     linear_kernel[(tiles * SK,)](
-        x.contiguous(), weight, bias, norm_weight, eps, residual, out, partial, counters(x.device) if SK > 1 else None,
-        M, width, K, GATED=gated, EVEN_K=K % BK == 0, BM=BM, BN=BN, BK=BK, SK=SK, STAGES=stages, X_FIRST=x_first,
-        AHEAD=ahead, PDL=pdl, num_warps=warps, **({"launch_pdl": True} if pdl else {}))
+        x, weight, bias, g, eps, residual, out, partial, counters(x.device) if SK > 1 else None, M, width, K,
+        GATED=gated, EVEN_K=K % BK == 0, BM=BM, BN=BN, BK=BK, SK=SK, STAGES=stages, AHEAD=ahead, PDL=pdl,
+        num_warps=warps, **launch)
     return out
 
 
 def linear_config(M: int, N: int, K: int, sms: int, capability: tuple[int, int]) -> Config:
-    """How to cut [N, K] weights for M rows of x. Up to two programs a multiprocessor, all of them resident at once and
-    each with some 48 KB of weights in flight: then memory never idles, and shares itself out evenly among them."""
+    """How to cut [N, K] weights for M rows of x: enough programs at once, and enough of their weights in flight, that
+    memory never idles. Measured on an H100 (BENCHMARKS.md); smaller blocks where shared memory is 99 KB."""
     hopper = capability >= (9, 0)
     if M == 1:  # threads side by side along K, so that the loop needs no barrier
-        if K >= 8192:
-            return Config(1, 4, 2048, 1, 4, 1, ahead=1)
-        return Config(1, 8, 1024, 1, 4, 4, ahead=2) if K >= 2048 else Config(1, 4, 256, 1, 1, 1, ahead=1)
+        return (Config(1, 4, 2048, 1, 4, 1, ahead=1) if K >= 8192 else
+                Config(1, 8, 1024, 1, 4, 4, ahead=2) if K >= 2048 else Config(1, 4, 256, 1, 1, 1, ahead=1))
     BM = 16 if M <= 16 else 32 if M <= 32 else 64
-    BN, BK, warps, stages = 64, 128, 4, 4 if BM < 64 else 3
-    if BM == 64 and not hopper:  # registers
-        BK = 64
-    fills = N >= BN * sms  # one program a multiprocessor, without splitting K
-    if fills and BM == 16 and hopper:
+    BN, BK, SK, warps, stages, tiles = 64, 128 if BM < 64 else 64, 1, 4, 4, -(-N // 64)
+    if tiles < sms:  # two programs a multiprocessor share the work; on Hopper one, with twice as much in flight
+        SK = (1 if hopper else 2) * sms // tiles
+        BK, stages = (BK, stages) if not hopper else (256, 5) if BM == 16 else (128, 6)
+    elif BM == 16 and hopper:
         BK, stages = 256, 3
-    elif fills and BM == 64:  # every tile reads all of x again, from L2: few and large ones
-        BN, BK, warps, stages = (128, 128, 8, 3) if hopper else (128, 32, 4, 4)
+    elif BM == 64:  # every tile reads all of x again, from L2: large ones, if they make up nearly whole waves
+        waves = tiles / 2 / sms
+        if not hopper:
+            BN, BK = 128, 32
+        elif math.ceil(waves) / waves < 1.4:
+            BN, BK, warps, stages = 128, 128, 8, 3
     while K % BK and BK > 32:
         BK //= 2  # K = 576: no masks with blocks of 64
-    SK = 1 if fills else max(1, min(2 * sms // -(-N // BN), K // BK // 4, 64))  # a shorter split is all ramp
-    return Config(BM, BN, BK, SK, warps, stages)
+    return Config(BM, BN, BK, max(1, min(SK, K // BK // 4, 64)), warps, stages)  # a shorter split is all ramp
 
 
 @cache
@@ -131,10 +135,21 @@ def counters(device: torch.device) -> Tensor:
 if triton is not None:
 
     @triton.jit
+    def norm_kernel(x_ptr, norm_ptr, out_ptr, eps, K: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr):
+        """RMSNorm of one row."""
+        k = tl.arange(0, PADDED)
+        g = tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+        if PDL:
+            gdc_launch_dependents()
+            gdc_wait()
+        x = tl.load(x_ptr + tl.program_id(0) * K + k, mask=k < K, other=0.0).to(tl.float32)
+        tl.store(out_ptr + tl.program_id(0) * K + k, x * tl.rsqrt(tl.sum(x * x, 0) / K + eps) * g, mask=k < K)
+
+    @triton.jit
     def linear_kernel(x_ptr, w_ptr, bias_ptr, norm_ptr, eps, res_ptr, out_ptr, partial_ptr, count_ptr, M, width, K,
                       GATED: tl.constexpr, EVEN_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                      BK: tl.constexpr, SK: tl.constexpr, STAGES: tl.constexpr, X_FIRST: tl.constexpr,
-                      AHEAD: tl.constexpr, PDL: tl.constexpr):
+                      BK: tl.constexpr, SK: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+                      PDL: tl.constexpr):
         tile, split = tl.program_id(0) // SK, tl.program_id(0) % SK
         HALVES: tl.constexpr = 2 if GATED else 1
         r = tl.arange(0, BN)
@@ -148,13 +163,17 @@ if triton is not None:
             if AHEAD:
                 prefetch(w_rows, first, K, AHEAD * BK)
             gdc_wait()
-        acc, squares = stream(x_ptr, w_rows, norm_ptr, M, K, first, last, EVEN_K, BM, BN, BK, STAGES, X_FIRST)
+        acc, squares = stream(x_ptr, w_rows, norm_ptr, M, K, first, last, EVEN_K, BM, BN, BK, STAGES)
+        m, n = tl.arange(0, BM)[None, :], (tile * (BN // HALVES) + tl.arange(0, BN // HALVES))[:, None]
+        inside = (m < M) & (n < width)
+        if res_ptr is not None:
+            residual = tl.load(res_ptr + m * width + n, mask=inside)  # under way while sums are stored and added up
         if SK > 1:
-            size: tl.constexpr = (BN + 1) * BM
-            tile_ptr = partial_ptr + tile * SK * size
-            if not arrive(acc, squares, tile_ptr + split * size, count_ptr + tile, split, BM, BN, SK):
+            NORM: tl.constexpr = norm_ptr is not None
+            tile_ptr = partial_ptr + tile * SK * (BN + 1) * BM
+            if not arrive(acc, squares, tile_ptr, count_ptr + tile, split, NORM, BM, BN, SK):
                 return
-            acc, squares = add_up(tile_ptr, BM, BN, SK)
+            acc, squares = add_up(tile_ptr, NORM, BM, BN, SK)
         if norm_ptr is not None:
             acc *= tl.rsqrt(squares / K + eps)[None, :]
         if bias_ptr is not None:
@@ -162,20 +181,18 @@ if triton is not None:
         if GATED:
             gate, up = tl.split(acc.reshape(BN // 2, 2, BM).permute(0, 2, 1))
             acc = gate * tl.sigmoid(gate) * up
-        m = tl.arange(0, BM)[None, :]
-        n = (tile * (BN // HALVES) + tl.arange(0, BN // HALVES))[:, None]
-        inside = (m < M) & (n < width)
         if res_ptr is not None:
-            acc += tl.load(res_ptr + m * width + n, mask=inside).to(tl.float32)
+            acc += residual.to(tl.float32)
         tl.store(out_ptr + m * width + n, acc, mask=inside)
 
     @triton.jit
     def stream(x_ptr, w_rows, norm_ptr, M, K, first, last, EVEN_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-               BK: tl.constexpr, STAGES: tl.constexpr, X_FIRST: tl.constexpr):
-        """Over K from first to last: w @ (norm * x).T [BN, BM] fp32, and the sum of squares of each row of x [BM]."""
+               BK: tl.constexpr, STAGES: tl.constexpr):
+        """Over K from first to last: w @ (norm * x).T [BN, BM] fp32, and the sum of squares of each row of x [BM].
+        The tensor cores get norm * x, never x itself: a block that they read while it is also loaded into registers
+        would get one buffer too few (Triton 3.6, 3.7), and be overwritten under them."""
         m = tl.arange(0, BM)[:, None]
-        squares = tl.zeros((BM, BK), dtype=tl.float32)
-        acc = tl.zeros((BN, BK) if BM == 1 else (BM, BN) if X_FIRST else (BN, BM), dtype=tl.float32)
+        squares, acc = tl.zeros((BM, BK), dtype=tl.float32), tl.zeros((BN, BK if BM == 1 else BM), dtype=tl.float32)
         for start in tl.range(first, last, BK, num_stages=STAGES):
             k = start + tl.arange(0, BK)
             inside = (k < K)[None, :] | EVEN_K  # folds to no mask at all
@@ -186,34 +203,34 @@ if triton is not None:
                 x = x * tl.load(norm_ptr + k, mask=(k < K) | EVEN_K, other=0.0)[None, :]
             if BM == 1:
                 acc += w.to(tl.float32) * x.to(tl.float32)
-            elif X_FIRST:
-                acc = tl.dot(x, w.trans(), acc, input_precision="ieee")
             else:
                 acc = tl.dot(w, x.trans(), acc, input_precision="ieee")
         if BM == 1:
             acc = tl.sum(acc, 1)[:, None]
-        elif X_FIRST:
-            acc = acc.trans()
         return acc, tl.sum(squares, 1)
 
     @triton.jit
-    def arrive(acc, squares, ptr, count_ptr, split, BM: tl.constexpr, BN: tl.constexpr, SK: tl.constexpr):
+    def arrive(acc, squares, ptr, count_ptr, split, NORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+               SK: tl.constexpr):
         """Store one split's sums; true for the last to do so. The shares of a tile's splits add up to 64, so its
         counter is a multiple of 64 between launches whatever SK was, and wraps around unharmed: nobody resets it."""
-        tl.store(ptr + tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :], acc)
-        tl.store(ptr + BN * BM + tl.arange(0, BM), squares)
+        ptr += split * (BN + 1) * BM
+        tl.store(ptr + tl.arange(0, BN)[:, None] + tl.arange(0, BM)[None, :] * BN, acc)
+        if NORM:
+            tl.store(ptr + BN * BM + tl.arange(0, BM), squares)
         share = tl.where(split == 0, 64 - 64 // SK * (SK - 1), 64 // SK)
         tl.debug_barrier()  # all threads have stored before one of them says so
         return (tl.atomic_add(count_ptr, share, sem="acq_rel") + share) % 64 == 0
 
     @triton.jit
-    def add_up(ptr, BM: tl.constexpr, BN: tl.constexpr, SK: tl.constexpr):
+    def add_up(ptr, NORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SK: tl.constexpr):
         """The sum of a tile's partials [BN, BM] and squares [BM], first split first."""
-        at = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+        at = tl.arange(0, BN)[:, None] + tl.arange(0, BM)[None, :] * BN  # in the order of the outputs
         acc, squares = tl.zeros((BN, BM), dtype=tl.float32), tl.zeros((BM,), dtype=tl.float32)
         for _ in tl.static_range(SK):
             acc += tl.load(ptr + at, cache_modifier=".cg")
-            squares += tl.load(ptr + BN * BM + tl.arange(0, BM), cache_modifier=".cg")
+            if NORM:
+                squares += tl.load(ptr + BN * BM + tl.arange(0, BM), cache_modifier=".cg")
             ptr += (BN + 1) * BM
         return acc, squares
 

@@ -60,29 +60,22 @@ def spilled(cubin: bytes) -> int:
     return int(re.search(r"STACK:(\d+)", usage)[1])
 
 
-def attention(arch: int, T: int, shape: tuple[int, int, int], words: int, dtype: str, sms: int, last: bool = False,
+def attention(arch: int, T: int, shape: tuple[int, int, int], words: int, dtype: str, sms: int,
               pdl: bool = False) -> str:
     H, K, D = shape
-    BM, BN, NS, warps, stages = kernels.attention_config(T, H // K, K, D, DTYPES[dtype], sms)
-    unused = [] if NS > 1 else ["parts", "logs"]
-    unused += ([] if words else ["bits"]) + ([] if last else ["arrivals"])
+    BM, BN, NS, warps, stages = kernels.attention_config(T, H // K, K, D, DTYPES[dtype], sms, divmod(arch, 10))
+    unused = ([] if NS > 1 else ["parts", "logs"]) + ([] if words else ["bits"])
     types = {"q": f"*{dtype}", "kv": f"*{dtype}", "base": "*i64", "bits": "*i64", "out": f"*{dtype}", "parts": "*fp32",
-             "logs": "*fp32", "arrivals": "*i32", "S": "i32"}
+             "logs": "*fp32", "S": "i32"}
     return compiled(kernels.attention_kernel, arch, warps, stages, types, **dict.fromkeys(unused), T=T, H=H, K=K, D=D,
-                    DP=triton.next_power_of_2(D), WORDS=words, BM=BM, BN=BN, NS=NS, LAST=last and NS > 1, PDL=pdl)
+                    DP=triton.next_power_of_2(D), WORDS=words, BM=BM, BN=BN, NS=NS, PDL=pdl)
 
 
 @pytest.mark.parametrize("arch", [86, 90])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_attention(arch, case):
-    """Keys and values come 16 bytes at a time: to shared memory ahead of their use, or, of one row, to registers."""
-    ptx = attention(arch, *case, SMS[arch][1])
-    assert ("ld.global.v4" if case[0] == 1 else "cp.async.cg.shared.global") in ptx
-
-
-@pytest.mark.parametrize("arch, T", [(86, 10), (90, 10), (90, 60)])
-def test_attention_with_the_last_arriver(arch, T):
-    assert "atom.global.gpu.acq_rel.add" in attention(arch, T, LLAMA2, 1, "bf16", SMS[arch][1], last=True)
+    """Keys and values come 16 bytes at a time, to shared memory ahead of their use."""
+    assert "cp.async.cg.shared.global" in attention(arch, *case, SMS[arch][1])
 
 
 @pytest.mark.parametrize("T", [1, 60])
@@ -100,17 +93,19 @@ def test_dependent_launch_is_in_the_code_only_where_asked_for():
 
 def test_no_other_config_is_ever_returned():
     """Whatever the heads, the number of rows and the GPU, tiles and stages are among those compiled above."""
-    def tile(T, H, K, D, dtype, sms):
-        BM, BN, NS, warps, stages = kernels.attention_config(T, H // K, K, D, DTYPES[dtype], sms)
-        assert NS in (1, 2, 4, 8, 16)
+    def tile(T, H, K, D, dtype, sms, capability):
+        BM, BN, NS, warps, stages = kernels.attention_config(T, H // K, K, D, DTYPES[dtype], sms, capability)
+        assert 1 <= NS <= 8
         return dtype, BM, BN, warps, stages
-    tested = {tile(T, *shape, dtype, 132) for T, shape, _, dtype in CASES} | {("fp32", 1, 64, 8, 1)}
-    for T in (*range(1, 65), 128, 512):
-        for shape in (LLAMA2, LLAMA3, SMOL, QWEN, ODD, (64, 8, 128), (40, 40, 128), (71, 1, 64)):
-            for sms in sum(SMS.values(), ()):
-                for dtype in ("bf16", "fp32"):
-                    assert tile(T, *shape, dtype, sms) in tested
-    assert kernels.attention_config(512, 1, 32, 128, torch.bfloat16, 132)[2] == 1  # written at once
+    for arch in SHARED:
+        capability = divmod(arch, 10)
+        tested = {tile(T, *shape, dtype, SMS[arch][1], capability) for T, shape, _, dtype in CASES}
+        for T in (*range(1, 65), 128, 512):
+            for shape in (LLAMA2, LLAMA3, SMOL, QWEN, ODD, (64, 8, 128), (40, 40, 128), (71, 1, 64)):
+                for sms in SMS[arch]:
+                    for dtype in ("bf16", "fp32"):
+                        assert tile(T, *shape, dtype, sms, capability) in tested
+    assert kernels.attention_config(512, 1, 32, 128, torch.bfloat16, 132, (9, 0))[2] == 1  # written at once
 
 
 @pytest.mark.parametrize("arch", [86, 90])
