@@ -46,7 +46,7 @@ def key_index(key):
 
 @triton.jit
 def partial_kernel(logits, keys, peaks, sums, V, stride, K: tl.constexpr, BLOCK: tl.constexpr, SUM: tl.constexpr):
-    """One block of one row's tokens: the K best keys in order, and the block's share of the row's log-sum-exp."""
+    """One block of one row's tokens: the K best keys, and the block's share of the row's log-sum-exp."""
     row, block = tl.program_id(0), tl.program_id(1)
     at = row * tl.num_programs(1) + block
     token = block * BLOCK + tl.arange(0, BLOCK)
@@ -63,48 +63,33 @@ def partial_kernel(logits, keys, peaks, sums, V, stride, K: tl.constexpr, BLOCK:
 
 
 @triton.jit
-def merge(keys, peaks, sums, row, real, BLOCKS, K: tl.constexpr, B: tl.constexpr, SUM: tl.constexpr):
-    """The partial results of rows [R] -> tokens [R, 16], best first, of which K count, and their log-probabilities:
-    at most 0, so that no child outscores its parent. Without SUM the logits themselves.
-    Each round takes the best of the blocks' heads and moves that block's list on."""
-    block, rank = tl.arange(0, B)[None, :], tl.arange(0, 16)[None, :]
-    at, inside = row[:, None] * BLOCKS + block, real[:, None] & (block < BLOCKS)
-    head, taken = tl.load(keys + at * K, mask=inside, other=-(1 << 63)), tl.zeros_like(at)
-    best_first = tl.zeros_like(row[:, None] + rank).to(tl.int64)
-    for i in range(K):
-        best = tl.max(head, 1)[:, None]
-        best_first = tl.where(rank == i, best, best_first)
-        won = head == best
-        taken += won.to(tl.int32)
-        head = tl.where(won, tl.load(keys + at * K + taken, mask=inside & won & (taken < K), other=-(1 << 63)), head)
-    value = key_value(best_first)
+def merge_kernel(keys, peaks, sums, tokens, logs, BLOCKS, K: tl.constexpr, SIZE: tl.constexpr, B: tl.constexpr,
+                 SUM: tl.constexpr):
+    """One row's K best tokens, best first, and with SUM their log-probabilities: at most 0, so that no child outscores
+    its parent. All keys are loaded at once: loads that wait for one another cost more than the comparisons."""
+    row, i, block = tl.program_id(0), tl.arange(0, SIZE), tl.arange(0, B)
+    key = tl.load(keys + row * BLOCKS * K + i, mask=i < BLOCKS * K, other=-(1 << 63))
     if SUM:
-        peak = tl.load(peaks + at, mask=inside, other=tl.where(real, -float("inf"), 0.0)[:, None])
-        top = tl.max(peak, 1)[:, None]
-        total = tl.sum(tl.load(sums + at, mask=inside, other=1.0) * tl.exp(peak - top), 1)[:, None]
-        value = tl.minimum(value - top - tl.log(total), 0.0)  # a GPU's log of just above 1 may be negative
-    return key_index(best_first), value
-
-
-@triton.jit
-def merge_kernel(keys, peaks, sums, tokens, logs, BLOCKS, K: tl.constexpr, B: tl.constexpr, SUM: tl.constexpr):
-    """One row's K best tokens, and with SUM their log-probabilities."""
-    row, rank = tl.program_id(0) + tl.arange(0, 1), tl.arange(0, 16)[None, :]
-    token, log_p = merge(keys, peaks, sums, row, row >= 0, BLOCKS, K, B, SUM)
-    tl.store(tokens + row[:, None] * K + rank, token, mask=rank < K)
-    if SUM:
-        tl.store(logs + row[:, None] * K + rank, log_p, mask=rank < K)
+        peak = tl.load(peaks + row * BLOCKS + block, mask=block < BLOCKS, other=-float("inf"))
+        top = tl.max(peak, 0)
+        total = tl.sum(tl.load(sums + row * BLOCKS + block, mask=block < BLOCKS, other=0.0) * tl.exp(peak - top), 0)
+    for rank in range(K):
+        best = tl.max(key, 0)
+        tl.store(tokens + row * K + rank, key_index(best))
+        if SUM:  # a GPU's log of just above 1 may be negative
+            tl.store(logs + row * K + rank, tl.minimum(key_value(best) - top - tl.log(total), 0.0))
+        key = tl.where(key == best, -(1 << 63), key)
 
 
 @triton.jit(do_not_specialize=["N", "depth"])
-def grow_kernel(keys, peaks, sums, fed_scores, fed_index, fed_bits, tokens, scores, parents, next_tokens, next_scores,
-                next_index, next_rows, next_bits, N, BLOCKS, depth, K: tl.constexpr, B: tl.constexpr):
+def grow_kernel(children, logs, fed_scores, fed_index, fed_bits, tokens, scores, parents, next_tokens, next_scores,
+                next_index, next_rows, next_bits, N, depth, K: tl.constexpr):
     """See `grow`. One program; tiles are [16, 16]: fed rows, and their children by rank."""
     lane, rank = tl.arange(0, 16), tl.arange(0, 16)[None, :]
     fed = lane < N
-    token, log_p = merge(keys, peaks, sums, lane, fed, BLOCKS, K, B, True)
-    score = tl.load(fed_scores + lane, mask=fed, other=0.0)[:, None] + log_p
     child, real = lane[:, None] * K + rank, fed[:, None] & (rank < K)
+    token = tl.load(children + child, mask=real, other=0)
+    score = tl.load(fed_scores + lane, mask=fed, other=0.0)[:, None] + tl.load(logs + child, mask=real, other=0.0)
     first = tl.where(depth == 0, 0, K + (depth - 1) * K * K)  # candidates of the levels before
     tl.store(tokens + first + child, token, mask=real)
     tl.store(scores + first + child, score, mask=real)
@@ -204,24 +189,20 @@ def compact_kernel(kv, base, path, features, kept, CELLS, S, D, C, STEPS, ROWS: 
     tl.store(goal, x, mask=moves)
 
 
-def partials(logits: Tensor, k: int, sum_exp: bool) -> tuple[Tensor, Tensor, Tensor, int]:
-    """logits [N, V] -> sorted keys [N, blocks, k] int64, peaks and sums of exp(logit - peak), [N, blocks] fp32 each
-    (empty if not `sum_exp`), and `blocks`, at most 64: enough programs for a large GPU even if N is 1."""
-    rows, vocab = logits.shape
-    block = max(1024, triton.next_power_of_2(triton.cdiv(vocab, 64)))  # 2048 for Llama-3
-    blocks = triton.cdiv(vocab, block)
-    keys = torch.empty(rows, blocks, k, dtype=torch.int64, device=logits.device)
-    peaks, sums = torch.empty(2, rows if sum_exp else 0, blocks, device=logits.device)
-    partial_kernel[rows, blocks](logits, keys, peaks, sums, vocab, logits.stride(0), k, block, sum_exp)
-    return keys, peaks, sums, blocks
-
-
 def top_children(logits: Tensor, k: int, log_p: bool = True) -> tuple[Tensor, Tensor]:
     """The k <= 10 most probable tokens of logits [N, V], best first, the lower id at a tie: tokens [N, k] int64 and
-    log-probabilities [N, k] fp32, at most 0 (without `log_p` not computed)."""
-    *parts, blocks = partials(logits, k, log_p)
-    tokens, logs = parts[0].new_empty(len(logits), k), parts[1].new_empty(len(logits), k)
-    merge_kernel[len(logits),](*parts, tokens, logs, blocks, k, triton.next_power_of_2(blocks), log_p, num_warps=1)
+    log-probabilities [N, k] fp32, at most 0 (without `log_p` not computed). In blocks of a row, at most 64: enough
+    programs for a large GPU even if N is 1."""
+    (rows, vocab), device = logits.shape, logits.device
+    block = max(1024, triton.next_power_of_2(triton.cdiv(vocab, 64)))  # 2048 for Llama-3
+    blocks = triton.cdiv(vocab, block)
+    keys = torch.empty(rows, blocks, k, dtype=torch.int64, device=device)
+    peaks, sums = torch.empty(2, rows if log_p else 0, blocks, device=device)
+    tokens, logs = keys.new_empty(rows, k), peaks.new_empty(rows, k)
+    partial_kernel[rows, blocks](logits, keys, peaks, sums, vocab, logits.stride(0), k, block, log_p)
+    size = triton.next_power_of_2(blocks * k)
+    merge_kernel[rows,](keys, peaks, sums, tokens, logs, blocks, k, size, triton.next_power_of_2(blocks), log_p,
+                        num_warps=max(1, size // 256))
     return tokens, logs
 
 
@@ -238,11 +219,11 @@ def argmax(logits: Tensor) -> Tensor:
 def grow(logits: Tensor, level: Level, candidates: Candidates, depth: int, k: int) -> Level:
     """Give each fed node its k best continuations, add them to `candidates`, and choose the k best to be fed next.
     logits [N, V] of the nodes of `level`, `depth` below the root; at depth 0 `level` is the root, see `start`."""
-    *parts, blocks = partials(logits, k, True)
-    new = parts[0].new_empty
-    following = Level(new(k), parts[1].new_empty(k), new(k), new(k), new(k, 2))
-    grow_kernel[1,](*parts, level.scores, level.index, level.bits, *candidates, *following, len(logits), blocks, depth,
-                    k, triton.next_power_of_2(blocks), num_warps=8)
+    children, logs = top_children(logits, k)
+    new = children.new_empty
+    following = Level(new(k), logs.new_empty(k), new(k), new(k), new(k, 2))
+    grow_kernel[1,](children, logs, level.scores, level.index, level.bits, *candidates, *following, len(logits), depth,
+                    k, num_warps=4)
     return following
 
 
