@@ -410,3 +410,50 @@ def test_demo_acceptance(demo_runs) -> None:
     """Drafting that is harmless but wrong: shifted by one place or token, blind to the prompt, fed with guesses."""
     gains = [len(cycle) for cycles, _, _ in demo_runs for cycle in cycles[1:]]
     assert sum(gains) / len(gains) > MEAN_GAINED
+
+
+# ----- What a GPU does differently -------------------------------------------------------------------------------
+
+
+class Event:
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+def as_on_a_gpu(engine: Engine) -> Engine:
+    """The host's side of decoding on a GPU: chunks of one size, and a cycle enqueued before the last one is read."""
+    engine.cuda, engine.arrived = True, [Event(), Event()]
+    return engine
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 33, 60, 79])
+def test_chunks_of_one_size(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding that is read, a chunk that begins at another token or reaches past the cache, a feature of the padding
+    taken for the prompt's last one."""
+    model, head = tiny.pair(3, 0.05)
+    ids = tiny.prompt(length, length)
+    expected = cycle_by_cycle(Engine(model, Eagle2(head, model, 20, 4, 5), 80), ids, 80 - length, SAMPLINGS[1])
+    monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(engine_module, "SPARE", 65)  # slots that chunks do not divide
+    engine = as_on_a_gpu(Engine(model, Eagle2(head, model, 20, 4, 5), 80))
+    engine.state.tokens.fill_(3)  # an earlier text
+    assert cycle_by_cycle(engine, ids, 80 - length, SAMPLINGS[1]) == expected
+    assert engine.top2_gap(ids) == pytest.approx(Engine(model, Vanilla(), 80).top2_gap(ids))
+
+
+def test_running_ahead() -> None:
+    """A cycle's report read too late, twice or not at all; tokens of the cycle after the last one."""
+    model, ids = tiny.target(5), tiny.prompt(3, 5)
+    text = vanilla(model, ids, 40)
+    for drafter in drafters(model, ids + text):
+        for stop_ids, count in ((frozenset(), 23), (frozenset(text[9:12]), 40), (frozenset([99]), 1)):
+            end = next((i + 1 for i, token in enumerate(text[:count]) if token in stop_ids), count)
+            engine = as_on_a_gpu(Engine(model, drafter, 128, stop_ids))
+            for _ in range(2):
+                cycles = cycle_by_cycle(engine, ids, count)
+                assert sum(cycles, []) == text[:end]
+            abandoned = engine.generate(ids, 40)
+            next(abandoned)
