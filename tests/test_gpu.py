@@ -1,0 +1,154 @@
+"""What only a GPU can show. `make test` skips this file where there is none.
+
+The kernels against float64 on the device, the engine against vanilla, and what a captured cycle promises: the host
+never waits within the loop, nothing is allocated, and nothing is compiled for a longer prompt.
+"""
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels
+import linears
+import tree
+import tree_kernels
+from draft import Eagle1, Eagle2, load_head
+from engine import Engine, Sampling, Vanilla
+from model import load_model
+from tree import State
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+SLOTS = 1024 + 128
+HALF = [torch.bfloat16, torch.float16]
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape, device="cuda", dtype=dtype)
+
+
+def error(out: Tensor, exact: Tensor) -> float:
+    return ((out.double() - exact).abs().max() / exact.abs().max()).item()
+
+
+@pytest.mark.parametrize("H, K, D", [(32, 32, 128), (32, 8, 128), (9, 3, 64), (28, 4, 128)])
+@pytest.mark.parametrize("T", [1, 7, 10, 16, 32, 60, 64])
+def test_attention(T: int, H: int, K: int, D: int) -> None:
+    """A wrong tile, layout or split on real tensor cores: no prefix, one that ends at a block's edge, a full cache."""
+    torch.manual_seed(T)
+    parents = torch.tensor([0] + [int(torch.randint(i, ())) for i in range(1, T)])
+    bits = tree.build(parents, parents, T).ancestors[:, None].cuda()
+    for base in (0, 1, 63, 64, 65, 500, SLOTS - T):
+        for seen, dtype in ((bits, torch.bfloat16), (None, torch.float16), (bits, torch.float32)):
+            q, kv = randn(T, H, D, dtype=dtype), randn(2, K, SLOTS, D, dtype=dtype)
+            base_ = torch.tensor(base, device="cuda")
+            exact = kernels.tree_attention_torch(q.double(), kv.double(), base_, seen)
+            limit = 1e-5 if dtype == torch.float32 else 1e-2
+            assert error(kernels.tree_attention(q, kv, base_, seen), exact) < limit, (base, dtype)
+
+
+def test_attention_of_a_prefill() -> None:
+    for base in (0, 100, SLOTS - 512):
+        q, kv, base_ = randn(512, 9, 64), randn(2, 3, SLOTS, 64), torch.tensor(base, device="cuda")
+        exact = kernels.tree_attention_torch(q.double(), kv.double(), base_, None)
+        assert error(kernels.tree_attention(q, kv, base_), exact) < 1e-2
+
+
+@pytest.mark.parametrize("N, K", [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (32000, 4096), (960, 576),
+                                  (576, 576), (3072, 576), (576, 1536), (49152, 576), (576, 1152)])
+@pytest.mark.parametrize("M", [1, 2, 7, 10, 16, 24, 32, 48, 60, 64])
+def test_linear(M: int, N: int, K: int) -> None:
+    """A pipeline that overwrites what the tensor cores still read, a split that arrives twice: five times the same
+    bits, and those of float64."""
+    torch.manual_seed(M)
+    x, weight, norm, residual = randn(M, K), randn(N, K) * K**-0.5, (randn(K) * 0.1 + 1, 1e-5), randn(M, N)
+    for args in ((x, weight), (x, weight, None, norm), (x, weight, None, None, residual),
+                 (x, weight, None, norm, None, True)):
+        outs = [linears.linear(*args) for _ in range(5)]
+        assert all(torch.equal(out, outs[0]) for out in outs)
+        doubles = [tuple(a.double() if isinstance(a, Tensor) else a for a in arg) if isinstance(arg, tuple) else
+                   arg.double() if isinstance(arg, Tensor) else arg for arg in args]
+        assert error(outs[0], linears.linear_torch(*doubles)) < 1e-2
+
+
+@pytest.mark.parametrize("vocab, k, depth", [(32000, 10, 6), (49152, 3, 3), (128256, 10, 8), (128256, 1, 1)])
+def test_tree_steps(vocab: int, k: int, depth: int) -> None:
+    """The steps of a cycle give what tree.py's give on the same logits."""
+    results = []
+    for steps, device in ((tree, "cpu"), (tree_kernels, "cuda")):
+        random = torch.Generator().manual_seed(3)
+        level, candidates = tree.start(k, depth, torch.device(device))
+        for j in range(depth):
+            logits = 3 * torch.randn(k if j else 1, vocab, generator=random)
+            level = steps.grow(logits.to(device), level, candidates, j, k)
+        zero = torch.zeros((), dtype=torch.int64, device=device)
+        state = State(torch.arange(80, device=device), zero + 20, torch.zeros(1), zero + 1, zero > 0, 0)
+        made = steps.rerank(state, candidates, min(59, len(candidates.tokens)), depth)
+        chosen = steps.argmax(torch.randn(len(made.tokens), vocab, generator=random).to(device))
+        chosen[:1] = made.tokens[1]
+        report = torch.zeros(depth + 3, dtype=torch.int64, device=device)
+        path = steps.accept_commit(made, chosen, state, chosen[:0], zero + 60, depth, report)
+        results.append([t.cpu() for t in (*candidates, *made, chosen, path, state.length, state.done, report[:4])])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def engines(demo) -> list[Engine]:
+    """fp32 without TF32: rounding then decides nothing on these prompts."""
+    assert not torch.backends.cuda.matmul.allow_tf32
+    model = load_model(demo, "cuda", torch.float32)
+    head = load_head(demo / "eagle", model)
+    return [Engine(model, drafter, 3200, frozenset([2])) for drafter in (
+        Vanilla("cuda"), Eagle1(head, model), Eagle2(head, model), Eagle2(head, model, 24, 8, 3))]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, top_p=0.9, seed=1), Sampling(1.0, seed=-2),
+                                      Sampling(1.0, top_k=20, min_p=0.02, seed=3)], ids=str)
+def test_equals_vanilla(engines: list[Engine], demo_prompts: list[list[int]], sampling: Sampling) -> None:
+    for ids in demo_prompts:
+        vanilla, *others = [sum(engine.generate(ids, 64, sampling), []) for engine in engines]
+        assert all(text == vanilla for text in others)
+
+
+def test_graph_equals_launching(engines: list[Engine], demo_prompts: list[list[int]]) -> None:
+    """A graph that holds on to what was only there when it was captured."""
+    eagle = engines[2]
+    launched = Engine(eagle.model, eagle.drafter, 3200, frozenset([2]), compiled=False)
+    for ids in demo_prompts[:2]:
+        assert list(eagle.generate(ids, 40)) == list(launched.generate(ids, 40))
+
+
+def test_the_loop_never_waits_nor_allocates(engines: list[Engine], demo_prompts: list[list[int]]) -> None:
+    """200 cycles in which any synchronisation but that with the report's event is an error."""
+    for with_stops in (engines[0], engines[2]):
+        engine = Engine(with_stops.model, with_stops.drafter, 3200)
+        for _ in range(2):  # the first round warms up
+            cycles = engine.generate(demo_prompts[4], 3000, Sampling(1.0, seed=5))
+            next(cycles)
+            before = torch.cuda.memory_stats()["allocation.all.allocated"]
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                ran = sum(1 for _ in itertools.islice(cycles, 200))
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            after = torch.cuda.memory_stats()["allocation.all.allocated"]
+        assert ran == 200 and after == before
+
+
+def variants() -> int:
+    """How many kernels Triton has compiled or loaded in this process."""
+    modules = (kernels, linears, tree_kernels)
+    functions = [f for module in modules for f in vars(module).values() if hasattr(f, "device_caches")]
+    return sum(len(caches[0]) for f in functions for caches in f.device_caches.values())
+
+
+def test_no_prompt_compiles_anything(engines: list[Engine]) -> None:
+    """Prompts of 1 to 3,000 tokens: two graphs an engine, and no kernel that was not there before."""
+    for engine in (engines[0], engines[2]):
+        list(engine.generate([1, 2, 3], 10))
+        graphs, compiled = len(engine.graphs), variants()
+        assert compiled > 10
+        for length in (1, 2, 31, 511, 512, 513, 1500, 3000):
+            assert len(sum(engine.generate([5] * length, 5), [])) <= 5
+        assert len(engine.graphs) == graphs and variants() == compiled
