@@ -13,7 +13,7 @@ GPU a cycle is one CUDA graph, whatever the prompt, and the host does nothing bu
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,21 +22,11 @@ from draft import Eagle1, Eagle2, steps
 from kernels import TreeMask
 from linears import linear
 from model import Llama
-from tree import MAX_NODES, State, Tree, causal_mask, choose, gumbel_noise, root, tree_mask
+from sampling import Sampling, choose, gumbel_noise
+from tree import MAX_NODES, State, Tree, causal_mask, root, tree_mask
 
 PREFILL_CHUNK = 512  # prompt tokens a forward
 SPARE = 128  # cache slots past max_seq_len, for drafts that reach beyond the last token to be committed
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. The same seed gives the same text,
-    whatever the drafter."""
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
 
 
 class Vanilla:

@@ -16,7 +16,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-import tree
+import sampling
+from sampling import choose, gumbel_noise, process
 from tree import (
     Candidates,
     State,
@@ -26,9 +27,6 @@ from tree import (
     best_first,
     build,
     causal_mask,
-    choose,
-    gumbel_noise,
-    process,
     rerank,
     tree_mask,
 )
@@ -287,7 +285,7 @@ def test_gumbel_extremes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ends of the hash's range: nan, a tail cut off at fp32's 2^-24, or -inf, which makes an excluded token as
     good as the only one that is left."""
     for word in (0, 1, 2**31, 2**32 - 1):
-        monkeypatch.setattr(tree, "mix32", lambda x, word=word: torch.full_like(x, word))
+        monkeypatch.setattr(sampling, "mix32", lambda x, word=word: torch.full_like(x, word))
         noise = gumbel_noise(torch.tensor(0), torch.arange(2), 3)
         assert noise.isfinite().all()
         assert word > 0 or (noise > 22).all()
