@@ -8,7 +8,7 @@ Each kernel has a PyTorch twin that defines it: the public function runs the ker
 Shapes as in model.py: T tokens, H query heads, K key/value heads, G = H/K, D head dim, S cache slots, C hidden size.
 """
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -16,13 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linears import device_limits
-
 try:
     import triton
     import triton.language as tl
 except ImportError:  # PyTorch for CPUs brings no Triton
     triton, tl = SimpleNamespace(jit=lambda f: f), SimpleNamespace(constexpr=None)
+
+
+@cache
+def device_limits(device: torch.device) -> tuple[int, tuple[int, int]]:
+    """Multiprocessors and compute capability; on a CPU (the Triton interpreter) those of a small Ampere card."""
+    if device.type != "cuda":
+        return 82, (8, 6)
+    props = torch.cuda.get_device_properties(device)
+    return props.multi_processor_count, (props.major, props.minor)
 
 
 class TreeMask(NamedTuple):

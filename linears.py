@@ -6,6 +6,7 @@ does everything a Llama layer wants around a matrix product in the same pass:
 
     rms_norm(x) @ w.T  =  rstd[m] * sum_k w[n, k] * (g[k] * x[m, k])     rstd is known when the sum is, so it comes last
     silu(gate) * up                                                       rows of gate and up are interleaved in a tile
+    RoPE and the cache write                                              so are the two halves of a head
     ... + bias, ... + residual                                            in fp32, rounded once
 
 Where N is too small to occupy the machine, K is split: each split writes its fp32 partial sums, and whichever arrives
@@ -21,6 +22,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels import device_limits, rope_store
 
 try:
     import triton
@@ -45,16 +48,20 @@ class Config(NamedTuple):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: tuple[Tensor, float] | None = None,
-           residual: Tensor | None = None, gated: bool = False) -> Tensor:
+           residual: Tensor | None = None, gated: bool = False,
+           heads: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
     """x [..., K], weight [N, K], bias [N], norm (weight [K], eps), residual [..., width] -> [..., width].
 
     gated: the first N / 2 rows of the weights are the gate's, the others up's, and the output is silu(gate) * up.
+    heads (rope [2, M, D], cache_pos [M], kv [2, K, S, D]), x [M, K]: the output is queries, keys and values, and goes
+    on to kernels.rope_store: rotated queries are returned, [M, H * D], the others are stored in kv.
     """
     rows, K = x.numel() // x.shape[-1], x.shape[-1]
     if not x.is_cuda or rows > MAX_ROWS or K % 16 or x.dtype not in (torch.bfloat16, torch.float16):
-        return linear_torch(x, weight, bias, norm, residual, gated)
+        y = linear_torch(x, weight, bias, norm, residual, gated)
+        return y if heads is None else rope_store(y, *heads).flatten(1)
     flat = None if residual is None else residual.reshape(rows, -1)
-    return linear_triton(x.reshape(rows, K), weight, bias, norm, flat, gated).view(*x.shape[:-1], -1)
+    return linear_triton(x.reshape(rows, K), weight, bias, norm, flat, gated, heads).view(*x.shape[:-1], -1)
 
 
 def linear_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: tuple[Tensor, float] | None = None,
@@ -70,15 +77,20 @@ def linear_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: tu
 
 
 def linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: tuple[Tensor, float] | None = None,
-                  residual: Tensor | None = None, gated: bool = False, config: Config | None = None,
+                  residual: Tensor | None = None, gated: bool = False,
+                  heads: tuple[Tensor, Tensor, Tensor] | None = None, config: Config | None = None,
                   pdl: bool = True) -> Tensor:
     """`linear` by the kernel. pdl: on Hopper, start while the kernel before drains."""
     (M, K), N = x.shape, len(weight)
     sms, capability = device_limits(x.device)
     BM, BN, BK, SK, warps, stages, ahead = config or linear_config(M, N, K, sms, capability)
-    pdl, width, tiles = pdl and capability >= (9, 0), N // 2 if gated else N, triton.cdiv(N, BN)
+    pdl, width, tiles = pdl and capability >= (9, 0), N // 2 if gated or heads else N, triton.cdiv(N, BN)
+    rope, cache_pos, kv = heads or (None, None, None)
+    kv_heads, slots, size = kv.shape[1:] if heads else (0, 0, 2)
+    assert kv is None or (kv.is_contiguous() and rope.is_contiguous() and not gated)
     assert M <= BM and weight.is_contiguous() and (SK == 1 or tiles <= MAX_TILES)
-    x, residual, out = x.contiguous(), None if residual is None else residual.contiguous(), x.new_empty(M, width)
+    x, residual, out = x.contiguous(), None if residual is None else residual.contiguous(), x.new_empty(
+        M, N - 2 * kv_heads * size if heads else width)
     (g, eps), launch = norm or (None, 0.0), {"launch_pdl": True} if pdl else {}
     if g is not None and M > NORM_ROWS:
         raw, x = x, torch.empty_like(x)
@@ -86,9 +98,9 @@ def linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: t
         g = None
     partial = x.new_empty(tiles * SK * (BN + 1) * BM, dtype=torch.float32) if SK > 1 else None
     linear_kernel[(tiles * SK,)](
-        x, weight, bias, g, eps, residual, out, partial, counters(x.device) if SK > 1 else None, M, width, K,
-        GATED=gated, EVEN_K=K % BK == 0, BM=BM, BN=BN, BK=BK, SK=SK, STAGES=stages, AHEAD=ahead, PDL=pdl,
-        num_warps=warps, **launch)
+        x, weight, bias, g, eps, residual, out, partial, counters(x.device) if SK > 1 else None, rope, cache_pos, kv,
+        M, width, K, slots, D=size, KV_HEADS=kv_heads, GATED=gated, EVEN_K=K % BK == 0, BM=BM, BN=BN, BK=BK, SK=SK,
+        STAGES=stages, AHEAD=ahead, PDL=pdl, num_warps=warps, **launch)
     return out
 
 
@@ -118,15 +130,6 @@ def linear_config(M: int, N: int, K: int, sms: int, capability: tuple[int, int])
 
 
 @cache
-def device_limits(device: torch.device) -> tuple[int, tuple[int, int]]:
-    """Multiprocessors and compute capability; on a CPU (the Triton interpreter) those of a small Ampere card."""
-    if device.type != "cuda":
-        return 82, (8, 6)
-    props = torch.cuda.get_device_properties(device)
-    return props.multi_processor_count, (props.major, props.minor)
-
-
-@cache
 def counters(device: torch.device) -> Tensor:
     """One arrival counter a tile, shared by all calls of a stream. Made by the first call: warm up before a capture."""
     return torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
@@ -146,15 +149,20 @@ if triton is not None:
         tl.store(out_ptr + tl.program_id(0) * K + k, x * tl.rsqrt(tl.sum(x * x, 0) / K + eps) * g, mask=k < K)
 
     @triton.jit
-    def linear_kernel(x_ptr, w_ptr, bias_ptr, norm_ptr, eps, res_ptr, out_ptr, partial_ptr, count_ptr, M, width, K,
+    def linear_kernel(x_ptr, w_ptr, bias_ptr, norm_ptr, eps, res_ptr, out_ptr, partial_ptr, count_ptr, rope_ptr,
+                      slot_ptr, kv_ptr, M, width, K, S, D: tl.constexpr, KV_HEADS: tl.constexpr,
                       GATED: tl.constexpr, EVEN_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                       BK: tl.constexpr, SK: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
                       PDL: tl.constexpr):
         tile, split = tl.program_id(0) // SK, tl.program_id(0) % SK
-        HALVES: tl.constexpr = 2 if GATED else 1
+        ROPE: tl.constexpr = rope_ptr is not None
+        HALVES: tl.constexpr = 2 if GATED or ROPE else 1
         r = tl.arange(0, BN)
-        col = tile * (BN // HALVES) + r // HALVES  # gated: even rows of the tile are gate's, odd ones up's
-        row = tl.minimum(col, width - 1) + r % HALVES * width  # a ragged last tile reads its last row again
+        col = tl.minimum(tile * (BN // HALVES) + r // HALVES, width - 1)  # a ragged last tile reads its last row again
+        if ROPE:  # even rows of the tile are a head's first half, odd ones what RoPE pairs them with
+            row = col // (D // 2) * D + col % (D // 2) + r % 2 * (D // 2)
+        else:  # gated: even rows are gate's, odd ones up's
+            row = col + r % HALVES * width
         w_rows = w_ptr + row.to(tl.int64)[:, None] * K
         blocks = tl.cdiv(K, BK)
         first, last = split * blocks // SK * BK, (split + 1) * blocks // SK * BK
@@ -178,12 +186,35 @@ if triton is not None:
             acc *= tl.rsqrt(squares / K + eps)[None, :]
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + row).to(tl.float32)[:, None]
-        if GATED:
-            gate, up = tl.split(acc.reshape(BN // 2, 2, BM).permute(0, 2, 1))
-            acc = gate * tl.sigmoid(gate) * up
-        if res_ptr is not None:
-            acc += residual.to(tl.float32)
-        tl.store(out_ptr + m * width + n, acc, mask=inside)
+        if HALVES == 2:
+            a, b = tl.split(acc.reshape(BN // 2, 2, BM).permute(0, 2, 1))
+        if ROPE:
+            rotate(a, b, n, m, inside, rope_ptr, slot_ptr, kv_ptr, out_ptr, M, width, S, D, KV_HEADS)
+        else:
+            if GATED:
+                acc = a * tl.sigmoid(a) * b
+            if res_ptr is not None:
+                acc += residual.to(tl.float32)
+            tl.store(out_ptr + m * width + n, acc, mask=inside)
+
+    @triton.jit
+    def rotate(a, b, n, m, inside, rope_ptr, slot_ptr, kv_ptr, out_ptr, M, width, S, D: tl.constexpr,
+               KV_HEADS: tl.constexpr):
+        """Pairs a, b [BN / 2, BM], number n of all pairs, of tokens m: turned, if of queries or keys, and stored."""
+        head, i = n // (D // 2), n % (D // 2)
+        queries = width // (D // 2) - 2 * KV_HEADS
+        turns = inside & (head < queries + KV_HEADS)
+        cos = tl.load(rope_ptr + m * D + i, mask=turns, other=1.0).to(tl.float32)
+        sin = tl.load(rope_ptr + (M + m) * D + i, mask=turns, other=0.0).to(tl.float32)
+        x, y = a * cos - b * sin, b * cos + a * sin
+        query, other = inside & (head < queries), inside & (head >= queries)
+        to_query = out_ptr + m * queries * D + head * D + i
+        slot = tl.load(slot_ptr + m, mask=m < M, other=0)
+        to_cache = kv_ptr + ((head - queries).to(tl.int64) * S + slot) * D + i  # kv is 2 KV_HEADS heads of S slots
+        tl.store(to_query, x, mask=query)
+        tl.store(to_query + D // 2, y, mask=query)
+        tl.store(to_cache, x, mask=other)
+        tl.store(to_cache + D // 2, y, mask=other)
 
     @triton.jit
     def stream(x_ptr, w_rows, norm_ptr, M, K, first, last, EVEN_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,

@@ -188,10 +188,14 @@ class Layer(nn.Module):
         gated = linear(x, self.w13.weight, norm=(self.mlp_norm.weight, self.mlp_norm.eps), gated=True)
         return linear(gated, self.w2.weight, residual=x)
 
-    def project(self, x: Tensor) -> Tensor:
-        """x [B, T, C] -> queries, keys and values side by side, [B, T, (H + 2K) D]; the norm comes first."""
+    def project(self, x: Tensor, heads: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
+        """x [..., C] -> queries, keys and values side by side, [..., (H + 2K) D]; the norm comes first. With `heads`,
+        see `linear`: rotated queries alone, [T, H * D]."""
         norm = None if self.attn_norm is None else (self.attn_norm.weight, self.attn_norm.eps)
-        return linear(x, self.wqkv.weight, self.wqkv.bias, norm=norm)
+        if heads is None or self.q_norm is None:
+            return linear(x, self.wqkv.weight, self.wqkv.bias, norm, heads=heads)
+        norms = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
+        return rope_store(linear(x, self.wqkv.weight, self.wqkv.bias, norm), *heads, *norms).flatten(1)
 
     def qkv(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated q [B, T, H, D], rotated k [B, T, K, D] and v [B, T, K, D] of x [B, T, C]."""
@@ -205,8 +209,7 @@ class Layer(nn.Module):
                   mask: Tensor | TreeMask | None) -> Tensor:
         """What each head read, [B, T, H * D]. Without a cache: causal among the T tokens (training)."""
         if isinstance(mask, TreeMask):
-            norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps) if self.q_norm is not None else ()
-            q = rope_store(self.project(x)[0], rope, cache_pos, kv[:, 0], *norms)
+            q = self.project(x[0], (rope, cache_pos, kv[:, 0])).unflatten(-1, (-1, self.head_dim))
             return tree_attention(q, kv[:, 0], *mask)[None]
         q, k, v = (y.transpose(1, 2) for y in self.qkv(x, rope))  # [B, heads, T, D]
         if kv is None:

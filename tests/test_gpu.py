@@ -71,6 +71,20 @@ def test_linear(M: int, N: int, K: int) -> None:
         assert error(outs[0], linears.linear_torch(*doubles)) < 1e-2
 
 
+@pytest.mark.parametrize("H, K, D, C", [(32, 32, 128, 4096), (32, 8, 128, 4096), (9, 3, 64, 576)])
+@pytest.mark.parametrize("M", [1, 7, 10, 60])
+def test_heads(M: int, H: int, K: int, D: int, C: int) -> None:
+    """The projection that rotates and stores: against its steps in float64."""
+    x, weight, norm = randn(M, C), randn((H + 2 * K) * D, C) * C**-0.5, (randn(C) * 0.1 + 1, 1e-5)
+    angles, slots = torch.rand(M, D // 2, device="cuda").repeat(1, 2) * 6, torch.randperm(100, device="cuda")[:M]
+    rope, kv = torch.stack((angles.cos(), angles.sin())).bfloat16(), randn(2, K, 100, D)
+    exact = kv.double()
+    projected = linears.linear_torch(x.double(), weight.double(), None, (norm[0].double(), norm[1]))
+    q = kernels.rope_store_torch(projected, rope.double(), slots, exact)
+    assert error(linears.linear(x, weight, None, norm, heads=(rope, slots, kv)), q.flatten(1)) < 1e-2
+    assert error(kv, exact) < 1e-2
+
+
 @pytest.mark.parametrize("vocab, k, depth", [(32000, 10, 6), (49152, 3, 3), (128256, 10, 8), (128256, 1, 1)])
 def test_tree_steps(vocab: int, k: int, depth: int) -> None:
     """The steps of a cycle give what tree.py's give on the same logits."""

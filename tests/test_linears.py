@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import linears
+from kernels import rope_store_torch
 from linears import MAX_ROWS, MAX_TILES, NORM_ROWS, Config, linear, linear_config, linear_torch
 
 HERE = Path(__file__).resolve().parent
@@ -108,6 +109,23 @@ def check_splits() -> None:
         check(args, config._replace(SK=SK))
 
 
+def check_heads() -> None:
+    """Halves of a head paired wrongly, angles of another token or element, values turned, a slot or head mixed up; a
+    ragged last tile that writes into another head. Against what the fused steps are one by one."""
+    shapes = (1, 4, 2, 16), (5, 3, 1, 24), (33, 2, 2, 32)
+    for (M, H, K, D), norm, SK in itertools.product(shapes, (True, False), (1, 2)):
+        x, weight, bias, norms, _, _ = problem(M, (H + 2 * K) * D, 112, torch.float32, norm=norm)
+        g = torch.Generator().manual_seed(M)
+        angles, slots = 6 * torch.rand(M, D // 2, generator=g).repeat(1, 2), torch.randperm(40, generator=g)[:M]
+        rope, kv = torch.stack((angles.cos(), angles.sin())), torch.zeros(2, K, 40, D)
+        wanted = kv.clone()
+        q = rope_store_torch(linear_torch(x, weight, bias, norms), rope, slots, wanted)
+        config = Config(1 if M == 1 else 16 if M <= 16 else 64, 32, 64, SK, 4, 3)
+        out = linears.linear_triton(x, weight, bias, norms, heads=(rope, slots, kv), config=config)
+        torch.testing.assert_close(out, q.flatten(1), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(kv, wanted, rtol=1e-5, atol=1e-5)
+
+
 def check_model_shapes() -> None:
     """The demo model's layers with the configurations that `linear_config` gives."""
     for M, N, K in (10, 960, 576), (1, 576, 576), (60, 576, 1536):
@@ -153,6 +171,10 @@ def test_options():
 
 def test_splits():
     in_child("check_splits()", interpret=True)
+
+
+def test_heads():
+    in_child("check_heads()", interpret=True)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs mprotect")
@@ -207,7 +229,8 @@ def test_config(cap: tuple[int, int]):
         assert c.ahead * c.BK >= 64, "less than a line to prefetch"
 
 
-def compile_kernel(config: Config, even: bool, cap: int, options: bool, norm: bool, dtype: str = "bf16") -> tuple:
+def compile_kernel(config: Config, even: bool, cap: int, options: bool, norm: bool, dtype: str = "bf16",
+                   heads: bool = False) -> tuple:
     """-> (PTX, TTGIR, bytes spilt, bytes of shared memory).
 
     options: bias, gated and, without a norm, a residual: what is normed is never what is added to it."""
@@ -216,12 +239,15 @@ def compile_kernel(config: Config, even: bool, cap: int, options: bool, norm: bo
     from triton.compiler import ASTSource
     names, pdl = linears.linear_kernel.arg_names, cap >= 90
     fixed = {k: v for k, v in zip(("BM", "BN", "BK", "SK"), config)} | {
-        "GATED": options, "EVEN_K": even, "STAGES": config.stages, "AHEAD": config.ahead, "PDL": pdl}
+        "GATED": options and not heads, "D": 128 if heads else 2, "KV_HEADS": 8 if heads else 0, "EVEN_K": even,
+        "STAGES": config.stages, "AHEAD": config.ahead, "PDL": pdl}
     fixed |= {} if norm else {"norm_ptr": None}
     fixed |= {} if options else {"bias_ptr": None}
-    fixed |= {} if options and not norm else {"res_ptr": None}
+    fixed |= {} if options and not norm and not heads else {"res_ptr": None}
     fixed |= {} if config.SK > 1 else dict.fromkeys(("partial_ptr", "count_ptr"))
-    types = {"M": "i32", "width": "i32", "K": "i32", "eps": "fp32", "partial_ptr": "*fp32", "count_ptr": "*i32"}
+    fixed |= {} if heads else dict.fromkeys(("rope_ptr", "slot_ptr", "kv_ptr"))
+    types = {"M": "i32", "width": "i32", "K": "i32", "S": "i32", "eps": "fp32", "partial_ptr": "*fp32",
+             "count_ptr": "*i32", "slot_ptr": "*i64"}
     signature = {n: "constexpr" if n in fixed else types.get(n, "*" + dtype) for n in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*" or n in "width K"}
     source = ASTSource(fn=linears.linear_kernel, signature=signature, attrs=aligned,
@@ -246,6 +272,16 @@ def check_compiles(cap: int, some: bool = False) -> None:
         check_order(ptx, cap)
         check_pipeline(ttgir, config)
     print(len(todo))
+
+
+def check_heads_compile(cap: int) -> None:
+    """wqkv of the listed models: no spills either with the epilogue of heads."""
+    for N, K in ((12288, 4096), (6144, 4096), (960, 576)):
+        for M in (1, 10, 60):
+            config = linear_config(M, N, K, CARDS[cap // 10, cap % 10], (cap // 10, cap % 10))
+            options = dict(options=True, norm=config.BM <= NORM_ROWS, heads=True)
+            _, _, stack, shared = compile_kernel(config, K % config.BK == 0, cap, **options)
+            assert stack == 0 and shared <= LIMIT[cap], f"{config} spills {stack}, {shared} bytes shared, on sm_{cap}"
 
 
 def check_pipeline(ttgir: str, config: Config) -> None:
@@ -279,11 +315,11 @@ def check_plain() -> None:
 
 
 def test_compiles_sm90():
-    in_child("check_compiles(90)", interpret=False)
+    in_child("check_compiles(90); check_heads_compile(90)", interpret=False)
 
 
 def test_compiles_sm86():
-    in_child("check_compiles(86); check_plain()", interpret=False)
+    in_child("check_compiles(86); check_plain(); check_heads_compile(86)", interpret=False)
 
 
 def test_compiles_sm80_sm89():
