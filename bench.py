@@ -31,7 +31,7 @@ from torch import Tensor, nn
 import linears
 from baselines import Decoder, Run, gpt_fast_decoder, transformers_decoder
 from draft import Eagle2
-from engine import Engine, Sampling, Vanilla
+from engine import Engine, Sampling, Vanilla, capture
 from generate import CPU_TREE, DTYPES, fail
 from model import Llama
 from tree import build
@@ -50,17 +50,6 @@ def timed(function: Callable[[], object], device: torch.device, unroll: int = 10
     replay = capture(function, unroll) if cuda else function
     replay()
     return median(elapsed(replay, calls, device) for _ in range(rounds)) / (calls * unroll)
-
-
-def capture(function: Callable[[], object], unroll: int) -> Callable[[], None]:
-    for _ in range(2):  # compiles the kernels
-        function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(unroll):
-            function()
-    return graph.replay
 
 
 def elapsed(function: Callable[[], object], calls: int, device: torch.device) -> float:

@@ -6,12 +6,13 @@ They are stored as rows of int32: the token, or ~token (negative) where it is no
 """
 import math
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from engine import capture
 from model import Llama
 from tokenizer import Tokenizer
 
@@ -122,7 +123,9 @@ def write_dialogues(model: Llama, script: Script, path: Path, rows: int, length:
         token.copy_(torch.where(said < 0, ~said, said)[:, None])
         at.add_(1)
 
-    steps = {width: capture(step, width, device) for width in range(bucket, length + bucket, bucket)}
+    steps = {width: partial(step, width) for width in range(bucket, length + bucket, bucket)}
+    if device.type == "cuda":
+        steps = {width: capture(at_width) for width, at_width in steps.items()}
     while have < rows:
         start, fresh = time.perf_counter(), script.start(batch, have)
         for name, value in fresh.items():
@@ -142,15 +145,3 @@ def write_dialogues(model: Llama, script: Script, path: Path, rows: int, length:
               f"{batch * length / (time.perf_counter() - start):,.0f} tokens/s  "
               f"{(block >= 0).float().mean():.0%} answers", flush=True)
     model.kv = None
-
-
-def capture(step: Callable[[int], None], width: int, device: torch.device) -> Callable[[], None]:
-    """`step(width)` as a CUDA graph; as it is on a CPU."""
-    if device.type != "cuda":
-        return lambda: step(width)
-    step(width)  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step(width)
-    return graph.replay

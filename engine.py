@@ -29,6 +29,19 @@ PREFILL_CHUNK = 512  # prompt tokens a forward
 SPARE = 128  # cache slots past max_seq_len, for drafts that reach beyond the last token to be committed
 
 
+def capture(function: Callable[[], object], unroll: int = 1) -> Callable[[], None]:
+    """`unroll` calls of `function` as a CUDA graph; calling the result replays them. Runs it twice before, which
+    compiles its kernels."""
+    for _ in range(2):
+        function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(unroll):
+            function()
+    return graph.replay
+
+
 class Vanilla:
     """No draft: the root alone."""
     num_nodes, max_depth = 1, 0
@@ -100,13 +113,8 @@ class Engine:
             self.graphs.clear()
             self.caches = caches
         if key not in self.graphs:
-            function()  # compiles the kernels
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                function()
-            self.graphs[key] = graph
-        return self.graphs[key].replay
+            self.graphs[key] = capture(function)
+        return self.graphs[key]
 
     @torch.inference_mode()
     def prefill(self, ids: list[int], max_new_tokens: int, sampling: Sampling) -> State:

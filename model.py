@@ -179,7 +179,8 @@ class Layer(nn.Module):
                 mask: Tensor | TreeMask | None) -> Tensor:
         """x [B, T, C], rope [2, T, D], kv [2, B, K, S, D], cache_pos [T], mask [T, W] -> [B, T, C].
 
-        Six kernels on a GPU: norms, gates and residuals happen within the matrix products beside them."""
+        Six kernels on a GPU, eight above 16 rows: RoPE, gates and residuals, and for few rows the norms, happen
+        within the matrix products beside them."""
         x = linear(self.attention(x, rope, kv, cache_pos, mask), self.wo.weight, residual=x)
         return self.mlp(x)
 
