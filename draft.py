@@ -130,8 +130,11 @@ class Eagle:
              mask: Tensor | TreeMask) -> Tensor:
         return self.head(self.embed(tokens)[None], features[None], rope_pos, cache_pos, mask)[0]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        return linear(hidden, self.lm_head.weight)
+    def logits(self, hidden: Tensor, state: State, depth: int) -> Tensor:
+        """[N, V] of the tokens below nodes of this depth. The noise that the target's choice there will be made with is
+        known: with the same noise the head guesses what will be sampled, not what may be (BENCHMARKS.md)."""
+        logits = linear(hidden, self.lm_head.weight)
+        return logits if state.noise is None else logits + state.noise[depth]
 
     def extend(self, state: State) -> Tensor:
         """Re-run the head over the tokens just committed, now with the target's true features, replacing what
@@ -171,7 +174,7 @@ class Eagle2(Eagle):
         base, (level, candidates) = state.length - 1, self.start
         where = base, base + self.level_of, base + self.scratch  # siblings share a place, never a slot
         hidden = self.extend(state)
-        return where, hidden, self.steps.grow(self.logits(hidden), level, candidates, 0, self.topk)
+        return where, hidden, self.steps.grow(self.logits(hidden, state, 0), level, candidates, 0, self.topk)
 
     def expand(self, state: State, where: Where, hidden: Tensor, level: Level, depth: int) -> tuple[Tensor, Level]:
         """Feed the nodes of `level`, `depth` below the root; hidden [any, C] are the features of the rows fed before.
@@ -180,7 +183,7 @@ class Eagle2(Eagle):
         fed = slice((depth - 1) * self.topk, depth * self.topk)
         hidden = self.rows(level.tokens, hidden[level.rows], places[fed], slots[fed],
                            tree_mask(base, level.bits, state.width))
-        return hidden, self.steps.grow(self.logits(hidden), level, self.start[1], depth, self.topk)
+        return hidden, self.steps.grow(self.logits(hidden, state, depth), level, self.start[1], depth, self.topk)
 
     def rerank(self, state: State) -> Tree:
         return self.steps.rerank(state, self.start[1], self.num_nodes - 1, self.max_depth)
@@ -208,7 +211,7 @@ class Eagle1(Eagle):
                 torch.tensor([above.index(path[:-1]) for path in here], device=device),
                 torch.tensor([[sum(1 << j for j, other in enumerate(fed) if path[:len(other)] == other)]
                               for path in here], device=device),
-                torch.tensor([fed.index(path) for path in here], device=device), depth - 1))
+                torch.tensor([fed.index(path) for path in here], device=device)))
             self.grow.append(self.places([c for c in nodes if len(c) == depth + 1], here, device))
 
     @staticmethod
@@ -218,13 +221,13 @@ class Eagle1(Eagle):
 
     def propose(self, state: State) -> Tree:
         base, hidden = state.length - 1, self.extend(state)
-        levels = [self.children(hidden, self.grow[0])]
-        for (fed, parent_rows, bits, slots, place), grow in zip(self.levels, self.grow[1:]):
-            hidden = self.rows(levels[-1][fed], hidden[parent_rows], (base + place).expand(len(slots)), base + slots,
+        levels = [self.children(self.logits(hidden, state, 0), self.grow[0])]
+        for depth, (fed, parent_rows, bits, slots) in enumerate(self.levels, 1):
+            places = (base + depth - 1).expand(len(slots))
+            hidden = self.rows(levels[-1][fed], hidden[parent_rows], places, base + slots,
                                tree_mask(base, bits, state.width))
-            levels.append(self.children(hidden, grow))
+            levels.append(self.children(self.logits(hidden, state, depth), self.grow[depth]))
         return self.shape._replace(tokens=torch.cat((root(state), *levels)))
 
-    def children(self, hidden: Tensor, places: Tensor) -> Tensor:
-        logits = self.logits(hidden)
+    def children(self, logits: Tensor, places: Tensor) -> Tensor:
         return self.steps.best_tokens(logits, min(10, logits.shape[-1]))[places[0], places[1]]

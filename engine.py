@@ -130,6 +130,7 @@ class Engine:
         state.committed.fill_(0)
         state.done.fill_(False)
         state.features[0] = features[n - 1 - first]
+        self.draw_noise()
         root = Vanilla(self.device).propose(state)
         self.accept(root, self.choose(state.features[:1], root), 0)
         return state
@@ -162,13 +163,19 @@ class Engine:
         logits, s = linear(features, self.model.lm_head.weight), self.sampling
         if s.temperature == 0:
             return self.steps.argmax(logits)
-        places = self.state.length + torch.arange(self.drafter.max_depth + 1, device=self.device)
-        noise = gumbel_noise(self.seed, places, logits.shape[-1])[tree.depth]  # one row for each place in the text
-        return choose(logits, noise, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p)
+        return choose(logits, self.state.noise[tree.depth], s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p)
+
+    def draw_noise(self) -> None:
+        """The noise that the next tokens are sampled with: one row for each place in the text."""
+        self.state.noise, hot = None, self.sampling.temperature
+        if hot:
+            places = self.state.length + self.nodes[:self.drafter.max_depth + 1]
+            self.state.noise = hot * gumbel_noise(self.seed, places, self.model.cfg.vocab_size)
 
     @torch.inference_mode()
     def cycle(self) -> None:
         """Draft, verify, accept, commit. Once `state.done`, a cycle changes nothing that counts."""
+        self.draw_noise()
         base, tree = self.state.length - 1, self.drafter.propose(self.state)
         self.commit(base, tree, *self.verify(base, tree))
 

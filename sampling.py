@@ -60,6 +60,6 @@ def mix32(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def choose(logits: Tensor, noise: Tensor, **sampling: float) -> Tensor:
-    """A sample after each row of logits [T, V], [T] int64; noise [T, V] as `gumbel_noise` makes it."""
-    return (process(logits, **sampling) + noise).argmax(-1)
+def choose(logits: Tensor, noise: Tensor, temperature: float, **sampling: float) -> Tensor:
+    """A sample after each row of logits [T, V], [T] int64; noise [T, V]: the temperature times `gumbel_noise`."""
+    return (temperature * process(logits, temperature, **sampling) + noise).argmax(-1)

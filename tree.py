@@ -40,6 +40,7 @@ class State:
     committed: Tensor  # 0-d int64, how many tokens the last cycle committed; that many rows of `features` count
     done: Tensor  # 0-d bool: a stop id or the length limit was reached, further cycles change nothing
     width: int
+    noise: Tensor | None = None  # [max_depth + 1, V] fp32: what sampling adds to the logits of the next places
 
 
 def root(state: State) -> Tensor:

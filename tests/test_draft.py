@@ -20,6 +20,7 @@ from torch import Tensor
 from draft import EAGLE1_TREE, Eagle1, Eagle2, EagleHead, load_head
 from engine import Engine, Sampling
 from model import Config, Llama
+from sampling import gumbel_noise
 from tree import Tree
 
 MARGIN = 1e-4  # log-probabilities: closer calls than this may go either way by rounding
@@ -70,9 +71,10 @@ class PlainHead:
         gate, up = self.linear("mlp.gate_proj", normed), self.linear("mlp.up_proj", normed)
         return x + self.linear("mlp.down_proj", F.silu(gate) * up)
 
-    def rankings(self, features: list[Tensor]) -> list[list[tuple[int, float]]]:
-        """After each feature the 11 likeliest next tokens with their log-probabilities, best first."""
-        logits = torch.stack(features) @ self.lm_head.T
+    def rankings(self, features: list[Tensor], noise: Tensor | float) -> list[list[tuple[int, float]]]:
+        """After each feature the 11 likeliest next tokens with their log-probabilities, best first; all of one place
+        in the text, to whose logits sampling will add `noise`."""
+        logits = torch.stack(features) @ self.lm_head.T + noise
         best = logits.topk(11)
         log_p = best.values.double() - logits.logsumexp(-1, keepdim=True).double()
         return [list(zip(*both, strict=True)) for both in zip(best.indices.tolist(), log_p.tolist(), strict=True)]
@@ -100,14 +102,22 @@ class Plain:
 class Builder:
     """Grows trees over a text whose target features are known. Committed rows see true features."""
 
-    def __init__(self, head: PlainHead, text: list[int], features: Tensor) -> None:
-        self.head, self.text, self.features = head, text, features
+    def __init__(self, head: PlainHead, text: list[int], features: Tensor, sampling: Sampling = Sampling()) -> None:
+        self.head, self.text, self.features, self.sampling = head, text, features, sampling
         self.entries = [head.key_value(text[i + 1], features[i], i) for i in range(len(text) - 1)]
 
     def start(self, length: int) -> Tensor:
         """The feature predicted for the root, which is the last of the first `length` tokens."""
         last = length - 2
         return self.head.output(self.text[last + 1], self.features[last], last, self.entries[:last + 1])
+
+    def rankings(self, place: int, features: list[Tensor]) -> list[list[tuple[int, float]]]:
+        """The children, at this place in the text, of nodes with these features."""
+        noise, s = 0.0, self.sampling
+        if s.temperature:
+            draws = gumbel_noise(torch.tensor(s.seed), torch.tensor([place]), len(self.head.lm_head))
+            noise = s.temperature * draws[0]
+        return self.head.rankings(features, noise)
 
     def feed(self, node: Node, above: Tensor, length: int) -> None:
         """Run the head on `node`, whose parent's predicted feature is `above`."""
@@ -130,14 +140,15 @@ class Builder:
             return [Node(token, above + log_p, parent, depth + 1) for token, log_p in ranking[:topk]]
 
         start = self.start(length)
-        candidates = level = children(self.head.rankings([start])[0], None)
+        candidates = level = children(self.rankings(length, [start])[0], None)
         fed = []
-        for _ in range(1, draft_depth):
+        for depth in range(1, draft_depth):
             fed.append(level)
             for node in level:
                 self.feed(node, node.parent.feature if node.parent else start, length)
             found = []
-            for node, ranking in zip(level, self.head.rankings([node.feature for node in level]), strict=True):
+            rankings = self.rankings(length + depth, [node.feature for node in level])
+            for node, ranking in zip(level, rankings, strict=True):
                 found += children(ranking, node)
             candidates = candidates + found
             level = best(found, topk)
@@ -155,7 +166,7 @@ class Builder:
             if parent and parent.feature is None:
                 self.feed(parent, parent.parent.feature if parent.parent else start, length)
                 fed.setdefault(parent.depth, []).append(parent)
-            [ranking] = self.head.rankings([parent.feature if parent else start])
+            [ranking] = self.rankings(length + len(path) - 1, [parent.feature if parent else start])
             gaps += [ranking[i][1] - ranking[i + 1][1] for i in (path[-1] - 1, path[-1]) if i >= 0]
             made[path] = Node(ranking[path[-1]][0], 0.0, parent, len(path))
         return Plain(list(made.values()), list(fed.values()), min(gaps))
@@ -224,7 +235,7 @@ def tiny_run(drafter: Eagle1 | Eagle2, model: Llama, seed: int) -> tuple[Recorde
     ids, sampling = tiny.prompt(seed, 3 + seed % 5), Sampling(temperature=float(seed % 2), seed=seed)
     text = ids + sum(Engine(model, drafter, 96).generate(ids, 16, sampling), [])
     plain = PlainHead(tiny.published(drafter.head), drafter.head.cfg, model)
-    return recorder, Builder(plain, text, tiny.features(model, text))
+    return recorder, Builder(plain, text, tiny.features(model, text), sampling)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -236,10 +236,10 @@ def test_choose() -> None:
     logits = torch.randn(2000, 30, generator=random)
     noise = gumbel_noise(torch.tensor(3), torch.arange(2000), 30)
     assert torch.equal(choose(logits, noise, temperature=1.0, top_k=1), logits.argmax(-1))
-    chosen = choose(logits, noise, temperature=0.5, top_k=4)
+    chosen = choose(logits, 0.5 * noise, temperature=0.5, top_k=4)
     assert (logits.gather(1, chosen[:, None]) >= logits.topk(4).values[:, -1:]).all()
     assert torch.equal(chosen, (process(logits, 0.5, 4) + noise).argmax(-1))
-    assert not torch.equal(chosen, choose(logits, noise, temperature=2.0, top_k=4))
+    assert not torch.equal(chosen, choose(logits, 2 * noise, temperature=2.0, top_k=4))
 
 
 SEEDS = [0, 1, -1, 42, 2**31, 2**32, 2**32 + 1, 2**63 - 1, -2**63]
@@ -299,47 +299,54 @@ def test_gumbel_extremes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 VOCAB, DRAWS = 12, 120_000
 SHAPE = torch.tensor([0, 0, 0, 0, 1, 1, 2, 4, 4])  # three children, of which two have children, one of which has two
+SHAPE_DEPTH = [0, 1, 1, 1, 2, 2, 2, 3, 3]
 RANK = torch.tensor([0, 0, 1, 2, 0, 1, 0, 0, 1])  # a node's place among its siblings
 SAMPLING = {"temperature": 0.9, "top_p": 0.95}
 
 
 def tables() -> tuple[Tensor, Tensor]:
-    """Logits [12, 12] of the target, and the drafter's ranking of continuations [12, 12]: good, not perfect."""
+    """Logits [12, 12] of the target and of the drafter: good, not perfect."""
     random = torch.Generator().manual_seed(5)
     target = 1.5 * torch.randn(VOCAB, VOCAB, generator=random)
-    guess = target + 0.7 * torch.randn(VOCAB, VOCAB, generator=random)
-    return target, guess.argsort(descending=True)
+    return target, target + 0.7 * torch.randn(VOCAB, VOCAB, generator=random)
 
 
-def draft(root: Tensor, ranking: Tensor) -> Tree:
+def draft(root: Tensor, noise: Tensor, guess: Tensor) -> Tree:
+    """The drafter sees the noise [4, 12] of the places to come, as Eagle.logits does."""
     tokens = [root]
     for parent, rank in zip(SHAPE[1:].tolist(), RANK[1:].tolist(), strict=True):
-        tokens.append(ranking[tokens[parent], rank])
+        ranking = (guess[tokens[parent]] + noise[SHAPE_DEPTH[parent]]).argsort(descending=True)
+        tokens.append(ranking[rank])
     return build(torch.stack(tokens), SHAPE, 3)
 
 
-def right_cycle(root: Tensor, seed: Tensor, length: Tensor, target: Tensor, ranking: Tensor) -> tuple[Tensor, Tensor]:
-    made = draft(root, ranking)
-    noise = gumbel_noise(seed, length + torch.arange(4), VOCAB)[made.depth]
-    _, accepted, out = accept(made, choose(target[made.tokens], noise, **SAMPLING), 3)
+def noise_after(length: Tensor, seed: Tensor) -> Tensor:
+    return SAMPLING["temperature"] * gumbel_noise(seed, length + torch.arange(4), VOCAB)
+
+
+def right_cycle(root: Tensor, seed: Tensor, length: Tensor, target: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
+    noise = noise_after(length, seed)
+    made = draft(root, noise, guess)
+    _, accepted, out = accept(made, choose(target[made.tokens], noise[made.depth], **SAMPLING), 3)
     return accepted, out
 
 
 def bonus_of_parents_place(root: Tensor, seed: Tensor, length: Tensor, target: Tensor,
-                           ranking: Tensor) -> tuple[Tensor, Tensor]:
+                           guess: Tensor) -> tuple[Tensor, Tensor]:
     """Wrong: below the root, a node's next token is drawn with the noise of the node's own place."""
-    made = draft(root, ranking)
-    noise = gumbel_noise(seed, length + torch.arange(4), VOCAB)[(made.depth - 1).clamp(min=0)]
-    _, accepted, out = accept(made, choose(target[made.tokens], noise, **SAMPLING), 3)
+    noise = noise_after(length, seed)
+    made = draft(root, noise, guess)
+    wrong = noise[(made.depth - 1).clamp(min=0)]
+    _, accepted, out = accept(made, choose(target[made.tokens], wrong, **SAMPLING), 3)
     return accepted, out
 
 
 def likely_child_taken(root: Tensor, seed: Tensor, length: Tensor, target: Tensor,
-                       ranking: Tensor) -> tuple[Tensor, Tensor]:
+                       guess: Tensor) -> tuple[Tensor, Tensor]:
     """Wrong: a drafted child that the target finds more likely than 0.35 is taken without being its choice."""
-    made = draft(root, ranking)
-    noise = gumbel_noise(seed, length + torch.arange(4), VOCAB)[made.depth]
-    chosen = choose(target[made.tokens], noise, **SAMPLING)
+    noise = noise_after(length, seed)
+    made = draft(root, noise, guess)
+    chosen = choose(target[made.tokens], noise[made.depth], **SAMPLING)
     first = (made.tokens[None] == made.tokens[:, None]).new_zeros(9, 9)
     first[[0, 1, 2, 4], [1, 4, 6, 7]] = True  # each node's best child
     child = torch.where(first.any(1), made.tokens[first.int().argmax(1)], chosen)
@@ -350,13 +357,13 @@ def likely_child_taken(root: Tensor, seed: Tensor, length: Tensor, target: Tenso
 
 def p_value(cycle, draws: int = DRAWS) -> tuple[float, float]:
     """Chi-square of the first three tokens after token 0, and the share of cycles that accepted 2 or more."""
-    target, ranking = tables()
+    target, guess = tables()
     many = torch.vmap(cycle, in_dims=(0, 0, 0, None, None))
     seeds = torch.arange(draws) * 7919 - 10**12
     text = torch.zeros(draws, 16, dtype=torch.int64)  # token 0 is the prompt
     length, deep, rows = torch.ones(draws, dtype=torch.int64), [], torch.arange(draws)
     for _ in range(3):
-        accepted, out = many(text[rows, length - 1], seeds, length, target, ranking)
+        accepted, out = many(text[rows, length - 1], seeds, length, target, guess)
         deep.append((accepted >= 2).float().mean())
         for step in range(4):  # spare entries are overwritten by the next cycle, or lie past the third token
             text[rows, length + step] = out[:, step]
