@@ -100,7 +100,8 @@ def freeze(engine: Engine, ids: list[int], new_tokens: int) -> int:
 def cycle_parts(engine: Engine) -> list[dict]:
     """The parts of a frozen engine's cycle, in order: ms, and the GB of weights, keys and values that each reads."""
     state, drafter, model, length, parts = engine.state, engine.drafter, engine.model, int(engine.state.length), []
-    draft_gb = gigabytes(drafter.head, drafter.lm_head) + kv_gigabytes(drafter.head.kv, length)
+    draft_gb = drafter.fc.nbytes / 1e9 + gigabytes(drafter.head.layer, drafter.lm_head) + kv_gigabytes(
+        drafter.head.kv, length)
 
     def part(name: str, gb: float, function: Callable[[], object]) -> object:
         parts.append({"part": name, "ms": timed(function, engine.device), "gb": gb})

@@ -16,6 +16,7 @@ from types import ModuleType
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 import tree
@@ -52,10 +53,9 @@ class EagleHead(nn.Module):
         self.kv = like.new_zeros(2, 1, cfg.num_kv_heads, slots, cfg.head_dim)
         self.rope = rope_table(cfg, slots, like.device).to(like.dtype)
 
-    def forward(self, embedding: Tensor, features: Tensor, rope_pos: Tensor, cache_pos: Tensor | None = None,
+    def forward(self, x: Tensor, rope_pos: Tensor, cache_pos: Tensor | None = None,
                 mask: Tensor | TreeMask | None = None) -> Tensor:
-        """embedding, features [B, T, C]; the rest as in Llama.forward. Returns predicted features [B, T, C]."""
-        x = linear(torch.cat((embedding, features), dim=-1), self.fc.weight, self.fc.bias)
+        """x [B, T, C], what fc made; the rest as in Llama.forward. Returns predicted features [B, T, C]."""
         return self.layer(x, self.rope[:, rope_pos], None if cache_pos is None else self.kv, cache_pos, mask)
 
 
@@ -118,9 +118,12 @@ class Eagle:
     max_depth: int
 
     def __init__(self, head: EagleHead, target: Llama, max_depth: int) -> None:
-        self.head, self.embed, self.lm_head, self.max_depth = head, target.embed, target.lm_head, max_depth
-        self.steps = steps(self.embed.weight.device)
-        self.entries = torch.arange(max_depth + 1, device=self.embed.weight.device)
+        self.head, self.lm_head, self.max_depth = head, target.lm_head, max_depth
+        device = target.embed.weight.device
+        self.steps, self.entries = steps(device), torch.arange(max_depth + 1, device=device)
+        with torch.no_grad():  # fc of an embedding and a feature is a sum; the embedding's share is a table
+            of_embedding, of_feature = head.fc.weight.chunk(2, dim=1)
+            self.fc, self.embedded = of_feature.contiguous(), F.linear(target.embed.weight, of_embedding, head.fc.bias)
 
     def prefill(self, tokens: Tensor, features: Tensor, slots: Tensor, mask: Tensor | TreeMask) -> None:
         """Feed entries `slots` [T]: features [T, C] of those places and tokens [T] of the next places."""
@@ -128,12 +131,13 @@ class Eagle:
 
     def rows(self, tokens: Tensor, features: Tensor, rope_pos: Tensor, cache_pos: Tensor,
              mask: Tensor | TreeMask) -> Tensor:
-        return self.head(self.embed(tokens)[None], features[None], rope_pos, cache_pos, mask)[0]
+        x = linear(features, self.fc, residual=self.embedded[tokens])
+        return self.head(x[None], rope_pos, cache_pos, mask)[0]
 
     def logits(self, hidden: Tensor, state: State, depth: int) -> Tensor:
         """[N, V] of the tokens below nodes of this depth. The noise that the target's choice there will be made with is
         known: with the same noise the head guesses what will be sampled, not what may be (BENCHMARKS.md)."""
-        logits = linear(hidden, self.lm_head.weight)
+        logits = linear(hidden, self.lm_head.weight, dtype=torch.float32)
         return logits if state.noise is None else logits + state.noise[depth]
 
     def extend(self, state: State) -> Tensor:
@@ -158,7 +162,7 @@ class Eagle2(Eagle):
             raise ValueError(f"a tree takes 2-{MAX_NODES} --draft_tokens, 1-8 --draft_depth and 1-10 --draft_topk")
         self.topk = topk
         self.num_nodes = min(draft_tokens, 1 + topk + (draft_depth - 1) * topk * topk)  # no more than candidates
-        scratch = torch.arange((draft_depth - 1) * topk, device=self.embed.weight.device)  # slots for nodes fed
+        scratch = torch.arange((draft_depth - 1) * topk, device=self.entries.device)  # slots for nodes fed
         self.scratch, self.level_of = scratch, scratch // topk
         self.start = tree.start(topk, draft_depth, scratch.device)
 

@@ -160,7 +160,7 @@ class Engine:
 
     def choose(self, features: Tensor, tree: Tree) -> Tensor:
         """The target's next token after each node, [T] int64. features [T, C] of the nodes of `tree`."""
-        logits, s = linear(features, self.model.lm_head.weight), self.sampling
+        logits, s = linear(features, self.model.lm_head.weight, dtype=torch.float32), self.sampling
         if s.temperature == 0:
             return self.steps.argmax(logits)
         return choose(logits, self.state.noise[tree.depth], s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p)
@@ -236,5 +236,6 @@ class Engine:
         """How far apart the target's two best logits after `ids` are: near 0, rounding decides between them."""
         self.state.tokens[:len(ids)].copy_(torch.tensor(ids))
         first, features = self.chunks(ids)
-        best = linear(features[len(ids) - 1 - first][None], self.model.lm_head.weight).float().topk(2).values[0]
+        last = features[len(ids) - 1 - first][None]
+        best = linear(last, self.model.lm_head.weight, dtype=torch.float32).topk(2).values[0]
         return (best[0] - best[1]).item()

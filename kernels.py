@@ -68,7 +68,7 @@ def attention_config(T: int, G: int, K: int, D: int, dtype: torch.dtype, sms: in
     elif rows <= 32:  # 16: the least a tensor core takes
         BM, BN, warps, stages = (16, 64, 4, 3) if rows <= 16 else (32, 64, 4, 2)
     elif T <= 64 and capability >= (9, 0):
-        BM, BN, warps, stages = 64, 64, 8, 3
+        BM, BN, warps, stages = 64, 64, 4, 3
     elif T <= 64:
         BM, BN, warps, stages = (64, 32, 4, 2) if D in (64, 128) else (64, 64, 8, 2)
     else:  # arithmetic dominates: a larger tile uses each block of keys for more rows

@@ -49,19 +49,20 @@ class Config(NamedTuple):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: tuple[Tensor, float] | None = None,
            residual: Tensor | None = None, gated: bool = False,
-           heads: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
+           heads: tuple[Tensor, Tensor, Tensor] | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """x [..., K], weight [N, K], bias [N], norm (weight [K], eps), residual [..., width] -> [..., width].
 
     gated: the first N / 2 rows of the weights are the gate's, the others up's, and the output is silu(gate) * up.
     heads (rope [2, M, D], cache_pos [M], kv [2, K, S, D]), x [M, K]: the output is queries, keys and values, and goes
     on to kernels.rope_store: rotated queries are returned, [M, H * D], the others are stored in kv.
+    dtype of the output, x's by default. fp32 keeps the kernel's sums as they are: bf16 logits near 20 are 0.125 apart.
     """
     rows, K = x.numel() // x.shape[-1], x.shape[-1]
     if not x.is_cuda or rows > MAX_ROWS or K % 16 or x.dtype not in (torch.bfloat16, torch.float16):
         y = linear_torch(x, weight, bias, norm, residual, gated)
-        return y if heads is None else rope_store(y, *heads).flatten(1)
+        return y.to(dtype or y.dtype) if heads is None else rope_store(y, *heads).flatten(1)
     flat = None if residual is None else residual.reshape(rows, -1)
-    return linear_triton(x.reshape(rows, K), weight, bias, norm, flat, gated, heads).view(*x.shape[:-1], -1)
+    return linear_triton(x.reshape(rows, K), weight, bias, norm, flat, gated, heads, dtype).view(*x.shape[:-1], -1)
 
 
 def linear_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: tuple[Tensor, float] | None = None,
@@ -78,8 +79,8 @@ def linear_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: tu
 
 def linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: tuple[Tensor, float] | None = None,
                   residual: Tensor | None = None, gated: bool = False,
-                  heads: tuple[Tensor, Tensor, Tensor] | None = None, config: Config | None = None,
-                  pdl: bool = True) -> Tensor:
+                  heads: tuple[Tensor, Tensor, Tensor] | None = None, dtype: torch.dtype | None = None,
+                  config: Config | None = None, pdl: bool = True) -> Tensor:
     """`linear` by the kernel. pdl: on Hopper, start while the kernel before drains."""
     (M, K), N = x.shape, len(weight)
     sms, capability = device_limits(x.device)
@@ -90,7 +91,7 @@ def linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: t
     assert kv is None or (kv.is_contiguous() and rope.is_contiguous() and not gated)
     assert M <= BM and weight.is_contiguous() and (SK == 1 or tiles <= MAX_TILES)
     x, residual, out = x.contiguous(), None if residual is None else residual.contiguous(), x.new_empty(
-        M, N - 2 * kv_heads * size if heads else width)
+        M, N - 2 * kv_heads * size if heads else width, dtype=dtype)
     (g, eps), launch = norm or (None, 0.0), {"launch_pdl": True} if pdl else {}
     if g is not None and M > NORM_ROWS:
         raw, x = x, torch.empty_like(x)
@@ -110,8 +111,11 @@ def linear_config(M: int, N: int, K: int, sms: int, capability: tuple[int, int])
     hopper = capability >= (9, 0)
     if M == 1:  # threads side by side along K, so that the loop needs no barrier
         return (Config(1, 4, 2048, 1, 4, 1, ahead=1) if K >= 8192 else
-                Config(1, 8, 1024, 1, 4, 4, ahead=2) if K >= 2048 else Config(1, 4, 256, 1, 1, 1, ahead=1))
+                Config(1, 8, 1024, 1, 4, 4, ahead=2) if K >= 2048 else
+                Config(1, 4, 1024, 1, 4, 1, ahead=1) if N <= 16384 else Config(1, 4, 256, 1, 1, 1, ahead=1))
     BM = 16 if M <= 16 else 32 if M <= 32 else 64
+    if K < 1024:  # over before memory is busy: all of a tile's K in flight, and nothing shared
+        return Config(BM, 64, 64 if K % 64 == 0 else 32, 1, 4, 4 if not hopper else 9 if BM == 16 else 6)
     BN, BK, SK, warps, stages, tiles = 64, 128 if BM < 64 else 64, 1, 4, 4, -(-N // 64)
     if tiles < sms:  # two programs a multiprocessor share the work; on Hopper one, with twice as much in flight
         SK = (1 if hopper else 2) * sms // tiles

@@ -320,7 +320,8 @@ def outputs(head: EagleHead, target: Llama) -> Tensor:
     random = torch.Generator().manual_seed(0)
     features = torch.randn(1, 7, target.cfg.hidden_size, generator=random, dtype=torch.float64)
     head.allocate_cache(16)
-    return head(target.embed(torch.tensor([tiny.prompt(0, 7)])), features.to(target.embed.weight), torch.arange(7))
+    embedded = target.embed(torch.tensor([tiny.prompt(0, 7)]))
+    return head(head.fc(torch.cat((embedded, features.to(embedded)), -1)), torch.arange(7))
 
 
 @pytest.mark.parametrize("changes", [*HEADS, {"fc_bias": True}, {"qkv_bias": True}, {"hidden_act": "silu"}])

@@ -225,7 +225,7 @@ def test_config(cap: tuple[int, int]):
         c = linear_config(M, N, K, CARDS[cap], cap)
         assert M <= c.BM and c.BN % 2 == 0 and c.BK % 16 == 0
         tiles = -(-N // c.BN)
-        assert 1 <= c.SK <= 64 and c.SK <= K // c.BK and (c.SK == 1 or tiles <= MAX_TILES)
+        assert 1 <= c.SK <= 64 and (c.SK == 1 or c.SK <= K // c.BK and tiles <= MAX_TILES)
         assert c.ahead * c.BK >= 64, "less than a line to prefetch"
 
 

@@ -45,7 +45,8 @@ def outputs(model: Llama, head: EagleHead, ids: list[int]) -> tuple[Tensor, Tens
     model.allocate_cache(len(ids))
     head.allocate_cache(len(ids))
     features = tiny.features(model, ids)
-    return features, head(model.embed(torch.tensor([ids])), features[None], torch.arange(len(ids)))[0]
+    x = head.fc(torch.cat((model.embed(torch.tensor(ids)), features), -1))
+    return features, head(x[None], torch.arange(len(ids)))[0]
 
 
 def assert_near(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
