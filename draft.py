@@ -21,10 +21,10 @@ from torch import Tensor
 
 import tree
 import tree_kernels
-from kernels import TreeMask
+from kernels import TreeMask, causal_mask, tree_mask
 from linears import linear
 from model import Config, Layer, Llama, fill, read_tensors, rope_table
-from tree import MAX_NODES, Level, State, Tree, build, causal_mask, root, tree_mask
+from tree import MAX_NODES, Level, State, Tree, build, root
 
 Where = tuple[Tensor, Tensor, Tensor]  # of a tree: the root's slot 0-d, then places and scratch slots [fed nodes]
 
@@ -53,10 +53,11 @@ class EagleHead(nn.Module):
         self.kv = like.new_zeros(2, 1, cfg.num_kv_heads, slots, cfg.head_dim)
         self.rope = rope_table(cfg, slots, like.device).to(like.dtype)
 
-    def forward(self, x: Tensor, rope_pos: Tensor, cache_pos: Tensor | None = None,
+    def forward(self, x: Tensor, rope: Tensor, cache_pos: Tensor | None = None,
                 mask: Tensor | TreeMask | None = None) -> Tensor:
-        """x [B, T, C], what fc made; the rest as in Llama.forward. Returns predicted features [B, T, C]."""
-        return self.layer(x, self.rope[:, rope_pos], None if cache_pos is None else self.kv, cache_pos, mask)
+        """x [B, T, C], what fc made; rope [2, T, D] of each row's place; the rest as in Llama.forward. Returns
+        predicted features [B, T, C]."""
+        return self.layer(x, rope, None if cache_pos is None else self.kv, cache_pos, mask)
 
 
 def load_head(folder: Path | str, target: Llama) -> EagleHead:
@@ -127,12 +128,13 @@ class Eagle:
 
     def prefill(self, tokens: Tensor, features: Tensor, slots: Tensor, mask: Tensor | TreeMask) -> None:
         """Feed entries `slots` [T]: features [T, C] of those places and tokens [T] of the next places."""
-        self.rows(tokens, features, slots, slots, mask)
+        self.rows(tokens, features, None, slots, slots, mask)
 
-    def rows(self, tokens: Tensor, features: Tensor, rope_pos: Tensor, cache_pos: Tensor,
+    def rows(self, tokens: Tensor, features: Tensor, above: Tensor | None, rope_pos: Tensor, cache_pos: Tensor,
              mask: Tensor | TreeMask) -> Tensor:
-        x = linear(features, self.fc, residual=self.embedded[tokens])
-        return self.head(x[None], rope_pos, cache_pos, mask)[0]
+        """The features that follow tokens [T], each after row above[i] of `features` (None: row i), [T, C]."""
+        embedded, features, rope = self.steps.gather(self.embedded, tokens, features, above, self.head.rope, rope_pos)
+        return self.head(linear(features, self.fc, residual=embedded)[None], rope, cache_pos, mask)[0]
 
     def logits(self, hidden: Tensor, state: State, depth: int) -> Tensor:
         """[N, V] of the tokens below nodes of this depth. The noise that the target's choice there will be made with is
@@ -147,7 +149,7 @@ class Eagle:
         first = state.length - 1 - state.committed
         slots = first + self.entries
         mask = causal_mask(first, self.max_depth + 1, state.width)
-        hidden = self.rows(state.tokens[slots + 1], state.features, slots, slots, mask)
+        hidden = self.rows(state.tokens[slots + 1], state.features, None, slots, slots, mask)
         return hidden.index_select(0, (state.committed - 1)[None])
 
 
@@ -185,7 +187,7 @@ class Eagle2(Eagle):
         Returns the features of these nodes, [k, C], and the next level."""
         base, places, slots = where
         fed = slice((depth - 1) * self.topk, depth * self.topk)
-        hidden = self.rows(level.tokens, hidden[level.rows], places[fed], slots[fed],
+        hidden = self.rows(level.tokens, hidden, level.rows, places[fed], slots[fed],
                            tree_mask(base, level.bits, state.width))
         return hidden, self.steps.grow(self.logits(hidden, state, depth), level, self.start[1], depth, self.topk)
 
@@ -228,7 +230,7 @@ class Eagle1(Eagle):
         levels = [self.children(self.logits(hidden, state, 0), self.grow[0])]
         for depth, (fed, parent_rows, bits, slots) in enumerate(self.levels, 1):
             places = (base + depth - 1).expand(len(slots))
-            hidden = self.rows(levels[-1][fed], hidden[parent_rows], places, base + slots,
+            hidden = self.rows(levels[-1][fed], hidden, parent_rows, places, base + slots,
                                tree_mask(base, bits, state.width))
             levels.append(self.children(self.logits(hidden, state, depth), self.grow[depth]))
         return self.shape._replace(tokens=torch.cat((root(state), *levels)))

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from draft import Eagle1, Eagle2, steps
-from kernels import TreeMask
+from kernels import TreeMask, causal_mask, tree_mask
 from linears import linear
 from model import Llama
 from sampling import Sampling, choose, gumbel_noise
-from tree import MAX_NODES, State, Tree, causal_mask, root, tree_mask
+from tree import MAX_NODES, State, Tree, root
 
 PREFILL_CHUNK = 512  # prompt tokens a forward
 SPARE = 128  # cache slots past max_seq_len, for drafts that reach beyond the last token to be committed

@@ -48,6 +48,19 @@ class TreeMask(NamedTuple):
         return (node < 0) | ((words >> (node & 63) & 1 == 1) & (node <= last))
 
 
+def tree_mask(base: Tensor, bits: Tensor, width: int) -> Tensor | TreeMask:
+    """Which cache slots each row sees: all before `base` (0-d), and slot base + j where bit j % 64 of
+    bits[row, j // 64] is set. A TreeMask on a GPU; spelled out as bool [rows, width] for PyTorch on a CPU."""
+    mask = TreeMask(base, bits)
+    return mask if base.is_cuda else mask.dense(len(bits), width)
+
+
+def causal_mask(first: Tensor, rows: int, width: int) -> Tensor | TreeMask:
+    """Row i is the token in slot first + i (first 0-d) and sees the slots up to its own. As `tree_mask`."""
+    mask = TreeMask(first, None)
+    return mask if first.is_cuda else mask.dense(rows, width)
+
+
 def either(on_gpu: Callable, twin: Callable) -> Callable:
     @wraps(twin)
     def function(x: Tensor, *args, **kwargs):

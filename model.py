@@ -257,7 +257,7 @@ class Llama(nn.Module):
         after the write. On a GPU with B = 1 rather a TreeMask, which our own attention kernel reads.
         cache_pos=None, mask=None: no cache, causal among the T tokens.
         """
-        x, rope = self.embed(tokens), self.rope[:, rope_pos]
+        x, rope = self.embed(tokens), self.rope.index_select(1, rope_pos)
         for i, layer in enumerate(self.layers):
             x = layer(x, rope, None if cache_pos is None else self.kv[i], cache_pos, mask)
         return self.norm(x)

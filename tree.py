@@ -18,8 +18,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import TreeMask
-
 MAX_NODES = 64  # the bits of an int64
 
 
@@ -59,17 +57,10 @@ def build(tokens: Tensor, parents: Tensor, max_depth: int) -> Tree:
     return Tree(tokens, parents, depth + (torch.arange(len(parents), device=parents.device) > 0), ancestors)
 
 
-def tree_mask(base: Tensor, bits: Tensor, width: int) -> Tensor | TreeMask:
-    """Which cache slots each row sees: all before `base` (0-d), and slot base + j where bit j % 64 of
-    bits[row, j // 64] is set. A TreeMask on a GPU; spelled out as bool [rows, width] for PyTorch on a CPU."""
-    mask = TreeMask(base, bits)
-    return mask if base.is_cuda else mask.dense(len(bits), width)
-
-
-def causal_mask(first: Tensor, rows: int, width: int) -> Tensor | TreeMask:
-    """Row i is the token in slot first + i (first 0-d) and sees the slots up to its own. As `tree_mask`."""
-    mask = TreeMask(first, None)
-    return mask if first.is_cuda else mask.dense(rows, width)
+def gather(embedded: Tensor, tokens: Tensor, features: Tensor, rows: Tensor | None, rope: Tensor, places: Tensor
+           ) -> tuple[Tensor, Tensor, Tensor]:
+    """What a drafted level is fed: embedded[tokens], features[rows] (None: in order), rope[:, places]."""
+    return embedded[tokens], features[:len(tokens)] if rows is None else features[rows], rope[:, places]
 
 
 def best_children(logits: Tensor, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 Between two forwards a cycle does little work in many steps: some 300 kernels of a few microseconds each as PyTorch
 operations. Here the host reads nothing, grids are static, every sum has a fixed order, and state changes in place.
 
+  gather                what a drafted level is fed
   top_children, argmax  tree.best_children without scores, logits.argmax(-1)
   grow                  one level of Eagle2.propose: children, candidates, and which of them are fed next
   rerank                tree.rerank
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from kernels import device_limits, enter
 from tree import Candidates, Level, State, Tree
 
 try:
@@ -45,8 +47,25 @@ def key_index(key):
 
 
 @triton.jit
-def partial_kernel(logits, keys, peaks, sums, V, stride, K: tl.constexpr, BLOCK: tl.constexpr, SUM: tl.constexpr):
+def gather_kernel(embedded, tokens, features, rows, rope, places, own, above, angles, C, S, D, SIZE: tl.constexpr,
+                  PDL: tl.constexpr):
+    """One row of each output of `gather`."""
+    enter(PDL)
+    row, i = tl.program_id(0), tl.arange(0, SIZE)
+    source = row if rows is None else tl.load(rows + row)
+    from_embedded, from_rope = tl.load(tokens + row) * C + i, tl.load(places + row) * D + i
+    tl.store(own + row * C + i, tl.load(embedded + from_embedded, mask=i < C), mask=i < C)
+    tl.store(above + row * C + i, tl.load(features + source * C + i, mask=i < C), mask=i < C)
+    for plane in tl.static_range(2):  # cos, sin
+        angle = tl.load(rope + plane * S * D + from_rope, mask=i < D)
+        tl.store(angles + (plane * tl.num_programs(0) + row) * D + i, angle, mask=i < D)
+
+
+@triton.jit
+def partial_kernel(logits, keys, peaks, sums, V, stride, K: tl.constexpr, BLOCK: tl.constexpr, SUM: tl.constexpr,
+                   PDL: tl.constexpr):
     """One block of one row's tokens: the K best keys, and the block's share of the row's log-sum-exp."""
+    enter(PDL)
     row, block = tl.program_id(0), tl.program_id(1)
     at = row * tl.num_programs(1) + block
     token = block * BLOCK + tl.arange(0, BLOCK)
@@ -64,9 +83,10 @@ def partial_kernel(logits, keys, peaks, sums, V, stride, K: tl.constexpr, BLOCK:
 
 @triton.jit
 def merge_kernel(keys, peaks, sums, tokens, logs, BLOCKS, K: tl.constexpr, SIZE: tl.constexpr, B: tl.constexpr,
-                 SUM: tl.constexpr):
+                 SUM: tl.constexpr, PDL: tl.constexpr):
     """One row's K best tokens, best first, and with SUM their log-probabilities: at most 0, so that no child outscores
     its parent. All keys are loaded at once: loads that wait for one another cost more than the comparisons."""
+    enter(PDL)
     row, i, block = tl.program_id(0), tl.arange(0, SIZE), tl.arange(0, B)
     key = tl.load(keys + row * BLOCKS * K + i, mask=i < BLOCKS * K, other=-(1 << 63))
     if SUM:
@@ -83,8 +103,9 @@ def merge_kernel(keys, peaks, sums, tokens, logs, BLOCKS, K: tl.constexpr, SIZE:
 
 @triton.jit(do_not_specialize=["N", "depth"])
 def grow_kernel(children, logs, fed_scores, fed_index, fed_bits, tokens, scores, parents, next_tokens, next_scores,
-                next_index, next_rows, next_bits, N, depth, K: tl.constexpr):
+                next_index, next_rows, next_bits, N, depth, K: tl.constexpr, PDL: tl.constexpr):
     """See `grow`. One program; tiles are [16, 16]: fed rows, and their children by rank."""
+    enter(PDL)
     lane, rank = tl.arange(0, 16), tl.arange(0, 16)[None, :]
     fed = lane < N
     child, real = lane[:, None] * K + rank, fed[:, None] & (rank < K)
@@ -112,8 +133,9 @@ def grow_kernel(children, logs, fed_scores, fed_index, fed_bits, tokens, scores,
 
 @triton.jit
 def rerank_kernel(tokens, scores, parents, text, length, tree_tokens, tree_parents, tree_depth, tree_ancestors,
-                  N, n, MAX_DEPTH: tl.constexpr, SIZE: tl.constexpr):
+                  N, n, MAX_DEPTH: tl.constexpr, SIZE: tl.constexpr, PDL: tl.constexpr):
     """See `rerank`. One program. The root takes part as candidate -1, the parent that its children name."""
+    enter(PDL)
     index, node = tl.arange(0, SIZE), tl.arange(0, 64).to(tl.int64)
     score = tl.load(scores + index, mask=index < N, other=0.0)
     best = key_index(tl.topk(sort_key(score, index, index < N), 64))
@@ -137,8 +159,10 @@ def rerank_kernel(tokens, scores, parents, text, length, tree_tokens, tree_paren
 
 @triton.jit
 def accept_commit_kernel(tokens, parents, depths, ancestors, next_tokens, text, length, committed, done, stop_ids,
-                         limit, path, report, T, STOPS, STEPS, PATH: tl.constexpr, STOP_TILE: tl.constexpr):
+                         limit, path, report, T, STOPS, STEPS, PATH: tl.constexpr, STOP_TILE: tl.constexpr,
+                         PDL: tl.constexpr):
     """See `accept_commit`. One program of one warp; PATH and STOP_TILE are STEPS and STOPS rounded up."""
+    enter(PDL)
     node, step = tl.arange(0, 64).to(tl.int64), tl.arange(0, PATH)
     real, taken = node < T, step < STEPS
     parent = tl.load(parents + node, mask=real, other=0)
@@ -170,9 +194,11 @@ def accept_commit_kernel(tokens, parents, depths, ancestors, next_tokens, text, 
 
 
 @triton.jit
-def compact_kernel(kv, base, path, features, kept, CELLS, S, D, C, STEPS, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def compact_kernel(kv, base, path, features, kept, CELLS, S, D, C, STEPS, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                   PDL: tl.constexpr):
     """See `compact`. A program moves the rows of one layer's keys or values of one head, or, the last programs,
     COLUMNS columns of the features. All rows are loaded before any is stored: slots overlap."""
+    enter(PDL)
     cell, step, column = tl.program_id(0), tl.arange(0, ROWS), tl.arange(0, COLUMNS)[None, :]
     source = tl.load(path + step, mask=step < STEPS, other=0)[:, None]
     step = step[:, None].to(tl.int64)
@@ -189,6 +215,21 @@ def compact_kernel(kv, base, path, features, kept, CELLS, S, D, C, STEPS, ROWS: 
     tl.store(goal, x, mask=moves)
 
 
+def overlap(device: torch.device) -> dict[str, bool]:
+    """How to launch a kernel while the one before it still runs, where a GPU can (Hopper); see kernels.enter."""
+    return dict.fromkeys(("PDL", "launch_pdl"), device_limits(device)[1] >= (9, 0))
+
+
+def gather(embedded: Tensor, tokens: Tensor, features: Tensor, rows: Tensor | None, rope: Tensor, places: Tensor
+           ) -> tuple[Tensor, Tensor, Tensor]:
+    """tree.gather; all in one dtype."""
+    C, T, (S, D) = embedded.shape[1], len(tokens), rope.shape[1:]
+    own, above, angles = embedded.new_empty(T, C), embedded.new_empty(T, C), rope.new_empty(2, T, D)
+    gather_kernel[T,](embedded, tokens, features, rows, rope, places, own, above, angles, C, S, D,
+                      triton.next_power_of_2(max(C, D)), **overlap(rope.device))
+    return own, above, angles
+
+
 def top_children(logits: Tensor, k: int, log_p: bool = True) -> tuple[Tensor, Tensor]:
     """The k <= 10 most probable tokens of logits [N, V], best first, the lower id at a tie: tokens [N, k] int64 and
     log-probabilities [N, k] fp32, at most 0 (without `log_p` not computed). In blocks of a row, at most 64: enough
@@ -199,10 +240,10 @@ def top_children(logits: Tensor, k: int, log_p: bool = True) -> tuple[Tensor, Te
     keys = torch.empty(rows, blocks, k, dtype=torch.int64, device=device)
     peaks, sums = torch.empty(2, rows if log_p else 0, blocks, device=device)
     tokens, logs = keys.new_empty(rows, k), peaks.new_empty(rows, k)
-    partial_kernel[rows, blocks](logits, keys, peaks, sums, vocab, logits.stride(0), k, block, log_p)
+    partial_kernel[rows, blocks](logits, keys, peaks, sums, vocab, logits.stride(0), k, block, log_p, **overlap(device))
     size = triton.next_power_of_2(blocks * k)
     merge_kernel[rows,](keys, peaks, sums, tokens, logs, blocks, k, size, triton.next_power_of_2(blocks), log_p,
-                        num_warps=max(1, size // 256))
+                        num_warps=max(1, size // 256), **overlap(device))
     return tokens, logs
 
 
@@ -223,7 +264,7 @@ def grow(logits: Tensor, level: Level, candidates: Candidates, depth: int, k: in
     new = children.new_empty
     following = Level(new(k), logs.new_empty(k), new(k), new(k), new(k, 2))
     grow_kernel[1,](children, logs, level.scores, level.index, level.bits, *candidates, *following, len(logits), depth,
-                    k, num_warps=4)
+                    k, **overlap(logits.device))
     return following
 
 
@@ -231,7 +272,7 @@ def rerank(state: State, candidates: Candidates, n: int, max_depth: int) -> Tree
     """The n <= 63 best candidates as one tree under the newest committed token; see tree.rerank."""
     tree, size = Tree(*candidates.tokens.new_empty(4, n + 1)), len(candidates.tokens)
     rerank_kernel[1,](*candidates, state.tokens, state.length, *tree, size, n, max_depth,
-                      max(64, triton.next_power_of_2(size)), num_warps=8)
+                      max(64, triton.next_power_of_2(size)), num_warps=8, **overlap(tree.tokens.device))
     return tree
 
 
@@ -244,7 +285,8 @@ def accept_commit(tree: Tree, next_tokens: Tensor, state: State, stop_ids: Tenso
     path, stops = torch.empty_like(report[2:]), len(stop_ids)
     accept_commit_kernel[1,](*tree, next_tokens, state.tokens, state.length, state.committed, state.done, stop_ids,
                              limit, path, report, len(next_tokens), stops, max_depth + 1,
-                             triton.next_power_of_2(max_depth + 1), triton.next_power_of_2(max(stops, 1)), num_warps=1)
+                             triton.next_power_of_2(max_depth + 1), triton.next_power_of_2(max(stops, 1)), num_warps=1,
+                             **overlap(path.device))
     return path
 
 
@@ -254,4 +296,4 @@ def compact(kv: Tensor, base: Tensor, path: Tensor, features: Tensor, kept: Tens
     cells, columns = kv.numel() // (slots * size), triton.next_power_of_2(size)
     compact_kernel[cells + triton.cdiv(width, columns),](
         kv, base, path, features, kept, cells, slots, size, width, steps, triton.next_power_of_2(steps), columns,
-        num_warps=1)
+        num_warps=1, **overlap(kv.device))

@@ -32,12 +32,14 @@ class Recorder:
         self.original_rows, self.original_propose = drafter.rows, drafter.propose
         drafter.rows, drafter.propose = self.rows, self.propose
 
-    def rows(self, tokens: Tensor, features: Tensor, rope_pos: Tensor, cache_pos: Tensor, mask: Tensor) -> Tensor:
+    def rows(self, tokens: Tensor, features: Tensor, above: Tensor | None, rope_pos: Tensor, cache_pos: Tensor,
+             mask: Tensor) -> Tensor:
         if self.cycles and self.cycles[-1].tree is None:  # within propose, not within prefill
             seen = [set(row.nonzero().flatten().tolist()) for row in mask]
             self.cycles[-1].calls.append(
-                Call(tokens.tolist(), features.clone(), rope_pos.tolist(), cache_pos.tolist(), seen))
-        return self.original_rows(tokens, features, rope_pos, cache_pos, mask)
+                Call(tokens.tolist(), features.clone() if above is None else features[above], rope_pos.tolist(),
+                     cache_pos.tolist(), seen))
+        return self.original_rows(tokens, features, above, rope_pos, cache_pos, mask)
 
     def propose(self, state: State) -> Tree:
         self.cycles.append(Cycle(int(state.length), int(state.committed)))

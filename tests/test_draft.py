@@ -321,7 +321,7 @@ def outputs(head: EagleHead, target: Llama) -> Tensor:
     features = torch.randn(1, 7, target.cfg.hidden_size, generator=random, dtype=torch.float64)
     head.allocate_cache(16)
     embedded = target.embed(torch.tensor([tiny.prompt(0, 7)]))
-    return head(head.fc(torch.cat((embedded, features.to(embedded)), -1)), torch.arange(7))
+    return head(head.fc(torch.cat((embedded, features.to(embedded)), -1)), head.rope[:, :7])
 
 
 @pytest.mark.parametrize("changes", [*HEADS, {"fc_bias": True}, {"qkv_bias": True}, {"hidden_act": "silu"}])

@@ -15,9 +15,10 @@ from torch import Tensor
 import engine as engine_module
 from draft import Eagle1, Eagle2
 from engine import Engine, Sampling, Vanilla
+from kernels import causal_mask
 from model import Llama
 from sampling import gumbel_noise, process
-from tree import State, Tree, build, causal_mask
+from tree import State, Tree, build
 
 GREEDY = Sampling()
 SAMPLINGS = [GREEDY, Sampling(temperature=0.7, top_p=0.9, seed=1), Sampling(temperature=1.0, top_p=0.9, seed=-5),

@@ -23,10 +23,11 @@ import dialogues
 import train
 from dialogues import OPENERS, Script, sample, write_dialogues
 from draft import Eagle2, EagleHead, load_head
+from kernels import causal_mask
 from model import Config, Llama, rope_table
 from tokenizer import Tokenizer
 from train import Trainer, evaluate, held_out_prompts, save_head
-from tree import State, causal_mask
+from tree import State
 
 CPU = torch.device("cpu")
 EOS, BOS, USER, ASSISTANT, END = range(5)
@@ -238,7 +239,7 @@ def drafted(head: EagleHead, model: Llama, ids: list[int], place: int, depth: in
     guesses = [drafter.extend(state)]
     for level in range(1, depth):
         slot = torch.tensor([place + level])  # of the chain's node `level`, which sees all of the chain up to itself
-        guesses.append(drafter.rows(tokens[slot + 1], guesses[-1], slot, slot, causal_mask(slot[0], 1, 64)))
+        guesses.append(drafter.rows(tokens[slot + 1], guesses[-1], None, slot, slot, causal_mask(slot[0], 1, 64)))
     return torch.cat(guesses)
 
 

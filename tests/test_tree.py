@@ -17,19 +17,9 @@ from transformers import (
 )
 
 import sampling
+from kernels import causal_mask, tree_mask
 from sampling import choose, gumbel_noise, process
-from tree import (
-    Candidates,
-    State,
-    Tree,
-    accept,
-    best_children,
-    best_first,
-    build,
-    causal_mask,
-    rerank,
-    tree_mask,
-)
+from tree import Candidates, State, Tree, accept, best_children, best_first, build, rerank
 
 
 def rooted(token: int) -> State:

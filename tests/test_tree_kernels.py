@@ -29,7 +29,7 @@ if __name__ != "__main__":
 from draft import Eagle2
 from engine import Engine
 from tree import Candidates, Level, State, Tree, accept, best_first, build, start
-from tree_kernels import accept_commit, argmax, compact, grow, rerank, top_children
+from tree_kernels import accept_commit, argmax, compact, gather, grow, rerank, top_children
 
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 CPU = torch.device("cpu")
@@ -45,11 +45,12 @@ def compile_launches() -> list[dict]:
     types = {torch.int64: "*i64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
              torch.bool: "*i1"}
 
-    def compile_for(kernel, gpu: int, args: tuple, num_warps: int = 4) -> None:
+    def compile_for(kernel, gpu: int, args: tuple, num_warps: int = 4, **_) -> None:
+        args = *args, gpu >= 90  # PDL
         signature, constants, attributes = {}, {}, {}
         for i, (parameter, value) in enumerate(zip(kernel.params, args, strict=True)):
             pointer = isinstance(value, Tensor)
-            if parameter.is_constexpr or (not pointer and value == 1 and not parameter.do_not_specialize):
+            if parameter.is_constexpr or value is None or (not pointer and value == 1 and not parameter.do_not_specialize):
                 signature[parameter.name], constants[i,] = "constexpr", value
                 continue
             signature[parameter.name] = types[value.dtype] if pointer else "i32"
@@ -95,6 +96,8 @@ def launch_all() -> None:
         for size in (128, 80)[:k]:
             kv, features = torch.zeros(2, 2, 2, 100, size, dtype=dtype), torch.zeros(nodes, 8 * size, dtype=dtype)
             compact(kv, count, path, features, features[:depth + 1])
+            for above in (None, level.rows):
+                gather(features, level.tokens, features, above, kv[0, 0], level.index)
 
 
 if __name__ == "__main__":
@@ -315,6 +318,19 @@ def test_compact(path: list[int], size: int) -> None:
     compact(kv, base, path, features, kept)
     assert torch.equal(kept, features[path])
     assert torch.equal(kv, expected)
+
+
+@interpreted
+def test_gather() -> None:
+    """A row of another token, sines where cosines belong, a column past the end of a row."""
+    random = torch.Generator().manual_seed(0)
+    embedded, features, rope = (torch.randn(*s, generator=random) for s in ((50, 24), (9, 24), (2, 40, 34)))
+    for n in (1, 7):
+        tokens, rows, places = (torch.randint(m, (n,), generator=random) for m in (50, 9, 40))
+        for above in (rows, None):
+            wanted = tree.gather(embedded, tokens, features, above, rope, places)
+            for ours, theirs in zip(gather(embedded, tokens, features, above, rope, places), wanted, strict=True):
+                assert torch.equal(ours, theirs)
 
 
 class FusedEagle2(Eagle2):
