@@ -1,7 +1,7 @@
 """Generate text with a Llama, one sequence on one device, as fast as it goes; with EAGLE-2 the same text faster.
 
     python generate.py --checkpoint checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct --eagle2 --compare \\
-        --prompt "Give me three tips for sleeping better."
+        --prompt "Write a Python function that checks whether a word is a palindrome."
 
 This file is the command line; engine.py decodes.
 

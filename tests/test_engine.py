@@ -401,10 +401,10 @@ def test_demo_sampled(sampling: Sampling, demo_model: Llama, demo_head, demo_pro
             assert write(engine, ids, 24, sampling) == expected
 
 
-# The head in heads/ gains 3.67 here, and 3.30 where the prompt's tokens are one place off: another head, another bar.
+# The head in heads/ gains 3.94 here, and 3.24 where the prompt's tokens are one place off: another head, another bar.
 # A head of 3.39 fell to 3.13 by that, to 3.15 without the prompt, to 1.41 with every token one place off. RoPE one
 # place off in the drafted levels does not show here (3.41 and 3.37): the comparison with a plain builder sees that.
-MEAN_GAINED = 3.5
+MEAN_GAINED = 3.7
 
 
 @pytest.mark.xdist_group("demo")
