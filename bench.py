@@ -178,8 +178,9 @@ def measure(engines: dict[str, Engine], prompts: list[list[int]], args: argparse
     length = freeze(eagle, prompts[0], args.max_new_tokens // 2)
     parts, cycle_ms = cycle_parts(eagle), timed(eagle.cycle, eagle.device, 1)
     fast, verify_ms = speed["eagle2"], parts[-2]["ms"]
-    return {"context": len(prompts[0]), "timed_at": length, "parts": parts, "sum_ms": sum(p["ms"] for p in parts),
-            "cycle_ms": cycle_ms, "cycle_gb": sum(p["gb"] for p in parts), "between_ms": fast["cycle_ms"] - cycle_ms,
+    return {"context": max(map(len, prompts)), "timed_at": length,
+            "parts": parts, "sum_ms": sum(p["ms"] for p in parts), "cycle_ms": cycle_ms,
+            "cycle_gb": sum(p["gb"] for p in parts), "between_ms": fast["cycle_ms"] - cycle_ms,
             "vanilla_ms": vanilla_ms, "vanilla_gb": vanilla_gb, "verify_ratio": verify_ms / vanilla_ms,
             "cycle_ratio": cycle_ms / vanilla_ms, "rows_ms": verify_by_rows(eagle) if args.rows else {},
             "speed": speed, "gaps": gaps, "texts": texts,
@@ -236,7 +237,8 @@ def table(result: dict, *rows: tuple) -> str:
 
 def speed_table(result: dict, part: dict) -> str:
     base = part["speed"]["vanilla"]["tokens_per_sec"]
-    head = f"prompts of {part['context']} tokens", "tokens/s", "speed-up", "tokens a cycle", "ms a cycle", "same text"
+    head = (f"prompts of at most {part['context']} tokens", "tokens/s", "speed-up", "tokens a cycle", "ms a cycle",
+            "same text")
     return table(result, head, *((
         name, f"{s['tokens_per_sec']:.1f}", f"{s['tokens_per_sec'] / base:.2f}", f"{s['mean_gained']:.2f}",
         f"{s['cycle_ms']:.3f}", f"{s['same']} of {s['prompts']}") for name, s in part["speed"].items()))
@@ -272,7 +274,9 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--checkpoint", type=Path, required=True, help="converted folder, or a model file in it")
     p.add_argument("--draft", type=Path, help="folder of the draft head (default: <checkpoint>/eagle)")
     p.add_argument("--shape", choices=SHAPES, help="widen the checkpoint to this shape (default: as it is)")
-    p.add_argument("--contexts", type=int, nargs="+", default=[512, 3500], help="tokens of the prompts")
+    p.add_argument("--contexts", type=int, nargs="+", default=[512, 3500],
+                   help="tokens of the prompts; 0: the questions alone")
+    p.add_argument("--tree", type=int, nargs=3, metavar=("NODES", "LEVELS", "TOPK"), help="of EAGLE-2")
     p.add_argument("--max_new_tokens", type=int, default=256)
     p.add_argument("--questions", type=Path, default=QUESTIONS, help='JSON lines with "turns"; the first is asked')
     p.add_argument("--rounds", type=int, default=3, help="how often the methods take turns")
@@ -304,7 +308,8 @@ def bench(args: argparse.Namespace, result: dict) -> None:
     result |= {"arguments": {name: str(value) for name, value in vars(args).items()}, "contexts": [],
                "startup_s": startup(args) if args.startup else {}, **bandwidth(device), "device": describe(args)}
     model, head, prompts, stop_ids = load(args)
-    slots, tree = max(args.contexts) + n, (60, 6, 10) if device.type == "cuda" else CPU_TREE
+    slots = max(len(ids) for group in prompts for ids in group) + n
+    tree = args.tree or ((60, 6, 10) if device.type == "cuda" else CPU_TREE)
     engines = {"vanilla": Engine(model, Vanilla(device), slots, stop_ids),
                "eagle2": Engine(model, Eagle2(head, model, *tree), slots, stop_ids)}
     if device.type == "cuda":

@@ -22,7 +22,7 @@ from draft import Eagle1, Eagle2, steps
 from kernels import TreeMask, causal_mask, tree_mask
 from linears import linear
 from model import Llama
-from sampling import Sampling, choose, gumbel_noise
+from sampling import Sampling, gumbel_noise, perturb
 from tree import MAX_NODES, State, Tree, root
 
 PREFILL_CHUNK = 512  # prompt tokens a forward
@@ -161,9 +161,9 @@ class Engine:
     def choose(self, features: Tensor, tree: Tree) -> Tensor:
         """The target's next token after each node, [T] int64. features [T, C] of the nodes of `tree`."""
         logits, s = linear(features, self.model.lm_head.weight, dtype=torch.float32), self.sampling
-        if s.temperature == 0:
-            return self.steps.argmax(logits)
-        return choose(logits, self.state.noise[tree.depth], s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p)
+        if s.temperature:
+            logits = perturb(logits, self.state.noise[tree.depth], s.temperature, s.top_k, s.top_p, s.min_p)
+        return self.steps.argmax(logits)
 
     def draw_noise(self) -> None:
         """The noise that the next tokens are sampled with: one row for each place in the text."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import tree_kernels
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -43,6 +45,8 @@ def gumbel_noise(seed: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     call, the token chosen there is the same however many drafts were verified along with it: for one seed,
     sampled text is the same with and without speculation (the idea: arXiv 2408.07978).
     """
+    if positions.is_cuda:
+        return tree_kernels.gumbel_noise(seed, positions, vocab_size)
     token = torch.arange(vocab_size, device=positions.device)
     h = mix32(mix32(seed & 0xFFFFFFFF) ^ mix32((seed >> 32) & 0xFFFFFFFF ^ 0x5BD1E995))
     h = mix32(h + positions)[:, None]  # [N, 1]
@@ -60,6 +64,10 @@ def mix32(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def choose(logits: Tensor, noise: Tensor, temperature: float, **sampling: float) -> Tensor:
-    """A sample after each row of logits [T, V], [T] int64; noise [T, V]: the temperature times `gumbel_noise`."""
-    return (temperature * process(logits, temperature, **sampling) + noise).argmax(-1)
+def perturb(logits: Tensor, noise: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0,
+            min_p: float = 0.0) -> Tensor:
+    """What to take the argmax of for a sample after each row of logits [T, V]. noise [T, V]: the temperature times
+    `gumbel_noise`."""
+    if top_k or top_p < 1 or min_p:
+        logits = temperature * process(logits, temperature, top_k, top_p, min_p)
+    return logits + noise

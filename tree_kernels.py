@@ -3,6 +3,7 @@
 Between two forwards a cycle does little work in many steps: some 300 kernels of a few microseconds each as PyTorch
 operations. Here the host reads nothing, grids are static, every sum has a fixed order, and state changes in place.
 
+  gumbel_noise          sampling.gumbel_noise
   gather                what a drafted level is fed
   top_children, argmax  tree.best_children without scores, logits.argmax(-1)
   grow                  one level of Eagle2.propose: children, candidates, and which of them are fed next
@@ -44,6 +45,28 @@ def key_value(key):
 @triton.jit
 def key_index(key):
     return 0x7FFFFFFF - (key & 0x7FFFFFFF)
+
+
+@triton.jit
+def mix32(x):
+    """sampling.mix32, in uint32."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def noise_kernel(seed, places, out, V, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """See `gumbel_noise`: one block of one place's tokens."""
+    enter(PDL)
+    row, token = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    key = tl.load(seed)
+    h = mix32(key.to(tl.uint32)) ^ mix32((key >> 32).to(tl.uint32) ^ 0x5BD1E995)
+    h = mix32(mix32(h) + tl.load(places + row).to(tl.uint32))
+    u = tl.minimum((mix32(mix32(h ^ token.to(tl.uint32))).to(tl.float32) + 0.5) * 0.5**32, 1 - 0.5**24)
+    rest = 1 - u  # log1p(-u): the log of what 1 - u is rounded to, times how far the rounding is off
+    log1p = tl.where(rest == 1, -u, tl.log(rest) * u / (1 - rest))
+    tl.store(out + row.to(tl.int64) * V + token, -tl.log(-log1p), mask=token < V)
 
 
 @triton.jit
@@ -218,6 +241,14 @@ def compact_kernel(kv, base, path, features, kept, CELLS, S, D, C, STEPS, ROWS: 
 def overlap(device: torch.device) -> dict[str, bool]:
     """How to launch a kernel while the one before it still runs, where a GPU can (Hopper); see kernels.enter."""
     return dict.fromkeys(("PDL", "launch_pdl"), device_limits(device)[1] >= (9, 0))
+
+
+def gumbel_noise(seed: Tensor, places: Tensor, vocab_size: int) -> Tensor:
+    """sampling.gumbel_noise, to the last digits of a float's logarithm."""
+    out, block = torch.empty(len(places), vocab_size, device=places.device), 1024
+    noise_kernel[len(places), triton.cdiv(vocab_size, block)](seed, places, out, vocab_size, block,
+                                                              **overlap(places.device))
+    return out
 
 
 def gather(embedded: Tensor, tokens: Tensor, features: Tensor, rows: Tensor | None, rope: Tensor, places: Tensor

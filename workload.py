@@ -18,11 +18,13 @@ from widen import SHAPES, widen_head, widen_model
 
 def fill_context(tokenizer: Tokenizer, questions: list[str], length: int) -> list[list[int]]:
     """A prompt of exactly `length` tokens for each question: in one turn of the user the other questions, as often as
-    it takes, then this one. (What is repeated is easy to draft: give a long context many questions.)"""
+    it takes, then this one. (What is repeated is easy to draft: give a long context many questions.) 0: this one."""
     def wrap(text: str) -> list[int]:
         return tokenizer.chat([{"role": "user", "content": text}]) if tokenizer.has_chat_template else (
             tokenizer.encode(text))
 
+    if not length:
+        return [wrap(text) for text in questions]
     one, other = wrap("X"), wrap("7")
     before = next(i for i, (a, b) in enumerate(zip(one, other)) if a != b)
     after = one[before + 1:]
@@ -62,7 +64,8 @@ def load(args: argparse.Namespace) -> tuple[Llama, EagleHead, list[list[list[int
         return model, head, prompts, stop
     shape, used = SHAPES[args.shape], {*stop, *(i for group in prompts for ids in group for i in ids)}
     if shape["vocab_size"] < model.cfg.vocab_size:  # what does the model write?
-        engine = Engine(model, Vanilla(device), max(args.contexts) + args.max_new_tokens, stop)
+        longest = max(len(ids) for group in prompts for ids in group)
+        engine = Engine(model, Vanilla(device), longest + args.max_new_tokens, stop)
         for ids in (ids for group in prompts for ids in group):
             used.update(*engine.generate(ids, args.max_new_tokens))
     keep = keep_ids(used, model.cfg.vocab_size, shape["vocab_size"])

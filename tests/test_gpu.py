@@ -11,6 +11,7 @@ from torch import Tensor
 
 import kernels
 import linears
+import sampling
 import tree
 import tree_kernels
 from draft import Eagle1, Eagle2, load_head
@@ -107,6 +108,13 @@ def test_tree_steps(vocab: int, k: int, depth: int) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
+def test_noise() -> None:
+    """The kernel's noise is that of the twin, whose distribution is tested."""
+    seed, places = torch.tensor(-7), torch.arange(5) * 10**6
+    ours = sampling.gumbel_noise(seed.cuda(), places.cuda(), 49152).cpu()
+    torch.testing.assert_close(ours, sampling.gumbel_noise(seed, places, 49152), rtol=1e-5, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def engines(demo) -> list[Engine]:
     """fp32 without TF32: rounding then decides nothing on these prompts."""
@@ -117,11 +125,11 @@ def engines(demo) -> list[Engine]:
         Vanilla("cuda"), Eagle1(head, model), Eagle2(head, model), Eagle2(head, model, 24, 8, 3))]
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, top_p=0.9, seed=1), Sampling(1.0, seed=-2),
+@pytest.mark.parametrize("how", [Sampling(), Sampling(0.7, top_p=0.9, seed=1), Sampling(1.0, seed=-2),
                                       Sampling(1.0, top_k=20, min_p=0.02, seed=3)], ids=str)
-def test_equals_vanilla(engines: list[Engine], demo_prompts: list[list[int]], sampling: Sampling) -> None:
+def test_equals_vanilla(engines: list[Engine], demo_prompts: list[list[int]], how: Sampling) -> None:
     for ids in demo_prompts:
-        vanilla, *others = [sum(engine.generate(ids, 64, sampling), []) for engine in engines]
+        vanilla, *others = [sum(engine.generate(ids, 64, how), []) for engine in engines]
         assert all(text == vanilla for text in others)
 
 

@@ -18,7 +18,7 @@ from transformers import (
 
 import sampling
 from kernels import causal_mask, tree_mask
-from sampling import choose, gumbel_noise, process
+from sampling import gumbel_noise, perturb, process
 from tree import Candidates, State, Tree, accept, best_children, best_first, build, rerank
 
 
@@ -220,7 +220,11 @@ def test_process_equals_transformers(temperature: float, ties: bool, monkeypatch
                 assert (ours > -torch.inf).any(1).all()
 
 
-def test_choose() -> None:
+def choose(logits: Tensor, noise: Tensor, **sampling: float) -> Tensor:
+    return perturb(logits, noise, **sampling).argmax(-1)
+
+
+def test_perturb() -> None:
     """Noise added before the excluded tokens are, greedy decoding that samples, or a sample from unscaled logits."""
     random = torch.Generator().manual_seed(0)
     logits = torch.randn(2000, 30, generator=random)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import sampling
 import tree
 import tree_kernels
 
@@ -29,7 +30,7 @@ if __name__ != "__main__":
 from draft import Eagle2
 from engine import Engine
 from tree import Candidates, Level, State, Tree, accept, best_first, build, start
-from tree_kernels import accept_commit, argmax, compact, gather, grow, rerank, top_children
+from tree_kernels import accept_commit, argmax, compact, gather, grow, gumbel_noise, rerank, top_children
 
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 CPU = torch.device("cpu")
@@ -50,7 +51,8 @@ def compile_launches() -> list[dict]:
         signature, constants, attributes = {}, {}, {}
         for i, (parameter, value) in enumerate(zip(kernel.params, args, strict=True)):
             pointer = isinstance(value, Tensor)
-            if parameter.is_constexpr or value is None or (not pointer and value == 1 and not parameter.do_not_specialize):
+            one = not pointer and value == 1 and not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or one:
                 signature[parameter.name], constants[i,] = "constexpr", value
                 continue
             signature[parameter.name] = types[value.dtype] if pointer else "i32"
@@ -96,6 +98,7 @@ def launch_all() -> None:
         for size in (128, 80)[:k]:
             kv, features = torch.zeros(2, 2, 2, 100, size, dtype=dtype), torch.zeros(nodes, 8 * size, dtype=dtype)
             compact(kv, count, path, features, features[:depth + 1])
+            gumbel_noise(count, path, vocab)
             for above in (None, level.rows):
                 gather(features, level.tokens, features, above, kv[0, 0], level.index)
 
@@ -318,6 +321,15 @@ def test_compact(path: list[int], size: int) -> None:
     compact(kv, base, path, features, kept)
     assert torch.equal(kept, features[path])
     assert torch.equal(kv, expected)
+
+
+@interpreted
+@pytest.mark.parametrize("seed", [0, -1, 2**31, 2**32 + 1, 2**63 - 1, -2**63])
+def test_gumbel_noise(seed: int) -> None:
+    """Another noise on a GPU than what the tests of sampling.py are about: a signed shift, a tail cut off."""
+    places = torch.tensor([0, 7, 2**31 + 5])
+    noise = gumbel_noise(torch.tensor(seed), places, 3000)
+    torch.testing.assert_close(noise, sampling.gumbel_noise(torch.tensor(seed), places, 3000), rtol=1e-5, atol=1e-5)
 
 
 @interpreted
