@@ -217,7 +217,8 @@ class Eagle1(Eagle):
                 torch.tensor([above.index(path[:-1]) for path in here], device=device),
                 torch.tensor([[sum(1 << j for j, other in enumerate(fed) if path[:len(other)] == other)]
                               for path in here], device=device),
-                torch.tensor([fed.index(path) for path in here], device=device)))
+                torch.tensor([fed.index(path) for path in here], device=device),
+                torch.tensor([depth - 1 for _ in here], device=device)))
             self.grow.append(self.places([c for c in nodes if len(c) == depth + 1], here, device))
 
     @staticmethod
@@ -228,9 +229,8 @@ class Eagle1(Eagle):
     def propose(self, state: State) -> Tree:
         base, hidden = state.length - 1, self.extend(state)
         levels = [self.children(self.logits(hidden, state, 0), self.grow[0])]
-        for depth, (fed, parent_rows, bits, slots) in enumerate(self.levels, 1):
-            places = (base + depth - 1).expand(len(slots))
-            hidden = self.rows(levels[-1][fed], hidden, parent_rows, places, base + slots,
+        for depth, (fed, parent_rows, bits, slots, places) in enumerate(self.levels, 1):
+            hidden = self.rows(levels[-1][fed], hidden, parent_rows, base + places, base + slots,
                                tree_mask(base, bits, state.width))
             levels.append(self.children(self.logits(hidden, state, depth), self.grow[depth]))
         return self.shape._replace(tokens=torch.cat((root(state), *levels)))

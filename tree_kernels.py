@@ -255,6 +255,7 @@ def gather(embedded: Tensor, tokens: Tensor, features: Tensor, rows: Tensor | No
            ) -> tuple[Tensor, Tensor, Tensor]:
     """tree.gather; all in one dtype."""
     C, T, (S, D) = embedded.shape[1], len(tokens), rope.shape[1:]
+    assert all(t is None or t.is_contiguous() for t in (embedded, tokens, features, rows, rope, places))
     own, above, angles = embedded.new_empty(T, C), embedded.new_empty(T, C), rope.new_empty(2, T, D)
     gather_kernel[T,](embedded, tokens, features, rows, rope, places, own, above, angles, C, S, D,
                       triton.next_power_of_2(max(C, D)), **overlap(rope.device))

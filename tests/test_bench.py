@@ -380,6 +380,8 @@ def test_prompts_of_a_context(checkpoint: Path) -> None:
     tokenizer.has_chat_template = False
     assert [len(ids) for ids in workload.fill_context(tokenizer, questions, 30)] == [30, 30]
     tokenizer.has_chat_template = True
+    alone = workload.fill_context(tokenizer, questions, 0)
+    assert alone == [tokenizer.chat([{"role": "user", "content": text}]) for text in questions]
     with pytest.raises(ValueError, match="--contexts 5: the chat template alone takes"):
         workload.fill_context(tokenizer, questions, 5)
 

@@ -27,7 +27,7 @@ if __name__ != "__main__":
     import tiny
     from hypothesis import example, given, settings
     from hypothesis import strategies as st
-from draft import Eagle2
+from draft import Eagle1, Eagle2
 from engine import Engine
 from tree import Candidates, Level, State, Tree, accept, best_first, build, start
 from tree_kernels import accept_commit, argmax, compact, gather, grow, gumbel_noise, rerank, top_children
@@ -371,3 +371,13 @@ def test_cycle(shape: tuple[int, int, int]) -> None:
     engine.steps = tree_kernels
     assert list(engine.generate(ids, 5)) == expected
     assert drafter.trees == len(expected) - 1 > 0
+
+
+@interpreted
+def test_cycle_of_eagle1() -> None:
+    """The fixed tree gives the kernels what they can read: the same drafts, so the same cycles."""
+    model, head = tiny.pair()
+    engines = [Engine(model, Eagle1(head, model), 128) for _ in range(2)]
+    engines[1].steps = engines[1].drafter.steps = tree_kernels
+    ours, theirs = (list(engine.generate(tiny.prompt(0, 9), 12)) for engine in engines)
+    assert ours == theirs and max(map(len, ours)) > 2
