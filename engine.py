@@ -69,6 +69,7 @@ class Engine:
         self.model, self.drafter, self.max_seq_len = model, drafter, max_seq_len
         self.device = device = model.embed.weight.device
         self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
+        self.sampling = Sampling()
         self.slots, self.compile_s = max_seq_len + SPARE, 0.0
         if model.kv is None or model.kv.shape[4] < self.slots:
             model.allocate_cache(max_seq_len, SPARE)
@@ -160,10 +161,14 @@ class Engine:
 
     def choose(self, features: Tensor, tree: Tree) -> Tensor:
         """The target's next token after each node, [T] int64. features [T, C] of the nodes of `tree`."""
+        return self.steps.argmax(self.scores(features, tree.depth))
+
+    def scores(self, features: Tensor, depth: Tensor) -> Tensor:
+        """[T, V] fp32: the best one is the next token. features [T, C] of tokens `depth` [T] places after the root."""
         logits, s = linear(features, self.model.lm_head.weight, dtype=torch.float32), self.sampling
         if s.temperature:
-            logits = perturb(logits, self.state.noise[tree.depth], s.temperature, s.top_k, s.top_p, s.min_p)
-        return self.steps.argmax(logits)
+            logits = perturb(logits, self.state.noise[depth], s.temperature, s.top_k, s.top_p, s.min_p)
+        return logits
 
     def draw_noise(self) -> None:
         """The noise that the next tokens are sampled with: one row for each place in the text."""
@@ -233,9 +238,11 @@ class Engine:
 
     @torch.inference_mode()
     def top2_gap(self, ids: list[int]) -> float:
-        """How far apart the target's two best logits after `ids` are: near 0, rounding decides between them."""
+        """How far apart the scores of the target's two best tokens after `ids` are, greedy or sampled as the last text
+        was: near 0, rounding decides between them."""
         self.state.tokens[:len(ids)].copy_(torch.tensor(ids))
         first, features = self.chunks(ids)
-        last = features[len(ids) - 1 - first][None]
-        best = linear(last, self.model.lm_head.weight, dtype=torch.float32).topk(2).values[0]
-        return (best[0] - best[1]).item()
+        self.state.length.fill_(len(ids))
+        self.draw_noise()
+        best, second = self.scores(features[len(ids) - 1 - first][None], self.nodes[:1]).topk(2).values[0].tolist()
+        return best - second

@@ -77,7 +77,7 @@ def compare(engine: Engine, vanilla: dict, fast: dict, ids: list[int]) -> str:
     if a == b:
         return f"{speed_up:.2f}x vanilla, identical tokens"
     at = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-    return (f"{speed_up:.2f}x vanilla; the tokens differ from number {at} on, where vanilla's two best logits are "
+    return (f"{speed_up:.2f}x vanilla; the tokens differ from number {at} on, where vanilla's two best tokens are "
             f"{engine.top2_gap(ids + b[:at]):.3g} apart ({vanilla['dtype']} rounding; float32 does not differ)")
 
 

@@ -443,7 +443,23 @@ def test_chunks_of_one_size(length: int, monkeypatch: pytest.MonkeyPatch) -> Non
     engine = as_on_a_gpu(Engine(model, Eagle2(head, model, 20, 4, 5), 80))
     engine.state.tokens.fill_(3)  # an earlier text
     assert cycle_by_cycle(engine, ids, 80 - length, SAMPLINGS[1]) == expected
-    assert engine.top2_gap(ids) == pytest.approx(Engine(model, Vanilla(), 80).top2_gap(ids))
+    plain = Engine(model, Vanilla(), 80)
+    write(plain, ids, 1, SAMPLINGS[1])
+    assert engine.top2_gap(ids) == pytest.approx(plain.top2_gap(ids))
+
+
+@pytest.mark.parametrize("how", SAMPLINGS)
+def test_top2_gap(how: Sampling) -> None:
+    """The gap of another place, or of logits where noise decided."""
+    model, ids = tiny.target(2), tiny.prompt(2, 40)
+    engine = Engine(model, Vanilla(), 80)
+    write(engine, ids[:3], 2, how)
+    scores = tiny.logits(model, ids)[-1:]
+    if how.temperature:
+        noise = gumbel_noise(torch.tensor(how.seed), torch.tensor([len(ids)]), scores.shape[1])
+        scores = how.temperature * (process(scores, how.temperature, how.top_k, how.top_p, how.min_p) + noise)
+    best = scores.topk(2).values[0]
+    assert engine.top2_gap(ids) == pytest.approx((best[0] - best[1]).item(), rel=1e-4)
 
 
 def test_running_ahead() -> None:
