@@ -37,6 +37,6 @@ checkpoints/demo.gguf: | .venv/installed
 $(DEMO)/config.json: | checkpoints/demo.gguf
 	$(PY) convert_hf_checkpoint.py checkpoints/demo.gguf --out $(DEMO)
 
-$(DEMO)/eagle/config.json: $(HEAD)/model.safetensors $(HEAD)/config.json | $(DEMO)/config.json
+$(DEMO)/eagle/config.json: $(HEAD)/model.safetensors $(HEAD)/config.json $(HEAD)/draft_vocab.json | $(DEMO)/config.json
 	$(PY) convert_hf_checkpoint.py $(DEMO) --eagle $(HEAD)
 	touch $@

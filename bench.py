@@ -100,7 +100,7 @@ def freeze(engine: Engine, ids: list[int], new_tokens: int) -> int:
 def cycle_parts(engine: Engine) -> list[dict]:
     """The parts of a frozen engine's cycle, in order: ms, and the GB of weights, keys and values that each reads."""
     state, drafter, model, length, parts = engine.state, engine.drafter, engine.model, int(engine.state.length), []
-    draft_gb = drafter.fc.nbytes / 1e9 + gigabytes(drafter.head.layer, drafter.lm_head) + kv_gigabytes(
+    draft_gb = (drafter.fc.nbytes + drafter.lm_head.nbytes) / 1e9 + gigabytes(drafter.head.layer) + kv_gigabytes(
         drafter.head.kv, length)
 
     def part(name: str, gb: float, function: Callable[[], object]) -> object:
@@ -144,9 +144,10 @@ def run(engine: Engine, ids: list[int], new_tokens: int) -> Run:
 
 def race(decoders: dict[str, Decoder], prompts: list[list[int]], new_tokens: int, rounds: int
          ) -> dict[str, list[list[Run]]]:
-    """All prompts through each decoder in turn, `rounds` times; what happens once (capture, compilation) before."""
+    """All prompts through each decoder in turn, `rounds` times; what happens once (capture, compilation) before, with
+    the longest: others compile again for a longer cache."""
     for decode in decoders.values():
-        decode(prompts[0], new_tokens)
+        decode(max(prompts, key=len), new_tokens)
     runs = {name: [] for name in decoders}
     for _ in range(rounds):
         for name, decode in decoders.items():
@@ -188,11 +189,13 @@ def measure(engines: dict[str, Engine], prompts: list[list[int]], args: argparse
 
 
 def startup(args: argparse.Namespace) -> dict[str, float]:
-    """Seconds from the start of a process of generate.py to its first text, without and with compiled kernels."""
+    """Seconds from the start of a process of generate.py to its first text, without and with compiled kernels; the
+    libraries have been read from the disk by this process."""
     seconds, command = {}, [
         sys.executable, Path(__file__).parent / "generate.py", "--checkpoint", args.checkpoint, "--eagle2", "--prompt",
         "Why is the sky blue?", "--max_new_tokens", "8", "--device", args.device, "--dtype", args.dtype,
-        *(["--draft", args.draft] if args.draft else [])]
+        *(["--draft", args.draft] if args.draft else []),
+        *(["--draft_vocab", str(args.draft_vocab)] if args.draft_vocab is not None else [])]
     with tempfile.TemporaryDirectory() as cache:
         for name in ("cold", "warm"):
             start, env = time.perf_counter(), os.environ | {"TRITON_CACHE_DIR": cache}
@@ -273,6 +276,7 @@ def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description="Time the parts of a decode cycle, and EAGLE-2 against plain decoding.")
     p.add_argument("--checkpoint", type=Path, required=True, help="converted folder, or a model file in it")
     p.add_argument("--draft", type=Path, help="folder of the draft head (default: <checkpoint>/eagle)")
+    p.add_argument("--draft_vocab", type=int, help="draft only so many of the head's frequent tokens; 0: all")
     p.add_argument("--shape", choices=SHAPES, help="widen the checkpoint to this shape (default: as it is)")
     p.add_argument("--contexts", type=int, nargs="+", default=[512, 3500],
                    help="tokens of the prompts; 0: the questions alone")
@@ -306,7 +310,7 @@ def bench(args: argparse.Namespace, result: dict) -> None:
     """Measure, print, and fill `result`."""
     device, n = torch.device(args.device), args.max_new_tokens
     result |= {"arguments": {name: str(value) for name, value in vars(args).items()}, "contexts": [],
-               "startup_s": startup(args) if args.startup else {}, **bandwidth(device), "device": describe(args)}
+               **bandwidth(device), "startup_s": startup(args) if args.startup else {}, "device": describe(args)}
     model, head, prompts, stop_ids = load(args)
     slots = max(len(ids) for group in prompts for ids in group) + n
     tree = args.tree or ((60, 6, 10) if device.type == "cuda" else CPU_TREE)

@@ -27,7 +27,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch import Tensor
 from tqdm import tqdm
 
-from draft import load_head
+from draft import VOCAB, load_head
 from model import FORMAT, Config, Llama, read_tensors
 from tokenizer_files import LLAMA3_SPLIT, read_json
 
@@ -243,7 +243,7 @@ def add_eagle(head: Path, out: Path) -> None:
         target = Llama(Config.load(out))
     load_head(head, target)
     with staged(out / "eagle", head) as part:
-        for file in {"config.json", "model.safetensors", "pytorch_model.bin"} & set(os.listdir(head)):
+        for file in {"config.json", "model.safetensors", "pytorch_model.bin", VOCAB} & set(os.listdir(head)):
             shutil.copyfile(head / file, part / file)
 
 

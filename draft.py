@@ -11,6 +11,7 @@ costs no correctness, only acceptance, which is why acceptance has tests of its 
 
 A drafter has `num_nodes`, `max_depth`, `prefill(...)` once a prompt and `propose(state) -> Tree` once a cycle.
 """
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -28,6 +29,8 @@ from tree import MAX_NODES, Level, State, Tree, build, root
 
 Where = tuple[Tensor, Tensor, Tensor]  # of a tree: the root's slot 0-d, then places and scratch slots [fed nodes]
 
+VOCAB = "draft_vocab.json"  # the target's most frequent tokens, most frequent first
+
 # The EAGLE authors' fixed tree `mc_sim_7b_63` (their repository, eagle/model/choices.py): 25 drafted nodes,
 # each the path of ranks that leads to it. (0, 1) is the second-best token after the best one.
 EAGLE1_TREE = [(0,), (1,), (2,), (3,), (0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0),
@@ -43,7 +46,7 @@ class EagleHead(nn.Module):
         self.cfg = cfg
         self.fc = nn.Linear(2 * cfg.hidden_size, cfg.hidden_size, bias=fc_bias)
         self.layer = Layer(cfg, qkv_bias=qkv_bias, norm_input=False)
-        self.kv = self.rope = None
+        self.kv = self.rope = self.vocab = None
 
     def allocate_cache(self, slots: int) -> None:
         """Sized by the engine's context, never by the head's config: published heads say 2048."""
@@ -60,8 +63,9 @@ class EagleHead(nn.Module):
         return self.layer(x, rope, None if cache_pos is None else self.kv, cache_pos, mask)
 
 
-def load_head(folder: Path | str, target: Llama) -> EagleHead:
-    """An EAGLE-1/2 head as published: config.json and model.safetensors or pytorch_model.bin.
+def load_head(folder: Path | str, target: Llama, vocab: int | None = None) -> EagleHead:
+    """An EAGLE-1/2 head as published: config.json and model.safetensors or pytorch_model.bin. draft_vocab.json may
+    lie beside them, which train.py makes: the tokens worth drafting. `vocab`: only so many of these; 0: any token.
 
     The file decides whether there are biases (configs have been wrong); its copy of the embedding is ignored.
     Raises FileNotFoundError, or ValueError where the head is damaged, of another kind, or of another model.
@@ -85,7 +89,25 @@ def load_head(folder: Path | str, target: Llama) -> EagleHead:
     with torch.device("meta"):
         head = EagleHead(cfg, fc_bias="fc.bias" in tensors, qkv_bias="layer.wqkv.bias" in tensors)
     fill(head, tensors, path, weight.device, weight.dtype)
+    if vocab != 0 and (vocab or (folder / VOCAB).is_file()):
+        head.vocab = read_vocab(folder / VOCAB, cfg.vocab_size, vocab).to(weight.device)
     return head
+
+
+def read_vocab(path: Path, vocab_size: int, limit: int | None) -> Tensor:
+    """The first `limit` (None: all) ids of a list of the most frequent ones, ascending, [at least 10] int64."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not there; train.py --draft_vocab makes it")
+    try:
+        ids = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        ids = None
+    if not (isinstance(ids, list) and all(type(i) is int and 0 <= i < vocab_size for i in ids)
+            and len(ids) == len(set(ids)) >= 10):
+        raise ValueError(f"{path}: should be a list of 10 or more different ids below {vocab_size}")
+    if limit and not 10 <= limit <= len(ids):
+        raise ValueError(f"{path} lists {len(ids)} tokens: --draft_vocab takes 10 to {len(ids)}, or 0 for all tokens")
+    return torch.tensor(sorted(ids[:limit]))
 
 
 def native_names(published: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -119,7 +141,8 @@ class Eagle:
     max_depth: int
 
     def __init__(self, head: EagleHead, target: Llama, max_depth: int) -> None:
-        self.head, self.lm_head, self.max_depth = head, target.lm_head, max_depth
+        self.head, self.ids, self.max_depth = head, head.vocab, max_depth
+        self.lm_head = target.lm_head.weight if self.ids is None else target.lm_head.weight[self.ids]
         device = target.embed.weight.device
         self.steps, self.entries = steps(device), torch.arange(max_depth + 1, device=device)
         with torch.no_grad():  # fc of an embedding and a feature is a sum; the embedding's share is a table
@@ -139,8 +162,10 @@ class Eagle:
     def logits(self, hidden: Tensor, state: State, depth: int) -> Tensor:
         """[N, V] of the tokens below nodes of this depth. The noise that the target's choice there will be made with is
         known: with the same noise the head guesses what will be sampled, not what may be (BENCHMARKS.md)."""
-        logits = linear(hidden, self.lm_head.weight, dtype=torch.float32)
-        return logits if state.noise is None else logits + state.noise[depth]
+        logits = linear(hidden, self.lm_head, dtype=torch.float32)
+        if state.noise is None:
+            return logits
+        return logits + (state.noise[depth] if self.ids is None else state.noise[depth][self.ids])
 
     def extend(self, state: State) -> Tensor:
         """Re-run the head over the tokens just committed, now with the target's true features, replacing what
@@ -180,7 +205,7 @@ class Eagle2(Eagle):
         base, (level, candidates) = state.length - 1, self.start
         where = base, base + self.level_of, base + self.scratch  # siblings share a place, never a slot
         hidden = self.extend(state)
-        return where, hidden, self.steps.grow(self.logits(hidden, state, 0), level, candidates, 0, self.topk)
+        return where, hidden, self.steps.grow(self.logits(hidden, state, 0), level, candidates, 0, self.topk, self.ids)
 
     def expand(self, state: State, where: Where, hidden: Tensor, level: Level, depth: int) -> tuple[Tensor, Level]:
         """Feed the nodes of `level`, `depth` below the root; hidden [any, C] are the features of the rows fed before.
@@ -189,7 +214,8 @@ class Eagle2(Eagle):
         fed = slice((depth - 1) * self.topk, depth * self.topk)
         hidden = self.rows(level.tokens, hidden, level.rows, places[fed], slots[fed],
                            tree_mask(base, level.bits, state.width))
-        return hidden, self.steps.grow(self.logits(hidden, state, depth), level, self.start[1], depth, self.topk)
+        logits = self.logits(hidden, state, depth)
+        return hidden, self.steps.grow(logits, level, self.start[1], depth, self.topk, self.ids)
 
     def rerank(self, state: State) -> Tree:
         return self.steps.rerank(state, self.start[1], self.num_nodes - 1, self.max_depth)
@@ -236,4 +262,4 @@ class Eagle1(Eagle):
         return self.shape._replace(tokens=torch.cat((root(state), *levels)))
 
     def children(self, logits: Tensor, places: Tensor) -> Tensor:
-        return self.steps.best_tokens(logits, min(10, logits.shape[-1]))[places[0], places[1]]
+        return self.steps.best_tokens(logits, min(10, logits.shape[-1]), self.ids)[places[0], places[1]]

@@ -97,6 +97,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--min_p", type=float, default=0.0, help="0: off")
     p.add_argument("--seed", type=int, default=0, help="the same seed gives the same text with any drafter")
     p.add_argument("--compare", action="store_true", help="run vanilla too and compare speed and tokens")
+    p.add_argument("--draft_vocab", type=int, help="draft only so many of the head's frequent tokens; 0: all")
     p.add_argument("--draft_tokens", type=int, help="nodes of EAGLE-2's tree, the root included")
     p.add_argument("--draft_depth", type=int, help="levels of drafted tokens")
     p.add_argument("--draft_topk", type=int, help="nodes fed a level, and continuations of each")
@@ -109,8 +110,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     shape = (args.draft_tokens, args.draft_depth, args.draft_topk)
     for wrong, message in (
             (any(shape) and not args.eagle2, "--draft_tokens, --draft_depth and --draft_topk shape --eagle2's tree"),
-            ((args.draft or args.compare) and not (args.eagle2 or args.eagle),
-             "--draft and --compare need --eagle2 or --eagle"),
+            ((args.draft or args.compare or args.draft_vocab is not None) and not (args.eagle2 or args.eagle),
+             "--draft, --draft_vocab and --compare need --eagle2 or --eagle"),
+            ((args.draft_vocab or 0) < 0, "--draft_vocab must be 0 or more"),
             (args.max_new_tokens < 1, "--max_new_tokens must be at least 1"),
             (args.max_seq_len is not None and args.max_seq_len < 2, "--max_seq_len must be at least 2"),
             (not 0 <= args.temperature < float("inf"), "--temperature must be 0 or more"),
@@ -140,7 +142,7 @@ def load(args: argparse.Namespace) -> tuple[Engine, Tokenizer]:
         raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.cfg.vocab_size}")
     drafter = Vanilla(device)
     if args.eagle2 or args.eagle:
-        head = load_head(args.draft or folder / "eagle", model)
+        head = load_head(args.draft or folder / "eagle", model, args.draft_vocab)
         tokens, depth, topk = (60, 6, 10) if device == "cuda" else CPU_TREE
         drafter = Eagle1(head, model) if args.eagle else Eagle2(
             head, model, args.draft_tokens or tokens, args.draft_depth or depth, args.draft_topk or topk)

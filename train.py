@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dialogues import Script, write_dialogues
-from draft import Eagle2, EagleHead, load_head
+from draft import VOCAB, Eagle2, EagleHead, load_head
 from engine import Engine, Sampling
 from model import Config, Llama, load_model, rope_table
 from tokenizer import Tokenizer
@@ -195,6 +195,15 @@ def save_head(head: EagleHead, out: Path) -> None:
     (out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
+def save_vocab(said: Tensor, out: Path, size: int) -> None:
+    """The `size` tokens that the model itself says most often in `said` [any], most frequent first, beside the head:
+    drafting then reads only their rows of the lm_head (FR-Spec, arXiv 2502.14856)."""
+    counts = torch.bincount(said[said >= 0].long())
+    ids = counts.argsort(descending=True, stable=True)[:size]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / VOCAB).write_text(json.dumps(ids[counts[ids] > 0].tolist()) + "\n", encoding="utf-8")
+
+
 def evaluate(model: Llama, out: Path, prompts: list[list[int]], stop_ids: frozenset[int], temperature: float,
              new_tokens: int = 128) -> float:
     """Mean tokens gained a cycle, EAGLE-2's default tree: all tokens committed after prefill / all cycles."""
@@ -232,6 +241,8 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--places", type=int, default=8192, help="places a step that the loss looks at")
     p.add_argument("--regression", type=float, default=0.0, help="weight of the feature regression")
     p.add_argument("--lr", type=float, default=5e-3, help="peak learning rate (Muon)")
+    p.add_argument("--draft_vocab", type=int, default=0, help="list so many most frequent tokens, the only ones that "
+                   "are drafted then; with --steps 0 for a head that is there already")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--questions", type=Path, nargs="*", default=[], help="also evaluate on these .jsonl (turns[0])")
     p.add_argument("--eval_prompts", type=int, default=80, help="held-out dialogues to evaluate on; 0: no evaluation")
@@ -256,13 +267,14 @@ def main() -> None:
             layer.compile(dynamic=False)
     path, rows = args.work / "dialogues.bin", max(int(args.tokens / args.length), args.generate_batch + args.batch)
     write_dialogues(model, script, path, rows, args.length, args.generate_batch)
-    if args.steps == 0:
-        return
     data = torch.from_file(str(path), size=rows * args.length, dtype=torch.int32).view(rows, args.length)
-    trainer = Trainer(model, args)
-    trainer.resume(args.work)
-    trainer.run(data[args.generate_batch:], args.work)  # the first batch, with its own seed, is held out
-    if not args.eval_prompts:
+    if args.steps:
+        trainer = Trainer(model, args)
+        trainer.resume(args.work)
+        trainer.run(data[args.generate_batch:], args.work)  # the first batch, with its own seed, is held out
+    if args.draft_vocab:
+        save_vocab(data, args.out, args.draft_vocab)
+    if not (args.steps and args.eval_prompts):
         return
     model = load_model(args.checkpoint, args.device, torch.bfloat16)
     sets = {"held-out dialogues": held_out_prompts(data[:args.eval_prompts])}

@@ -104,10 +104,12 @@ def start(k: int, max_depth: int, device: torch.device) -> tuple[Level, Candidat
     return Level(zero, zero.float(), zero - 1, zero, zero.new_zeros(1, 2)), Candidates(*candidates)
 
 
-def grow(logits: Tensor, level: Level, candidates: Candidates, depth: int, k: int) -> Level:
+def grow(logits: Tensor, level: Level, candidates: Candidates, depth: int, k: int, ids: Tensor | None = None) -> Level:
     """Give each fed node its k best continuations, add them to `candidates`, and choose the k best to be fed next.
-    logits [N, V] of the nodes of `level`, `depth` below the root; at depth 0 `level` is the root, see `start`."""
+    logits [N, V] of the nodes of `level`, `depth` below the root, of tokens `ids` [V] (None: of all); at depth 0
+    `level` is the root, see `start`."""
     tokens, scores = (x.flatten() for x in best_children(logits, level.scores, k))
+    tokens = tokens if ids is None else ids[tokens]
     first = k + (depth - 1) * k * k if depth else 0
     here = slice(first, first + len(tokens))
     candidates.tokens[here], candidates.scores[here] = tokens, scores
@@ -182,9 +184,10 @@ def compact(kv: Tensor, base: Tensor, path: Tensor, features: Tensor, kept: Tens
     kept.copy_(features[path])
 
 
-def best_tokens(logits: Tensor, k: int) -> Tensor:
-    """The k most probable tokens of each of logits [N, V], best first, [N, k] int64."""
-    return logits.topk(k).indices
+def best_tokens(logits: Tensor, k: int, ids: Tensor | None = None) -> Tensor:
+    """The k most probable tokens of each of logits [N, V], best first, [N, k] int64; `ids` as in `grow`."""
+    best = logits.topk(k).indices
+    return best if ids is None else ids[best]
 
 
 def argmax(logits: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def partial_kernel(logits, keys, peaks, sums, V, stride, K: tl.constexpr, BLOCK:
 
 
 @triton.jit
-def merge_kernel(keys, peaks, sums, tokens, logs, BLOCKS, K: tl.constexpr, SIZE: tl.constexpr, B: tl.constexpr,
+def merge_kernel(keys, peaks, sums, ids, tokens, logs, BLOCKS, K: tl.constexpr, SIZE: tl.constexpr, B: tl.constexpr,
                  SUM: tl.constexpr, PDL: tl.constexpr):
     """One row's K best tokens, best first, and with SUM their log-probabilities: at most 0, so that no child outscores
     its parent. All keys are loaded at once: loads that wait for one another cost more than the comparisons."""
@@ -118,7 +118,10 @@ def merge_kernel(keys, peaks, sums, tokens, logs, BLOCKS, K: tl.constexpr, SIZE:
         total = tl.sum(tl.load(sums + row * BLOCKS + block, mask=block < BLOCKS, other=0.0) * tl.exp(peak - top), 0)
     for rank in range(K):
         best = tl.max(key, 0)
-        tl.store(tokens + row * K + rank, key_index(best))
+        token = key_index(best)
+        if ids is not None:
+            token = tl.load(ids + token)
+        tl.store(tokens + row * K + rank, token)
         if SUM:  # a GPU's log of just above 1 may be negative
             tl.store(logs + row * K + rank, tl.minimum(key_value(best) - top - tl.log(total), 0.0))
         key = tl.where(key == best, -(1 << 63), key)
@@ -262,10 +265,10 @@ def gather(embedded: Tensor, tokens: Tensor, features: Tensor, rows: Tensor | No
     return own, above, angles
 
 
-def top_children(logits: Tensor, k: int, log_p: bool = True) -> tuple[Tensor, Tensor]:
-    """The k <= 10 most probable tokens of logits [N, V], best first, the lower id at a tie: tokens [N, k] int64 and
-    log-probabilities [N, k] fp32, at most 0 (without `log_p` not computed). In blocks of a row, at most 64: enough
-    programs for a large GPU even if N is 1."""
+def top_children(logits: Tensor, k: int, ids: Tensor | None = None, log_p: bool = True) -> tuple[Tensor, Tensor]:
+    """The k <= 10 most probable tokens of logits [N, V], best first, the first at a tie: tokens [N, k] int64, read from
+    `ids` [V] if given, and log-probabilities [N, k] fp32, at most 0 (without `log_p` not computed). In blocks of a
+    row, at most 64: enough programs for a large GPU even if N is 1."""
     (rows, vocab), device = logits.shape, logits.device
     block = max(1024, triton.next_power_of_2(triton.cdiv(vocab, 64)))  # 2048 for Llama-3
     blocks = triton.cdiv(vocab, block)
@@ -274,14 +277,14 @@ def top_children(logits: Tensor, k: int, log_p: bool = True) -> tuple[Tensor, Te
     tokens, logs = keys.new_empty(rows, k), peaks.new_empty(rows, k)
     partial_kernel[rows, blocks](logits, keys, peaks, sums, vocab, logits.stride(0), k, block, log_p, **overlap(device))
     size = triton.next_power_of_2(blocks * k)
-    merge_kernel[rows,](keys, peaks, sums, tokens, logs, blocks, k, size, triton.next_power_of_2(blocks), log_p,
+    merge_kernel[rows,](keys, peaks, sums, ids, tokens, logs, blocks, k, size, triton.next_power_of_2(blocks), log_p,
                         num_warps=max(1, size // 256), **overlap(device))
     return tokens, logs
 
 
-def best_tokens(logits: Tensor, k: int) -> Tensor:
-    """tree.best_tokens; the lower id at a tie."""
-    return top_children(logits, k, log_p=False)[0]
+def best_tokens(logits: Tensor, k: int, ids: Tensor | None = None) -> Tensor:
+    """tree.best_tokens; the first at a tie."""
+    return top_children(logits, k, ids, log_p=False)[0]
 
 
 def argmax(logits: Tensor) -> Tensor:
@@ -289,10 +292,9 @@ def argmax(logits: Tensor) -> Tensor:
     return best_tokens(logits, 1).flatten()
 
 
-def grow(logits: Tensor, level: Level, candidates: Candidates, depth: int, k: int) -> Level:
-    """Give each fed node its k best continuations, add them to `candidates`, and choose the k best to be fed next.
-    logits [N, V] of the nodes of `level`, `depth` below the root; at depth 0 `level` is the root, see `start`."""
-    children, logs = top_children(logits, k)
+def grow(logits: Tensor, level: Level, candidates: Candidates, depth: int, k: int, ids: Tensor | None = None) -> Level:
+    """tree.grow."""
+    children, logs = top_children(logits, k, ids)
     new = children.new_empty
     following = Level(new(k), logs.new_empty(k), new(k), new(k), new(k, 2))
     grow_kernel[1,](children, logs, level.scores, level.index, level.bits, *candidates, *following, len(logits), depth,

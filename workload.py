@@ -59,7 +59,7 @@ def load(args: argparse.Namespace) -> tuple[Llama, EagleHead, list[list[list[int
     prompts, stop = [fill_context(tokenizer, questions, n) for n in args.contexts], tokenizer.stop_ids
     dtype, device = DTYPES[args.dtype], args.device
     model = load_model(args.checkpoint, device, torch.float32 if args.shape else dtype)  # widening rounds once
-    head = load_head(args.draft or folder / "eagle", model)
+    head = load_head(args.draft or folder / "eagle", model, args.draft_vocab)
     if args.shape is None:
         return model, head, prompts, stop
     shape, used = SHAPES[args.shape], {*stop, *(i for group in prompts for ids in group for i in ids)}
@@ -71,5 +71,8 @@ def load(args: argparse.Namespace) -> tuple[Llama, EagleHead, list[list[list[int
     keep = keep_ids(used, model.cfg.vocab_size, shape["vocab_size"])
     place, noise = {old: new for new, old in enumerate(keep)}, torch.Generator(device).manual_seed(0)
     wide = widen_model(model, shape, keep, device, dtype, noise)
-    return (wide, widen_head(head, shape, device, dtype, noise),
+    wide_head = widen_head(head, shape, device, dtype, noise)
+    if head.vocab is not None:
+        wide_head.vocab = torch.tensor([place[i] for i in head.vocab.tolist() if i in place], device=device)
+    return (wide, wide_head,
             [[[place[i] for i in ids] for ids in group] for group in prompts], frozenset(place[i] for i in stop))

@@ -73,7 +73,7 @@ def demo_model(demo: Path):
 @pytest.fixture(scope="session")
 def demo_head(demo: Path, demo_model):
     from draft import load_head
-    return load_head(demo / "eagle", demo_model)
+    return load_head(demo / "eagle", demo_model, 0)
 
 
 @pytest.fixture(scope="session")

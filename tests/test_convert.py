@@ -405,10 +405,11 @@ def test_draft_head_is_copied_as_published(suffix, tmp_path, monkeypatch):
     """Guards against re-encoding a head, and against converting a converted folder again when only it is added."""
     hf_folder(tmp_path / "hf")
     head = head_folder(tmp_path / "head", suffix)
+    (head / "draft_vocab.json").write_text(json.dumps(list(range(12))))
     assert run(monkeypatch, tmp_path / "hf", "--out", tmp_path / "out", "--eagle", head) == 0
     weights = "pytorch_model.bin" if suffix == "bin" else "model.safetensors"
-    assert {path.name for path in (tmp_path / "out/eagle").iterdir()} == {"config.json", weights}
-    for name in ("config.json", weights):
+    assert {path.name for path in (tmp_path / "out/eagle").iterdir()} == {"config.json", "draft_vocab.json", weights}
+    for name in ("config.json", "draft_vocab.json", weights):
         assert (tmp_path / "out/eagle" / name).read_bytes() == (head / name).read_bytes()
     model = (tmp_path / "out/model.safetensors").stat()
     other = head_folder(tmp_path / "other", "bin" if suffix == "safetensors" else "safetensors")

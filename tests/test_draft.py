@@ -17,8 +17,8 @@ from recorder import Cycle, Recorder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from draft import EAGLE1_TREE, Eagle1, Eagle2, EagleHead, load_head
-from engine import Engine, Sampling
+from draft import EAGLE1_TREE, VOCAB, Eagle1, Eagle2, EagleHead, load_head
+from engine import Engine, Sampling, Vanilla
 from model import Config, Llama
 from sampling import gumbel_noise
 from tree import Tree
@@ -311,6 +311,54 @@ def test_impossible_shapes(shape: tuple[int, int, int]) -> None:
     model = tiny.target()
     with pytest.raises(ValueError, match="draft_tokens"):
         Eagle2(tiny.head(model), model, *shape)
+
+
+# ----- Some tokens only -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("kind", [Eagle1, Eagle2])
+def test_draft_vocabulary(kind: type, temperature: float) -> None:
+    """Rows of the lm_head, noise or tokens that do not belong together: the trees are those of all rows where the other
+    tokens are impossible, and the text is vanilla's."""
+    model, head = tiny.pair(4, 0.1)
+    ids, sampling = tiny.prompt(4, 9), Sampling(temperature, seed=3)
+    vocab, runs = torch.tensor([0, 1, 2, 5, 6, 7, 8, 9, 11, 12, 13, 17, 19, 23]), []
+    for head.vocab in (vocab, None):
+        drafter = kind(head, model)
+        recorder = Recorder(drafter)
+        if head.vocab is None:
+            impossible, logits = torch.full((24,), -1e9).index_fill(0, vocab, 0), drafter.logits
+            drafter.logits = lambda *args, logits=logits, impossible=impossible: logits(*args) + impossible
+        runs.append((list(Engine(model, drafter, 96).generate(ids, 30, sampling)), recorder.cycles))
+    (ours, mine), (theirs, full) = runs
+    assert ours == theirs and sum(ours, []) == sum(Engine(model, Vanilla(), 96).generate(ids, 30, sampling), [])
+    for a, b in zip(mine, full, strict=True):
+        assert torch.equal(a.tree.tokens, b.tree.tokens) and torch.isin(a.tree.tokens[1:], vocab).all()
+
+
+def test_load_draft_vocabulary(tmp_path: Path) -> None:
+    """The rarest tokens kept instead of the most frequent, a list that would index past the lm_head."""
+    target = tiny.target(3)
+    folder = tiny.save_head(tiny.head(target, 4), tmp_path)
+    assert load_head(folder, target).vocab is None and load_head(folder, target, 0).vocab is None
+    with pytest.raises(FileNotFoundError, match="draft_vocab.json"):
+        load_head(folder, target, 12)
+    listed = [9, 3, 20, 1, 0, 7, 8, 5, 4, 6, 22, 2]
+    (folder / VOCAB).write_text(json.dumps(listed))
+    assert load_head(folder, target).vocab.tolist() == sorted(listed)
+    assert load_head(folder, target, 10).vocab.tolist() == sorted(listed[:10])
+    assert load_head(folder, target, 0).vocab is None
+    for limit in (9, 13):
+        with pytest.raises(ValueError, match="12 tokens: --draft_vocab takes 10 to 12"):
+            load_head(folder, target, limit)
+    for wrong in (listed[:9], [*listed, 24], [*listed, -1], [*listed, 9], [*listed, True], {"a": 1}):
+        (folder / VOCAB).write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match="different ids below 24"):
+            load_head(folder, target)
+    (folder / VOCAB).write_text("[1, 2")
+    with pytest.raises(ValueError, match="different ids below 24"):
+        load_head(folder, target)
 
 
 # ----- Loading ---------------------------------------------------------------------------------------------------

@@ -87,6 +87,8 @@ def test_prompt_from_file_and_stdin(call, demo: Path, tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("words, message", [
     (["--prompt", "x", "--draft_tokens", "8"], "--eagle2"),
+    (["--prompt", "x", "--draft_vocab", "12"], "--draft_vocab"),
+    (["--prompt", "x", "--eagle2", "--draft_vocab", "-1"], "--draft_vocab"),
     (["--prompt", "x", "--eagle", "--draft_depth", "2"], "--eagle2"),
     (["--prompt", "x", "--eagle", "--eagle2"], "not allowed with"),
     (["--prompt", "x", "--compare"], "--compare need"),
@@ -101,6 +103,7 @@ def test_prompt_from_file_and_stdin(call, demo: Path, tmp_path: Path, monkeypatc
     (["--prompt", "@/no/such/file"], "/no/such/file"),
     (["--prompt", "word " * 300, "--max_seq_len", "256"], "--max_seq_len 256"),
     (["--prompt", "x", "--eagle2", "--draft_tokens", "65"], "--draft_tokens"),
+    (["--prompt", "x", "--eagle2", "--draft_vocab", "12"], "draft_vocab.json"),
     (["--prompt", "x", "--eagle2", "--draft", "/no/such/head"], "/no/such/head"),
 ])
 def test_bad_flags(words: list[str], message: str, call, demo: Path) -> None:

@@ -6,6 +6,7 @@ that sees other keys, positions or tokens than when it drafts: it learns well, a
 import argparse
 import contextlib
 import itertools
+import json
 import math
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ from draft import Eagle2, EagleHead, load_head
 from kernels import causal_mask
 from model import Config, Llama, rope_table
 from tokenizer import Tokenizer
-from train import Trainer, evaluate, held_out_prompts, save_head
+from train import Trainer, evaluate, held_out_prompts, save_head, save_vocab
 from tree import State
 
 CPU = torch.device("cpu")
@@ -353,6 +354,14 @@ def test_stopped_and_resumed(learnable: tuple[Llama, Tensor], tmp_path: Path, mo
 # ----- The head, and the whole command ---------------------------------------------------------------------------
 
 
+def test_save_vocab(tmp_path: Path) -> None:
+    """What the user or the template said counted in, the rarest tokens first, tokens that were never said."""
+    said = torch.tensor([[7, 7, 3, ~5, ~5, ~5, 7], [3, 2, 9, 9, 9, 9, ~1]], dtype=torch.int32)
+    for size, ids in ((2, [9, 7]), (3, [9, 7, 3]), (20, [9, 7, 3, 2])):
+        save_vocab(said, tmp_path / "head", size)
+        assert json.loads((tmp_path / "head/draft_vocab.json").read_text()) == ids
+
+
 @pytest.mark.parametrize("shape", [
     {}, {"num_key_value_heads": 4}, {"head_dim": 12, "rope_theta": 5e5, "rms_norm_eps": 1e-3}])
 def test_head_round_trip(shape: dict, tmp_path: Path) -> None:
@@ -454,6 +463,9 @@ def test_command_from_start_to_end(command, capsys: pytest.CaptureFixture) -> No
     assert (folder / "eagle/model.safetensors").read_bytes() == first and not (folder / "other").exists()
     command("--steps", 0, "--work", folder / "other")
     assert (folder / "other/dialogues.bin").read_bytes() == data == (folder / "training/dialogues.bin").read_bytes()
+    assert (folder / "eagle/model.safetensors").read_bytes() == first
+    command("--steps", 0, "--draft_vocab", 12)
+    assert len(json.loads((folder / "eagle/draft_vocab.json").read_text())) == 12
     assert (folder / "eagle/model.safetensors").read_bytes() == first
 
 

@@ -90,6 +90,7 @@ def launch_all() -> None:
         root, candidates = start(k, depth, CPU)
         level = grow(torch.zeros(1, vocab, dtype=dtype), root, candidates, 0, k)
         grow(torch.zeros(k, vocab, dtype=dtype), level, candidates, 1, k)
+        grow(torch.zeros(k, vocab, dtype=dtype), level, candidates, 1, k, torch.arange(vocab))
         made = rerank(state, candidates, nodes - 1, depth)
         tokens, _ = top_children(torch.zeros(k, vocab, dtype=dtype), k)
         chosen = argmax(torch.zeros(nodes, vocab, dtype=dtype))
@@ -330,6 +331,21 @@ def test_gumbel_noise(seed: int) -> None:
     places = torch.tensor([0, 7, 2**31 + 5])
     noise = gumbel_noise(torch.tensor(seed), places, 3000)
     torch.testing.assert_close(noise, sampling.gumbel_noise(torch.tensor(seed), places, 3000), rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+def test_best_of_some_tokens() -> None:
+    """A place in the draft's vocabulary taken for a token."""
+    logits, ids = rows("random", 5, 1100), torch.randperm(5000)[:1100].sort().values
+    assert torch.equal(tree_kernels.best_tokens(logits, 4, ids), tree.best_tokens(logits, 4, ids))
+    assert torch.equal(tree.best_tokens(logits, 4, ids), ids[logits.topk(4).indices])
+    trees = []
+    for steps in (tree, tree_kernels):
+        level, candidates = start(4, 2, CPU)
+        level = steps.grow(logits[:1], level, candidates, 0, 4, ids)
+        trees.append((steps.grow(logits[1:], level, candidates, 1, 4, ids).tokens, candidates.tokens))
+    for ours, theirs in zip(*trees, strict=True):
+        assert torch.equal(ours, theirs) and torch.isin(ours, ids).all()
 
 
 @interpreted
