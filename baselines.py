@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from model import Llama
+from qlinears import Quantized
 
 
 class Run(NamedTuple):
@@ -31,8 +32,8 @@ Decoder = Callable[[list[int], int], Run]  # prompt, most new tokens
 def layer_weights(model: Llama) -> list[dict[str, Tensor]]:
     """Each layer's weights as others name and cut them: views, no copies. ValueError unless it is a plain Llama."""
     cfg = model.cfg
-    if cfg.qk_norm or model.layers[0].wqkv.bias is not None:
-        raise ValueError("--transformers and --gpt_fast are for Llamas: without query norms and biases")
+    if cfg.qk_norm or model.layers[0].wqkv.bias is not None or isinstance(model.lm_head.weight, Quantized):
+        raise ValueError("--transformers and --gpt_fast are for Llamas without query norms, biases and quantisation")
     rows, layers = [n * cfg.head_dim for n in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)], []
     for layer in model.layers:
         (q, k, v), (gate, up) = layer.wqkv.weight.split(rows), layer.w13.weight.chunk(2)

@@ -26,17 +26,16 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from torch import Tensor, nn
 
 import linears
 from baselines import Decoder, Run, gpt_fast_decoder, transformers_decoder
 from draft import Eagle2
 from engine import Engine, Sampling, Vanilla, capture
 from generate import CPU_TREE, DTYPES, fail
-from model import Llama
+from quantizers import GROUPS, MODES
 from tree import build
 from widen import SHAPES
-from workload import load
+from workload import gigabytes, kv_gigabytes, load, step_gb
 
 ROWS = (1, 8, 16, 32, 48, 60, 64)
 QUESTIONS = Path(__file__).parent / "bench_questions.jsonl"
@@ -76,15 +75,6 @@ def bandwidth(device: torch.device) -> dict[str, float]:
     return {"read_gb_s": 1e3 * gb / read, "copy_gb_s": 2e3 * gb / copy}
 
 
-def gigabytes(*modules: nn.Module) -> float:
-    return sum(p.numel() * p.element_size() for module in modules for p in module.parameters()) / 1e9
-
-
-def kv_gigabytes(kv: Tensor, length: int) -> float:
-    """Of the first `length` slots of a cache [..., S, D]."""
-    return kv.numel() * kv.element_size() / 1e9 * length / kv.shape[-2]
-
-
 def freeze(engine: Engine, ids: list[int], new_tokens: int) -> int:
     """Continue the prompt by some `new_tokens`, then call it done: from here on a cycle does all its work and commits
     nothing. (It moves features all the same: drafts become bad ones, which cost as much.) Returns the text's length."""
@@ -100,8 +90,7 @@ def freeze(engine: Engine, ids: list[int], new_tokens: int) -> int:
 def cycle_parts(engine: Engine) -> list[dict]:
     """The parts of a frozen engine's cycle, in order: ms, and the GB of weights, keys and values that each reads."""
     state, drafter, model, length, parts = engine.state, engine.drafter, engine.model, int(engine.state.length), []
-    draft_gb = (drafter.fc.nbytes + drafter.lm_head.nbytes) / 1e9 + gigabytes(drafter.head.layer) + kv_gigabytes(
-        drafter.head.kv, length)
+    draft_gb = gigabytes(drafter.fc, drafter.lm_head, drafter.head.layer) + kv_gigabytes(drafter.head.kv, length)
 
     def part(name: str, gb: float, function: Callable[[], object]) -> object:
         parts.append({"part": name, "ms": timed(function, engine.device), "gb": gb})
@@ -116,10 +105,6 @@ def cycle_parts(engine: Engine) -> list[dict]:
                             partial(engine.verify, where[0], tree))
     part("accept and compact", 0, partial(engine.commit, where[0], tree, features, chosen))
     return parts
-
-
-def step_gb(model: Llama, length: int) -> float:
-    return gigabytes(model.layers, model.lm_head) + kv_gigabytes(model.kv, length)
 
 
 @torch.inference_mode()
@@ -195,7 +180,9 @@ def startup(args: argparse.Namespace) -> dict[str, float]:
         sys.executable, Path(__file__).parent / "generate.py", "--checkpoint", args.checkpoint, "--eagle2", "--prompt",
         "Why is the sky blue?", "--max_new_tokens", "8", "--device", args.device, "--dtype", args.dtype,
         *(["--draft", args.draft] if args.draft else []),
-        *(["--draft_vocab", str(args.draft_vocab)] if args.draft_vocab is not None else [])]
+        *(["--draft_vocab", str(args.draft_vocab)] if args.draft_vocab is not None else []),
+        *(["--quantize", args.quantize] if args.quantize else []),
+        *(["--group", str(args.group)] if args.group else [])]
     with tempfile.TemporaryDirectory() as cache:
         for name in ("cold", "warm"):
             start, env = time.perf_counter(), os.environ | {"TRITON_CACHE_DIR": cache}
@@ -219,8 +206,9 @@ def describe(args: argparse.Namespace) -> str:
                  "--query-gpu=power.limit,clocks.sm,clocks.max.sm,clocks.mem"], capture_output=True, text=True)
             limit, now, most, memory = (query.stdout.strip().split(", ") + ["?"] * 4)[:4]
             device += f" (power limit {limit}, SM clock {now} of {most}, memory {memory})"
+    weights = args.quantize or (args.checkpoint.stem if args.checkpoint.is_file() else "")
     line = (f"{device}, torch {torch.__version__}, triton {getattr(linears.triton, '__version__', 'absent')}, "
-            f"{args.dtype}, {time.strftime('%Y-%m-%d')}.")
+            f"{args.dtype}{weights and ', weights ' + weights}, {time.strftime('%Y-%m-%d')}.")
     return line if args.shape is None else (
         f"{line} {args.shape} is a shape: its cost, with the text and acceptance of {args.checkpoint.name}.")
 
@@ -275,7 +263,9 @@ def report(result: dict, part: dict) -> str:
 def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description="Time the parts of a decode cycle, and EAGLE-2 against plain decoding.")
     p.add_argument("--checkpoint", type=Path, required=True, help="converted folder, or a model file in it")
-    p.add_argument("--draft", type=Path, help="folder of the draft head (default: <checkpoint>/eagle)")
+    p.add_argument("--draft", type=Path, help="draft head: its folder, or a file in it (default: <checkpoint>/eagle)")
+    p.add_argument("--quantize", choices=MODES, help="quantise target and draft head, after widening")
+    p.add_argument("--group", type=int, choices=GROUPS, help="columns that share a scale, with int4 (default: 128)")
     p.add_argument("--draft_vocab", type=int, help="draft only so many of the head's frequent tokens; 0: all")
     p.add_argument("--shape", choices=SHAPES, help="widen the checkpoint to this shape (default: as it is)")
     p.add_argument("--contexts", type=int, nargs="+", default=[512, 3500],
@@ -297,6 +287,8 @@ def parse_args() -> argparse.Namespace:
     for wrong, message in (
             (args.max_new_tokens < 2 or args.rounds < 1, "--max_new_tokens must be 2 or more, --rounds 1 or more"),
             (args.startup and args.shape, "--startup is for a checkpoint as it is, without --shape"),
+            (args.group and args.quantize != "int4", "--group is for --quantize int4; a quantised file has its own"),
+            (args.quantize and (args.transformers or args.gpt_fast), "other engines run without --quantize"),
             (args.gpt_fast and not (args.gpt_fast / "model.py").is_file(), f"--gpt_fast {args.gpt_fast}: no model.py "
              "there; clone github.com/meta-pytorch/gpt-fast and check out 32971d3"),
             (args.transformers and not importlib.util.find_spec("transformers"),
@@ -329,9 +321,10 @@ def bench(args: argparse.Namespace, result: dict) -> None:
     others = {f"transformers, {cache} cache": transformers_decoder(model, stop_ids, cache)
               for cache in ("dynamic", "static") if args.transformers}
     others |= {"gpt-fast": gpt_fast_decoder(model, stop_ids, args.gpt_fast)} if args.gpt_fast else {}
-    for part, group in zip(result["contexts"], prompts if others else []):
-        part["speed"] |= {name: score(runs, part["texts"]) for name, runs in race(others, group[:2], n, 1).items()}
-        print(speed_table(result, part), flush=True)
+    for part, group in zip(result["contexts"], prompts):
+        for name, decode in others.items():  # one may take minutes to compile: what is known so far is shown
+            part["speed"][name] = score(race({name: decode}, group[:2], n, 1)[name], part["texts"])
+            print(speed_table(result, part), flush=True)
 
 
 def main() -> None:

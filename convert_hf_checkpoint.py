@@ -25,13 +25,12 @@ from gguf import GGUFReader, dequantize
 from huggingface_hub import constants, errors, snapshot_download
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
-from tqdm import tqdm
 
 from draft import VOCAB, load_head
 from model import FORMAT, Config, Llama, read_tensors
+from tensor_files import write_file
 from tokenizer_files import LLAMA3_SPLIT, read_json
 
-DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # as a safetensors header spells them
 FILES = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
          "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja"}
 NAMES = {  # our modules, and those of Hugging Face that they stack along the rows, in this order
@@ -172,8 +171,9 @@ def staged(out: Path, source: Path) -> Iterator[Path]:
     part.mkdir(parents=True)
     try:
         yield part
-        for old in ("config.json", *FILES, "model.safetensors", "pytorch_model.bin"):  # never mix old and new
-            (out / old).unlink(missing_ok=True)
+        old = ("config.json", *FILES, "model.safetensors", "pytorch_model.bin")  # never mix old and new
+        for file in (*map(out.joinpath, old), *out.glob("model-int*.safetensors")):
+            file.unlink(missing_ok=True)
         for file in sorted(part.iterdir(), key=lambda file: file.name == "config.json"):
             os.replace(file, out / file.name)
     except Exception as err:  # whatever is wrong with the source or the disk
@@ -184,7 +184,7 @@ def staged(out: Path, source: Path) -> Iterator[Path]:
 
 
 def write_weights(path: Path, tensors: dict[str, Lazy], config: Config, dtype: torch.dtype, source: str) -> None:
-    """A safetensors file: the length of the header, the header in JSON, and the bytes, one piece after the other."""
+    """The tensors of a Llama, each of one or more pieces."""
     with torch.device("meta"):
         wanted = Llama(config, qkv_bias=any(name.endswith("q_proj.bias") for name in tensors)).state_dict()
     if config.tie_word_embeddings:
@@ -195,21 +195,13 @@ def write_weights(path: Path, tensors: dict[str, Lazy], config: Config, dtype: t
     unknown = [name for name in tensors if name not in names and not name.endswith("rotary_emb.inv_freq")]
     if missing or unknown:
         raise ValueError(f"config.json does not fit the weights: missing {missing[:4]}, not implemented {unknown[:4]}")
-    header, end = {"__metadata__": {"format": FORMAT, "source": source, "dtype": str(dtype).removeprefix("torch.")}}, 0
     for ours, like in wanted.items():
         found = [tensors[name][0] for name in pieces[ours]]
         if sum(map(math.prod, found)) != like.numel() or any(shape[1:] != like.shape[1:] for shape in found):
             raise ValueError(f"config.json does not fit the weights: {pieces[ours]} {found} make no {list(like.shape)}")
-        start, end = end, end + like.numel() * dtype.itemsize
-        header[ours] = {"dtype": DTYPES[dtype], "shape": list(like.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # aligns the data
-    if (free := shutil.disk_usage(path.parent).free) < end + len(text):
-        raise OSError(f"{end / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free on that disk; choose another with --out")
-    with open(path, "wb") as file, tqdm(total=end, unit="B", unit_scale=True, desc="converting") as bar:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            bar.update(file.write(tensors[name][1]().to(dtype).contiguous().flatten().view(torch.uint8).numpy()))
+        wanted[ours] = like.to(dtype)
+    metadata = {"format": FORMAT, "source": source, "dtype": str(dtype).removeprefix("torch.")}
+    write_file(path, wanted, (tensors[name][1]().to(dtype) for name in names), metadata, "converting")
 
 
 def convert(source: Path, out: Path, dtype: torch.dtype = torch.bfloat16, name: str | None = None) -> None:

@@ -24,7 +24,9 @@ import tree
 import tree_kernels
 from kernels import TreeMask, causal_mask, tree_mask
 from linears import linear
-from model import Config, Layer, Llama, fill, read_tensors, rope_table
+from model import Config, Layer, Llama, fill, read_tensors, rope_table, stored_mode
+from qlinears import Quantized
+from quantizers import quantize_linears, quantize_weight
 from tree import MAX_NODES, Level, State, Tree, build, root
 
 Where = tuple[Tensor, Tensor, Tensor]  # of a tree: the root's slot 0-d, then places and scratch slots [fed nodes]
@@ -45,12 +47,13 @@ class EagleHead(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.fc = nn.Linear(2 * cfg.hidden_size, cfg.hidden_size, bias=fc_bias)
+        self.of_embedding = None  # once quantised: the columns of fc that read embeddings, [C, C]
         self.layer = Layer(cfg, qkv_bias=qkv_bias, norm_input=False)
         self.kv = self.rope = self.vocab = None
 
     def allocate_cache(self, slots: int) -> None:
         """Sized by the engine's context, never by the head's config: published heads say 2048."""
-        cfg, like = self.cfg, self.fc.weight
+        cfg, like = self.cfg, self.layer.mlp_norm.weight
         if self.kv is not None and self.kv.shape[3] >= slots:
             return  # engines may share a head, as they share a model
         self.kv = like.new_zeros(2, 1, cfg.num_kv_heads, slots, cfg.head_dim)
@@ -62,23 +65,34 @@ class EagleHead(nn.Module):
         predicted features [B, T, C]."""
         return self.layer(x, rope, None if cache_pos is None else self.kv, cache_pos, mask)
 
+    def quantize(self, mode: str, group: int = 128, device: torch.device | str | None = None) -> None:
+        """All but what reads embeddings, which becomes a table and then is no longer needed."""
+        of_embedding, of_feature = self.fc.weight.detach().chunk(2, dim=1)
+        self.of_embedding, self.fc.weight = (nn.Parameter(t, False) for t in (of_embedding, of_feature))
+        quantize_linears(self, mode, group, device)
 
-def load_head(folder: Path | str, target: Llama, vocab: int | None = None) -> EagleHead:
+
+def load_head(folder: Path | str, target: Llama, vocab: int | None = None, quantize: str | None = None,
+              group: int = 128) -> EagleHead:
     """An EAGLE-1/2 head as published: config.json and model.safetensors or pytorch_model.bin. draft_vocab.json may
     lie beside them, which train.py makes: the tokens worth drafting. `vocab`: only so many of these; 0: any token.
+    Or one file of such a folder, such as quantize.py writes. quantize: to this mode.
 
     The file decides whether there are biases (configs have been wrong); its copy of the embedding is ignored.
     Raises FileNotFoundError, or ValueError where the head is damaged, of another kind, or of another model.
     """
-    folder, weight = Path(folder), target.embed.weight
+    folder, weight, path = Path(folder), target.embed.weight, None
+    if folder.is_file():
+        folder, path = folder.parent, folder
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no draft head there; fetch one with `convert_hf_checkpoint.py ... "
                                 "--eagle ID`, train one with train.py, or name its folder with --draft")
     cfg = Config.load(folder, model_type="llama")
-    path = next((p for p in (folder / "model.safetensors", folder / "pytorch_model.bin") if p.is_file()), None)
+    path = path or next((p for p in (folder / "model.safetensors", folder / "pytorch_model.bin") if p.is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{folder}: neither model.safetensors nor pytorch_model.bin is there")
-    published, _ = read_tensors(path)
+    published, metadata = read_tensors(path)
+    mode, stored = stored_mode(path, metadata, quantize)
     if any(name.startswith("midlayer.") or name == "d2t" for name in published):
         raise ValueError(f"{path}: this is an EAGLE-3 head; only EAGLE-1/2 heads are implemented")
     if cfg.hidden_size != target.cfg.hidden_size or cfg.vocab_size != target.cfg.vocab_size or (
@@ -88,7 +102,12 @@ def load_head(folder: Path | str, target: Llama, vocab: int | None = None) -> Ea
     tensors = native_names(published, path)
     with torch.device("meta"):
         head = EagleHead(cfg, fc_bias="fc.bias" in tensors, qkv_bias="layer.wqkv.bias" in tensors)
-    fill(head, tensors, path, weight.device, weight.dtype)
+    if mode:
+        head.quantize(mode, stored)
+    fill(head, tensors, path, *(("cpu", None) if quantize else (weight.device, weight.dtype)))
+    if quantize:
+        head.quantize(quantize, group, weight.device)
+        head.to(weight.device, weight.dtype)
     if vocab != 0 and (vocab or (folder / VOCAB).is_file()):
         head.vocab = read_vocab(folder / VOCAB, cfg.vocab_size, vocab).to(weight.device)
     return head
@@ -130,6 +149,14 @@ def native_names(published: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def drafting_rows(weight: Tensor | Quantized, ids: Tensor | None, quantized: bool) -> Tensor | Quantized:
+    """The lm_head's rows of these ids (None: all); int8 for a quantised head, though the target's may not be."""
+    if not isinstance(weight, Quantized):
+        weight = weight if ids is None else weight[ids]
+        return quantize_weight(weight.detach(), "int8") if quantized else weight
+    return weight if ids is None else weight._replace(data=weight.data[ids], scale=weight.scale[ids])
+
+
 def steps(device: torch.device) -> ModuleType:
     """The small steps of a cycle: tree.py's, or on a GPU the kernels of the same names."""
     return tree_kernels if device.type == "cuda" else tree
@@ -142,12 +169,16 @@ class Eagle:
 
     def __init__(self, head: EagleHead, target: Llama, max_depth: int) -> None:
         self.head, self.ids, self.max_depth = head, head.vocab, max_depth
-        self.lm_head = target.lm_head.weight if self.ids is None else target.lm_head.weight[self.ids]
+        self.lm_head = drafting_rows(target.lm_head.weight, self.ids, head.of_embedding is not None)
         device = target.embed.weight.device
         self.steps, self.entries = steps(device), torch.arange(max_depth + 1, device=device)
         with torch.no_grad():  # fc of an embedding and a feature is a sum; the embedding's share is a table
-            of_embedding, of_feature = head.fc.weight.chunk(2, dim=1)
-            self.fc, self.embedded = of_feature.contiguous(), F.linear(target.embed.weight, of_embedding, head.fc.bias)
+            if head.of_embedding is None:
+                of_embedding, of_feature = head.fc.weight.chunk(2, dim=1)
+                of_feature = of_feature.contiguous()
+            else:
+                of_embedding, of_feature = head.of_embedding, head.fc.weight
+            self.fc, self.embedded = of_feature, F.linear(target.embed.weight, of_embedding, head.fc.bias)
 
     def prefill(self, tokens: Tensor, features: Tensor, slots: Tensor, mask: Tensor | TreeMask) -> None:
         """Feed entries `slots` [T]: features [T, C] of those places and tokens [T] of the next places."""

@@ -19,6 +19,7 @@ import torch
 from draft import Eagle1, Eagle2, load_head
 from engine import Engine, Sampling, Vanilla
 from model import load_model
+from quantizers import GROUPS, MODES
 from tokenizer import Tokenizer
 
 CPU_TREE = (8, 3, 3)  # tokens, depth, topk where width is not free; see BENCHMARKS.md
@@ -87,7 +88,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     method = p.add_mutually_exclusive_group()
     method.add_argument("--eagle2", action="store_true", help="draft with EAGLE-2's dynamic tree")
     method.add_argument("--eagle", action="store_true", help="draft with EAGLE's fixed tree")
-    p.add_argument("--draft", type=Path, help="folder of the draft head (default: <checkpoint>/eagle)")
+    p.add_argument("--draft", type=Path, help="draft head: its folder, or a file in it (default: <checkpoint>/eagle)")
+    p.add_argument("--quantize", choices=MODES, help="quantise target and draft head on load (better: quantize.py)")
+    p.add_argument("--group", type=int, choices=GROUPS, help="columns that share a scale, with int4 (default: 128)")
     p.add_argument("--prompt", required=True, help="the text, - for stdin, or @FILE")
     p.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
     p.add_argument("--max_new_tokens", type=int, default=256)
@@ -113,6 +116,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             ((args.draft or args.compare or args.draft_vocab is not None) and not (args.eagle2 or args.eagle),
              "--draft, --draft_vocab and --compare need --eagle2 or --eagle"),
             ((args.draft_vocab or 0) < 0, "--draft_vocab must be 0 or more"),
+            (args.group and args.quantize != "int4", "--group is for --quantize int4; a quantised file has its own"),
             (args.max_new_tokens < 1, "--max_new_tokens must be at least 1"),
             (args.max_seq_len is not None and args.max_seq_len < 2, "--max_seq_len must be at least 2"),
             (not 0 <= args.temperature < float("inf"), "--temperature must be 0 or more"),
@@ -136,13 +140,14 @@ def load(args: argparse.Namespace) -> tuple[Engine, Tokenizer]:
     fast_bf16 = torch.cuda.is_bf16_supported() if device == "cuda" else (
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     default = "bfloat16" if fast_bf16 else "float16" if device == "cuda" else "float32"
-    model = load_model(args.checkpoint, device, DTYPES[args.dtype or default])
+    how = (args.quantize, args.group or 128)
+    model = load_model(args.checkpoint, device, DTYPES[args.dtype or default], *how)
     tokenizer = Tokenizer(folder)
     if tokenizer.vocab_size > model.cfg.vocab_size:
         raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.cfg.vocab_size}")
     drafter = Vanilla(device)
     if args.eagle2 or args.eagle:
-        head = load_head(args.draft or folder / "eagle", model, args.draft_vocab)
+        head = load_head(args.draft or folder / "eagle", model, args.draft_vocab, *how)
         tokens, depth, topk = (60, 6, 10) if device == "cuda" else CPU_TREE
         drafter = Eagle1(head, model) if args.eagle else Eagle2(
             head, model, args.draft_tokens or tokens, args.draft_depth or depth, args.draft_topk or topk)

@@ -13,6 +13,8 @@ Where N is too small to occupy the machine, K is split: each split writes its fp
 last adds all of them up in a fixed order: the same bits whoever that is. With many rows the norm gets a kernel of its
 own: x * g has to pass through registers, and every product would wait for it.
 
+Weights of 8 or 4 bits go through the same kernel, with loops of their own: qlinears.py.
+
 Legend: M rows of x, K inputs, N rows of the weights, width = N or, gated, N / 2 outputs.
 """
 import math
@@ -24,11 +26,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import device_limits, rope_store
+from qlinears import INTERPRET, Quantized, integer_config, integer_linear, quantize_triton
 
 try:
     import triton
     import triton.language as tl
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+    from qlinears import stream_int4, stream_int8
 except ImportError:  # a machine without a GPU needs none of it
     triton = None
 
@@ -47,9 +52,9 @@ class Config(NamedTuple):
     ahead: int = 4  # K blocks prefetched into L2 while the kernel before still runs (Hopper)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: tuple[Tensor, float] | None = None,
-           residual: Tensor | None = None, gated: bool = False,
-           heads: tuple[Tensor, Tensor, Tensor] | None = None, dtype: torch.dtype | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None, norm: tuple[Tensor, float] | None = None,
+           residual: Tensor | None = None, gated: bool = False, heads: tuple[Tensor, Tensor, Tensor] | None = None,
+           dtype: torch.dtype | None = None) -> Tensor:
     """x [..., K], weight [N, K], bias [N], norm (weight [K], eps), residual [..., width] -> [..., width].
 
     gated: the first N / 2 rows of the weights are the gate's, the others up's, and the output is silu(gate) * up.
@@ -65,43 +70,52 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: tuple[Te
     return linear_triton(x.reshape(rows, K), weight, bias, norm, flat, gated, heads, dtype).view(*x.shape[:-1], -1)
 
 
-def linear_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: tuple[Tensor, float] | None = None,
-                 residual: Tensor | None = None, gated: bool = False) -> Tensor:
+def linear_torch(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None,
+                 norm: tuple[Tensor, float] | None = None, residual: Tensor | None = None,
+                 gated: bool = False) -> Tensor:
     """What `linear` computes, in plain PyTorch: each step rounded to x's dtype."""
     if norm is not None:
         x = F.rms_norm(x, x.shape[-1:], *norm)
-    y = F.linear(x, weight, bias)
+    y = (integer_linear if isinstance(weight, Quantized) else F.linear)(x, weight, bias)
     if gated:
         gate, up = y.chunk(2, dim=-1)
         y = F.silu(gate) * up
     return y if residual is None else residual + y
 
 
-def linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: tuple[Tensor, float] | None = None,
-                  residual: Tensor | None = None, gated: bool = False,
+def linear_triton(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None,
+                  norm: tuple[Tensor, float] | None = None, residual: Tensor | None = None, gated: bool = False,
                   heads: tuple[Tensor, Tensor, Tensor] | None = None, dtype: torch.dtype | None = None,
                   config: Config | None = None, pdl: bool = True) -> Tensor:
     """`linear` by the kernel. pdl: on Hopper, start while the kernel before drains."""
-    (M, K), N = x.shape, len(weight)
-    sms, capability = device_limits(x.device)
-    BM, BN, BK, SK, warps, stages, ahead = config or linear_config(M, N, K, sms, capability)
+    (M, K), N, integers = x.shape, weight.shape[0], isinstance(weight, Quantized)
+    data, w_scale, group, planes, _ = weight if integers else (weight, None, 0, 0, False)
+    (sms, capability), columns = device_limits(x.device), data.shape[1]  # a column of int4 is two weights
+    BM, BN, BK, SK, warps, stages, ahead = config or (
+        integer_config(M, N, columns, planes, group, sms, capability) if integers else
+        linear_config(M, N, K, sms, capability))
     pdl, width, tiles = pdl and capability >= (9, 0), N // 2 if gated or heads else N, triton.cdiv(N, BN)
     rope, cache_pos, kv = heads or (None, None, None)
     kv_heads, slots, size = kv.shape[1:] if heads else (0, 0, 2)
     assert kv is None or (kv.is_contiguous() and rope.is_contiguous() and not gated)
-    assert M <= BM and weight.is_contiguous() and (SK == 1 or tiles <= MAX_TILES)
-    x, residual, out = x.contiguous(), None if residual is None else residual.contiguous(), x.new_empty(
-        M, N - 2 * kv_heads * size if heads else width, dtype=dtype)
-    (g, eps), launch = norm or (None, 0.0), {"launch_pdl": True} if pdl else {}
-    if g is not None and M > NORM_ROWS:
-        raw, x = x, torch.empty_like(x)
-        norm_kernel[(M,)](raw, g, x, eps, K, triton.next_power_of_2(K), pdl, num_warps=8, **launch)
-        g = None
-    partial = x.new_empty(tiles * SK * (BN + 1) * BM, dtype=torch.float32) if SK > 1 else None
+    assert M <= BM and data.is_contiguous() and (SK == 1 or tiles <= MAX_TILES)
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+    out = x.new_empty(M, N - 2 * kv_heads * size if heads else width, dtype=dtype)
+    (g, eps), launch, x_scale, sums, groups = norm or (None, 0.0), {"launch_pdl": True} if pdl else {}, None, None, 0
+    if integers:
+        (x, x_scale, sums), g = quantize_triton(x, weight, norm, pdl), None
+    elif g is not None and M > NORM_ROWS:
+        row = triton.next_power_of_2(K)
+        norm_kernel[(M,)](x, g, normed := torch.empty_like(x), eps, K, row, pdl, num_warps=8, **launch)
+        x, g = normed, None
+    if group:  # scale and offset of a group are one word
+        w_scale, groups = w_scale.view(torch.int32), max(16, triton.next_power_of_2(len(w_scale)))
+    partial = out.new_empty(tiles * SK * (BN + 1) * BM, dtype=torch.float32) if SK > 1 else None
     linear_kernel[(tiles * SK,)](
-        x, weight, bias, g, eps, residual, out, partial, counters(x.device) if SK > 1 else None, rope, cache_pos, kv,
-        M, width, K, slots, D=size, KV_HEADS=kv_heads, GATED=gated, EVEN_K=K % BK == 0, BM=BM, BN=BN, BK=BK, SK=SK,
-        STAGES=stages, AHEAD=ahead, PDL=pdl, num_warps=warps, **launch)
+        x, data, bias, g, eps, residual, out, partial, counters(x.device) if SK > 1 else None, rope, cache_pos, kv,
+        x_scale, sums, w_scale, M, width, K, columns, slots, D=size, KV_HEADS=kv_heads, GATED=gated,
+        EVEN_K=K % (2 * BK if group else BK) == 0, BM=BM, BN=BN, BK=BK, SK=SK, STAGES=stages, AHEAD=ahead, PDL=pdl,
+        PLANES=planes, GROUP=group, GROUPS=groups, INTERPRET=INTERPRET, num_warps=warps, **launch)
     return out
 
 
@@ -154,10 +168,13 @@ if triton is not None:
 
     @triton.jit
     def linear_kernel(x_ptr, w_ptr, bias_ptr, norm_ptr, eps, res_ptr, out_ptr, partial_ptr, count_ptr, rope_ptr,
-                      slot_ptr, kv_ptr, M, width, K, S, D: tl.constexpr, KV_HEADS: tl.constexpr,
+                      slot_ptr, kv_ptr, x_scale_ptr, sums_ptr, w_scale_ptr, M, width, K,
+                      columns, S,
+                      D: tl.constexpr, KV_HEADS: tl.constexpr,
                       GATED: tl.constexpr, EVEN_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                       BK: tl.constexpr, SK: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
-                      PDL: tl.constexpr):
+                      PDL: tl.constexpr, PLANES: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+                      INTERPRET: tl.constexpr):
         tile, split = tl.program_id(0) // SK, tl.program_id(0) % SK
         ROPE: tl.constexpr = rope_ptr is not None
         HALVES: tl.constexpr = 2 if GATED or ROPE else 1
@@ -167,15 +184,22 @@ if triton is not None:
             row = col // (D // 2) * D + col % (D // 2) + r % 2 * (D // 2)
         else:  # gated: even rows are gate's, odd ones up's
             row = col + r % HALVES * width
-        w_rows = w_ptr + row.to(tl.int64)[:, None] * K
-        blocks = tl.cdiv(K, BK)
+        w_rows = w_ptr + row.to(tl.int64)[:, None] * columns
+        blocks = tl.cdiv(columns, BK)
         first, last = split * blocks // SK * BK, (split + 1) * blocks // SK * BK
         if PDL:  # weights depend on no kernel, everything else does
             gdc_launch_dependents()
             if AHEAD:
-                prefetch(w_rows, first, K, AHEAD * BK)
+                prefetch(w_rows, first, columns, AHEAD * BK, 128 if PLANES else 64)
             gdc_wait()
-        acc, squares = stream(x_ptr, w_rows, norm_ptr, M, K, first, last, EVEN_K, BM, BN, BK, STAGES)
+        if GROUP:
+            acc, squares = stream_int4(x_ptr, sums_ptr, w_rows, row, w_scale_ptr, M, width * HALVES, K, columns,
+                                       first, last, EVEN_K, GROUP, GROUPS, PLANES, BM, BN, BK, STAGES, INTERPRET), None
+        elif PLANES:
+            acc, squares = stream_int8(x_ptr, w_rows, w_scale_ptr + row, M, K, first, last, EVEN_K, PLANES, BM, BN, BK,
+                                       STAGES), None
+        else:
+            acc, squares = stream(x_ptr, w_rows, norm_ptr, M, K, first, last, EVEN_K, BM, BN, BK, STAGES)
         m, n = tl.arange(0, BM)[None, :], (tile * (BN // HALVES) + tl.arange(0, BN // HALVES))[:, None]
         inside = (m < M) & (n < width)
         if res_ptr is not None:
@@ -188,6 +212,8 @@ if triton is not None:
             acc, squares = add_up(tile_ptr, NORM, BM, BN, SK)
         if norm_ptr is not None:
             acc *= tl.rsqrt(squares / K + eps)[None, :]
+        if PLANES:
+            acc *= tl.load(x_scale_ptr + m, mask=m < M, other=0.0)
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + row).to(tl.float32)[:, None]
         if HALVES == 2:
@@ -270,8 +296,8 @@ if triton is not None:
         return acc, squares
 
     @triton.jit
-    def prefetch(w_rows, first, K, COLUMNS: tl.constexpr):
-        """Ask L2 for the first COLUMNS of each row, one request a line of 128 bytes (two bytes a weight)."""
-        k = tl.minimum(first + tl.arange(0, COLUMNS // 64) * 64, K - 1)
+    def prefetch(w_rows, first, columns, COUNT: tl.constexpr, LINE: tl.constexpr):
+        """Ask L2 for the first COUNT columns of each row, one request a line of 128 bytes."""
+        k = tl.minimum(first + tl.arange(0, COUNT // LINE) * LINE, columns - 1)
         tl.inline_asm_elementwise("prefetch.global.L2 [$1]; // $0", "=r,l", [w_rows + k[None, :]], dtype=tl.int32,
                                   is_pure=False, pack=1)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from kernels import TreeMask, rope_store, tree_attention
 from linears import linear
+from quantizers import quantize_linears
 
 FORMAT = "eagle2-native-1"  # the safetensors metadata entry that tells a converted file from any other
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -288,16 +289,27 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], path: Path, device: torc
         if names:
             raise ValueError(f"{path}: {problem} {', '.join(sorted(names)[:3])} (config.json describes another model?)")
     for name, tensor in tensors.items():
-        if tensor.shape != wanted[name].shape:
-            raise ValueError(f"{path}: {name} is {list(tensor.shape)}, "
-                             f"config.json asks for {list(wanted[name].shape)}")
-        tensors[name] = tensor.to(device, dtype)
+        like, integers = wanted[name], name.endswith((".data", ".scale"))
+        if tensor.shape != like.shape or integers and tensor.dtype != like.dtype:
+            raise ValueError(f"{path}: {name} is {list(tensor.shape)}, config.json asks for {list(like.shape)}"
+                             + f" in the file's mode, as {like.dtype}" * integers)
+        tensors[name] = tensor.to(device, None if integers else dtype)
     module.load_state_dict(tensors, assign=True)
     module.requires_grad_(False).eval()
 
 
-def load_model(path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Llama:
-    """A converted checkpoint: its folder, or one model file in it. dtype None keeps the file's.
+def stored_mode(path: Path, metadata: dict[str, str], quantize: str | None) -> tuple[str | None, int]:
+    """How a file says that it is quantised, mode and group; ValueError if it is to be quantised once more."""
+    mode, group = metadata.get("mode"), metadata.get("group", "0")
+    if mode and quantize:
+        raise ValueError(f"{path}: holds {mode} already (group {group}); for {quantize} take model.safetensors")
+    return mode, int(group) if group.isdecimal() else 0
+
+
+def load_model(path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
+               quantize: str | None = None, group: int = 128) -> Llama:
+    """A converted checkpoint: its folder, or one model file in it, such as quantize.py writes. dtype None keeps the
+    file's. quantize: to this mode, one tensor at a time, so that no more than the result need fit `device`.
 
     Raises FileNotFoundError or ValueError with one line that says what to do.
     """
@@ -309,11 +321,18 @@ def load_model(path: Path | str, device: torch.device | str = "cpu", dtype: torc
     tensors, metadata = read_tensors(file)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{file}: not a converted checkpoint; run `python convert_hf_checkpoint.py {file.parent}`")
+    mode, stored = stored_mode(file, metadata, quantize)
+    tied = cfg.tie_word_embeddings and mode is None
     with torch.device("meta"):
         model = Llama(cfg, qkv_bias="layers.0.wqkv.bias" in tensors)
-    if cfg.tie_word_embeddings and "embed.weight" in tensors:
+    if mode:
+        quantize_linears(model, mode, stored)
+    if tied and "embed.weight" in tensors:
         tensors["lm_head.weight"] = tensors["embed.weight"]
-    fill(model, tensors, file, device, dtype)
-    if cfg.tie_word_embeddings:
+    fill(model, tensors, file, *(("cpu", None) if quantize else (device, dtype)))
+    if quantize:
+        quantize_linears(model, quantize, group, device)
+        return model.to(device, dtype)
+    if tied:
         model.lm_head.weight = model.embed.weight  # assign=True made two parameters of one tensor
     return model

@@ -7,13 +7,34 @@ import argparse
 import json
 
 import torch
+from torch import Tensor, nn
 
 from draft import EagleHead, load_head
 from engine import Engine, Vanilla
 from generate import DTYPES
 from model import Llama, load_model
+from qlinears import Quantized
+from quantizers import quantize_linears
 from tokenizer import Tokenizer
 from widen import SHAPES, widen_head, widen_model
+
+
+def gigabytes(*parts: nn.Module | Tensor | Quantized) -> float:
+    """Of all weights, their scales included."""
+    tensors = [t for part in parts for t in (
+        (*part.parameters(), *part.buffers()) if isinstance(part, nn.Module) else
+        (part.data, part.scale) if isinstance(part, Quantized) else (part,))]
+    return sum(t.nbytes for t in tensors) / 1e9
+
+
+def kv_gigabytes(kv: Tensor, length: int) -> float:
+    """Of the first `length` slots of a cache [..., S, D]."""
+    return kv.nbytes / 1e9 * length / kv.shape[-2]
+
+
+def step_gb(model: Llama, length: int) -> float:
+    """What one forward of the model reads after a text of this length."""
+    return gigabytes(model.layers, model.lm_head) + kv_gigabytes(model.kv, length)
 
 
 def fill_context(tokenizer: Tokenizer, questions: list[str], length: int) -> list[list[int]]:
@@ -57,11 +78,14 @@ def load(args: argparse.Namespace) -> tuple[Llama, EagleHead, list[list[list[int
     except (ValueError, KeyError, IndexError, TypeError):
         raise ValueError(f'{args.questions}: each line should be a JSON object with "turns", a list of texts') from None
     prompts, stop = [fill_context(tokenizer, questions, n) for n in args.contexts], tokenizer.stop_ids
-    dtype, device = DTYPES[args.dtype], args.device
-    model = load_model(args.checkpoint, device, torch.float32 if args.shape else dtype)  # widening rounds once
-    head = load_head(args.draft or folder / "eagle", model, args.draft_vocab)
+    dtype, device, how = DTYPES[args.dtype], args.device, (args.quantize, args.group or 128)
+    first = (None,) if args.shape else how
+    model = load_model(args.checkpoint, device, torch.float32 if args.shape else dtype, *first)  # widening rounds once
+    head = load_head(args.draft or folder / "eagle", model, args.draft_vocab, *first)
     if args.shape is None:
         return model, head, prompts, stop
+    if isinstance(model.lm_head.weight, Quantized) or head.of_embedding is not None:
+        raise ValueError("--shape widens unquantised weights: quantise the result with --quantize")
     shape, used = SHAPES[args.shape], {*stop, *(i for group in prompts for ids in group for i in ids)}
     if shape["vocab_size"] < model.cfg.vocab_size:  # what does the model write?
         longest = max(len(ids) for group in prompts for ids in group)
@@ -72,6 +96,9 @@ def load(args: argparse.Namespace) -> tuple[Llama, EagleHead, list[list[list[int
     place, noise = {old: new for new, old in enumerate(keep)}, torch.Generator(device).manual_seed(0)
     wide = widen_model(model, shape, keep, device, dtype, noise)
     wide_head = widen_head(head, shape, device, dtype, noise)
+    if args.quantize:
+        quantize_linears(wide, *how)
+        wide_head.quantize(*how)
     if head.vocab is not None:
         wide_head.vocab = torch.tensor([place[i] for i in head.vocab.tolist() if i in place], device=device)
     return (wide, wide_head,

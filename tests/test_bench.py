@@ -203,6 +203,25 @@ def test_command_line(arguments, gpt_fast: Path, tmp_path: Path, capsys, monkeyp
     assert tables == 2 * 3 + 1 + 2
 
 
+@pytest.mark.parametrize("mode, per_weight", [("int8", 1), ("int8dyn", 1), ("int4", 0.5)])
+@pytest.mark.parametrize("shape", [("--shape", "tiny"), ()])
+def test_quantized(mode: str, per_weight: float, shape: tuple, arguments, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights quantised before they are widened, GB/s of bytes that nobody reads any more, or a table that does not say
+    that it is of integers; and the text of both methods must be one."""
+    monkeypatch.setattr(bench, "elapsed", operations)
+    args, result = arguments(*shape, "--quantize", mode, "--contexts", 40, "--max_new_tokens", 8, "--rounds", 1,
+                             *(["--group", 64] if mode == "int4" else [])), {}
+    bench.bench(args, result)
+    part = result["contexts"][0]
+    assert part["speed"]["eagle2"]["same"] == 3 and f"weights {mode}" in result["device"]
+    if shape:
+        rows = 64 + 2 * 32 + 64 + 2 * 64  # of a layer's matrices that read 64 columns; w2 reads as many
+        columns, scales = (256, 4 * 4) if mode == "int4" else (64, 4)  # filled up, bytes a row
+        layer = (rows + 64) * (columns * per_weight + scales) + 4 * 2 * 64
+        assert part["parts"][4]["gb"] == pytest.approx(1e-9 * (
+            3 * layer + 200 * (64 + 4) + 4 * 3 * 2 * 4 * 8 * part["timed_at"]))
+
+
 def test_parts_are_those_of_a_cycle() -> None:
     """A part forgotten, or timed on a state that the cycle never sees: drafting and verifying alone, on a frozen
     engine, gives the tree and the choices of that engine's own cycle."""

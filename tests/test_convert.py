@@ -299,7 +299,7 @@ def test_interrupted_conversion_leaves_nothing_that_loads(failure, tmp_path, mon
             if len(calls) == 7:
                 raise failure
 
-    monkeypatch.setattr(convert_hf_checkpoint, "tqdm", Bar)
+    monkeypatch.setattr("tensor_files.tqdm", Bar)
     with pytest.raises(KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else ValueError):
         convert(tmp_path / "hf", tmp_path / "out")
     assert len(calls) == 7

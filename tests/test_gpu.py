@@ -17,6 +17,7 @@ import tree_kernels
 from draft import Eagle1, Eagle2, load_head
 from engine import Engine, Sampling, Vanilla
 from model import load_model
+from qlinears import Quantized, dequantize, pack, quantize_rows, rotate
 from tree import State
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -70,6 +71,32 @@ def test_linear(M: int, N: int, K: int) -> None:
         doubles = [tuple(a.double() if isinstance(a, Tensor) else a for a in arg) if isinstance(arg, tuple) else
                    arg.double() if isinstance(arg, Tensor) else arg for arg in args]
         assert error(outs[0], linears.linear_torch(*doubles)) < 1e-2
+
+
+@pytest.mark.parametrize("group, planes, rotated", [(0, 2, False), (0, 1, True), (128, 2, False), (64, 2, False)])
+@pytest.mark.parametrize("N, K", [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (5120, 13824),
+                                  (6144, 4096), (4096, 14336), (32000, 4096), (960, 576), (576, 1536), (1000, 832)])
+def test_integer_linear(N: int, K: int, group: int, planes: int, rotated: bool) -> None:
+    """int8, int8dyn and int4 against float64 of the dequantised weights, times activations as the format has them: the
+    layouts of operands in registers, groups, planes; five times the same bits."""
+    torch.manual_seed(N + K)
+    if group:
+        data = pack(torch.randint(-8, 8, (N, K), device="cuda"))
+        weight = Quantized(data, randn(data.shape[1] * 2 // group, N, 2) * 1e-3, group, planes)
+    else:
+        data = torch.randint(-127, 128, (N, K), device="cuda", dtype=torch.int8)
+        weight = Quantized(data, torch.rand(N, device="cuda") * 1e-3, 0, planes, rotated)
+    full = dequantize(weight, torch.float32)[:, :K].double()
+    for M in (1, 2, 7, 10, 16, 24, 32, 48, 60, 64):
+        x, norm = randn(M, K), (randn(K) * 0.1 + 1, 1e-5)
+        q, scale = quantize_rows(x, planes, rotated)
+        outs = [linears.linear(x, weight, dtype=torch.float32) for _ in range(5)]
+        assert all(torch.equal(out, outs[0]) for out in outs)
+        assert error(outs[0], (q.double() * scale) @ full.T) < 2e-3 / 30**(planes - 1), M  # a step of 8 bits may differ
+        gated = linears.linear(x, weight, None, norm, gated=True)
+        gate, up = (torch.nn.functional.rms_norm(x.double(), (K,), norm[0].double(), norm[1]) @ (
+            full if not rotated else rotate(full).double()).T).chunk(2, 1)
+        assert error(gated, torch.nn.functional.silu(gate) * up) < (4e-2 if planes == 1 else 1e-2), M
 
 
 @pytest.mark.parametrize("H, K, D, C", [(32, 32, 128, 4096), (32, 8, 128, 4096), (9, 3, 64, 576)])

@@ -33,12 +33,12 @@ CARDS = {(8, 0): 108, (8, 6): 82, (8, 9): 128, (9, 0): 132}  # capability: multi
 LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448}  # bytes of shared memory a program may have
 
 
-def in_child(call: str, interpret: bool) -> str:
-    """Run a function of this file in its own process. A failed assertion there is one here."""
+def in_child(call: str, interpret: bool, module: str = "test_linears") -> str:
+    """Run a function of this file, or of another one, in its own process. A failed assertion there is one here."""
     pytest.importorskip("triton")
     env = os.environ | {"PYTHONPATH": os.pathsep.join((str(HERE.parent), str(HERE)))}
     env["TRITON_INTERPRET"] = str(int(interpret))
-    child = subprocess.run([sys.executable, "-c", f"from test_linears import *; {call}"], text=True,
+    child = subprocess.run([sys.executable, "-c", f"from {module} import *; {call}"], text=True,
                            capture_output=True, env=env)
     assert child.returncode == 0, child.stdout[-2000:] + child.stderr[-4000:]
     return child.stdout
@@ -230,8 +230,8 @@ def test_config(cap: tuple[int, int]):
 
 
 def compile_kernel(config: Config, even: bool, cap: int, options: bool, norm: bool, dtype: str = "bf16",
-                   heads: bool = False) -> tuple:
-    """-> (PTX, TTGIR, bytes spilt, bytes of shared memory).
+                   heads: bool = False, planes: int = 0, group: int = 0) -> tuple:
+    """-> (PTX, TTGIR, bytes spilt, bytes of shared memory, cubin). planes, group: see qlinears.Quantized.
 
     options: bias, gated and, without a norm, a residual: what is normed is never what is added to it."""
     import triton
@@ -240,16 +240,21 @@ def compile_kernel(config: Config, even: bool, cap: int, options: bool, norm: bo
     names, pdl = linears.linear_kernel.arg_names, cap >= 90
     fixed = {k: v for k, v in zip(("BM", "BN", "BK", "SK"), config)} | {
         "GATED": options and not heads, "D": 128 if heads else 2, "KV_HEADS": 8 if heads else 0, "EVEN_K": even,
-        "STAGES": config.stages, "AHEAD": config.ahead, "PDL": pdl}
+        "STAGES": config.stages, "AHEAD": config.ahead, "PDL": pdl, "PLANES": planes, "GROUP": group,
+        "GROUPS": 128 if group else 0, "INTERPRET": False}
+    fixed |= {} if group else {"sums_ptr": None}
+    fixed |= {} if planes else dict.fromkeys(("x_scale_ptr", "w_scale_ptr"))
     fixed |= {} if norm else {"norm_ptr": None}
     fixed |= {} if options else {"bias_ptr": None}
     fixed |= {} if options and not norm and not heads else {"res_ptr": None}
     fixed |= {} if config.SK > 1 else dict.fromkeys(("partial_ptr", "count_ptr"))
     fixed |= {} if heads else dict.fromkeys(("rope_ptr", "slot_ptr", "kv_ptr"))
     types = {"M": "i32", "width": "i32", "K": "i32", "S": "i32", "eps": "fp32", "partial_ptr": "*fp32",
-             "count_ptr": "*i32", "slot_ptr": "*i64"}
+             "count_ptr": "*i32", "slot_ptr": "*i64", "columns": "i32", "x_scale_ptr": "*fp32", "sums_ptr": "*fp32",
+             "w_scale_ptr": "*i32" if group else "*fp32"} | ({"x_ptr": "*i8", "w_ptr": "*i8"} if planes else {})
     signature = {n: "constexpr" if n in fixed else types.get(n, "*" + dtype) for n in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*" or n in "width K"}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names)
+               if signature[n][0] == "*" or n in ("width", "K", "columns")}
     source = ASTSource(fn=linears.linear_kernel, signature=signature, attrs=aligned,
                        constexprs={(names.index(k),): v for k, v in fixed.items()})
     kernel = triton.compile(source, target=GPUTarget("cuda", cap, 32), options={"num_warps": config.warps})
@@ -258,13 +263,14 @@ def compile_kernel(config: Config, even: bool, cap: int, options: bool, norm: bo
         f.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         usage = subprocess.run([tool, "-res-usage", f.name], capture_output=True, text=True, check=True).stdout
-    return kernel.asm["ptx"], kernel.asm["ttgir"], int(re.search(r"STACK:(\d+)", usage)[1]), kernel.metadata.shared
+    stack = int(re.search(r"STACK:(\d+)", usage)[1])
+    return kernel.asm["ptx"], kernel.asm["ttgir"], stack, kernel.metadata.shared, kernel.asm["cubin"]
 
 
 def check_compiles(cap: int, some: bool = False) -> None:
     todo = sorted(configs((cap // 10, cap % 10)))
     for config, even in todo[::5] if some else todo:
-        ptx, ttgir, stack, shared = compile_kernel(config, even, cap, True, norm=config.BM <= NORM_ROWS)
+        ptx, ttgir, stack, shared, _ = compile_kernel(config, even, cap, True, norm=config.BM <= NORM_ROWS)
         assert stack == 0, f"{config} spills {stack} bytes on sm_{cap}"
         assert shared <= LIMIT[cap], f"{config} wants {shared} bytes of shared memory on sm_{cap}"
         wide = re.search(r"cp\.async\.cg|ld\.global\S*\.v4\.b32", ptx)
@@ -280,7 +286,7 @@ def check_heads_compile(cap: int) -> None:
         for M in (1, 10, 60):
             config = linear_config(M, N, K, CARDS[cap // 10, cap % 10], (cap // 10, cap % 10))
             options = dict(options=True, norm=config.BM <= NORM_ROWS, heads=True)
-            _, _, stack, shared = compile_kernel(config, K % config.BK == 0, cap, **options)
+            _, _, stack, shared, _ = compile_kernel(config, K % config.BK == 0, cap, **options)
             assert stack == 0 and shared <= LIMIT[cap], f"{config} spills {stack}, {shared} bytes shared, on sm_{cap}"
 
 
