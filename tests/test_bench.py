@@ -200,7 +200,7 @@ def test_command_line(arguments, gpt_fast: Path, tmp_path: Path, capsys, monkeyp
             assert "CPU" in above and torch.__version__ in above and "float32" in above
             assert "tiny is a shape: its cost, with the text and acceptance of checkpoint" in above
             tables += 1
-    assert tables == 2 * 3 + 1 + 2
+    assert tables == 2 * 3 + 1 + 2 * 3
 
 
 @pytest.mark.parametrize("mode, per_weight", [("int8", 1), ("int8dyn", 1), ("int4", 0.5)])
