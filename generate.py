@@ -3,7 +3,8 @@
     python generate.py --checkpoint checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct --eagle2 --compare \\
         --prompt "Write a Python function that checks whether a word is a palindrome."
 
-This file is the command line; engine.py decodes.
+This file is the command line; engine.py decodes. Weights of 8 or 4 bits: --checkpoint DIR/model-int8.safetensors (and
+--draft DIR/eagle/model-int8.safetensors), which quantize.py writes, or --quantize int8.
 
 Text goes to stdout as it is written, statistics to stderr; with --json the last line of stdout is one object.
 """

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from kernels import TreeMask, rope_store, tree_attention
 from linears import linear
-from quantizers import quantize_linears
+from quantizers import GROUPS, MODES, quantize_linears
 
 FORMAT = "eagle2-native-1"  # the safetensors metadata entry that tells a converted file from any other
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -299,11 +299,13 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], path: Path, device: torc
 
 
 def stored_mode(path: Path, metadata: dict[str, str], quantize: str | None) -> tuple[str | None, int]:
-    """How a file says that it is quantised, mode and group; ValueError if it is to be quantised once more."""
+    """How a file says that it is quantised: mode and group. ValueError where that is unknown, or to be done again."""
     mode, group = metadata.get("mode"), metadata.get("group", "0")
     if mode and quantize:
         raise ValueError(f"{path}: holds {mode} already (group {group}); for {quantize} take model.safetensors")
-    return mode, int(group) if group.isdecimal() else 0
+    if mode and (mode not in MODES or mode == "int4" and group not in map(str, GROUPS)):
+        raise ValueError(f"{path}: {mode} in groups of {group} is not implemented; run quantize.py again")
+    return mode, int(group) if mode == "int4" else 0
 
 
 def load_model(path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,

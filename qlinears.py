@@ -11,7 +11,7 @@ is below 1/256 of its row's largest.
     int4      w[n, k] = scale[g, n] * 16 q[n, k] + offset[g, n]    two planes; q from -8 to 7, g is k // group
 
 A byte of int4 holds the q of column k in its low half and that of column k + K / 2 in its high half, K filled up with
-zeros to a multiple of 256. Rotated is: each block of 64 columns times a Hadamard matrix, which leaves w @ x.T as it is
+zeros to a multiple of 256. Rotated is: each block of 16 columns times a Hadamard matrix, which leaves w @ x.T as it is
 and spreads an outlier over its block: what 8 bits of an activation want (QuaRot, arXiv 2404.00456).
 """
 import math
@@ -25,7 +25,7 @@ from torch import Tensor
 from kernels import device_limits
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter multiplies no bf16 and runs no assembly
-ROTATION = 64  # columns that are rotated together; K divides by it
+ROTATION = 16  # columns that are rotated together; K divides by it
 
 try:
     import triton
@@ -69,15 +69,15 @@ def dequantize(weight: Quantized, dtype: torch.dtype) -> Tensor:
 
 
 def hadamard(device: torch.device | None = None) -> Tensor:
-    """[64, 64] fp32, symmetric, its own inverse: +-1/8, negative where i & j has an odd number of bits."""
+    """[16, 16] fp32, symmetric, its own inverse: +-1/4, negative where i & j has an odd number of bits."""
     i = torch.arange(ROTATION, device=device)
     bits = i[:, None] & i
-    parity = sum(bits >> shift for shift in range(6)) & 1
+    parity = sum(bits >> shift for shift in range(4)) & 1
     return (1 - 2 * parity) / math.sqrt(ROTATION)
 
 
 def rotate(x: Tensor) -> Tensor:
-    """[..., K] fp32, K a multiple of 64: each block of 64 columns times the Hadamard matrix."""
+    """[..., K] fp32, K a multiple of 16: each block of 16 columns times the Hadamard matrix."""
     return (x.float().unflatten(-1, (-1, ROTATION)) @ hadamard(x.device)).flatten(-2)
 
 
@@ -93,8 +93,9 @@ def integer_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> 
     the kernel's activations are as good as x itself, of x itself."""
     if weight.planes == 2:
         return F.linear(x, dequantize(weight, x.dtype)[:, :x.shape[-1]], bias)
-    q, scale = quantize_rows(x, 1, weight.rotated)  # integers up to 127 are exact in any dtype
-    y = F.linear(q.to(x.dtype), weight.data.to(x.dtype)).float() * scale * weight.scale
+    q, scale = quantize_rows(x, 1, weight.rotated)
+    q, w = (t.to(x.dtype) / 128 for t in (q, weight.data))  # exact in any dtype, and fp16 has room for their sums
+    y = F.linear(q, w).float() * (128 * 128 * scale) * weight.scale
     return (y if bias is None else y + bias).to(x.dtype)
 
 
@@ -107,7 +108,7 @@ def quantize_triton(x: Tensor, weight: Quantized, norm: tuple[Tensor, float] | N
     sums = x.new_empty(groups, M, dtype=torch.float32) if groups else None
     padded, pdl = max(1024, triton.next_power_of_2(K)), pdl and device_limits(x.device)[1] >= (9, 0)
     quantize_kernel[(M,)](x, g, out, scale, sums, groups, eps, M, K, padded, weight.planes, weight.group,
-                          ROTATION if weight.rotated else 0, pdl, INTERPRET, num_warps=min(8, padded // 512),
+                          weight.rotated, pdl, num_warps=min(8, padded // 512),
                           **({"launch_pdl": True} if pdl else {}))
     return out, scale, sums
 
@@ -145,8 +146,8 @@ if triton is not None:
 
     @triton.jit
     def quantize_kernel(x_ptr, norm_ptr, out_ptr, scale_ptr, sums_ptr, groups, eps, M, K: tl.constexpr,
-                        PADDED: tl.constexpr, PLANES: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
-                        PDL: tl.constexpr, INTERPRET: tl.constexpr):
+                        PADDED: tl.constexpr, PLANES: tl.constexpr, GROUP: tl.constexpr, ROTATED: tl.constexpr,
+                        PDL: tl.constexpr):
         """One row: RMSNorm if there is a norm, rotation if there are blocks, its largest value, its integers."""
         k, row = tl.arange(0, PADDED), tl.program_id(0).to(tl.int64)
         if norm_ptr is not None:
@@ -158,8 +159,8 @@ if triton is not None:
         y = x
         if norm_ptr is not None:
             y = x * g  # what the norm divides by changes the scale, not the integers
-        if BLOCK:
-            y = spread(y.reshape(PADDED // BLOCK, BLOCK), BLOCK, INTERPRET).reshape(PADDED)
+        if ROTATED:
+            y = spread(y, PADDED)
         LIMIT: tl.constexpr = 127.0 if PLANES == 1 else 32512.0
         if norm_ptr is not None:
             top, squares = tl.reduce((tl.abs(y), x * x), 0, top_and_sum)
@@ -184,19 +185,15 @@ if triton is not None:
         return tl.maximum(top, other_top), total + other_total
 
     @triton.jit
-    def spread(x, BLOCK: tl.constexpr, INTERPRET: tl.constexpr):
-        """Rows of x [any, BLOCK] fp32 times the Hadamard matrix. x is two bf16, 16 bits of it; signs are exact."""
-        i = tl.arange(0, BLOCK)
-        odd = i[:, None] & i[None, :]
-        odd = odd ^ (odd >> 4)
-        odd = odd ^ (odd >> 2)
-        signs = (1 - 2 * ((odd ^ (odd >> 1)) & 1)).to(tl.float32)
-        if INTERPRET:
-            y = tl.dot(x, signs, input_precision="ieee")
-        else:
-            high, signs = x.to(tl.bfloat16), signs.to(tl.bfloat16)
-            y = tl.dot(high, signs, tl.dot((x - high.to(tl.float32)).to(tl.bfloat16), signs))
-        return y * 0.125
+    def spread(x, SIZE: tl.constexpr):
+        """Each 16 elements of x [SIZE] fp32 times the Hadamard matrix, by sums and differences."""
+        return pairs(pairs(pairs(pairs(x, 1, SIZE), 2, SIZE), 4, SIZE), 8, SIZE) * 0.25
+
+    @triton.jit
+    def pairs(x, STEP: tl.constexpr, SIZE: tl.constexpr):
+        """Sum and difference of elements STEP apart, in their places."""
+        a, b = tl.split(x.reshape(SIZE // STEP // 2, 2, STEP).permute(0, 2, 1))
+        return tl.join(a + b, a - b).permute(0, 2, 1).reshape(SIZE)
 
     @triton.jit
     def nibbles(packed, INTERPRET: tl.constexpr):

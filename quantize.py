@@ -149,8 +149,8 @@ def quantize_layer(old: Layer, now: Tensor, meant: Tensor, rope: Tensor, group: 
     new = copy.copy(old)
     new._modules = dict(old._modules)  # the same norms, but linears of its own
     for name in ("wqkv", "wo", "w13", "w2"):
-        linear_ = getattr(old, name)
-        w, adds = linear_.weight.float(), name in ("wo", "w2")
+        was = getattr(old, name)
+        w, adds = was.weight.float(), name in ("wo", "w2")
         hessian, rhs = w.new_zeros(w.shape[1], w.shape[1]), w.new_zeros(w.shape[1], w.shape[0])
         seen = [(inputs(new, name, x, rope), inputs(old, name, y, rope))
                 for x, y in zip(now.split(TOGETHER), meant.split(TOGETHER))]
@@ -167,11 +167,11 @@ def quantize_layer(old: Layer, now: Tensor, meant: Tensor, rope: Tensor, group: 
         target = w + share * torch.cholesky_solve(rhs, torch.linalg.cholesky(H)).T
         del H, rhs
         weight = quantize_weight(target, "int4", group, hessian)
-        setattr(new, name, QuantizedLinear(weight, linear_.bias))
+        setattr(new, name, QuantizedLinear(weight, was.bias))
         for (a, b), x, y in zip(seen, now.split(TOGETHER), meant.split(TOGETHER)):
             if adds:  # x and y are views
                 x += linear(a, weight)
-                y += linear(b, linear_.weight)
+                y += linear(b, was.weight)
         yield weight
 
 

@@ -67,14 +67,14 @@ def quantize_weight(w: Tensor, mode: str, group: int = 128, hessian: Tensor | No
 def weights(hessian: Tensor) -> Tensor:
     """[K]: how much an error in a column counts. An input that the text never had counts as little as any."""
     d = hessian.diagonal()
-    return torch.where(d > 0, d, torch.where(d > 0, d, torch.inf).amin())
+    return torch.where(d > 0, d, torch.where(d > 0, d, 1e30).amin())
 
 
 def search(w: Tensor, group: int, weight: Tensor | None, shrink: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Scale and offset as they are stored, fp32 [groups, N] each, of w [N, K]: of several shrunken ranges, each refined
     by linear regressions of the weights on their integers, that of the least squared error, columns weighted by
-    weight [K]. Not knowing what counts, one should spare zero and the outliers: no regression, and the power is 4."""
-    K, fits, power = w.shape[1], 0 if weight is None else 2, 4 if weight is None else 2
+    weight [K]. Not knowing what counts, one should spare zero and the outliers: no regression, and the power is 6."""
+    K, fits, power = w.shape[1], 0 if weight is None else 2, 6 if weight is None else 2
     x = torch.cat((w, w[:, -1:].expand(-1, -K % group)), 1).unflatten(1, (-1, group))  # [N, groups, group]
     share = F.pad(w.new_ones(K) if weight is None else weight, (0, -K % group)).view(-1, group)
     share = share / share.sum(1, keepdim=True)

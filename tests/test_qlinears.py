@@ -36,7 +36,7 @@ def weights(N: int, K: int, mode: str) -> Quantized:
     (group, planes, rotated), g = MODES[mode], torch.Generator().manual_seed(N + K)
     if not group:
         q = torch.randint(-127, 128, (N, K), generator=g, dtype=torch.int8)
-        return Quantized(q, (0.5 + torch.rand(N, generator=g)) / 100, 0, planes, rotated and K % 64 == 0)
+        return Quantized(q, (0.5 + torch.rand(N, generator=g)) / 100, 0, planes, rotated and K % 16 == 0)
     data = pack(torch.randint(-8, 8, (N, K), generator=g))
     scale = torch.randn(data.shape[1] * 2 // group, N, 2, generator=g) / 100
     return Quantized(data, scale.bfloat16(), group, planes)
@@ -78,12 +78,12 @@ def test_dequantize():
 def test_rotation():
     """The matrix as its definition has it: Kronecker powers of [[1, 1], [1, -1]] / sqrt(2)."""
     wanted, two = torch.ones(1, 1), torch.tensor([[1, 1], [1, -1]]) / 2**0.5
-    for _ in range(6):
+    for _ in range(4):
         wanted = torch.kron(wanted, two)
     torch.testing.assert_close(hadamard(), wanted)
     x, w = torch.randn(3, 192), torch.randn(4, 192)
     torch.testing.assert_close(F.linear(rotate(x), rotate(w)), F.linear(x, w), rtol=1e-4, atol=1e-4)
-    assert rotate(torch.eye(192)[:1])[0, 64:].abs().max() == 0, "one block's column has spread to another"
+    assert rotate(torch.eye(192)[:1])[0, 16:].abs().max() == 0, "one block's column has spread to another"
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -254,8 +254,8 @@ def check_quantize_compiles(cap: int) -> None:
     names = qlinears.quantize_kernel.arg_names
     for K, (group, planes, rotated), norm in itertools.product((576, 4096, 14336), MODES.values(), (True, False)):
         padded = max(1024, next_power_of_2(K))
-        fixed = {"K": K, "PADDED": padded, "PLANES": planes, "GROUP": group, "BLOCK": 64 * rotated, "PDL": cap >= 90,
-                 "INTERPRET": False} | ({} if norm else {"norm_ptr": None}) | ({} if group else {"sums_ptr": None})
+        fixed = {"K": K, "PADDED": padded, "PLANES": planes, "GROUP": group, "ROTATED": rotated, "PDL": cap >= 90}
+        fixed |= ({} if norm else {"norm_ptr": None}) | ({} if group else {"sums_ptr": None})
         types = {"x_ptr": "*bf16", "norm_ptr": "*bf16", "out_ptr": "*i8", "scale_ptr": "*fp32", "sums_ptr": "*fp32",
                  "groups": "i32", "eps": "fp32", "M": "i32"}
         source = ASTSource(fn=qlinears.quantize_kernel, signature={n: types.get(n) if n not in fixed else "constexpr"

@@ -21,7 +21,7 @@ from linears import linear
 from model import load_model
 from qlinears import Quantized, dequantize, pack, rotate, unpack
 from quantize import kept, perplexity, quantize_checkpoint, quantize_draft, quantize_layer, write_text
-from quantizers import GROUPS, MODES, QuantizedLinear, quantize_linears, quantize_weight
+from quantizers import GROUPS, MODES, SHRINK, QuantizedLinear, nearest, quantize_linears, quantize_weight, search
 from workload import gigabytes
 
 FORMATS = [("int8", 128), ("int8dyn", 128), ("int4", 128), ("int4", 64)]
@@ -124,14 +124,27 @@ def test_gptq_beats_search_beats_nearest() -> None:
     """Guards what int4 is worth: scales that ignore the inputs, errors that are fed on with the wrong sign, to columns
     that are done, or in another order than the Hessian's."""
     K = 320  # 2.5 groups
-    w, x, errors = random(128, K), correlated(K), {}
+    w, x, errors = random(128, K), correlated(K) * random(K, seed=20).mul(1.5).exp(), {}
     w *= 1 + 4 * (random(128, K, seed=9) > 2)  # a few outliers
     hessian = x.T @ x / len(x)
     for name, how in {"nearest": dict(shrink=(1,)), "search": {}, "gptq": dict(hessian=hessian)}.items():
         again = plain(quantize_weight(w, "int4", 128, **how), K)
         errors[name] = float(((again - w) @ x.T).norm()), float((again - w).pow(4).sum())
-    assert errors["gptq"][0] < 0.6 * min(errors["search"][0], errors["nearest"][0])
+    assert errors["gptq"][0] < 0.25 * min(errors["search"][0], errors["nearest"][0]), "0.3 in the order of columns"
     assert errors["search"][1] < errors["nearest"][1]
+
+
+def test_scales_know_the_inputs() -> None:
+    """Guards the search for scales: of the error that inputs of different sizes see it must leave less than a search
+    that takes all inputs for equal, and less than the whole range."""
+    w, weight, error = random(64, 200), random(200, seed=1).mul(2).exp(), []
+    for how, shrink in ((torch.ones(200), SHRINK), (weight, (1,)), (weight, SHRINK)):
+        scale, offset = search(w, 64, how, shrink)
+        q = nearest(w, scale, offset, 64)
+        s, o = (t.T.repeat_interleave(64, 1)[:, :200] for t in (scale, offset))
+        error.append(float(((q * s + o - w).square() * weight).sum()))
+        assert torch.equal(scale, scale.bfloat16().float()) and torch.equal(offset, offset.bfloat16().float())
+    assert error[2] < 0.6 * error[0] and error[2] < 0.9 * error[1], "0.77 without regression"
 
 
 def test_gptq_is_the_plain_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,12 +211,12 @@ def test_one_tensor_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @torch.inference_mode()
 def test_layers_run_as_quantised_so_far(folder: Path) -> None:
     """Guards calibration: the next layer must be given what this one's new weights make of the quantised text, and
-    beside it what the old ones make of the original."""
+    beside it what the old ones make of the original; and new weights must make up for some of what is off."""
     model = load_model(folder, dtype=torch.float32)
     model.allocate_cache(64)
     layer, rope = model.layers[0], model.rope[:, :48]
     y = random(24, 48, 64)
-    x = y + 0.1 * random(24, 48, 64, seed=1)
+    x = y + 0.3 * random(24, 48, 64, seed=1)
     now, meant = x.clone(), y.clone()
     made = dict(zip(("wqkv", "wo", "w13", "w2"), quantize_layer(layer, now, meant, rope, 64)))
     assert torch.allclose(layer(y, rope, None, None, None), meant, atol=1e-4)
@@ -211,6 +224,11 @@ def test_layers_run_as_quantised_so_far(folder: Path) -> None:
         assert isinstance(getattr(layer, name), nn.Linear), "the old layer is as it was"
         setattr(layer, name, QuantizedLinear(weight))
     assert torch.allclose(layer(x, rope, None, None, None), now, atol=1e-4)
+    layer, never, other = load_model(folder, dtype=torch.float32).layers[0], x.clone(), y.clone()
+    for _ in quantize_layer(layer, never, other, rope, 64, share=0):
+        pass
+    assert torch.equal(other, meant)
+    assert (now - meant).norm() < 0.83 * (never - meant).norm(), "0.84 without what skips the linear"
 
 
 def test_the_model_writes_the_text(folder: Path) -> None:
@@ -246,8 +264,8 @@ def test_lossless(mode: str, group: int, draft_mode: str, temperature: float) ->
 def test_draft_head(mode: str, group: int, folder: Path) -> None:
     """Guards the head's file: fc cut in two, the embedding's half exact for its table, the other and the layer
     integers, and the list of frequent tokens read beside it."""
-    target = load_model(folder)
-    (folder / "eagle" / VOCAB).write_text(json.dumps(list(range(12))))
+    target, ids = load_model(folder), list(range(1, 37, 3))
+    (folder / "eagle" / VOCAB).write_text(json.dumps(ids))
     before = Eagle2(load_head(folder / "eagle", target), target)
     path = quantize_draft(folder / "eagle", folder, mode, group)
     assert path == folder / "eagle" / f"model-{mode}.safetensors"
@@ -263,7 +281,7 @@ def test_draft_head(mode: str, group: int, folder: Path) -> None:
     assert off.norm() < (0.12 if mode == "int4" else 0.01) * before.fc.float().norm()
     quantize_linears(target, mode, group)
     rows = Eagle2(head, target).lm_head
-    assert torch.equal(dequantize(rows, torch.float32), dequantize(target.lm_head.weight, torch.float32)[:12])
+    assert torch.equal(dequantize(rows, torch.float32), dequantize(target.lm_head.weight, torch.float32)[ids])
 
 
 def test_moves_and_bytes() -> None:
@@ -306,7 +324,7 @@ def write(path: Path, change) -> None:
 
 @pytest.mark.parametrize("wrong, words", [
     ("twice", "holds int8 already"), ("on load", "holds int8 already"), ("another mode", "holds int8 already"),
-    ("group", "in the file's mode"), ("mode", "'int3' is not known"), ("no mode", "lacks"), ("truncated", "damaged"),
+    ("group", "in the file's mode"), ("mode", "int3 in groups"), ("no mode", "lacks"), ("truncated", "damaged"),
     ("unknown group", "groups of 32"), ("floats", "torch.int8"), ("head twice", "holds int8 already"),
     ("not converted", "not a conv")])
 def test_refusals(wrong: str, words: str, folder: Path) -> None:
@@ -334,7 +352,7 @@ def test_refusals(wrong: str, words: str, folder: Path) -> None:
         else:
             load_model(path)
     assert "\n" not in str(error.value)
-    assert ("head twice" == wrong or path.name in str(error.value) or "known" in words or "32" in words)
+    assert str(head if wrong == "head twice" else path) in str(error.value)
 
 
 def test_other_modes_and_groups() -> None:
@@ -352,6 +370,19 @@ def test_nothing_is_left_behind(folder: Path, monkeypatch: pytest.MonkeyPatch, t
     with pytest.raises(SystemExit) as stop:
         quantize.main()
     assert stop.value.code == 2 and not list(folder.glob("model-int8*"))
+    monkeypatch.undo()
+    full, calls = OSError(28, "No space left on device"), []
+
+    def failing(*args) -> Quantized:
+        calls.append(args)
+        if len(calls) == 3:
+            raise full
+        return quantize_weight(*args)
+
+    monkeypatch.setattr(quantize, "quantize_weight", failing)
+    with pytest.raises(OSError, match="No space"):
+        quantize_checkpoint(folder, "int8", 128, "cpu")
+    assert not list(folder.glob("model-int8*"))
     monkeypatch.undo()
     path = quantize_checkpoint(folder, "int8", 128, "cpu")
     with staged(folder, folder):
