@@ -66,7 +66,9 @@ class EagleHead(nn.Module):
         return self.layer(x, rope, None if cache_pos is None else self.kv, cache_pos, mask)
 
     def quantize(self, mode: str, group: int = 128, device: torch.device | str | None = None) -> None:
-        """All but what reads embeddings, which becomes a table and then is no longer needed."""
+        """All but what reads embeddings, which becomes a table and then is no longer needed. int8 is int8dyn: with
+        8 bits of x, drafts are as good (BENCHMARKS.md) and faster."""
+        mode = "int8dyn" if mode == "int8" else mode
         of_embedding, of_feature = self.fc.weight.detach().chunk(2, dim=1)
         self.of_embedding, self.fc.weight = (nn.Parameter(t, False) for t in (of_embedding, of_feature))
         quantize_linears(self, mode, group, device)
@@ -150,11 +152,14 @@ def native_names(published: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 
 def drafting_rows(weight: Tensor | Quantized, ids: Tensor | None, quantized: bool) -> Tensor | Quantized:
-    """The lm_head's rows of these ids (None: all); int8 for a quantised head, though the target's may not be."""
+    """The lm_head's rows of these ids (None: all); int8 for a quantised head, though the target's may not be. Against
+    8 bits of x: a draft may be wrong, and nothing is easier to be right about than the best ten."""
     if not isinstance(weight, Quantized):
         weight = weight if ids is None else weight[ids]
-        return quantize_weight(weight.detach(), "int8") if quantized else weight
-    return weight if ids is None else weight._replace(data=weight.data[ids], scale=weight.scale[ids])
+        return quantize_weight(weight.detach(), "int8")._replace(planes=1) if quantized else weight
+    if ids is not None:
+        weight = weight._replace(data=weight.data[ids], scale=weight.scale[ids])
+    return weight._replace(planes=1)
 
 
 def steps(device: torch.device) -> ModuleType:

@@ -220,7 +220,8 @@ def variants(folder: Path, group: int, device: str) -> Iterator[tuple[str, Llama
         yield file.name, load_model(file)
 
 
-def quality(folder: Path, files: list[Path], tokens: int, new_tokens: int, group: int, device: str) -> None:
+def quality(folder: Path, files: list[Path], asked: Path, tokens: int, new_tokens: int, group: int, device: str
+            ) -> None:
     """Print the table: perplexity, how far that is above bf16's, the share of bf16's greedy tokens kept, what a step
     reads."""
     tokenizer, dtype = Tokenizer(folder), torch.bfloat16 if device == "cuda" else torch.float32
@@ -228,7 +229,7 @@ def quality(folder: Path, files: list[Path], tokens: int, new_tokens: int, group
     if len(ids) < LENGTH:
         raise ValueError(f"--quality wants {LENGTH} tokens of text or more, not {len(ids)}")
     chunks = torch.tensor(ids[:len(ids) // LENGTH * LENGTH], device=device).view(-1, LENGTH)
-    questions = [json.loads(line)["turns"][0] for line in QUESTIONS.read_text(encoding="utf-8").splitlines()]
+    questions = [json.loads(line)["turns"][0] for line in asked.read_text(encoding="utf-8").splitlines()]
     prompts = [tokenizer.chat([{"role": "user", "content": q}]) if tokenizer.has_chat_template else tokenizer.encode(q)
                for q in questions]
     print(f"| {chunks.numel()} tokens of text | perplexity | over bf16 | greedy tokens kept | GB a step |")
@@ -256,6 +257,7 @@ def main() -> None:
                    help="the draft head in this folder instead (default: <checkpoint>/eagle)")
     p.add_argument("--quality", type=Path, nargs="+", metavar="TEXT_FILE", help="measure all modes on these texts")
     p.add_argument("--tokens", type=int, default=4096, help="of the texts, with --quality")
+    p.add_argument("--questions", type=Path, default=QUESTIONS, help="with --quality: .jsonl, turns[0] of each")
     p.add_argument("--new_tokens", type=int, default=64, help="of the answer to each question, with --quality")
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args()
@@ -270,7 +272,7 @@ def main() -> None:
     group = args.group or 128
     try:
         if args.quality:
-            quality(args.checkpoint, args.quality, args.tokens, args.new_tokens, group, args.device)
+            quality(args.checkpoint, args.quality, args.questions, args.tokens, args.new_tokens, group, args.device)
         elif args.draft is not None:
             head = args.checkpoint / "eagle" if args.draft is True else args.draft
             print(quantize_draft(head, args.checkpoint, args.mode, group))
