@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from draft import EagleHead
 from model import Config, Layer, Llama, RMSNorm
+from quantizers import quantize_linears, quantize_weight
 
 # The fields of Config that make a shape. The others stay the small model's, RoPE above all: the text is its own.
 FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
@@ -45,10 +46,11 @@ PADDING = -2.0**15  # what padding rows of the lm_head weigh the constant channe
 
 def widen_model(model: Llama, shape: dict[str, int], keep_ids: list[int] | None = None,
                 device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16,
-                generator: torch.Generator | None = None) -> Llama:
+                generator: torch.Generator | None = None, quantize: tuple[str, int] | None = None) -> Llama:
     """`model` in `shape`, untied, built on `device` tensor by tensor. `generator`, of that device, makes the noise.
     Id i of the wide model is id keep_ids[i] of the small one, so keep_ids is also the map that decodes; None keeps
-    all in place. Ids beyond are padding. Raises ValueError where the shape or the ids do not fit."""
+    all in place. Ids beyond are padding. quantize (mode, group): layer by layer, so that at most one is there
+    unquantised. Raises ValueError where the shape or the ids do not fit."""
     small, wide = model.cfg, wide_config(model.cfg, shape)
     keep_ids = list(range(small.vocab_size)) if keep_ids is None else keep_ids
     kept, size = len(keep_ids), small.hidden_size
@@ -65,8 +67,18 @@ def widen_model(model: Llama, shape: dict[str, int], keep_ids: list[int] | None 
     norm[size] = 64  # the constant is small against a residual stream of many layers
     tensors = {"embed.weight": embed, "lm_head.weight": lm_head, "norm.weight": norm}
     for i, layer in enumerate([*model.layers] + [None] * (wide.num_layers - small.num_layers)):
-        tensors |= {f"layers.{i}.{name}": tensor for name, tensor in widen_layer(layer, small, wide, noise).items()}
-    return build(partial(Llama, wide), tensors)
+        made = build(partial(Layer, wide), widen_layer(layer, small, wide, noise), quantize)
+        tensors |= {f"layers.{i}.{name}": tensor for name, tensor in made.state_dict().items()}
+    if quantize:
+        weight = quantize_weight(tensors.pop("lm_head.weight"), "int8")
+        tensors |= {"lm_head.data": weight.data, "lm_head.scale": weight.scale}
+
+    def empty() -> Llama:
+        result = Llama(wide)
+        if quantize:
+            quantize_linears(result, *quantize)
+        return result
+    return build(empty, tensors)
 
 
 def widen_head(head: EagleHead, shape: dict[str, int], device: torch.device | str = "cpu",
@@ -85,10 +97,13 @@ def widen_head(head: EagleHead, shape: dict[str, int], device: torch.device | st
     return build(partial(EagleHead, wide, fc_bias=True), tensors | {"fc.weight": fc, "fc.bias": bias})
 
 
-def build(module: Callable[[], nn.Module], tensors: dict[str, Tensor]) -> nn.Module:
+def build(module: Callable[[], nn.Module], tensors: dict[str, Tensor], quantize: tuple[str, int] | None = None
+          ) -> nn.Module:
     with torch.device("meta"):
         result = module()
     result.load_state_dict(tensors, assign=True)
+    if quantize:
+        quantize_linears(result, *quantize)
     return result.requires_grad_(False).eval()
 
 

@@ -14,7 +14,6 @@ from engine import Engine, Vanilla
 from generate import DTYPES
 from model import Llama, load_model
 from qlinears import Quantized
-from quantizers import quantize_linears
 from tokenizer import Tokenizer
 from widen import SHAPES, widen_head, widen_model
 
@@ -94,10 +93,9 @@ def load(args: argparse.Namespace) -> tuple[Llama, EagleHead, list[list[list[int
             used.update(*engine.generate(ids, args.max_new_tokens))
     keep = keep_ids(used, model.cfg.vocab_size, shape["vocab_size"])
     place, noise = {old: new for new, old in enumerate(keep)}, torch.Generator(device).manual_seed(0)
-    wide = widen_model(model, shape, keep, device, dtype, noise)
+    wide = widen_model(model, shape, keep, device, dtype, noise, how if args.quantize else None)
     wide_head = widen_head(head, shape, device, dtype, noise)
     if args.quantize:
-        quantize_linears(wide, *how)
         wide_head.quantize(*how)
     if head.vocab is not None:
         wide_head.vocab = torch.tensor([place[i] for i in head.vocab.tolist() if i in place], device=device)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from draft import Eagle1, Eagle2, EagleHead
 from engine import Engine, Sampling, Vanilla
 from model import Llama
+from quantizers import quantize_linears
 from tokenizer import Tokenizer
 from widen import FIELDS, SHAPES, wide_config, widen_head, widen_model
 
@@ -209,3 +210,13 @@ def test_demo(demo_model: Llama, demo_head: EagleHead, demo_prompts: list[list[i
     cycles = list(Engine(demo_model, Eagle2(demo_head, demo_model, 8, 3, 3), 128, stop).generate(ids, 12))
     assert list(Engine(wide, Eagle2(wide_head, wide, 8, 3, 3), 128, stop).generate(ids, 12)) == cycles
     assert len(cycles) < 9, "too few drafts accepted to say that they are the same"
+
+
+@pytest.mark.parametrize("mode", ["int8", "int8dyn", "int4"])
+def test_quantized_layer_by_layer(mode: str):
+    """The same as quantising the whole: a 13B in bfloat16 need not fit where its int8 does."""
+    whole = widen_model(tiny.target(), MHA, generator=noise(0))
+    quantize_linears(whole, mode, 64)
+    parts = widen_model(tiny.target(), MHA, generator=noise(0), quantize=(mode, 64))
+    assert whole.state_dict().keys() == parts.state_dict().keys()
+    assert all(tensor.equal(parts.state_dict()[name]) for name, tensor in whole.state_dict().items())
