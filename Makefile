@@ -37,6 +37,7 @@ checkpoints/demo.gguf: | .venv/installed
 $(DEMO)/config.json: | checkpoints/demo.gguf
 	$(PY) convert_hf_checkpoint.py checkpoints/demo.gguf --out $(DEMO)
 
-$(DEMO)/eagle/config.json: $(HEAD)/model.safetensors $(HEAD)/config.json $(HEAD)/draft_vocab.json | $(DEMO)/config.json
+$(DEMO)/eagle/config.json: $(addprefix $(HEAD)/,model.safetensors config.json draft_vocab.json acceptance.json) \
+		| $(DEMO)/config.json
 	$(PY) convert_hf_checkpoint.py $(DEMO) --eagle $(HEAD)
 	touch $@

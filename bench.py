@@ -28,43 +28,18 @@ from statistics import median
 import torch
 
 import linears
+from autotree import fit, read_curve
 from baselines import Decoder, Run, gpt_fast_decoder, transformers_decoder
 from draft import Eagle2
-from engine import Engine, Sampling, Vanilla, capture
-from generate import CPU_TREE, DTYPES, fail
+from engine import Engine, Sampling, Vanilla
+from generate import CPU_TREE, DTYPES, GPU_TREE, fail, nodes
 from quantizers import GROUPS, MODES
-from tree import build
+from timing import timed, verify_by_rows
 from widen import SHAPES
 from workload import gigabytes, kv_gigabytes, load, step_gb
 
 ROWS = (1, 8, 16, 32, 48, 60, 64)
 QUESTIONS = Path(__file__).parent / "bench_questions.jsonl"
-
-
-def timed(function: Callable[[], object], device: torch.device, unroll: int = 10, rounds: int = 5) -> float:
-    """Milliseconds of one call, the median of `rounds`. On a GPU `unroll` calls are one CUDA graph: the launch of a
-    graph costs a few microseconds, as much as a small part, and a part within a cycle does not pay it."""
-    cuda = device.type == "cuda"
-    calls, unroll = (30 // unroll, unroll) if cuda else (3, 1)
-    replay = capture(function, unroll) if cuda else function
-    replay()
-    return median(elapsed(replay, calls, device) for _ in range(rounds)) / (calls * unroll)
-
-
-def elapsed(function: Callable[[], object], calls: int, device: torch.device) -> float:
-    """Milliseconds that `calls` calls take together."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        for _ in range(calls):
-            function()
-        return 1e3 * (time.perf_counter() - start)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(calls):
-        function()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
 
 
 def bandwidth(device: torch.device) -> dict[str, float]:
@@ -105,17 +80,6 @@ def cycle_parts(engine: Engine) -> list[dict]:
                             partial(engine.verify, where[0], tree))
     part("accept and compact", 0, partial(engine.commit, where[0], tree, features, chosen))
     return parts
-
-
-@torch.inference_mode()
-def verify_by_rows(engine: Engine) -> dict[int, float]:
-    """ms of a frozen engine's verification of so many nodes, a chain of any tokens."""
-    base, times = engine.state.length - 1, {}
-    for rows in ROWS:
-        parents = (torch.arange(rows, device=engine.device) - 1).clamp(min=0)
-        chain = build(engine.state.tokens[:rows].clone(), parents, rows - 1)
-        times[rows] = timed(partial(engine.verify, base, chain), engine.device)
-    return times
 
 
 def run(engine: Engine, ids: list[int], new_tokens: int) -> Run:
@@ -168,7 +132,7 @@ def measure(engines: dict[str, Engine], prompts: list[list[int]], args: argparse
             "parts": parts, "sum_ms": sum(p["ms"] for p in parts), "cycle_ms": cycle_ms,
             "cycle_gb": sum(p["gb"] for p in parts), "between_ms": fast["cycle_ms"] - cycle_ms,
             "vanilla_ms": vanilla_ms, "vanilla_gb": vanilla_gb, "verify_ratio": verify_ms / vanilla_ms,
-            "cycle_ratio": cycle_ms / vanilla_ms, "rows_ms": verify_by_rows(eagle) if args.rows else {},
+            "cycle_ratio": cycle_ms / vanilla_ms, "rows_ms": verify_by_rows(eagle, ROWS) if args.rows else {},
             "speed": speed, "gaps": gaps, "texts": texts,
             "efficiency": fast["tokens_per_sec"] * cycle_ms / 1e3 / fast["mean_gained"]}
 
@@ -185,7 +149,7 @@ def startup(args: argparse.Namespace) -> dict[str, float]:
         *(["--group", str(args.group)] if args.group else [])]
     with tempfile.TemporaryDirectory() as cache:
         for name in ("cold", "warm"):
-            start, env = time.perf_counter(), os.environ | {"TRITON_CACHE_DIR": cache}
+            start, env = time.perf_counter(), os.environ | {"TRITON_CACHE_DIR": cache, "XDG_CACHE_HOME": cache}
             with subprocess.Popen(command, stdout=subprocess.PIPE, env=env) as child:
                 child.stdout.read(1)
                 seconds[name] = time.perf_counter() - start
@@ -270,7 +234,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--shape", choices=SHAPES, help="widen the checkpoint to this shape (default: as it is)")
     p.add_argument("--contexts", type=int, nargs="+", default=[512, 3500],
                    help="tokens of the prompts; 0: the questions alone")
-    p.add_argument("--tree", type=int, nargs=3, metavar=("NODES", "LEVELS", "TOPK"), help="of EAGLE-2")
+    p.add_argument("--tree", type=nodes, nargs="+", metavar="N", help="of EAGLE-2: nodes, levels and top-k; or auto")
     p.add_argument("--max_new_tokens", type=int, default=256)
     p.add_argument("--questions", type=Path, default=QUESTIONS, help='JSON lines with "turns"; the first is asked')
     p.add_argument("--rounds", type=int, default=3, help="how often the methods take turns")
@@ -287,6 +251,8 @@ def parse_args() -> argparse.Namespace:
     for wrong, message in (
             (args.max_new_tokens < 2 or args.rounds < 1, "--max_new_tokens must be 2 or more, --rounds 1 or more"),
             (args.startup and args.shape, "--startup is for a checkpoint as it is, without --shape"),
+            (args.tree not in (None, ["auto"]) and (len(args.tree) != 3 or "auto" in args.tree),
+             "--tree takes nodes, levels and top-k, or auto"),
             (args.group and args.quantize != "int4", "--group is for --quantize int4; a quantised file has its own"),
             (args.quantize and (args.transformers or args.gpt_fast), "other engines run without --quantize"),
             (args.gpt_fast and not (args.gpt_fast / "model.py").is_file(), f"--gpt_fast {args.gpt_fast}: no model.py "
@@ -305,7 +271,11 @@ def bench(args: argparse.Namespace, result: dict) -> None:
                **bandwidth(device), "startup_s": startup(args) if args.startup else {}, "device": describe(args)}
     model, head, prompts, stop_ids = load(args)
     slots = max(len(ids) for group in prompts for ids in group) + n
-    tree = args.tree or ((60, 6, 10) if device.type == "cuda" else CPU_TREE)
+    usual = GPU_TREE if device.type == "cuda" else CPU_TREE
+    tree = args.tree or usual
+    if args.tree == ["auto"]:
+        draft = args.draft or (args.checkpoint.parent if args.checkpoint.is_file() else args.checkpoint) / "eagle"
+        tree = fit(model, head, read_curve(draft.parent if draft.is_file() else draft), slots, show=True) or usual
     engines = {"vanilla": Engine(model, Vanilla(device), slots, stop_ids),
                "eagle2": Engine(model, Eagle2(head, model, *tree), slots, stop_ids)}
     if device.type == "cuda":

@@ -26,7 +26,7 @@ from huggingface_hub import constants, errors, snapshot_download
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
-from draft import VOCAB, load_head
+from draft import CURVE, VOCAB, load_head
 from model import FORMAT, Config, Llama, read_tensors
 from tensor_files import write_file
 from tokenizer_files import LLAMA3_SPLIT, read_json
@@ -171,7 +171,7 @@ def staged(out: Path, source: Path) -> Iterator[Path]:
     part.mkdir(parents=True)
     try:
         yield part
-        old = ("config.json", *FILES, "model.safetensors", "pytorch_model.bin")  # never mix old and new
+        old = ("config.json", *FILES, CURVE, "model.safetensors", "pytorch_model.bin")  # never mix old and new
         for file in (*map(out.joinpath, old), *out.glob("model-int*.safetensors")):
             file.unlink(missing_ok=True)
         for file in sorted(part.iterdir(), key=lambda file: file.name == "config.json"):
@@ -235,7 +235,7 @@ def add_eagle(head: Path, out: Path) -> None:
         target = Llama(Config.load(out))
     load_head(head, target)
     with staged(out / "eagle", head) as part:
-        for file in {"config.json", "model.safetensors", "pytorch_model.bin", VOCAB} & set(os.listdir(head)):
+        for file in {"config.json", "model.safetensors", "pytorch_model.bin", VOCAB, CURVE} & set(os.listdir(head)):
             shutil.copyfile(head / file, part / file)
 
 

@@ -32,6 +32,7 @@ from tree import MAX_NODES, Level, State, Tree, build, root
 Where = tuple[Tensor, Tensor, Tensor]  # of a tree: the root's slot 0-d, then places and scratch slots [fed nodes]
 
 VOCAB = "draft_vocab.json"  # the target's most frequent tokens, most frequent first
+CURVE = "acceptance.json"  # what trees of each size gain a cycle, see autotree.py
 
 # The EAGLE authors' fixed tree `mc_sim_7b_63` (their repository, eagle/model/choices.py): 25 drafted nodes,
 # each the path of ranks that leads to it. (0, 1) is the second-best token after the best one.

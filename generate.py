@@ -17,13 +17,16 @@ from pathlib import Path
 
 import torch
 
-from draft import Eagle1, Eagle2, load_head
+from autotree import fit, profile_key, read_curve
+from draft import CURVE, Eagle1, Eagle2, EagleHead, load_head
 from engine import Engine, Sampling, Vanilla
-from model import load_model
+from model import Llama, load_model
 from quantizers import GROUPS, MODES
+from timing import device_name
 from tokenizer import Tokenizer
 
-CPU_TREE = (8, 3, 3)  # tokens, depth, topk where width is not free; see BENCHMARKS.md
+GPU_TREE = (60, 6, 10)  # tokens, depth, topk of the paper; see autotree.py
+CPU_TREE = (8, 3, 3)  # where width is not free; see BENCHMARKS.md
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -58,8 +61,7 @@ def run(engine: Engine, ids: list[int], max_new_tokens: int, sampling: Sampling,
         "tokens_per_sec": (len(tokens) - 1) / (end - first) if gained else 0.0, "compile_s": engine.compile_s,
         "memory_gb": (torch.cuda.max_memory_allocated() if cuda else
                       1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1e9,
-        "device": torch.cuda.get_device_name() if cuda else
-                  f"cpu, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "device": device_name(engine.device),
         "dtype": str(engine.model.embed.weight.dtype).removeprefix("torch."), "torch": torch.__version__,
         "seed": sampling.seed, "stop": stop}
 
@@ -83,6 +85,10 @@ def compare(engine: Engine, vanilla: dict, fast: dict, ids: list[int]) -> str:
             f"{engine.top2_gap(ids + b[:at]):.3g} apart ({vanilla['dtype']} rounding; float32 does not differ)")
 
 
+def nodes(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description="Generate text, with or without EAGLE-2.")
     p.add_argument("--checkpoint", type=Path, required=True, help="converted folder, or a model file in it")
@@ -102,9 +108,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--seed", type=int, default=0, help="the same seed gives the same text with any drafter")
     p.add_argument("--compare", action="store_true", help="run vanilla too and compare speed and tokens")
     p.add_argument("--draft_vocab", type=int, help="draft only so many of the head's frequent tokens; 0: all")
-    p.add_argument("--draft_tokens", type=int, help="nodes of EAGLE-2's tree, the root included")
+    p.add_argument("--draft_tokens", type=nodes, help="nodes of EAGLE-2's tree, the root included; auto: as many, and "
+                   "levels, as are fastest with this head on this device (default on a GPU, if the head says what it "
+                   "gains)")
     p.add_argument("--draft_depth", type=int, help="levels of drafted tokens")
     p.add_argument("--draft_topk", type=int, help="nodes fed a level, and continuations of each")
+    p.add_argument("--tree_table", action="store_true", help="--draft_tokens auto, and show what it compared")
     p.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 where the device is fast at it")
     p.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
     p.add_argument("--max_seq_len", type=int, help="cache slots (default: the model's context, at most 4096)")
@@ -112,8 +121,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--json", action="store_true", help="end stdout with one line of JSON")
     args = p.parse_args(argv)
     shape = (args.draft_tokens, args.draft_depth, args.draft_topk)
+    auto = args.tree_table or args.draft_tokens == "auto"
     for wrong, message in (
-            (any(shape) and not args.eagle2, "--draft_tokens, --draft_depth and --draft_topk shape --eagle2's tree"),
+            ((any(shape) or args.tree_table) and not args.eagle2,
+             "--draft_tokens, --draft_depth, --draft_topk and --tree_table shape --eagle2's tree"),
+            (args.tree_table and args.draft_tokens not in (None, "auto"), "--tree_table is for --draft_tokens auto"),
+            (auto and any(shape[1:]), "--draft_tokens auto chooses depth and top-k too"),
             ((args.draft or args.compare or args.draft_vocab is not None) and not (args.eagle2 or args.eagle),
              "--draft, --draft_vocab and --compare need --eagle2 or --eagle"),
             ((args.draft_vocab or 0) < 0, "--draft_vocab must be 0 or more"),
@@ -133,6 +146,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def tree_shape(args: argparse.Namespace, model: Llama, head: EagleHead, draft: Path, max_seq_len: int
+               ) -> tuple[int, int, int]:
+    """Tokens, depth and top-k of EAGLE-2's tree: as asked for, else what fits, else the device's default."""
+    cuda, asked = model.embed.weight.is_cuda, (args.draft_tokens, args.draft_depth, args.draft_topk)
+    default, folder = GPU_TREE if cuda else CPU_TREE, draft.parent if draft.is_file() else draft
+    known = cuda and not any(asked) and not args.no_compile and (folder / CURVE).is_file()
+    if known or args.tree_table or args.draft_tokens == "auto":
+        key = profile_key(model, head, (args.checkpoint, draft), args.quantize, args.group)
+        return fit(model, head, read_curve(folder), max_seq_len, key, args.tree_table) or default
+    return tuple(given or usual for given, usual in zip(asked, default))
+
+
 def load(args: argparse.Namespace) -> tuple[Engine, Tokenizer]:
     """The engine that the command line describes. Raises ValueError or OSError with one line to show."""
     folder = args.checkpoint.parent if args.checkpoint.is_file() else args.checkpoint
@@ -146,13 +171,12 @@ def load(args: argparse.Namespace) -> tuple[Engine, Tokenizer]:
     tokenizer = Tokenizer(folder)
     if tokenizer.vocab_size > model.cfg.vocab_size:
         raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.cfg.vocab_size}")
+    max_seq_len = args.max_seq_len or min(model.cfg.max_position_embeddings, model.cfg.sliding_window or 4096, 4096)
     drafter = Vanilla(device)
     if args.eagle2 or args.eagle:
         head = load_head(args.draft or folder / "eagle", model, args.draft_vocab, *how)
-        tokens, depth, topk = (60, 6, 10) if device == "cuda" else CPU_TREE
         drafter = Eagle1(head, model) if args.eagle else Eagle2(
-            head, model, args.draft_tokens or tokens, args.draft_depth or depth, args.draft_topk or topk)
-    max_seq_len = args.max_seq_len or min(model.cfg.max_position_embeddings, model.cfg.sliding_window or 4096, 4096)
+            head, model, *tree_shape(args, model, head, args.draft or folder / "eagle", max_seq_len))
     return Engine(model, drafter, max_seq_len, tokenizer.stop_ids, not args.no_compile), tokenizer
 
 

@@ -7,7 +7,8 @@
 2. Training: features come from the frozen target on the fly. The head is unrolled as when drafting: step 1
    sees true features, step j its own guesses from step j - 1. The loss is the cross-entropy with the target's
    own distribution (feature regression did not help: BENCHMARKS.md).
-3. Evaluation on held-out dialogues with the real tree and the real engine: mean tokens gained a cycle.
+3. Evaluation on held-out dialogues with the real tree and the real engine: mean tokens gained a cycle, and what
+   other trees would have gained (acceptance.json, by which autotree.py chooses one).
 
 Stop it at any time: the same command goes on where it stopped. The head is saved as EAGLE heads are published,
 so vLLM, SGLang and the EAGLE reference load it too. Starting from the target's last layer instead of small
@@ -25,11 +26,13 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from autotree import LEVELS, NODES, TOPK, gained
 from dialogues import Script, write_dialogues
-from draft import VOCAB, Eagle2, EagleHead, load_head
+from draft import CURVE, VOCAB, Eagle2, EagleHead, load_head
 from engine import Engine, Sampling
 from model import Config, Llama, load_model, rope_table
 from tokenizer import Tokenizer
+from tree import MAX_NODES, Candidates
 
 
 def new_head(cfg: Config, device: torch.device) -> EagleHead:
@@ -215,6 +218,26 @@ def evaluate(model: Llama, out: Path, prompts: list[list[int]], stop_ids: frozen
     return sum(gained) / max(len(gained), 1)
 
 
+def save_curve(model: Llama, out: Path, prompts: list[list[int]], stop_ids: frozenset[int],
+               new_tokens: int = 128) -> None:
+    """What every tree would have gained a cycle where the largest one was drafted, greedily, beside the head."""
+    longest = max(map(len, prompts), default=0) + new_tokens
+    model.kv = None
+    engine = Engine(model, Eagle2(load_head(out, model), model, MAX_NODES, LEVELS, TOPK), longest, stop_ids)
+    cycle, gains = engine.captured(engine.cycle, "cycle"), []
+    for ids in prompts:
+        state, drafted = engine.prefill(ids, new_tokens, Sampling()), []
+        while not state.done:
+            length = int(state.length)
+            cycle()
+            drafted.append((length, Candidates(*(t.to("cpu", copy=True) for t in engine.drafter.start[1]))))
+        text = state.tokens[:int(state.length)].tolist()  # more of it than was accepted: others might have kept that
+        gains += [gained(candidates, text[length:]) for length, candidates in drafted]
+    mean = torch.stack(gains).double().mean(0) if gains else torch.ones(len(NODES), LEVELS)
+    curve = {"nodes": NODES, "topk": TOPK, "gained": [[round(x, 3) for x in row] for row in mean.tolist()]}
+    (out / CURVE).write_text(json.dumps(curve) + "\n", encoding="utf-8")
+
+
 def held_out_prompts(data: Tensor) -> list[list[int]]:
     """Each dialogue up to its first answer; those without one are left out."""
     prompts = []
@@ -231,7 +254,8 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--out", type=Path, help="where the head goes (default: <checkpoint>/eagle)")
     p.add_argument("--work", type=Path, help="dialogues and training state (default: <checkpoint>/training)")
     p.add_argument("--tokens", type=float, default=40e6, help="dialogue tokens to generate")
-    p.add_argument("--steps", type=int, default=10000, help="end training after so many steps; 0 only generates")
+    p.add_argument("--steps", type=int, default=10000, help="end training after so many steps; 0: none, but a head "
+                   "that is there already is evaluated")
     p.add_argument("--minutes", type=float, default=math.inf, help="end training after this time, if sooner")
     p.add_argument("--length", type=int, default=640, help="tokens a dialogue")
     p.add_argument("--batch", type=int, default=32, help="dialogues a training step")
@@ -274,7 +298,7 @@ def main() -> None:
         trainer.run(data[args.generate_batch:], args.work)  # the first batch, with its own seed, is held out
     if args.draft_vocab:
         save_vocab(data, args.out, args.draft_vocab)
-    if not (args.steps and args.eval_prompts):
+    if not args.eval_prompts or not (args.out / "config.json").exists():
         return
     model = load_model(args.checkpoint, args.device, torch.bfloat16)
     sets = {"held-out dialogues": held_out_prompts(data[:args.eval_prompts])}
@@ -284,6 +308,7 @@ def main() -> None:
     for name, prompts in sets.items():
         scores = [evaluate(model, args.out, prompts, tokenizer.stop_ids, t) for t in (0.0, 1.0)]
         print(f"mean gained on {len(prompts)} {name}: greedy {scores[0]:.2f}, T=1 {scores[1]:.2f}", flush=True)
+    save_curve(model, args.out, [ids for prompts in sets.values() for ids in prompts], tokenizer.stop_ids)
 
 
 if __name__ == "__main__":

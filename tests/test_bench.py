@@ -19,7 +19,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
+import timing
 import workload
+from autotree import NODES
 from baselines import Run, gpt_fast_decoder, transformers_decoder
 from bench import cycle_parts, freeze, run, score
 from draft import Eagle2
@@ -178,7 +180,7 @@ def check_numbers(part: dict, context: int) -> None:
 def test_command_line(arguments, gpt_fast: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything at once, in operations instead of milliseconds: the JSON is about the run that was asked for, parts
     make up the cycle, all engines write one text, and every table says what it is of."""
-    monkeypatch.setattr(bench, "elapsed", operations)
+    monkeypatch.setattr(timing, "elapsed", operations)
     arguments("--shape", "tiny", "--contexts", 60, 40, "--max_new_tokens", 12, "--rounds", 2, "--rows",
               "--transformers", "--gpt_fast", gpt_fast, "--json", tmp_path / "out.json")
     bench.main()
@@ -208,7 +210,7 @@ def test_command_line(arguments, gpt_fast: Path, tmp_path: Path, capsys, monkeyp
 def test_quantized(mode: str, per_weight: float, shape: tuple, arguments, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights quantised before they are widened, GB/s of bytes that nobody reads any more, or a table that does not say
     that it is of integers; and the text of both methods must be one."""
-    monkeypatch.setattr(bench, "elapsed", operations)
+    monkeypatch.setattr(timing, "elapsed", operations)
     args, result = arguments(*shape, "--quantize", mode, "--contexts", 40, "--max_new_tokens", 8, "--rounds", 1,
                              *(["--group", 64] if mode == "int4" else [])), {}
     bench.bench(args, result)
@@ -220,6 +222,20 @@ def test_quantized(mode: str, per_weight: float, shape: tuple, arguments, monkey
         layer = (rows + 64) * (columns * per_weight + scales) + 4 * 2 * 64
         assert part["parts"][4]["gb"] == pytest.approx(1e-9 * (
             3 * layer + 200 * (64 + 4) + 4 * 3 * 2 * 4 * 8 * part["timed_at"]))
+
+
+def test_tree_that_fits(arguments, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--tree auto that measures another tree than the one it chose."""
+    monkeypatch.setattr(timing, "elapsed", operations)
+    monkeypatch.setattr("autotree.measure", lambda *inputs: [1.0] * 9)
+    args, result = arguments("--tree", "auto", "--contexts", 40, "--max_new_tokens", 8, "--rounds", 1), {}
+    with pytest.raises(FileNotFoundError, match="acceptance.json"):
+        bench.bench(args, result)
+    (args.checkpoint / "eagle/acceptance.json").write_text(json.dumps(
+        {"nodes": NODES, "topk": 10, "gained": [[1, 2] + [2] * 6, [1, 3] + [3] * 6] + [[1, 2] + [2] * 6] * 4}))
+    bench.bench(args, result)
+    assert [p["part"] for p in result["contexts"][0]["parts"]] == [
+        "draft: extend, 3 rows", "draft: expansion 1, 10 rows", "rerank", "verify, 16 rows", "accept and compact"]
 
 
 def test_parts_are_those_of_a_cycle() -> None:
@@ -245,7 +261,7 @@ def test_rows_are_those_of_a_chain() -> None:
     engine, seen = engines()["eagle2"], {}
     length = freeze(engine, tiny.prompt(0, 20), 12)
     engine.verify = lambda base, tree: seen.update({len(tree.tokens): (int(base), tree)})
-    assert list(bench.verify_by_rows(engine)) == list(seen) == list(bench.ROWS)
+    assert list(timing.verify_by_rows(engine, bench.ROWS)) == list(seen) == list(bench.ROWS)
     for rows, (base, tree) in seen.items():
         assert base == length - 1 and tree.depth.tolist() == list(range(rows)) and base + rows <= engine.slots
         assert [bin(a % 2**64).count("1") for a in tree.ancestors.tolist()] == list(range(1, rows + 1))
@@ -262,15 +278,13 @@ def test_a_frozen_cycle_does_all_its_work() -> None:
         assert operations(engine.cycle) == still and int(engine.state.length) > length
 
 
-def test_timed() -> None:
+def test_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Milliseconds of one call, not of all, nor seconds; and the middle one of several rounds."""
-    assert 5 <= bench.timed(lambda: time.sleep(0.005), CPU) < 50
-    original, taken = bench.elapsed, iter([9.0, 3.0, 6.0, 60.0, 0.3])
-    try:
-        bench.elapsed = lambda function, calls, device: next(taken)
-        assert bench.timed(lambda: None, CPU) == 2.0
-    finally:
-        bench.elapsed = original
+    assert 5 <= timing.timed(lambda: time.sleep(0.005), CPU) < 50
+    taken, called = iter([9.0, 3.0, 6.0, 60.0, 0.3, 8.0, 5.0, 7.0]), []
+    monkeypatch.setattr(timing, "elapsed", lambda function, calls, device: called.append(calls) or next(taken))
+    assert timing.timed(lambda: None, CPU) == 2.0
+    assert timing.timed(lambda: None, CPU, 5, 3, 1) == 7.0 and called == [3] * 5 + [1] * 3
 
 
 def test_timed_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,7 +320,7 @@ def test_timed_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, name, fake)
     for unroll in (1, 10):
         clock, calls, events = [], [], []
-        assert bench.timed(partial(calls.append, "call"), torch.device("cuda"), unroll) == 2.0
+        assert timing.timed(partial(calls.append, "call"), torch.device("cuda"), unroll) == 2.0
         assert len(calls) == 2 + unroll and len(clock) == 1 + 5 * 30 // unroll
 
 
@@ -468,7 +482,8 @@ def test_startup(arguments) -> None:
 @pytest.mark.parametrize("words, message", [
     (("--startup", "--shape", "llama-2-7b"), "without --shape"), (("--max_new_tokens", 1), "2 or more"),
     (("--rounds", 0), "1 or more"), (("--gpt_fast", "no/such/clone"), "no model.py"),
-    (("--shape", "7b"), "invalid choice")])
+    (("--shape", "7b"), "invalid choice"), (("--tree", 8, 3), "--tree takes nodes"),
+    (("--tree", "auto", 3, 3), "--tree takes nodes")])
 def test_refused(words: tuple, message: str, arguments, capsys) -> None:
     """Bad input found before the model is loaded."""
     with pytest.raises(SystemExit) as exit:

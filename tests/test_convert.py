@@ -406,16 +406,19 @@ def test_draft_head_is_copied_as_published(suffix, tmp_path, monkeypatch):
     hf_folder(tmp_path / "hf")
     head = head_folder(tmp_path / "head", suffix)
     (head / "draft_vocab.json").write_text(json.dumps(list(range(12))))
+    (head / "acceptance.json").write_text("{}")
     assert run(monkeypatch, tmp_path / "hf", "--out", tmp_path / "out", "--eagle", head) == 0
     weights = "pytorch_model.bin" if suffix == "bin" else "model.safetensors"
-    assert {path.name for path in (tmp_path / "out/eagle").iterdir()} == {"config.json", "draft_vocab.json", weights}
-    for name in ("config.json", "draft_vocab.json", weights):
+    names = {"config.json", "draft_vocab.json", "acceptance.json", weights}
+    assert {path.name for path in (tmp_path / "out/eagle").iterdir()} == names
+    for name in names:
         assert (tmp_path / "out/eagle" / name).read_bytes() == (head / name).read_bytes()
     model = (tmp_path / "out/model.safetensors").stat()
     other = head_folder(tmp_path / "other", "bin" if suffix == "safetensors" else "safetensors")
     assert run(monkeypatch, tmp_path / "out", "--eagle", other) == 0
     assert (tmp_path / "out/model.safetensors").stat() == model
-    assert not (tmp_path / "out/eagle" / weights).exists()  # a loader would take the old head for the new one
+    for name in (weights, "acceptance.json"):
+        assert not (tmp_path / "out/eagle" / name).exists()  # a loader would take the old head's for the new one's
 
 
 @pytest.mark.parametrize("changes, message", [

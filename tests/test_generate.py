@@ -5,12 +5,14 @@ import pickle
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from conftest import all_cores
 
+import autotree
 import generate
 
 KEYS = {"method", "text", "tokens", "prompt_tokens", "new_tokens", "cycles", "gained", "mean_gained", "accept_by_depth",
@@ -87,6 +89,12 @@ def test_prompt_from_file_and_stdin(call, demo: Path, tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("words, message", [
     (["--prompt", "x", "--draft_tokens", "8"], "--eagle2"),
+    (["--prompt", "x", "--draft_tokens", "auto"], "--eagle2"),
+    (["--prompt", "x", "--eagle", "--tree_table"], "--eagle2"),
+    (["--prompt", "x", "--eagle2", "--draft_tokens", "many"], "--draft_tokens"),
+    (["--prompt", "x", "--eagle2", "--draft_tokens", "8", "--tree_table"], "--tree_table"),
+    (["--prompt", "x", "--eagle2", "--draft_tokens", "auto", "--draft_depth", "2"], "chooses depth"),
+    (["--prompt", "x", "--eagle2", "--tree_table", "--draft_topk", "2"], "chooses depth"),
     (["--prompt", "x", "--draft_vocab", "12"], "--draft_vocab"),
     (["--prompt", "x", "--eagle2", "--draft_vocab", "-1"], "--draft_vocab"),
     (["--prompt", "x", "--eagle", "--draft_depth", "2"], "--eagle2"),
@@ -113,6 +121,52 @@ def test_bad_flags(words: list[str], message: str, call, demo: Path) -> None:
     """Guards against a traceback, or a silent guess, where the command line makes no sense."""
     code, out, err = call("--checkpoint", demo, "--device", "cpu", *words)
     assert code == 2 and message in err and "Traceback" not in err and out == ""
+
+
+def test_tree_that_fits(call, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards --draft_tokens auto: a head without a curve refused in one line, the table shown on request alone, the
+    measurement kept for the next run, and the tree that is drafted the one that was chosen."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    words = ("--checkpoint", copy, "--device", "cpu", "--prompt", "x", "--eagle2", "--max_new_tokens", 4, "--json")
+    curve = copy / "eagle/acceptance.json"
+    curve.unlink(missing_ok=True)
+    for more in (["--draft_tokens", "auto"], ["--tree_table"]):
+        code, out, err = call(*words, *more)
+        assert code == 2 and err.count("\n") == 1 and "acceptance.json" in err and "train.py" in err and out == ""
+    curve.write_text(json.dumps({"nodes": autotree.NODES, "topk": 10, "gained": [[1, 2, 3] + [3] * 5] * 6}))
+    measured = []
+    monkeypatch.setattr(autotree, "measure", lambda *inputs: measured.append(inputs) or [1.0] * 9)
+    _, out, err = call(*words, "--tree_table")
+    assert "*600.0" in err and len(json.loads(out.splitlines()[-1])["accept_by_depth"]) == 3
+    _, out, err = call(*words, "--draft_tokens", "auto")
+    assert "verify, ms" not in err and len(json.loads(out.splitlines()[-1])["accept_by_depth"]) == 3
+    assert len(measured) == 1 and (tmp_path / "cache/eagle2/trees.json").is_file()
+    call(*words)
+    assert len(measured) == 1
+    curve.write_text("{}")
+    code, _, err = call(*words, "--draft_tokens", "auto")
+    assert code == 2 and "damaged" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words, cuda, tree", [
+    ((), True, "fit"), ((), False, generate.CPU_TREE), (("--draft_tokens", "auto"), False, "fit"),
+    (("--draft_tokens", "9"), True, (9, 6, 10)), (("--draft_depth", "2"), True, (60, 2, 10)),
+    (("--draft_topk", "4"), False, (8, 3, 4)), (("--no_compile",), True, generate.GPU_TREE)])
+def test_which_tree(words: tuple, cuda: bool, tree: tuple | str, tmp_path: Path, monkeypatch) -> None:
+    """Guards what was asked for against what fits, and the defaults where there is no curve, or no time to measure."""
+    model = SimpleNamespace(embed=SimpleNamespace(weight=SimpleNamespace(is_cuda=cuda)))
+    args = generate.parse_args(["--checkpoint", str(tmp_path), "--prompt", "x", "--eagle2", *words])
+    found = {"fit": (16, 4, 10)}
+    monkeypatch.setattr(generate, "profile_key", lambda *inputs: "")
+    monkeypatch.setattr(generate, "fit", lambda *inputs: found["fit"])
+    if "auto" not in words:
+        without = generate.tree_shape(args, model, None, tmp_path, 64)
+        assert without == tree or (without, tree) == (generate.GPU_TREE, "fit")
+    (tmp_path / generate.CURVE).write_text(json.dumps({"nodes": autotree.NODES, "topk": 10, "gained": [[2] * 8] * 6}))
+    assert generate.tree_shape(args, model, None, tmp_path, 64) == (found["fit"] if tree == "fit" else tree)
+    found["fit"] = None
+    default = generate.GPU_TREE if cuda else generate.CPU_TREE
+    assert generate.tree_shape(args, model, None, tmp_path, 64) == (default if tree == "fit" else tree)
 
 
 def test_no_cuda(call, demo: Path) -> None:

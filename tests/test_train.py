@@ -453,7 +453,8 @@ def test_command_from_start_to_end(command, capsys: pytest.CaptureFixture) -> No
     command("--steps", 3)
     out = capsys.readouterr().out
     assert "resuming" not in out and "mean gained on 2 held-out dialogues: greedy 1." in out
-    assert {p.name for p in (folder / "eagle").iterdir()} == {"model.safetensors", "config.json"}
+    assert {p.name for p in (folder / "eagle").iterdir()} == {"model.safetensors", "config.json", "acceptance.json"}
+    (folder / "eagle/acceptance.json").unlink()
     first = (folder / "eagle/model.safetensors").read_bytes()
     command("--steps", 3, "--eval_prompts", 0)
     assert "resuming at step 3" in capsys.readouterr().out
@@ -464,7 +465,10 @@ def test_command_from_start_to_end(command, capsys: pytest.CaptureFixture) -> No
     command("--steps", 0, "--work", folder / "other")
     assert (folder / "other/dialogues.bin").read_bytes() == data == (folder / "training/dialogues.bin").read_bytes()
     assert (folder / "eagle/model.safetensors").read_bytes() == first
-    command("--steps", 0, "--draft_vocab", 12)
+    assert "mean gained" in capsys.readouterr().out and (folder / "eagle/acceptance.json").exists()
+    (folder / "eagle/acceptance.json").unlink()
+    command("--steps", 0, "--draft_vocab", 12, "--eval_prompts", 0)
+    assert capsys.readouterr().out == "" and not (folder / "eagle/acceptance.json").exists()
     assert len(json.loads((folder / "eagle/draft_vocab.json").read_text())) == 12
     assert (folder / "eagle/model.safetensors").read_bytes() == first
 
@@ -472,7 +476,9 @@ def test_command_from_start_to_end(command, capsys: pytest.CaptureFixture) -> No
 def test_held_out_dialogues_are_not_trained_on(command, monkeypatch: pytest.MonkeyPatch) -> None:
     """An evaluation on what was learned."""
     seen = {}
-    monkeypatch.setattr(Trainer, "run", lambda self, data, work: seen.update(trained=data.long()))
+    monkeypatch.setattr(Trainer, "run", lambda self, data, work: (
+        seen.update(trained=data.long()), save_head(self.head, self.args.out)))
     monkeypatch.setattr(train, "evaluate", lambda model, out, prompts, *rest: seen.update(prompts=prompts) or 1.0)
+    monkeypatch.setattr(train, "save_curve", lambda model, out, prompts, stop_ids: seen.update(curve=prompts))
     rows = read(command("--steps", 3, "--eval_prompts", 10) / "training/dialogues.bin", 48)
-    assert torch.equal(seen["trained"], rows[10:]) and seen["prompts"] == held_out_prompts(rows[:10])
+    assert torch.equal(seen["trained"], rows[10:]) and seen["prompts"] == seen["curve"] == held_out_prompts(rows[:10])
