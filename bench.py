@@ -269,6 +269,9 @@ def bench(args: argparse.Namespace, result: dict) -> None:
     device, n = torch.device(args.device), args.max_new_tokens
     result |= {"arguments": {name: str(value) for name, value in vars(args).items()}, "contexts": [],
                **bandwidth(device), "startup_s": startup(args) if args.startup else {}, "device": describe(args)}
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()  # bandwidth is not counted, loading is
     model, head, prompts, stop_ids = load(args)
     slots = max(len(ids) for group in prompts for ids in group) + n
     usual = GPU_TREE if device.type == "cuda" else CPU_TREE
@@ -278,16 +281,18 @@ def bench(args: argparse.Namespace, result: dict) -> None:
         tree = fit(model, head, read_curve(draft.parent if draft.is_file() else draft), slots, show=True) or usual
     engines = {"vanilla": Engine(model, Vanilla(device), slots, stop_ids),
                "eagle2": Engine(model, Eagle2(head, model, *tree), slots, stop_ids)}
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # loading is not counted
     for group in prompts:
         result["contexts"].append(measure(engines, group, args))
         print(report(result, result["contexts"][-1]), flush=True)
     result["memory_gb"] = (torch.cuda.max_memory_allocated() if device.type == "cuda" else
                            1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1e9
-    print(table(result, ("GB/s of a sum", "of a copy, both ways", "peak memory, GB", *(
-        f"first text, {name} start, s" for name in result["startup_s"])), tuple(f"{x:.1f}" for x in (
-            result["read_gb_s"], result["copy_gb_s"], result["memory_gb"], *result["startup_s"].values()))), flush=True)
+    row = {"GB/s of a sum": result["read_gb_s"], "of a copy, both ways": result["copy_gb_s"],
+           "peak memory, GB": result["memory_gb"]}
+    if device.type == "cuda":  # the CUDA context and all that the allocator keeps as well
+        free, total = torch.cuda.mem_get_info()
+        row["in use on the device, GB"] = result["device_gb"] = (total - free) / 1e9
+    row |= {f"first text, {name} start, s": seconds for name, seconds in result["startup_s"].items()}
+    print(table(result, tuple(row), tuple(f"{x:.1f}" for x in row.values())), flush=True)
     others = {f"transformers, {cache} cache": transformers_decoder(model, stop_ids, cache)
               for cache in ("dynamic", "static") if args.transformers}
     others |= {"gpt-fast": gpt_fast_decoder(model, stop_ids, args.gpt_fast)} if args.gpt_fast else {}
