@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import autotree
 import kernels
 import linears
+import qlinears
 import sampling
 import tree
 import tree_kernels
@@ -18,6 +20,7 @@ from draft import Eagle1, Eagle2, load_head
 from engine import Engine, Sampling, Vanilla
 from model import load_model
 from qlinears import Quantized, dequantize, pack, quantize_rows, rotate
+from quantizers import MODES
 from tree import State
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -187,7 +190,7 @@ def test_the_loop_never_waits_nor_allocates(engines: list[Engine], demo_prompts:
 
 def variants() -> int:
     """How many kernels Triton has compiled or loaded in this process."""
-    modules = (kernels, linears, tree_kernels)
+    modules = (kernels, linears, qlinears, tree_kernels)
     functions = [f for module in modules for f in vars(module).values() if hasattr(f, "device_caches")]
     return sum(len(caches[0]) for f in functions for caches in f.device_caches.values())
 
@@ -201,3 +204,42 @@ def test_no_prompt_compiles_anything(engines: list[Engine]) -> None:
         for length in (1, 2, 31, 511, 512, 513, 1500, 3000):
             assert len(sum(engine.generate([5] * length, 5), [])) <= 5
         assert len(engine.graphs) == graphs and variants() == compiled
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_quantized(demo, demo_prompts: list[list[int]], mode: str) -> None:
+    """EAGLE-2's text is that of the same quantised model, but for near-ties; its cycles neither wait nor allocate, and
+    no later prompt compiles anything."""
+    model = load_model(demo, "cuda", torch.bfloat16, mode)
+    head = load_head(demo / "eagle", model, None, mode)
+    drafters, same = (Vanilla("cuda"), Eagle2(head, model)), 0
+    vanilla, eagle = (Engine(model, drafter, 3200, frozenset([2])) for drafter in drafters)
+    for ids in demo_prompts:
+        a, b = (sum(engine.generate(ids, 64), []) for engine in (vanilla, eagle))
+        parts = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
+        same += parts is None
+        assert parts is None or vanilla.top2_gap(ids + a[:parts]) < 0.5, (mode, parts)
+    assert same >= len(demo_prompts) // 4
+    graphs, compiled = len(eagle.graphs), variants()
+    list(eagle.generate([5] * 1500, 5))
+    cycles = eagle.generate(demo_prompts[0], 60)
+    next(cycles)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert sum(1 for _ in itertools.islice(cycles, 8)) > 2
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(eagle.graphs) == graphs and variants() == compiled
+
+
+def test_the_tree_that_fits(demo) -> None:
+    """Times that make sense, whatever was measured before; and that measuring leaves the model usable."""
+    model = load_model(demo, "cuda", torch.bfloat16)
+    head = load_head(demo / "eagle", model)
+    first, further, rest, *verify = autotree.measure(model, head, 1024)
+    assert 0 < further < 5 * first and 0 < rest < verify[0] and verify[0] < 1.5 * verify[-1]
+    nodes, levels, topk = autotree.fit(model, head, autotree.read_curve(demo / "eagle"), 1024)
+    assert nodes in autotree.NODES and 1 <= levels <= autotree.LEVELS
+    engines = [Engine(model, drafter, 1024) for drafter in (Vanilla("cuda"), Eagle2(head, model, nodes, levels, topk))]
+    a, b = (sum(engine.generate([5] * 20, 12), []) for engine in engines)
+    assert len(a) == len(b) == 12
