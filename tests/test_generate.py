@@ -114,7 +114,7 @@ def test_prompt_from_file_and_stdin(call, demo: Path, tmp_path: Path, monkeypatc
     (["--prompt", "@/no/such/file"], "/no/such/file"),
     (["--prompt", "word " * 300, "--max_seq_len", "256"], "--max_seq_len 256"),
     (["--prompt", "x", "--eagle2", "--draft_tokens", "65"], "--draft_tokens"),
-    (["--prompt", "x", "--eagle2", "--draft_vocab", "12"], "draft_vocab.json"),
+    (["--prompt", "x", "--eagle2", "--draft_vocab", "99999999"], "draft_vocab.json"),
     (["--prompt", "x", "--eagle2", "--draft", "/no/such/head"], "/no/such/head"),
 ])
 def test_bad_flags(words: list[str], message: str, call, demo: Path) -> None:
