@@ -317,13 +317,17 @@ def load_model(path: Path | str, device: torch.device | str = "cpu", dtype: torc
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such checkpoint; make one with convert_hf_checkpoint.py")
+        maker = "quantize.py" if path.name.startswith("model-int") else "convert_hf_checkpoint.py"
+        raise FileNotFoundError(f"{path}: no such checkpoint; make one with {maker}")
     file = path / "model.safetensors" if path.is_dir() else path
     cfg = Config.load(file.parent)
     tensors, metadata = read_tensors(file)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{file}: not a converted checkpoint; run `python convert_hf_checkpoint.py {file.parent}`")
     mode, stored = stored_mode(file, metadata, quantize)
+    if (mode or quantize) and torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        raise ValueError(f"{mode or quantize} needs a GPU that multiplies matrices of integers as ours are (compute "
+                         "capability 8.0 or more): leave the weights as they are, or take --device cpu")
     tied = cfg.tie_word_embeddings and mode is None
     with torch.device("meta"):
         model = Llama(cfg, qkv_bias="layers.0.wqkv.bias" in tensors)

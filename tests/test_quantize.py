@@ -388,3 +388,13 @@ def test_nothing_is_left_behind(folder: Path, monkeypatch: pytest.MonkeyPatch, t
     with staged(folder, folder):
         pass
     assert not path.exists(), "of a model that is no longer here"
+
+
+@pytest.mark.parametrize("quantize", [None, "int8dyn"])
+def test_old_device(folder: Path, monkeypatch: pytest.MonkeyPatch, quantize: str | None) -> None:
+    """One line before anything is loaded, not an error of the compiler after."""
+    if quantize is None:
+        folder = quantize_checkpoint(folder, "int8", 128, "cpu")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(ValueError, match="compute capability 8.0"):
+        load_model(folder, "cuda", torch.float16, quantize)
