@@ -30,7 +30,7 @@ import torch
 import linears
 from autotree import fit, read_curve
 from baselines import Decoder, Run, gpt_fast_decoder, transformers_decoder
-from draft import Eagle2
+from draft import Eagle2, find_head
 from engine import Engine, Sampling, Vanilla
 from generate import CPU_TREE, DTYPES, GPU_TREE, fail, nodes
 from quantizers import GROUPS, MODES
@@ -277,7 +277,7 @@ def bench(args: argparse.Namespace, result: dict) -> None:
     usual = GPU_TREE if device.type == "cuda" else CPU_TREE
     tree = args.tree or usual
     if args.tree == ["auto"]:
-        draft = args.draft or (args.checkpoint.parent if args.checkpoint.is_file() else args.checkpoint) / "eagle"
+        draft = args.draft or find_head(args.checkpoint)
         tree = fit(model, head, read_curve(draft.parent if draft.is_file() else draft), slots, show=True) or usual
     engines = {"vanilla": Engine(model, Vanilla(device), slots, stop_ids),
                "eagle2": Engine(model, Eagle2(head, model, *tree), slots, stop_ids)}

@@ -75,6 +75,14 @@ class EagleHead(nn.Module):
         quantize_linears(self, mode, group, device)
 
 
+def find_head(checkpoint: Path) -> Path:
+    """The head that belongs to a checkpoint, a folder or a model file in it: the folder eagle, or what has the file's
+    name in there, as model-int8.safetensors has if the head was quantised too."""
+    folder = checkpoint.parent if checkpoint.is_file() else checkpoint
+    file = folder / "eagle" / checkpoint.name
+    return file if checkpoint.is_file() and file.is_file() else folder / "eagle"
+
+
 def load_head(folder: Path | str, target: Llama, vocab: int | None = None, quantize: str | None = None,
               group: int = 128) -> EagleHead:
     """An EAGLE-1/2 head as published: config.json and model.safetensors or pytorch_model.bin. draft_vocab.json may

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from autotree import fit, profile_key, read_curve
-from draft import CURVE, Eagle1, Eagle2, EagleHead, load_head
+from draft import CURVE, Eagle1, Eagle2, EagleHead, find_head, load_head
 from engine import Engine, Sampling, Vanilla
 from model import Llama, load_model
 from quantizers import GROUPS, MODES
@@ -95,7 +95,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     method = p.add_mutually_exclusive_group()
     method.add_argument("--eagle2", action="store_true", help="draft with EAGLE-2's dynamic tree")
     method.add_argument("--eagle", action="store_true", help="draft with EAGLE's fixed tree")
-    p.add_argument("--draft", type=Path, help="draft head: its folder, or a file in it (default: <checkpoint>/eagle)")
+    p.add_argument("--draft", type=Path, help="draft head: its folder, or a file in it (default: <checkpoint>/eagle, "
+                   "of which the file with the name of the model's)")
     p.add_argument("--quantize", choices=MODES, help="quantise target and draft head on load (better: quantize.py)")
     p.add_argument("--group", type=int, choices=GROUPS, help="columns that share a scale, with int4 (default: 128)")
     p.add_argument("--prompt", required=True, help="the text, - for stdin, or @FILE")
@@ -174,9 +175,10 @@ def load(args: argparse.Namespace) -> tuple[Engine, Tokenizer]:
     max_seq_len = args.max_seq_len or min(model.cfg.max_position_embeddings, model.cfg.sliding_window or 4096, 4096)
     drafter = Vanilla(device)
     if args.eagle2 or args.eagle:
-        head = load_head(args.draft or folder / "eagle", model, args.draft_vocab, *how)
+        draft = args.draft or find_head(args.checkpoint)
+        head = load_head(draft, model, args.draft_vocab, *how)
         drafter = Eagle1(head, model) if args.eagle else Eagle2(
-            head, model, *tree_shape(args, model, head, args.draft or folder / "eagle", max_seq_len))
+            head, model, *tree_shape(args, model, head, draft, max_seq_len))
     return Engine(model, drafter, max_seq_len, tokenizer.stop_ids, not args.no_compile), tokenizer
 
 

@@ -9,7 +9,7 @@ import json
 import torch
 from torch import Tensor, nn
 
-from draft import EagleHead, load_head
+from draft import EagleHead, find_head, load_head
 from engine import Engine, Vanilla
 from generate import DTYPES
 from model import Llama, load_model
@@ -80,7 +80,7 @@ def load(args: argparse.Namespace) -> tuple[Llama, EagleHead, list[list[list[int
     dtype, device, how = DTYPES[args.dtype], args.device, (args.quantize, args.group or 128)
     first = (None,) if args.shape else how
     model = load_model(args.checkpoint, device, torch.float32 if args.shape else dtype, *first)  # widening rounds once
-    head = load_head(args.draft or folder / "eagle", model, args.draft_vocab, *first)
+    head = load_head(args.draft or find_head(args.checkpoint), model, args.draft_vocab, *first)
     if args.shape is None:
         return model, head, prompts, stop
     if isinstance(model.lm_head.weight, Quantized) or head.of_embedding is not None:

@@ -17,7 +17,7 @@ from recorder import Cycle, Recorder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from draft import EAGLE1_TREE, VOCAB, Eagle1, Eagle2, EagleHead, load_head
+from draft import EAGLE1_TREE, VOCAB, Eagle1, Eagle2, EagleHead, find_head, load_head
 from engine import Engine, Sampling, Vanilla
 from model import Config, Llama
 from sampling import gumbel_noise
@@ -484,3 +484,14 @@ def test_no_head_there(tmp_path: Path) -> None:
     """A message that does not say where a head comes from."""
     with pytest.raises(FileNotFoundError, match="--draft"):
         load_head(tmp_path / "eagle", tiny.target())
+
+
+def test_find_head(tmp_path: Path):
+    """A bfloat16 head beside an int8 model whose own was made, or a file that is not there."""
+    (tmp_path / "eagle").mkdir()
+    for name in ("model", "model-int8", "model-int4", "eagle/model-int8"):
+        (tmp_path / f"{name}.safetensors").touch()
+    eagle = tmp_path / "eagle"
+    assert find_head(tmp_path) == eagle == find_head(tmp_path / "model.safetensors")
+    assert find_head(tmp_path / "model-int8.safetensors") == eagle / "model-int8.safetensors"
+    assert find_head(tmp_path / "model-int4.safetensors") == eagle
