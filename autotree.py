@@ -71,9 +71,14 @@ def gained(candidates: Candidates, text: list[int]) -> Tensor:
     return torch.stack(counts, 1).clamp(max=len(text))
 
 
-def read_curve(folder: Path) -> list[list[float]]:
-    """gained[nodes][levels - 1] of the head in `folder`, one row for each of NODES."""
-    path = folder / CURVE
+def curve_path(head: Path) -> Path:
+    """Where the curve of a head lies, which is a folder or a file in it."""
+    return (head.parent if head.is_file() else head) / CURVE
+
+
+def read_curve(head: Path) -> list[list[float]]:
+    """gained[nodes][levels - 1] of a head, one row for each of NODES."""
+    path = curve_path(head)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not there, so --draft_tokens auto cannot tell what a tree gains; `train.py "
                                 "--steps 0 --tokens 0` measures it")

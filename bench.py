@@ -277,8 +277,8 @@ def bench(args: argparse.Namespace, result: dict) -> None:
     usual = GPU_TREE if device.type == "cuda" else CPU_TREE
     tree = args.tree or usual
     if args.tree == ["auto"]:
-        draft = args.draft or find_head(args.checkpoint)
-        tree = fit(model, head, read_curve(draft.parent if draft.is_file() else draft), slots, show=True) or usual
+        curve = read_curve(args.draft or find_head(args.checkpoint))
+        tree = fit(model, head, curve, slots, show=True) or usual
     engines = {"vanilla": Engine(model, Vanilla(device), slots, stop_ids),
                "eagle2": Engine(model, Eagle2(head, model, *tree), slots, stop_ids)}
     for group in prompts:

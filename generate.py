@@ -3,8 +3,8 @@
     python generate.py --checkpoint checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct --eagle2 --compare \\
         --prompt "Write a Python function that checks whether a word is a palindrome."
 
-This file is the command line; engine.py decodes. Weights of 8 or 4 bits: --checkpoint DIR/model-int8.safetensors (and
---draft DIR/eagle/model-int8.safetensors), which quantize.py writes, or --quantize int8.
+This file is the command line; engine.py decodes. Weights of 8 or 4 bits: --checkpoint DIR/model-int8.safetensors, which
+quantize.py writes, or --quantize int8.
 
 Text goes to stdout as it is written, statistics to stderr; with --json the last line of stdout is one object.
 """
@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from autotree import fit, profile_key, read_curve
-from draft import CURVE, Eagle1, Eagle2, EagleHead, find_head, load_head
+from autotree import curve_path, fit, profile_key, read_curve
+from draft import Eagle1, Eagle2, EagleHead, find_head, load_head
 from engine import Engine, Sampling, Vanilla
 from model import Llama, load_model
 from quantizers import GROUPS, MODES
@@ -151,11 +151,11 @@ def tree_shape(args: argparse.Namespace, model: Llama, head: EagleHead, draft: P
                ) -> tuple[int, int, int]:
     """Tokens, depth and top-k of EAGLE-2's tree: as asked for, else what fits, else the device's default."""
     cuda, asked = model.embed.weight.is_cuda, (args.draft_tokens, args.draft_depth, args.draft_topk)
-    default, folder = GPU_TREE if cuda else CPU_TREE, draft.parent if draft.is_file() else draft
-    known = cuda and not any(asked) and not args.no_compile and (folder / CURVE).is_file()
+    default = GPU_TREE if cuda else CPU_TREE
+    known = cuda and not any(asked) and not args.no_compile and curve_path(draft).is_file()
     if known or args.tree_table or args.draft_tokens == "auto":
         key = profile_key(model, head, (args.checkpoint, draft), args.quantize, args.group)
-        return fit(model, head, read_curve(folder), max_seq_len, key, args.tree_table) or default
+        return fit(model, head, read_curve(draft), max_seq_len, key, args.tree_table) or default
     return tuple(given or usual for given, usual in zip(asked, default))
 
 

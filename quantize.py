@@ -31,7 +31,7 @@ from generate import fail
 from linears import linear
 from model import FORMAT, Layer, Llama, load_model, read_tensors, rope_table, stored_mode
 from qlinears import Quantized
-from quantizers import GROUPS, MODES, QuantizedLinear, quantize_linears, quantize_weight
+from quantizers import GROUPS, MODES, QuantizedLinear, mode_of, quantize_linears, quantize_weight
 from tensor_files import write_file
 from tokenizer import Tokenizer
 from workload import gigabytes
@@ -95,7 +95,7 @@ def write_quantized(folder: Path, tensors: dict[str, Tensor], like: dict[str, Te
 def one_by_one(model: nn.Module, mode: str, group: int, device: str) -> Iterator[Quantized]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            yield quantize_weight(module.weight.to(device), "int8" if name == "lm_head" else mode, group)
+            yield quantize_weight(module.weight.to(device), mode_of(name, mode), group)
 
 
 @torch.inference_mode()
@@ -114,7 +114,7 @@ def calibrated(model: Llama, path: Path, group: int, device: str) -> Iterator[Qu
     meant, rope = now.clone(), rope_table(model.cfg, length, torch.device(device)).to(dtype)
     for layer in model.layers:
         yield from quantize_layer(copy.deepcopy(layer).to(device, dtype), now, meant, rope, group)
-    yield quantize_weight(model.lm_head.weight.to(device), "int8")
+    yield quantize_weight(model.lm_head.weight.to(device), mode_of("lm_head", "int4"))
 
 
 def first_token(tokenizer: Tokenizer) -> int:

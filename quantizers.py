@@ -163,14 +163,19 @@ class QuantizedLinear(nn.Module):
         return self
 
 
+def mode_of(name: str, mode: str) -> str:
+    """Of the linear of this name: an lm_head is int8 in any mode, as its errors reach the choice of a token at once."""
+    return "int8" if name == "lm_head" else mode
+
+
 def quantize_linears(module: nn.Module, mode: str, group: int = 128, device: torch.device | str | None = None,
                      shrink: Sequence[float] = SHRINK) -> None:
-    """Every nn.Linear of `module`, one after the other; `device` is where their integers go. An lm_head is int8 in any
-    mode: its errors reach the choice of a token at once. On the meta device shapes and dtypes alone."""
+    """Every nn.Linear of `module`, one after the other; `device` is where their integers go. On the meta device
+    shapes and dtypes alone."""
     for name, old in list(module.named_modules()):
         if isinstance(old, nn.Linear):
             parent, _, own = name.rpartition(".")
-            how = "int8" if own == "lm_head" else mode
+            how = mode_of(own, mode)
             weight = layout(*old.weight.shape, how, group) if old.weight.is_meta else quantize_weight(
                 old.weight.detach().to(device or old.weight.device), how, group, shrink=shrink)
             setattr(module.get_submodule(parent), own, QuantizedLinear(weight, old.bias))

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from draft import EagleHead
 from model import Config, Layer, Llama, RMSNorm
-from quantizers import quantize_linears, quantize_weight
+from quantizers import quantize_linears
 
 # The fields of Config that make a shape. The others stay the small model's, RoPE above all: the text is its own.
 FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
@@ -65,20 +65,14 @@ def widen_model(model: Llama, shape: dict[str, int], keep_ids: list[int] | None 
     put(lm_head, slice(kept, None), rows.double().mean(0, keepdim=True), PADDING)
     norm = widen_norm(model.norm, wide, embed)
     norm[size] = 64  # the constant is small against a residual stream of many layers
-    tensors = {"embed.weight": embed, "lm_head.weight": lm_head, "norm.weight": norm}
-    for i, layer in enumerate([*model.layers] + [None] * (wide.num_layers - small.num_layers)):
-        made = build(partial(Layer, wide), widen_layer(layer, small, wide, noise), quantize)
-        tensors |= {f"layers.{i}.{name}": tensor for name, tensor in made.state_dict().items()}
-    if quantize:
-        weight = quantize_weight(tensors.pop("lm_head.weight"), "int8")
-        tensors |= {"lm_head.data": weight.data, "lm_head.scale": weight.scale}
-
-    def empty() -> Llama:
+    with torch.device("meta"):
         result = Llama(wide)
-        if quantize:
-            quantize_linears(result, *quantize)
-        return result
-    return build(empty, tensors)
+    for i, layer in enumerate([*model.layers] + [None] * (wide.num_layers - small.num_layers)):
+        result.layers[i] = build(partial(Layer, wide), widen_layer(layer, small, wide, noise), quantize)
+    result.load_state_dict({"embed.weight": embed, "lm_head.weight": lm_head, "norm.weight": norm}, False, assign=True)
+    if quantize:
+        quantize_linears(result, *quantize)  # the one that is left is the lm_head
+    return result.requires_grad_(False).eval()
 
 
 def widen_head(head: EagleHead, shape: dict[str, int], device: torch.device | str = "cpu",

@@ -162,7 +162,7 @@ def test_which_tree(words: tuple, cuda: bool, tree: tuple | str, tmp_path: Path,
     if "auto" not in words:
         without = generate.tree_shape(args, model, None, tmp_path, 64)
         assert without == tree or (without, tree) == (generate.GPU_TREE, "fit")
-    (tmp_path / generate.CURVE).write_text(json.dumps({"nodes": autotree.NODES, "topk": 10, "gained": [[2] * 8] * 6}))
+    autotree.curve_path(tmp_path).write_text(json.dumps({"nodes": autotree.NODES, "topk": 10, "gained": [[2] * 8] * 6}))
     assert generate.tree_shape(args, model, None, tmp_path, 64) == (found["fit"] if tree == "fit" else tree)
     found["fit"] = None
     default = generate.GPU_TREE if cuda else generate.CPU_TREE
