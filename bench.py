@@ -273,6 +273,8 @@ def bench(args: argparse.Namespace, result: dict) -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()  # bandwidth is not counted, loading is
     model, head, prompts, stop_ids = load(args)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what quantising left behind; a quantised file leaves nothing
     slots = max(len(ids) for group in prompts for ids in group) + n
     usual = GPU_TREE if device.type == "cuda" else CPU_TREE
     tree = args.tree or usual

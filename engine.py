@@ -13,7 +13,9 @@ GPU a cycle is one CUDA graph, whatever the prompt, and the host does nothing bu
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ from kernels import TreeMask, causal_mask, tree_mask
 from linears import linear
 from model import Llama
 from sampling import Sampling, gumbel_noise, perturb
-from tree import MAX_NODES, State, Tree, root
+from tree import MAX_NODES, State, Tree, build, root
 
 PREFILL_CHUNK = 512  # prompt tokens a forward
 SPARE = 128  # cache slots past max_seq_len, for drafts that reach beyond the last token to be committed
@@ -31,15 +33,21 @@ SPARE = 128  # cache slots past max_seq_len, for drafts that reach beyond the la
 
 def capture(function: Callable[[], object], unroll: int = 1) -> Callable[[], None]:
     """`unroll` calls of `function` as a CUDA graph; calling the result replays them. Runs it twice before, which
-    compiles its kernels."""
+    compiles its kernels. What a graph leaves in its temporary memory, the next one that is replayed may overwrite."""
     for _ in range(2):
         function()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=graph_memory()):
         for _ in range(unroll):
             function()
     return graph.replay
+
+
+@cache
+def graph_memory() -> tuple[int, int]:
+    """For the temporary tensors of all graphs: no two are replayed at once."""
+    return torch.cuda.graph_pool_handle()
 
 
 class Vanilla:
@@ -98,9 +106,26 @@ class Engine:
             raise ValueError(f"the prompt has {len(ids)} tokens and --max_seq_len {self.max_seq_len} leaves no room "
                              f"for more (the model was made for {self.model.cfg.max_position_embeddings})")
 
+    def chain(self, rows: int) -> Tree:
+        """So many nodes, one below the other, of any tokens."""
+        return build(self.state.tokens[:rows].clone(), (self.nodes[:rows] - 1).clamp(min=0), rows - 1)
+
+    def compile(self, *rows: int) -> None:
+        """Compile the kernels of prefill, drafting, and verifying so many rows, by running each on any tokens in a
+        thread of its own: nearly all of the time is spent outside of Python's lock. Commits nothing."""
+        base = self.state.length - 1
+        jobs = [partial(self.drafter.propose, self.state), *(partial(self.verify, base, self.chain(n)) for n in rows)]
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            futures = [pool.submit(torch.inference_mode()(job)) for job in jobs]
+            torch.inference_mode()(self.chunk)(len(self.features), self.slots)  # here: cuBLAS has a workspace a thread
+        for future in futures:
+            future.result()
+
     def warm_up(self, sampling: Sampling) -> None:
         """Run a few cycles, so that what happens once (compilation, capture, allocation) is not timed as decoding."""
         start = time.perf_counter()
+        if self.cuda:
+            self.compile(self.drafter.num_nodes)
         for _ in self.generate([0] * min(8, self.max_seq_len - 1), 8, sampling):
             pass
         self.compile_s = time.perf_counter() - start

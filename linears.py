@@ -166,7 +166,7 @@ if triton is not None:
         x = tl.load(x_ptr + tl.program_id(0) * K + k, mask=k < K, other=0.0).to(tl.float32)
         tl.store(out_ptr + tl.program_id(0) * K + k, x * tl.rsqrt(tl.sum(x * x, 0) / K + eps) * g, mask=k < K)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["M"])  # one kernel for all trees that BM has room for
     def linear_kernel(x_ptr, w_ptr, bias_ptr, norm_ptr, eps, res_ptr, out_ptr, partial_ptr, count_ptr, rope_ptr,
                       slot_ptr, kv_ptr, x_scale_ptr, sums_ptr, w_scale_ptr, M, width, K,
                       columns, S,
@@ -258,7 +258,7 @@ if triton is not None:
             k = start + tl.arange(0, BK)
             inside = (k < K)[None, :] | EVEN_K  # folds to no mask at all
             w = tl.load(w_rows + k[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
-            x = tl.load(x_ptr + m * K + k[None, :], mask=inside & (m < M), other=0.0)
+            x = tl.load(x_ptr + m * K + k[None, :], mask=inside & ((m < M) | (BM == 1)), other=0.0)
             if norm_ptr is not None:
                 squares += x.to(tl.float32) * x.to(tl.float32)
                 x = x * tl.load(norm_ptr + k, mask=(k < K) | EVEN_K, other=0.0)[None, :]

@@ -61,11 +61,24 @@ def unpack(weight: Quantized) -> Tensor:
 
 def dequantize(weight: Quantized, dtype: torch.dtype) -> Tensor:
     """[N, K], filled up; each weight rounded once."""
+    return (dequantize_triton if weight.data.is_cuda else dequantize_torch)(weight, dtype)
+
+
+def dequantize_torch(weight: Quantized, dtype: torch.dtype) -> Tensor:
     q = unpack(weight).float()
     if not weight.group:
         return (q * weight.scale[:, None]).to(dtype)
     scale, offset = weight.scale.float().permute(2, 1, 0)[..., None]
     return (q.unflatten(1, (-1, weight.group)) * 16 * scale + offset).flatten(1).to(dtype)
+
+
+def dequantize_triton(weight: Quantized, dtype: torch.dtype) -> Tensor:
+    """For prefills, which want no other copy of the weights than this."""
+    (N, K), columns = weight.shape, weight.data.shape[1]
+    out = torch.empty(N, K, dtype=dtype, device=weight.data.device)
+    scale = weight.scale.view(torch.int32) if weight.group else weight.scale  # scale and offset are one word
+    dequantize_kernel[N, triton.cdiv(columns, 1024)](weight.data, scale, out, N, columns, weight.group, 1024)
+    return out
 
 
 def hadamard(device: torch.device | None = None) -> Tensor:
@@ -94,7 +107,7 @@ def integer_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> 
     if weight.planes == 2:
         return F.linear(x, dequantize(weight, x.dtype)[:, :x.shape[-1]], bias)
     q, scale = quantize_rows(x, 1, weight.rotated)
-    q, w = (t.to(x.dtype) / 128 for t in (q, weight.data))  # exact in any dtype, and fp16 has room for their sums
+    q, w = (t.to(x.dtype).div_(128) for t in (q, weight.data))  # exact in any dtype, and fp16 has room for their sums
     y = F.linear(q, w).float() * (128 * 128 * scale) * weight.scale
     return (y if bias is None else y + bias).to(x.dtype)
 
@@ -130,8 +143,14 @@ def integer_config(M: int, N: int, columns: int, planes: int, group: int, sms: i
             BN, BK, warps, stages = 128, group, 8, 3
     elif group:
         BK, SK, stages = 128, 2 if tiles < 2 * sms or rows <= 16 else 1, 4 if rows < 64 else 3
-        if narrow:
+        if narrow and rows < 128 and 2 * tiles > sms:  # two splits would make a wave and a half
+            SK, stages = 4, 6 if rows <= 16 else 4
+        elif narrow:
             BK, SK, stages = (128, 4, 3) if rows == 128 else (256, 2, 3 if rows == 64 else 6)
+        elif rows <= 32 and tiles > 3 * sms:
+            BK, SK, stages = 256, 1, 3
+        elif rows == 64 and tiles > 3 * sms:
+            stages = 4
     else:
         BK, SK, stages = (256, 1, 6 if rows <= 16 else 4) if rows < 64 else (128, 1, 4)
         if narrow:
@@ -144,7 +163,7 @@ def integer_config(M: int, N: int, columns: int, planes: int, group: int, sms: i
 
 if triton is not None:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["M"])
     def quantize_kernel(x_ptr, norm_ptr, out_ptr, scale_ptr, sums_ptr, groups, eps, M, K: tl.constexpr,
                         PADDED: tl.constexpr, PLANES: tl.constexpr, GROUP: tl.constexpr, ROTATED: tl.constexpr,
                         PDL: tl.constexpr):
@@ -194,6 +213,23 @@ if triton is not None:
         """Sum and difference of elements STEP apart, in their places."""
         a, b = tl.split(x.reshape(SIZE // STEP // 2, 2, STEP).permute(0, 2, 1))
         return tl.join(a + b, a - b).permute(0, 2, 1).reshape(SIZE)
+
+    @triton.jit
+    def dequantize_kernel(data_ptr, scale_ptr, out_ptr, N, columns, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+        """One row's BLOCK bytes."""
+        row, k = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        data = tl.load(data_ptr + row.to(tl.int64) * columns + k, mask=k < columns, other=0)
+        if GROUP:
+            out = out_ptr + row.to(tl.int64) * 2 * columns
+            for half in tl.static_range(2):
+                column = half * columns + k
+                q = (data << 4 >> 4 if half == 0 else data >> 4).to(tl.float32)
+                word = tl.load(scale_ptr + column // GROUP * N + row, mask=k < columns, other=0)
+                scale, offset = (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
+                tl.store(out + column, q * 16 * scale + offset, mask=k < columns)
+        else:
+            tl.store(out_ptr + row.to(tl.int64) * columns + k, data.to(tl.float32) * tl.load(scale_ptr + row),
+                     mask=k < columns)
 
     @triton.jit
     def nibbles(packed, INTERPRET: tl.constexpr):

@@ -7,7 +7,6 @@ from statistics import median
 import torch
 
 from engine import Engine, capture
-from tree import build
 
 Timer = Callable[[Callable[[], object], torch.device], float]
 
@@ -48,9 +47,5 @@ def elapsed(function: Callable[[], object], calls: int, device: torch.device) ->
 @torch.inference_mode()
 def verify_by_rows(engine: Engine, counts: tuple[int, ...], timer: Timer = timed) -> dict[int, float]:
     """ms of a frozen engine's verification of so many nodes, a chain of any tokens."""
-    base, times = engine.state.length - 1, {}
-    for rows in counts:
-        parents = (torch.arange(rows, device=engine.device) - 1).clamp(min=0)
-        chain = build(engine.state.tokens[:rows].clone(), parents, rows - 1)
-        times[rows] = timer(partial(engine.verify, base, chain), engine.device)
-    return times
+    base = engine.state.length - 1
+    return {rows: timer(partial(engine.verify, base, engine.chain(rows)), engine.device) for rows in counts}

@@ -108,7 +108,8 @@ def partial_kernel(logits, keys, peaks, sums, V, stride, K: tl.constexpr, BLOCK:
 def merge_kernel(keys, peaks, sums, ids, tokens, logs, BLOCKS, K: tl.constexpr, SIZE: tl.constexpr, B: tl.constexpr,
                  SUM: tl.constexpr, PDL: tl.constexpr):
     """One row's K best tokens, best first, and with SUM their log-probabilities: at most 0, so that no child outscores
-    its parent. All keys are loaded at once: loads that wait for one another cost more than the comparisons."""
+    its parent. All are loaded at once, and all read from `ids`: loads that wait for one another cost more than the
+    comparisons."""
     enter(PDL)
     row, i, block = tl.program_id(0), tl.arange(0, SIZE), tl.arange(0, B)
     key = tl.load(keys + row * BLOCKS * K + i, mask=i < BLOCKS * K, other=-(1 << 63))
@@ -116,15 +117,18 @@ def merge_kernel(keys, peaks, sums, ids, tokens, logs, BLOCKS, K: tl.constexpr, 
         peak = tl.load(peaks + row * BLOCKS + block, mask=block < BLOCKS, other=-float("inf"))
         top = tl.max(peak, 0)
         total = tl.sum(tl.load(sums + row * BLOCKS + block, mask=block < BLOCKS, other=0.0) * tl.exp(peak - top), 0)
+    lane = tl.arange(0, 16)
+    kept = tl.full([16], -(1 << 63), tl.int64)
     for rank in range(K):
         best = tl.max(key, 0)
-        token = key_index(best)
-        if ids is not None:
-            token = tl.load(ids + token)
-        tl.store(tokens + row * K + rank, token)
-        if SUM:  # a GPU's log of just above 1 may be negative
-            tl.store(logs + row * K + rank, tl.minimum(key_value(best) - top - tl.log(total), 0.0))
+        kept = tl.where(lane == rank, best, kept)
         key = tl.where(key == best, -(1 << 63), key)
+    token, real = key_index(kept), lane < K
+    if ids is not None:
+        token = tl.load(ids + token, mask=real, other=0)
+    tl.store(tokens + row * K + lane, token, mask=real)
+    if SUM:  # a GPU's log of just above 1 may be negative
+        tl.store(logs + row * K + lane, tl.minimum(key_value(kept) - top - tl.log(total), 0.0), mask=real)
 
 
 @triton.jit(do_not_specialize=["N", "depth"])
@@ -275,7 +279,8 @@ def top_children(logits: Tensor, k: int, ids: Tensor | None = None, log_p: bool 
     keys = torch.empty(rows, blocks, k, dtype=torch.int64, device=device)
     peaks, sums = torch.empty(2, rows if log_p else 0, blocks, device=device)
     tokens, logs = keys.new_empty(rows, k), peaks.new_empty(rows, k)
-    partial_kernel[rows, blocks](logits, keys, peaks, sums, vocab, logits.stride(0), k, block, log_p, **overlap(device))
+    partial_kernel[rows, blocks](logits, keys, peaks, sums, vocab, logits.stride(0), k, block, log_p,
+                                 num_warps=4 if block == 1024 else 2, **overlap(device))
     size = triton.next_power_of_2(blocks * k)
     merge_kernel[rows,](keys, peaks, sums, ids, tokens, logs, blocks, k, size, triton.next_power_of_2(blocks), log_p,
                         num_warps=max(1, size // 256), **overlap(device))

@@ -90,6 +90,7 @@ def test_integer_linear(N: int, K: int, group: int, planes: int, rotated: bool) 
         data = torch.randint(-127, 128, (N, K), device="cuda", dtype=torch.int8)
         weight = Quantized(data, torch.rand(N, device="cuda") * 1e-3, 0, planes, rotated)
     full = dequantize(weight, torch.float32)[:, :K].double()
+    assert full.equal(qlinears.dequantize_torch(weight, torch.float32)[:, :K].double())
     for M in (1, 2, 7, 10, 16, 24, 32, 48, 60, 64):
         x, norm = randn(M, K), (randn(K) * 0.1 + 1, 1e-5)
         q, scale = quantize_rows(x, planes, rotated)

@@ -184,12 +184,19 @@ def check_quantize() -> None:
             assert sums.T.equal(filled.unflatten(1, (-1, group)).sum(2).float())
 
 
+def check_dequantize() -> None:
+    """The kernel's weights are the twin's, to the last bit: halves, groups, a last block that is not full."""
+    for mode, dtype in itertools.product(MODES, (torch.float32, torch.float16)):
+        weight = weights(5, 2304, mode)
+        assert qlinears.dequantize_triton(weight, dtype).equal(dequantize(weight, dtype)), (mode, dtype)
+
+
 def test_rows():
     in_child("check_rows()", True, "test_qlinears")
 
 
 def test_splits():
-    in_child("check_splits(); check_quantize()", True, "test_qlinears")
+    in_child("check_splits(); check_quantize(); check_dequantize()", True, "test_qlinears")
 
 
 def test_options():
