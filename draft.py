@@ -9,11 +9,10 @@ costs no correctness, only acceptance, which is why acceptance has tests of its 
   Eagle2   grows the tree where the head is confident (arXiv 2406.16858)
   Eagle1   fills a fixed tree
 
-A drafter has `num_nodes`, `max_depth`, `prefill(...)` once a prompt and `propose(state) -> Tree` once a cycle.
+What a drafter is: drafter.py.
 """
 import json
 from pathlib import Path
-from types import ModuleType
 
 import torch
 import torch.nn as nn
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tree
-import tree_kernels
+from drafter import Drafter, steps
 from kernels import TreeMask, causal_mask, tree_mask
 from linears import linear
 from model import Config, Layer, Llama, fill, read_tensors, rope_table, stored_mode
@@ -171,15 +170,8 @@ def drafting_rows(weight: Tensor | Quantized, ids: Tensor | None, quantized: boo
     return weight._replace(planes=1)
 
 
-def steps(device: torch.device) -> ModuleType:
-    """The small steps of a cycle: tree.py's, or on a GPU the kernels of the same names."""
-    return tree_kernels if device.type == "cuda" else tree
-
-
-class Eagle:
+class Eagle(Drafter):
     """What both drafters share: the head's prefill and its catch-up on accepted tokens."""
-    num_nodes: int
-    max_depth: int
 
     def __init__(self, head: EagleHead, target: Llama, max_depth: int) -> None:
         self.head, self.ids, self.max_depth = head, head.vocab, max_depth
@@ -194,9 +186,14 @@ class Eagle:
                 of_embedding, of_feature = head.of_embedding, head.fc.weight
             self.fc, self.embedded = of_feature, F.linear(target.embed.weight, of_embedding, head.fc.bias)
 
-    def prefill(self, tokens: Tensor, features: Tensor, slots: Tensor, mask: Tensor | TreeMask) -> None:
-        """Feed entries `slots` [T]: features [T, C] of those places and tokens [T] of the next places."""
-        self.rows(tokens, features, None, slots, slots, mask)
+    def allocate(self, slots: int) -> None:
+        self.head.allocate_cache(slots)
+
+    def caches(self) -> tuple[Tensor, ...]:
+        return self.head.kv,
+
+    def prefill(self, state: State, features: Tensor, slots: Tensor, mask: Tensor | TreeMask) -> None:
+        self.rows(state.tokens[slots + 1], features, None, slots, slots, mask)
 
     def rows(self, tokens: Tensor, features: Tensor, above: Tensor | None, rope_pos: Tensor, cache_pos: Tensor,
              mask: Tensor | TreeMask) -> Tensor:

@@ -1,6 +1,6 @@
 """The engine: a model, a drafter and one sequence, decoded cycle by cycle.
 
-Each cycle a drafter proposes a tree of continuations (draft.py), one forward of the target over all its nodes
+Each cycle a drafter proposes a tree of continuations (drafter.py), one forward of the target over all its nodes
 says what the target would have written after each, and the longest path that agrees is committed, with one
 bonus token (tree.py). Vanilla decoding is the same cycle with a tree of one node.
 
@@ -20,12 +20,12 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from draft import Eagle1, Eagle2, steps
-from kernels import TreeMask, causal_mask, tree_mask
+from drafter import Drafter, Vanilla, steps
+from kernels import causal_mask, tree_mask
 from linears import linear
 from model import Llama
-from sampling import Sampling, gumbel_noise, perturb
-from tree import MAX_NODES, State, Tree, build, root
+from sampling import Sampling, gumbel_noise, perturb, process
+from tree import MAX_NODES, State, Tree, build
 
 PREFILL_CHUNK = 512  # prompt tokens a forward
 SPARE = 128  # cache slots past max_seq_len, for drafts that reach beyond the last token to be committed
@@ -50,21 +50,6 @@ def graph_memory() -> tuple[int, int]:
     return torch.cuda.graph_pool_handle()
 
 
-class Vanilla:
-    """No draft: the root alone."""
-    num_nodes, max_depth = 1, 0
-
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        zero = torch.zeros(1, dtype=torch.int64, device=device)
-        self.shape = Tree(zero, zero, zero, zero + 1)
-
-    def prefill(self, tokens: Tensor, features: Tensor, slots: Tensor, mask: Tensor | TreeMask) -> None:
-        pass
-
-    def propose(self, state: State) -> Tree:
-        return self.shape._replace(tokens=root(state))
-
-
 class Engine:
     """A model, a drafter and the state of one sequence. Call `generate` again and again, one at a time.
 
@@ -72,27 +57,26 @@ class Engine:
     committed, so the GPU never waits for Python. `compiled=False` launches every kernel from Python instead,
     which is slow but can be stepped through."""
 
-    def __init__(self, model: Llama, drafter: Vanilla | Eagle1 | Eagle2, max_seq_len: int,
+    def __init__(self, model: Llama, drafter: Drafter, max_seq_len: int,
                  stop_ids: frozenset[int] = frozenset(), compiled: bool = True) -> None:
         self.model, self.drafter, self.max_seq_len = model, drafter, max_seq_len
         self.device = device = model.embed.weight.device
         self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
-        self.sampling = Sampling()
         self.slots, self.compile_s = max_seq_len + SPARE, 0.0
         if model.kv is None or model.kv.shape[4] < self.slots:
             model.allocate_cache(max_seq_len, SPARE)
-        if not isinstance(drafter, Vanilla):
-            drafter.head.allocate_cache(self.slots)
+        drafter.allocate(self.slots)
         self.cuda = device.type == "cuda"
         self.steps = steps(device)
-        self.graphs, self.caches = {} if self.cuda and compiled else None, (None, None)
-        rows = drafter.max_depth + 1
+        self.graphs, self.caches = {} if self.cuda and compiled else None, []
+        rows, self.deepest = drafter.max_depth + 1, drafter.deepest or drafter.max_depth
         zero = torch.zeros((), dtype=torch.int64, device=device)
-        self.seed, self.limit, self.first = zero.clone(), zero + 1, zero.clone()
+        self.limit, self.first = zero + 1, zero.clone()
         self.nodes = torch.arange(MAX_NODES, device=device)
         self.state = State(
             tokens=torch.zeros(self.slots + 1, dtype=torch.int64, device=device), length=zero + 2, committed=zero + 1,
-            features=model.embed.weight.new_zeros(rows, model.cfg.hidden_size), done=zero == 0, width=self.slots)
+            features=model.embed.weight.new_zeros(rows, model.cfg.hidden_size), done=zero == 0, width=self.slots,
+            seed=zero.clone(), sampling=Sampling())
         self.report = torch.zeros(rows + 2, dtype=torch.int64, device=device)  # see tree.accept_commit
         # The host's copies, of the cycle it reads and of the one that runs meanwhile
         self.inbox = torch.zeros(2, rows + 2, dtype=torch.int64, pin_memory=self.cuda)
@@ -134,8 +118,8 @@ class Engine:
         """`function` as a CUDA graph, captured the first time it is asked for with this key; as it is on a CPU."""
         if self.graphs is None:
             return function
-        caches = [self.model.kv, getattr(self.drafter, "head", self.model).kv]
-        if any(a is not b for a, b in zip(caches, self.caches)):  # replaced by another engine that shares them
+        caches = [self.model.kv, *self.drafter.caches()]
+        if [*map(id, caches)] != [*map(id, self.caches)]:  # replaced by another engine that shares them
             self.graphs.clear()
             self.caches = caches
         if key not in self.graphs:
@@ -147,12 +131,13 @@ class Engine:
         """Process the prompt and commit the first new token. Raises ValueError where it does not fit."""
         self.check(ids)
         state, n = self.state, len(ids)
-        self.sampling = sampling
-        self.seed.fill_(sampling.seed)
+        state.sampling = sampling
+        state.seed.fill_(sampling.seed)
         self.limit.fill_(min(n + max_new_tokens, self.max_seq_len))
         state.tokens[:n].copy_(torch.tensor(ids))
-        first, features = self.chunks(ids)
         state.length.fill_(n)
+        self.drafter.reset(state)
+        first, features = self.chunks(ids)
         state.committed.fill_(0)
         state.done.fill_(False)
         state.features[0] = features[n - 1 - first]
@@ -182,25 +167,29 @@ class Engine:
         mask = causal_mask(self.first, rows, width)
         features = self.model(self.state.tokens[slots][None], slots, slots, mask)[0]
         self.features[:rows].copy_(features)
-        self.drafter.prefill(self.state.tokens[slots + 1], features, slots, mask)
+        self.drafter.prefill(self.state, features, slots, mask)
 
     def choose(self, features: Tensor, tree: Tree) -> Tensor:
         """The target's next token after each node, [T] int64. features [T, C] of the nodes of `tree`."""
+        s = self.state.sampling
+        if s.temperature and self.drafter.rejection:
+            logits = linear(features, self.model.lm_head.weight, dtype=torch.float32)
+            return self.drafter.choose(self.state, tree, process(logits, s.temperature, s.top_k, s.top_p, s.min_p))
         return self.steps.argmax(self.scores(features, tree.depth))
 
     def scores(self, features: Tensor, depth: Tensor) -> Tensor:
         """[T, V] fp32: the best one is the next token. features [T, C] of tokens `depth` [T] places after the root."""
-        logits, s = linear(features, self.model.lm_head.weight, dtype=torch.float32), self.sampling
+        logits, s = linear(features, self.model.lm_head.weight, dtype=torch.float32), self.state.sampling
         if s.temperature:
             logits = perturb(logits, self.state.noise[depth], s.temperature, s.top_k, s.top_p, s.min_p)
         return logits
 
     def draw_noise(self) -> None:
         """The noise that the next tokens are sampled with: one row for each place in the text."""
-        self.state.noise, hot = None, self.sampling.temperature
+        self.state.noise, hot = None, self.state.sampling.temperature
         if hot:
-            places = self.state.length + self.nodes[:self.drafter.max_depth + 1]
-            self.state.noise = hot * gumbel_noise(self.seed, places, self.model.cfg.vocab_size)
+            places = self.state.length + self.nodes[:self.deepest + 1]
+            self.state.noise = hot * gumbel_noise(self.state.seed, places, self.model.cfg.vocab_size)
 
     @torch.inference_mode()
     def cycle(self) -> None:
@@ -214,8 +203,11 @@ class Engine:
         choice after each, [T]."""
         slots = base + self.nodes[:len(tree.tokens)]  # siblings share a place in the text, never a slot
         mask = tree_mask(base, tree.ancestors[:, None], self.state.width)
-        features = self.model(tree.tokens[None], base + tree.depth, slots, mask)[0]
-        return features, self.choose(features, tree)
+        tokens = tree.tokens ^ (tree.tokens >> 63) if self.drafter.blanks else tree.tokens  # ~t to t
+        features = self.model(tokens[None], base + tree.depth, slots, mask)[0]
+        next_tokens = self.choose(features, tree)
+        self.drafter.learn(self.state, tree, next_tokens)
+        return features, next_tokens
 
     def commit(self, base: Tensor, tree: Tree, features: Tensor, next_tokens: Tensor) -> None:
         """Accept, and move what was accepted to the front of cache and features."""
@@ -231,7 +223,7 @@ class Engine:
     def generate(self, ids: list[int], max_new_tokens: int, sampling: Sampling = Sampling()) -> Iterator[list[int]]:
         """Yield the new token ids, cycle by cycle: first the one that prefill chose, then what each cycle
         committed. Ends after a stop id (yielded too), max_new_tokens, or a full context."""
-        self.sampling = sampling
+        self.state.sampling = sampling
         cycle = self.captured(self.cycle, "cycle", replace(sampling, seed=0))
         self.prefill(ids, max_new_tokens, sampling)
         self.send(0)

@@ -13,10 +13,13 @@ committed token; parents[i] < i. Then a node's ancestors, itself included, are t
      3   4
 """
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from sampling import Sampling
 
 MAX_NODES = 64  # the bits of an int64
 
@@ -38,7 +41,9 @@ class State:
     committed: Tensor  # 0-d int64, how many tokens the last cycle committed; that many rows of `features` count
     done: Tensor  # 0-d bool: a stop id or the length limit was reached, further cycles change nothing
     width: int
-    noise: Tensor | None = None  # [max_depth + 1, V] fp32: what sampling adds to the logits of the next places
+    noise: Tensor | None = None  # [deepest + 1, V] fp32: what sampling adds to the logits of the next places
+    seed: Tensor | None = None  # 0-d int64
+    sampling: "Sampling | None" = None
 
 
 def root(state: State) -> Tensor:

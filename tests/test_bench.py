@@ -309,14 +309,14 @@ def test_timed_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
             events.append("synchronized")
 
     @contextmanager
-    def graph(captured: Graph) -> Iterator[None]:
+    def graph(captured: Graph, pool: object) -> Iterator[None]:
         assert calls[-2:] == ["call"] * 2 and events == ["idle"], "compile before the capture"
         before = len(calls)
         yield
         captured.calls = len(calls) - before
 
     for name, fake in (("CUDAGraph", Graph), ("Event", Event), ("graph", graph),
-                       ("synchronize", lambda: events.append("idle"))):
+                       ("graph_pool_handle", object), ("synchronize", lambda: events.append("idle"))):
         monkeypatch.setattr(torch.cuda, name, fake)
     for unroll in (1, 10):
         clock, calls, events = [], [], []

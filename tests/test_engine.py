@@ -230,7 +230,7 @@ def test_caches_after_cycles(seed: int) -> None:
     slots = torch.arange(n - 1)
     mask = causal_mask(torch.tensor(0), n - 1, n - 1)
     features = model(torch.tensor([text[:-1]]), slots, slots, mask)[0]
-    drafter.prefill(torch.tensor(text[1:]), features, slots, mask)
+    drafter.prefill(state, features, slots, mask)
     assert torch.allclose(target_kv, model.kv[..., :n - 1, :], atol=1e-9)
     assert torch.allclose(head_kv, head.kv[..., :n - 1, :], atol=1e-9)
     assert n - len(ids) == 60

@@ -232,11 +232,11 @@ def drafted(head: EagleHead, model: Llama, ids: list[int], place: int, depth: in
     drafter = Eagle2(head, model, draft_depth=depth, topk=1)
     head.allocate_cache(64)
     features, tokens = tiny.features(model, ids), torch.tensor(ids + [0] * depth)
-    if place:
-        slots, mask = torch.arange(place), causal_mask(torch.tensor(0), place, place)
-        drafter.prefill(tokens[1:place + 1], features[:place], slots, mask)
     pending = torch.cat((features[place:place + 1], features.new_zeros(depth, features.shape[1])))
     state = State(tokens, torch.tensor(place + 2), pending, torch.tensor(1), torch.tensor(False), 64)
+    if place:
+        slots, mask = torch.arange(place), causal_mask(torch.tensor(0), place, place)
+        drafter.prefill(state, features[:place], slots, mask)
     guesses = [drafter.extend(state)]
     for level in range(1, depth):
         slot = torch.tensor([place + level])  # of the chain's node `level`, which sees all of the chain up to itself
