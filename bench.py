@@ -72,7 +72,7 @@ def cycle_parts(engine: Engine) -> list[dict]:
         return function()  # what the next part reads, outside of any graph
 
     where, hidden, level = part(f"draft: extend, {drafter.max_depth + 1} rows", draft_gb, partial(drafter.begin, state))
-    for depth in range(1, drafter.max_depth):
+    for depth in range(1, drafter.levels):
         hidden, level = part(f"draft: expansion {depth}, {drafter.topk} rows", draft_gb,
                              partial(drafter.expand, state, where, hidden, level, depth))
     tree = part("rerank", 0, partial(drafter.rerank, state))

@@ -23,6 +23,7 @@ import tree
 from drafter import Drafter, steps
 from kernels import TreeMask, causal_mask, tree_mask
 from linears import linear
+from lookup import Retrieval
 from model import Config, Layer, Llama, fill, read_tensors, rope_table, stored_mode
 from qlinears import Quantized
 from quantizers import quantize_linears, quantize_weight
@@ -222,22 +223,24 @@ class Eagle(Drafter):
 
 class Eagle2(Eagle):
     """EAGLE-2's dynamic tree. `draft_tokens` counts the root; `draft_depth` levels of drafted tokens; each of
-    the `topk` nodes of a level is given its `topk` best continuations, of all of which the best `topk` go on."""
+    the `topk` nodes of a level is given its `topk` best continuations, of all of which the best `topk` go on.
+    With `retrieval`, a chain from the text itself competes with what the head drafts, node by node."""
 
     def __init__(self, head: EagleHead, target: Llama, draft_tokens: int = 60, draft_depth: int = 6,
-                 topk: int = 10) -> None:
-        super().__init__(head, target, draft_depth)
+                 topk: int = 10, retrieval: Retrieval | None = None) -> None:
+        chain = retrieval.length if retrieval else 0
+        super().__init__(head, target, max(draft_depth, chain))
         if not (2 <= draft_tokens <= MAX_NODES and 1 <= draft_depth <= 8 and 1 <= topk <= 10):
             raise ValueError(f"a tree takes 2-{MAX_NODES} --draft_tokens, 1-8 --draft_depth and 1-10 --draft_topk")
-        self.topk = topk
+        self.topk, self.levels, self.retrieval = topk, draft_depth, retrieval
         self.num_nodes = min(draft_tokens, 1 + topk + (draft_depth - 1) * topk * topk)  # no more than candidates
         scratch = torch.arange((draft_depth - 1) * topk, device=self.entries.device)  # slots for nodes fed
         self.scratch, self.level_of = scratch, scratch // topk
-        self.start = tree.start(topk, draft_depth, scratch.device)
+        self.start = tree.start(topk, draft_depth, scratch.device, chain and chain + 1)
 
     def propose(self, state: State) -> Tree:
         where, hidden, level = self.begin(state)
-        for depth in range(1, self.max_depth):
+        for depth in range(1, self.levels):
             hidden, level = self.expand(state, where, hidden, level, depth)
         return self.rerank(state)
 
@@ -260,6 +263,9 @@ class Eagle2(Eagle):
         return hidden, self.steps.grow(logits, level, self.start[1], depth, self.topk, self.ids)
 
     def rerank(self, state: State) -> Tree:
+        if self.retrieval:
+            (tokens, scores, _), chain = self.start[1], self.retrieval.length
+            self.retrieval.write(state, tokens[-chain - 1:], scores[-chain:])
         return self.steps.rerank(state, self.start[1], self.num_nodes - 1, self.max_depth)
 
 

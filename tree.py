@@ -96,17 +96,21 @@ class Level(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """All drafted nodes, level by level, siblings best first: N = k + (max_depth - 1) k^2."""
+    """All drafted nodes, level by level, siblings best first: N = k + (max_depth - 1) k^2. And perhaps a chain that
+    came from elsewhere, behind a copy of the root that nobody keeps."""
     tokens: Tensor  # [N] int64
     scores: Tensor  # [N] fp32
     parents: Tensor  # [N] int64, candidate indices; -1 under the root
 
 
-def start(k: int, max_depth: int, device: torch.device) -> tuple[Level, Candidates]:
-    """What a tree grows from: the root, of score 0 and without a scratch slot, and room for the candidates."""
+def start(k: int, max_depth: int, device: torch.device, chain: int = 0) -> tuple[Level, Candidates]:
+    """What a tree grows from: the root, of score 0 and without a scratch slot, and room for the candidates, of which
+    the last `chain` are a chain and the copy of the root."""
     zero, n = torch.zeros(1, dtype=torch.int64, device=device), k + (max_depth - 1) * k * k
-    candidates = (torch.empty(n, dtype=t, device=device) for t in (torch.int64, torch.float32, torch.int64))
-    return Level(zero, zero.float(), zero - 1, zero, zero.new_zeros(1, 2)), Candidates(*candidates)
+    tokens, parents = torch.arange(-1, n + chain - 1, device=device).repeat(2, 1)  # the parent is the one before
+    parents[n:n + 2] = -1
+    scores = torch.full((n + chain,), -torch.inf, device=device)
+    return Level(zero, zero.float(), zero - 1, zero, zero.new_zeros(1, 2)), Candidates(tokens, scores, parents)
 
 
 def grow(logits: Tensor, level: Level, candidates: Candidates, depth: int, k: int, ids: Tensor | None = None) -> Level:
