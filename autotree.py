@@ -111,12 +111,13 @@ def choose(profile: list[float], curve: list[list[float]]) -> tuple[int, int, st
 
 
 def profile_key(model: Llama, head: EagleHead, paths: Iterable[Path], *settings: object) -> str:
-    """Whatever decides how long things take: device, versions, dtype, files (a folder stands for the weights in it)."""
+    """Whatever decides how long things take: device, versions, shape, dtype, files (a folder stands for the weights in
+    it)."""
     files = [file for path in paths for file in (
         [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".bin")))]
     stamps = [(str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
     weight = model.embed.weight
-    return json.dumps([device_name(weight.device), str(weight.dtype), torch.__version__,
+    return json.dumps([device_name(weight.device), str(model.cfg), str(weight.dtype), torch.__version__,
                        getattr(linears.triton, "__version__", None), 0 if head.vocab is None else len(head.vocab),
                        settings, stamps])
 

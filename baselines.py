@@ -1,7 +1,7 @@
 """Other engines on our weights, in our process: transformers' generate and gpt-fast, as decoders for bench.py.
 
-A decoder takes a prompt and the most new tokens, decodes greedily, and says how long decoding alone took. Weights are
-shared where the other engine's layout allows it, so that a 13B fits twice.
+A decoder takes a prompt and the most new tokens, decodes greedily, and says how long prefill and decoding took. Weights
+are shared where the other engine's layout allows it, so that a 13B fits twice.
 """
 import importlib.util
 import inspect
@@ -9,22 +9,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from model import Llama
 from qlinears import Quantized
-
-
-class Run(NamedTuple):
-    """One generation. The first token, which prefill chose, counts in `tokens` alone."""
-    tokens: list[int]
-    gained: int  # tokens committed while decoding
-    cycles: int
-    seconds: float  # decoding alone
-
+from timing import Run
 
 Decoder = Callable[[list[int], int], Run]  # prompt, most new tokens
 
@@ -43,7 +34,7 @@ def layer_weights(model: Llama) -> list[dict[str, Tensor]]:
 
 
 def transformers_decoder(model: Llama, stop_ids: frozenset[int], cache: str) -> Decoder:
-    """transformers' generate. Its time is that of `new_tokens` less that of one token, so prefill is left out."""
+    """transformers' generate. Decoding took what `new_tokens` take less what one token takes, which is prefill."""
     from transformers import LlamaConfig, LlamaForCausalLM
     cfg, device = model.cfg, model.embed.weight.device
     config = LlamaConfig(
@@ -74,7 +65,7 @@ def transformers_decoder(model: Llama, stop_ids: frozenset[int], cache: str) -> 
             out = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n, **how)
             tokens = out[0, len(ids):].tolist()  # waits for the device
             seconds.append(time.perf_counter() - start)
-        return Run(tokens, len(tokens) - 1, len(tokens) - 1, max(seconds[1] - seconds[0], 1e-9))
+        return Run(tokens, [1] * (len(tokens) - 1), seconds[0], max(seconds[1] - seconds[0], 1e-9))
     return decode
 
 
@@ -106,7 +97,8 @@ def gpt_fast_model(model: Llama, folder: Path) -> nn.Module:
 
 def gpt_fast_decoder(model: Llama, stop_ids: frozenset[int], folder: Path) -> Decoder:
     """gpt-fast as of commit 32971d3, decoding as its generate.py does: one compiled step, a cache as long as the text,
-    attention left to Inductor. It does not stop at a stop id; the text that is compared does."""
+    attention left to Inductor. It does not stop at a stop id: what comes after one is neither counted nor timed, all
+    steps being alike."""
     theirs, device = gpt_fast_model(model, folder), model.embed.weight.device
 
     def step(tokens: Tensor, places: Tensor) -> Tensor:
@@ -121,6 +113,7 @@ def gpt_fast_decoder(model: Llama, stop_ids: frozenset[int], folder: Path) -> De
     def decode(ids: list[int], new_tokens: int) -> Run:
         with torch.device(device):
             theirs.setup_caches(1, len(ids) + new_tokens)
+            begin = time.perf_counter()
             tokens, place = [step(torch.tensor([ids]), torch.arange(len(ids)))], torch.tensor([len(ids)])
         tokens[0].tolist()  # waits for the device
         start = time.perf_counter()
@@ -129,6 +122,6 @@ def gpt_fast_decoder(model: Llama, stop_ids: frozenset[int], folder: Path) -> De
                 tokens.append(fast(tokens[-1], place).clone())
                 place += 1
         text, seconds = torch.cat(tokens, 1)[0].tolist(), time.perf_counter() - start
-        end = next((i + 1 for i, token in enumerate(text) if token in stop_ids), len(text))
-        return Run(text[:end], new_tokens - 1, new_tokens - 1, seconds)
+        count = next((i for i, token in enumerate(text) if token in stop_ids), len(text) - 1)
+        return Run(text[:count + 1], [1] * count, start - begin, seconds * count / max(new_tokens - 1, 1))
     return decode

@@ -1,319 +1,304 @@
-"""Where the time of a decode cycle goes, and what the cycle gains: EAGLE-2, plain decoding, and other engines.
+"""The shootout: every method in one engine, on one model, by one clock and one counter of tokens.
 
-    python bench.py --checkpoint checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct --shape llama-2-7b --rows
+    python bench.py --checkpoint checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct --methods vanilla,eagle,eagle2 \\
+        --temperature 0 1 --json out.json --plots pictures
 
-With --shape the checkpoint is widened (widen.py): every weight of a 7B is read and multiplied, the text and how often
-drafts are accepted are the small model's. Each part of a cycle is timed alone, on a GPU as a CUDA graph of its own
-between two events, at one moment in the middle of a generation: `freeze` stops the text there, and a cycle does the
-same work again and again. Tokens a second are wall-clock of whole generations: greedy, prefill left out, methods in
-turns. Prints Markdown; --json FILE writes the same numbers and more. Other engines run in this process on these weights
-(baselines.py): --transformers is `generate` with its two kinds of cache, --gpt_fast CLONE.
+All methods answer the same prompts (later turns hold the model's own answers to the earlier ones) and take turns, A B
+C A B C, so that a warmer GPU meets them all. Speeds are all tokens / all seconds of a run over the prompts, the median
+and quartiles of --runs; compilation and capture come before. What counts, everywhere: tokens committed after prefill,
+up to the stop id; tokens a cycle are these / verifications, the bonus token included. Each text is compared with plain
+decoding's at the same temperature and seed. --shape (widen.py) has the cost of a 7B and the text of a small model.
+
+Prints Markdown (report.py); --json FILE writes all numbers and ids, --against OLD.json compares with such a file,
+--plots DIR draws (plots.py). Ctrl-C reports the runs that are complete. The parts of one cycle in detail: cycle.py.
 """
 import argparse
 import importlib.util
 import json
-import os
-import resource
-import shutil
-import subprocess
+import shlex
 import sys
-import tempfile
-import textwrap
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
+from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
-import linears
-from autotree import fit, read_curve
-from baselines import Decoder, Run, gpt_fast_decoder, transformers_decoder
-from draft import Eagle2, find_head
-from engine import Engine, Sampling, Vanilla
-from generate import CPU_TREE, DTYPES, GPU_TREE, fail, nodes
-from quantizers import GROUPS, MODES
-from timing import timed, verify_by_rows
+from baselines import gpt_fast_decoder, transformers_decoder
+from engine import SPARE, Engine, Sampling
+from generate import DTYPES, fail
+from methods import METHODS, add_options, check_options, make_drafter
+from report import against, read_result, report
+from timing import Run, environment, freeze, peak_gb, run, timed
 from widen import SHAPES
-from workload import gigabytes, kv_gigabytes, load, step_gb
+from workload import Prompt, ask, load, read_questions, widened_parts
 
-ROWS = (1, 8, 16, 32, 48, 60, 64)
-QUESTIONS = Path(__file__).parent / "bench_questions.jsonl"
-
-
-def bandwidth(device: torch.device) -> dict[str, float]:
-    """The best GB/s of memory: that a sum reads, and that a copy reads and writes together."""
-    x = torch.ones(2**29 if device.type == "cuda" else 2**26, device=device)  # fp32: 2 GiB, far beyond any cache
-    y, gb = torch.empty_like(x), 4e-9 * len(x)
-    read, copy = (min(timed(f, device, 1, 1) for _ in range(5)) for f in (x.sum, partial(y.copy_, x)))
-    return {"read_gb_s": 1e3 * gb / read, "copy_gb_s": 2e3 * gb / copy}
+DEFAULT = ["lookup", "lookahead", "eagle", "eagle2", "eagle2+lookup"]  # those that need no further weights
+QUESTIONS = Path(__file__).parent / "questions.jsonl"
+FAILURES = (ValueError, OSError, RuntimeError, ImportError)  # of one method, out of memory among them
+NO_SETTINGS = ("methods", "temperature", "json", "against", "plots")  # which --against does not compare
 
 
-def freeze(engine: Engine, ids: list[int], new_tokens: int) -> int:
-    """Continue the prompt by some `new_tokens`, then call it done: from here on a cycle does all its work and commits
-    nothing. (It moves features all the same: drafts become bad ones, which cost as much.) Returns the text's length."""
-    for new in engine.generate(ids, len(engine.state.tokens), Sampling()):
-        new_tokens -= len(new)
-        if new_tokens <= 0:
-            break
-    engine.state.done.fill_(True)
-    return int(engine.state.length)
+class Method(NamedTuple):
+    decode: Callable[[list[int], int, Sampling], Run]  # prompt, most new tokens, how
+    engine: Engine | None = None  # None: another engine, and greedy
+
+
+def complain(result: dict, name: str, error: Exception) -> None:
+    result["failed"][name] = (" ".join(str(error).split()) or type(error).__name__)[:300]
+    print(f"{name} failed, the others go on: {result['failed'][name]}", file=sys.stderr)
+
+
+def prepare(args: argparse.Namespace, result: dict) -> tuple[dict[str, Method], list[Prompt]]:
+    """Load everything, and let happen what happens once: compilation, capture. A method that fails is left out."""
+    new_tokens, questions = args.max_new_tokens, read_questions(args.questions)
+    model, prompts, stop = load(args, lambda model, tokenizer: ask(model, tokenizer, questions, new_tokens))
+    result["prompts"] = [p._asdict() for p in prompts]
+    longest = max((p.ids for p in prompts), key=len)
+    slots = len(longest) + new_tokens
+    model.allocate_cache(slots, SPARE)  # the target's: nobody's own memory
+    makers = {name: partial(our_method, name, args, model, slots, stop) for name in args.methods}
+    makers |= {f"transformers, {cache} cache (greedy)": lambda cache=cache: other_method(
+        transformers_decoder(model, stop, cache)) for cache in ("dynamic", "static") if args.transformers}
+    if args.gpt_fast:
+        makers["gpt-fast (greedy)"] = lambda: other_method(gpt_fast_decoder(model, stop, args.gpt_fast))
+    methods = {}
+    for name, make in tqdm(makers.items(), "prepare", leave=False, disable=None):
+        before, start = torch.cuda.memory_allocated(), time.perf_counter()  # without a GPU: 0
+        try:
+            method = make()
+            temperatures = args.temperature if method.engine else [0.0]
+            for t in temperatures:
+                if method.engine:
+                    method.engine.warm_up(Sampling(t))
+                method.decode(longest, new_tokens, Sampling(t))  # others compile for the longest text
+            known = {"prepare_s": time.perf_counter() - start}
+            if method.engine:
+                drafter, own = method.engine.drafter, torch.cuda.memory_allocated() - before
+                known |= {"nodes": drafter.num_nodes, "max_depth": drafter.max_depth, "rejection": drafter.rejection,
+                          "own_gb": own / 1e9 or None, "split_ms": {
+                              str(t): split_cycle(method.engine, prompts[0].ids, new_tokens, t) for t in temperatures}}
+            methods[name], result["methods"][name] = method, known
+        except FAILURES as error:
+            complain(result, name, error)
+    if "vanilla" not in methods:
+        raise ValueError(f"vanilla, which all are compared with, failed: {result['failed']['vanilla']}")
+    args.widening = None  # and with it the small model
+    return methods, prompts
+
+
+def our_method(name: str, args: argparse.Namespace, model: torch.nn.Module, slots: int, stop: frozenset[int]) -> Method:
+    """With weights of its own, even where another method drafts with the same: so it is known what each takes."""
+    engine = Engine(model, make_drafter(name, args, model, slots, widened_parts(name, args)), slots, stop)
+    return Method(partial(run, engine), engine)
+
+
+def other_method(decode: Callable[[list[int], int], Run]) -> Method:
+    return Method(lambda ids, new_tokens, sampling: decode(ids, new_tokens))
 
 
 @torch.inference_mode()
-def cycle_parts(engine: Engine) -> list[dict]:
-    """The parts of a frozen engine's cycle, in order: ms, and the GB of weights, keys and values that each reads."""
-    state, drafter, model, length, parts = engine.state, engine.drafter, engine.model, int(engine.state.length), []
-    draft_gb = gigabytes(drafter.fc, drafter.lm_head, drafter.head.layer) + kv_gigabytes(drafter.head.kv, length)
-
-    def part(name: str, gb: float, function: Callable[[], object]) -> object:
-        parts.append({"part": name, "ms": timed(function, engine.device), "gb": gb})
-        return function()  # what the next part reads, outside of any graph
-
-    where, hidden, level = part(f"draft: extend, {drafter.max_depth + 1} rows", draft_gb, partial(drafter.begin, state))
-    for depth in range(1, drafter.levels):
-        hidden, level = part(f"draft: expansion {depth}, {drafter.topk} rows", draft_gb,
-                             partial(drafter.expand, state, where, hidden, level, depth))
-    tree = part("rerank", 0, partial(drafter.rerank, state))
-    features, chosen = part(f"verify, {len(tree.tokens)} rows", step_gb(model, length),
-                            partial(engine.verify, where[0], tree))
-    part("accept and compact", 0, partial(engine.commit, where[0], tree, features, chosen))
-    return parts
+def split_cycle(engine: Engine, ids: list[int], new_tokens: int, temperature: float) -> dict[str, float]:
+    """ms of a cycle in the middle of a text, and of its parts: drafting, verifying (with the choice), the rest."""
+    freeze(engine, ids, new_tokens // 2, Sampling(temperature))
+    engine.draw_noise()
+    state, drafter = engine.state, engine.drafter
+    draft = timed(partial(drafter.propose, state), engine.device) if drafter.num_nodes > 1 else 0.0
+    verify = timed(partial(engine.verify, state.length - 1, drafter.propose(state)), engine.device)
+    cycle = timed(engine.cycle, engine.device, 1)
+    return {"draft": draft, "verify": verify, "other": cycle - draft - verify, "cycle": cycle}
 
 
-def run(engine: Engine, ids: list[int], new_tokens: int) -> Run:
-    tokens, cycles, start = [], -1, 0.0
-    for new in engine.generate(ids, new_tokens, Sampling()):
-        start = start or time.perf_counter()  # when the token of prefill is there
-        tokens += new
-        cycles += 1
-    return Run(tokens, len(tokens) - 1, cycles, time.perf_counter() - start)
-
-
-def race(decoders: dict[str, Decoder], prompts: list[list[int]], new_tokens: int, rounds: int
-         ) -> dict[str, list[list[Run]]]:
-    """All prompts through each decoder in turn, `rounds` times; what happens once (capture, compilation) before, with
-    the longest: others compile again for a longer cache."""
-    for decode in decoders.values():
-        decode(max(prompts, key=len), new_tokens)
-    runs = {name: [] for name in decoders}
-    for _ in range(rounds):
-        for name, decode in decoders.items():
-            runs[name].append([decode(ids, new_tokens) for ids in prompts])
+def race(methods: dict[str, Method], prompts: list[Prompt], args: argparse.Namespace, result: dict
+         ) -> dict[float, dict[str, list[list[Run]]]]:
+    """runs[temperature][method]: a list for each run, with a Run for each prompt. A text's seed is its prompt's place,
+    at every run. Runs in which not every method got through count for none; Ctrl-C ends the last of them."""
+    runs = {t: {} for t in args.temperature}
+    turns = sum(1 for t in args.temperature for method in methods.values() if method.engine or not t)
+    bar = tqdm(total=args.runs * turns * len(prompts), desc="prompts", disable=None)
+    try:
+        for turn in range(args.runs):
+            for t in args.temperature:
+                part = {}
+                for name, method in [(n, m) for n, m in methods.items() if m.engine or not t]:
+                    bar.set_postfix_str(f"run {turn + 1} of {args.runs}, temperature {t:g}, {name}")
+                    try:
+                        for seed, prompt in enumerate(prompts):
+                            part.setdefault(name, []).append(
+                                method.decode(prompt.ids, args.max_new_tokens, Sampling(t, seed=seed)))
+                            bar.update()
+                    except FAILURES as error:
+                        complain(result, name, error)
+                        del methods[name]
+                        part.pop(name, None)
+                for name, each in part.items():
+                    runs[t].setdefault(name, []).append(each)
+    except KeyboardInterrupt:
+        result["interrupted"] = f"run {turn + 1} of {args.runs} at temperature {t:g} and all that was to follow"
+        result["unfinished"] = {"temperature": t, **{name: [r._asdict() for r in each] for name, each in part.items()}}
+    bar.close()
     return runs
 
 
-def score(runs: list[list[Run]], texts: list[list[int]]) -> dict:
-    """The median over rounds of all tokens / all seconds, and how many texts are those of vanilla."""
-    gained, cycles = (max(1, sum(getattr(r, what) for r in runs[0])) for what in ("gained", "cycles"))
-    seconds = median(sum(r.seconds for r in each) for each in runs)
-    return {"tokens_per_sec": gained / seconds, "mean_gained": gained / cycles, "cycle_ms": 1e3 * seconds / cycles,
-            "same": sum(r.tokens == text for r, text in zip(runs[0], texts)), "prompts": len(runs[0])}
+def spread(values: list[float]) -> dict:
+    low, _, high = quantiles(values, method="inclusive") if len(values) > 1 else values * 3
+    return {"median": median(values), "q1": low, "q3": high, "runs": values}
 
 
-def measure(engines: dict[str, Engine], prompts: list[list[int]], args: argparse.Namespace) -> dict:
-    """Everything about our own two methods at one context."""
-    vanilla, eagle = engines.values()
-    runs = race({name: partial(run, e) for name, e in engines.items()}, prompts, args.max_new_tokens, args.rounds)
-    texts = [r.tokens for r in runs["vanilla"][0]]
-    speed = {name: score(each, texts) for name, each in runs.items()}
-    gaps = []  # vanilla's two best logits where the texts part: near 0, rounding decided
-    for ids, a, b in zip(prompts, texts, (r.tokens for r in runs["eagle2"][0])):
-        if a != b:
-            at = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-            gaps.append(vanilla.top2_gap(ids + a[:at]))
-    middle = freeze(vanilla, prompts[0], args.max_new_tokens // 2)
-    vanilla_ms, vanilla_gb = timed(vanilla.cycle, vanilla.device, 1), step_gb(vanilla.model, middle)
-    length = freeze(eagle, prompts[0], args.max_new_tokens // 2)
-    parts, cycle_ms = cycle_parts(eagle), timed(eagle.cycle, eagle.device, 1)
-    fast, verify_ms = speed["eagle2"], parts[-2]["ms"]
-    return {"context": max(map(len, prompts)), "timed_at": length,
-            "parts": parts, "sum_ms": sum(p["ms"] for p in parts), "cycle_ms": cycle_ms,
-            "cycle_gb": sum(p["gb"] for p in parts), "between_ms": fast["cycle_ms"] - cycle_ms,
-            "vanilla_ms": vanilla_ms, "vanilla_gb": vanilla_gb, "verify_ratio": verify_ms / vanilla_ms,
-            "cycle_ratio": cycle_ms / vanilla_ms, "rows_ms": verify_by_rows(eagle, ROWS) if args.rows else {},
-            "speed": speed, "gaps": gaps, "texts": texts,
-            "efficiency": fast["tokens_per_sec"] * cycle_ms / 1e3 / fast["mean_gained"]}
+def speeds(runs: list[list[Run]]) -> dict:
+    """The numbers of some prompts: of each run all tokens / all seconds."""
+    def total(each: list[Run], what: str) -> float:
+        return sum(getattr(r, what) for r in each)
+
+    gained = [g for r in runs[0] for g in r.gained]
+    decoded, cycles = ([sum(count(r.gained) for r in each) for each in runs] for count in (sum, len))
+    seconds = [max(total(each, "decode_s"), 1e-9) for each in runs]
+    return {"tokens_per_sec": spread([n / s for n, s in zip(decoded, seconds)]),
+            "with_prefill": spread([(n + len(each)) / (s + total(each, "prefill_s"))
+                                    for n, s, each in zip(decoded, seconds, runs)]),
+            "prefill_ms": 1e3 * median(total(each, "prefill_s") / len(each) for each in runs),
+            "cycle_ms": 1e3 * median(s / max(n, 1) for n, s in zip(cycles, seconds)),
+            "mean_gained": sum(gained) / max(len(gained), 1),
+            "histogram": [gained.count(n) for n in range(max(gained, default=0) + 1)]}  # cycles that gained 0, 1, 2...
 
 
-def startup(args: argparse.Namespace) -> dict[str, float]:
-    """Seconds from the start of a process of generate.py to its first text, without and with compiled kernels; the
-    libraries have been read from the disk by this process."""
-    seconds, command = {}, [
-        sys.executable, Path(__file__).parent / "generate.py", "--checkpoint", args.checkpoint, "--eagle2", "--prompt",
-        "Why is the sky blue?", "--max_new_tokens", "8", "--device", args.device, "--dtype", args.dtype,
-        *(["--draft", args.draft] if args.draft else []),
-        *(["--draft_vocab", str(args.draft_vocab)] if args.draft_vocab is not None else []),
-        *(["--quantize", args.quantize] if args.quantize else []),
-        *(["--group", str(args.group)] if args.group else [])]
-    with tempfile.TemporaryDirectory() as cache:
-        for name in ("cold", "warm"):
-            start, env = time.perf_counter(), os.environ | {"TRITON_CACHE_DIR": cache, "XDG_CACHE_HOME": cache}
-            with subprocess.Popen(command, stdout=subprocess.PIPE, env=env) as child:
-                child.stdout.read(1)
-                seconds[name] = time.perf_counter() - start
-                child.stdout.read()
-            if child.returncode:
-                raise ValueError(f"--startup: generate.py ended with exit code {child.returncode}")
-    return seconds
+def distinct4(texts: list[list[int]]) -> float:
+    """The share of 4-grams that a text has not written before: where it is low, drafts are easy and speeds flatter."""
+    grams = [[tuple(ids[i:i + 4]) for i in range(len(ids) - 3)] for ids in texts]
+    return sum(len(set(each)) for each in grams) / max(1, sum(map(len, grams)))
 
 
-def describe(args: argparse.Namespace) -> str:
-    """The line above every table: device, versions, and what the numbers are of."""
-    device = f"{torch.get_num_threads()} threads of a CPU ({torch.backends.cpu.get_cpu_capability()})"
-    if args.device == "cuda":
-        device = torch.cuda.get_device_name()
-        if shutil.which("nvidia-smi"):
-            query = subprocess.run(
-                ["nvidia-smi", "-i", f"GPU-{torch.cuda.get_device_properties(0).uuid}", "--format=csv,noheader",
-                 "--query-gpu=power.limit,clocks.sm,clocks.max.sm,clocks.mem"], capture_output=True, text=True)
-            limit, now, most, memory = (query.stdout.strip().split(", ") + ["?"] * 4)[:4]
-            device += f" (power limit {limit}, SM clock {now} of {most}, memory {memory})"
+def parted(ids: list[int], base: list[int]) -> int:
+    """The place of the first token that differs; where one text ends before the other, its length."""
+    return next((i for i, (a, b) in enumerate(zip(ids, base)) if a != b), min(len(ids), len(base)))
+
+
+def gap(vanilla: Engine, ids: list[int], sampling: Sampling) -> float:
+    """How far apart plain decoding's two best scores are after `ids`, what two texts have in common."""
+    vanilla.state.sampling = sampling
+    vanilla.state.seed.fill_(sampling.seed)
+    return vanilla.top2_gap(ids)
+
+
+def summary(name: str, t: float, runs: dict[str, list[list[Run]]], prompts: list[Prompt], vanilla: Engine,
+            known: dict) -> dict:
+    """All about one method at one temperature; `runs` are those of all methods there, `known` is about this one."""
+    own, texts = runs[name], [r.tokens for r in runs[name][0]]
+    places = {}
+    for i, prompt in enumerate(prompts):
+        places.setdefault(prompt.category, []).append(i)
+    entry = {"method": name, "temperature": t, **speeds(own), "split_ms": known.get("split_ms", {}).get(str(t)),
+             "by_category": {c: speeds([[each[i] for i in at] for each in own]) for c, at in places.items()},
+             "distinct4": distinct4(texts), "steady": all([r.tokens for r in each] == texts for each in own),
+             "accept_by_depth": [], "same": None, "gaps": [], "texts": texts, "gained": [r.gained for r in own[0]],
+             "runs": [{what: [getattr(r, what) for r in each] for what in ("prefill_s", "decode_s")} for each in own]}
+    histogram, depths = entry["histogram"], range(1, known.get("max_depth", 0) + 1)
+    entry["accept_by_depth"] = [sum(histogram[d + 1:]) / max(1, sum(histogram)) for d in depths]
+    if "vanilla" in runs and not (t and known.get("rejection")):  # which draws otherwise, from the same distribution
+        base = [r.tokens for r in runs["vanilla"][0]]
+        apart = [(i, parted(a, b)) for i, (a, b) in enumerate(zip(texts, base)) if a != b]
+        entry["same"] = len(texts) - len(apart)
+        entry["gaps"] = [{"prompt": i, "token": at, "gap": gap(
+            vanilla, prompts[i].ids + base[i][:at], Sampling(t, seed=i))} for i, at in apart]
+    return entry
+
+
+def bench(args: argparse.Namespace, result: dict) -> None:
+    """Measure and fill `result`."""
+    device = torch.device(args.device)
+    result |= {"command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "note": note(args),
+               "settings": {k: str(v) for k, v in vars(args).items() if k not in NO_SETTINGS},
+               "methods": {}, "failed": {}, "measured": [], "before": environment(device)}
+    methods, prompts = prepare(args, result)
+    vanilla = methods["vanilla"].engine
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # with --shape, loading takes more than all the rest
+    result["before"] = environment(device)  # the clocks of a warm GPU
+    runs = race(methods, prompts, args, result)
+    result |= {"after": environment(device), "memory_gb": peak_gb(device)}
+    result["measured"] = [summary(name, t, each, prompts, vanilla, result["methods"][name])
+                          for t, each in runs.items() for name in each]
+
+
+def note(args: argparse.Namespace) -> str:
+    """What the numbers are of."""
     weights = args.quantize or (args.checkpoint.stem if args.checkpoint.is_file() else "")
-    line = (f"{device}, torch {torch.__version__}, triton {getattr(linears.triton, '__version__', 'absent')}, "
-            f"{args.dtype}{weights and ', weights ' + weights}, {time.strftime('%Y-%m-%d')}.")
-    return line if args.shape is None else (
-        f"{line} {args.shape} is a shape: its cost, with the text and acceptance of {args.checkpoint.name}.")
+    text = f"{args.checkpoint.name}, {args.dtype}{weights and ', weights ' + weights}, batch 1."
+    return text if args.shape is None else (
+        f"{text} {args.shape} is a shape: its cost, with the text and acceptance of {args.checkpoint.name}.")
 
 
-def wrapped(text: str) -> str:
-    return textwrap.fill(text, 100, break_on_hyphens=False)
-
-
-def table(result: dict, *rows: tuple) -> str:
-    """Markdown, in columns, under the line that says what was measured."""
-    cells = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    cells.insert(1, ["-" * width for width in widths])
-    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
-    return "\n".join([wrapped(result["device"]), "", *lines, ""])
-
-
-def speed_table(result: dict, part: dict) -> str:
-    base = part["speed"]["vanilla"]["tokens_per_sec"]
-    head = (f"prompts of at most {part['context']} tokens", "tokens/s", "speed-up", "tokens a cycle", "ms a cycle",
-            "same text")
-    return table(result, head, *((
-        name, f"{s['tokens_per_sec']:.1f}", f"{s['tokens_per_sec'] / base:.2f}", f"{s['mean_gained']:.2f}",
-        f"{s['cycle_ms']:.3f}", f"{s['same']} of {s['prompts']}") for name, s in part["speed"].items()))
-
-
-def report(result: dict, part: dict) -> str:
-    """Our own two methods at one context."""
-    def line(name: str, ms: float, gb: float) -> tuple:
-        rate = 1e3 * gb / ms
-        share = f"{rate / result['read_gb_s']:.0%}"
-        return (name, f"{ms:.3f}", f"{gb:.2f}", f"{rate:.0f}", share) if gb else (name, f"{ms:.3f}", "", "", "")
-
-    allowed = 1e3 * part["speed"]["eagle2"]["mean_gained"] / part["cycle_ms"]
-    note = f"eagle2 reaches {part['efficiency']:.1%} of the {allowed:.1f} tokens/s that its captured cycle allows."
-    if part["gaps"]:
-        note += f" Where a text parts from vanilla's, the two best logits are at most {max(part['gaps']):.3g} apart."
-    tables = [speed_table(result, part) + f"\n{wrapped(note)}\n", table(
-        result, (f"after {part['timed_at']} tokens", "ms", "GB read", "GB/s", f"of {result['read_gb_s']:.0f} GB/s"),
-        *(line(p["part"], p["ms"], p["gb"]) for p in part["parts"]),
-        line("sum of these", part["sum_ms"], part["cycle_gb"]), line("cycle", part["cycle_ms"], part["cycle_gb"]),
-        line("between two cycles (wall-clock)", part["between_ms"], 0),
-        line("vanilla's cycle", part["vanilla_ms"], part["vanilla_gb"]),
-        ("verify / vanilla", f"{part['verify_ratio']:.2f}", "", "", ""),
-        ("cycle / vanilla", f"{part['cycle_ratio']:.2f}", "", "", ""))]
-    if part["rows_ms"]:
-        tables.append(table(result, ("rows verified", *part["rows_ms"]),
-                            ("ms", *(f"{ms:.3f}" for ms in part["rows_ms"].values()))))
-    return "\n".join(tables)
-
-
-def parse_args() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description="Time the parts of a decode cycle, and EAGLE-2 against plain decoding.")
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description="Compare methods of decoding.")
     p.add_argument("--checkpoint", type=Path, required=True, help="converted folder, or a model file in it")
-    p.add_argument("--draft", type=Path, help="draft head: its folder, or a file in it (default: <checkpoint>/eagle)")
-    p.add_argument("--quantize", choices=MODES, help="quantise target and draft head, after widening")
-    p.add_argument("--group", type=int, choices=GROUPS, help="columns that share a scale, with int4 (default: 128)")
-    p.add_argument("--draft_vocab", type=int, help="draft only so many of the head's frequent tokens; 0: all")
-    p.add_argument("--shape", choices=SHAPES, help="widen the checkpoint to this shape (default: as it is)")
-    p.add_argument("--contexts", type=int, nargs="+", default=[512, 3500],
-                   help="tokens of the prompts; 0: the questions alone")
-    p.add_argument("--tree", type=nodes, nargs="+", metavar="N", help="of EAGLE-2: nodes, levels and top-k; or auto")
+    p.add_argument("--methods", type=lambda text: text.split(","), default=DEFAULT, metavar="A,B",
+                   help=f"vanilla, which always runs, and any of {', '.join(METHODS)} (default: {','.join(DEFAULT)})")
+    add_options(p)
+    p.add_argument("--medusa", type=Path, metavar="DIR", help="the heads that the method medusa drafts with")
+    p.add_argument("--speculate", type=Path, metavar="DIR", help="the model that speculate and its kin draft with")
+    p.add_argument("--temperature", type=float, nargs="+", default=[0.0], help="one or more; 0: greedy (the default)")
+    p.add_argument("--runs", type=int, default=5, help="how often the methods take turns (default: 5)")
+    p.add_argument("--questions", type=Path, default=QUESTIONS,
+                   help='JSON lines with "turns", perhaps "category" and "question_id": those of Spec-Bench, MT-bench')
     p.add_argument("--max_new_tokens", type=int, default=256)
-    p.add_argument("--questions", type=Path, default=QUESTIONS, help='JSON lines with "turns"; the first is asked')
-    p.add_argument("--rounds", type=int, default=3, help="how often the methods take turns")
-    p.add_argument("--rows", action="store_true", help="also time the verification of 1 to 64 nodes")
-    p.add_argument("--startup", action="store_true", help="also time generate.py from its start to its first text")
-    p.add_argument("--transformers", action="store_true", help="also run transformers on two of the prompts")
-    p.add_argument("--gpt_fast", type=Path, help="also run gpt-fast on two of the prompts: the folder of its clone")
+    p.add_argument("--shape", choices=SHAPES, help="widen the checkpoint to this shape (default: as it is)")
+    p.add_argument("--transformers", action="store_true", help="also transformers, with its two kinds of cache; greedy")
+    p.add_argument("--gpt_fast", type=Path, metavar="CLONE", help="also gpt-fast, greedy: the folder of its clone")
     p.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--json", type=Path, help="write all numbers to this file")
-    args = p.parse_args()
+    p.add_argument("--json", type=Path, metavar="FILE", help="write all numbers and ids to this file")
+    p.add_argument("--against", type=Path, metavar="OLD.json", help="compare with what --json wrote earlier")
+    p.add_argument("--plots", type=Path, metavar="DIR", help="draw pictures into this folder")
+    args = p.parse_args(argv)
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
-    args.contexts.sort()  # other engines' caches grow with the context, and never shrink
+    args.methods, args.temperature = (list(dict.fromkeys(x)) for x in (["vanilla", *args.methods], args.temperature))
+    unknown = [name for name in args.methods if name not in METHODS]
+    others, of_methods = args.transformers or args.gpt_fast, check_options(args, args.methods)
     for wrong, message in (
-            (args.max_new_tokens < 2 or args.rounds < 1, "--max_new_tokens must be 2 or more, --rounds 1 or more"),
-            (args.startup and args.shape, "--startup is for a checkpoint as it is, without --shape"),
-            (args.tree not in (None, ["auto"]) and (len(args.tree) != 3 or "auto" in args.tree),
-             "--tree takes nodes, levels and top-k, or auto"),
-            (args.group and args.quantize != "int4", "--group is for --quantize int4; a quantised file has its own"),
-            (args.quantize and (args.transformers or args.gpt_fast), "other engines run without --quantize"),
+            (unknown, f"--methods: no {' and no '.join(unknown)}; there are {', '.join(METHODS)}"),
+            (args.max_new_tokens < 2 or args.runs < 1, "--max_new_tokens must be 2 or more, --runs 1 or more"),
+            (not all(0 <= t < float("inf") for t in args.temperature), "--temperature must be 0 or more"),
+            (of_methods, of_methods),
+            (others and args.quantize, "other engines run without --quantize"),
+            (others and 0 not in args.temperature, "other engines are greedy: add --temperature 0"),
             (args.gpt_fast and not (args.gpt_fast / "model.py").is_file(), f"--gpt_fast {args.gpt_fast}: no model.py "
              "there; clone github.com/meta-pytorch/gpt-fast and check out 32971d3"),
-            (args.transformers and not importlib.util.find_spec("transformers"),
-             "--transformers: not installed; pip install -r requirements-dev.txt")):
+            *((flag and not importlib.util.find_spec(name), f"--{option}: {name} is not installed; pip install -r "
+               "requirements-dev.txt") for flag, option, name in (
+                   (args.transformers, "transformers", "transformers"), (args.plots, "plots", "matplotlib"))),
+            (args.json and not args.json.parent.is_dir(), f"--json {args.json}: there is no such folder")):
         if wrong:
             p.error(message)
     return args
 
 
-def bench(args: argparse.Namespace, result: dict) -> None:
-    """Measure, print, and fill `result`."""
-    device, n = torch.device(args.device), args.max_new_tokens
-    result |= {"arguments": {name: str(value) for name, value in vars(args).items()}, "contexts": [],
-               **bandwidth(device), "startup_s": startup(args) if args.startup else {}, "device": describe(args)}
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()  # bandwidth is not counted, loading is
-    model, head, prompts, stop_ids = load(args)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what quantising left behind; a quantised file leaves nothing
-    slots = max(len(ids) for group in prompts for ids in group) + n
-    usual = GPU_TREE if device.type == "cuda" else CPU_TREE
-    tree = args.tree or usual
-    if args.tree == ["auto"]:
-        curve = read_curve(args.draft or find_head(args.checkpoint))
-        tree = fit(model, head, curve, slots, show=True) or usual
-    engines = {"vanilla": Engine(model, Vanilla(device), slots, stop_ids),
-               "eagle2": Engine(model, Eagle2(head, model, *tree), slots, stop_ids)}
-    for group in prompts:
-        result["contexts"].append(measure(engines, group, args))
-        print(report(result, result["contexts"][-1]), flush=True)
-    result["memory_gb"] = (torch.cuda.max_memory_allocated() if device.type == "cuda" else
-                           1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1e9
-    row = {"GB/s of a sum": result["read_gb_s"], "of a copy, both ways": result["copy_gb_s"],
-           "peak memory, GB": result["memory_gb"]}
-    if device.type == "cuda":  # the CUDA context and all that the allocator keeps as well
-        free, total = torch.cuda.mem_get_info()
-        row["in use on the device, GB"] = result["device_gb"] = (total - free) / 1e9
-    row |= {f"first text, {name} start, s": seconds for name, seconds in result["startup_s"].items()}
-    print(table(result, tuple(row), tuple(f"{x:.1f}" for x in row.values())), flush=True)
-    others = {f"transformers, {cache} cache": transformers_decoder(model, stop_ids, cache)
-              for cache in ("dynamic", "static") if args.transformers}
-    others |= {"gpt-fast": gpt_fast_decoder(model, stop_ids, args.gpt_fast)} if args.gpt_fast else {}
-    for part, group in zip(result["contexts"], prompts):
-        for name, decode in others.items():  # one may take minutes to compile: what is known so far is shown
-            part["speed"][name] = score(race({name: decode}, group[:2], n, 1)[name], part["texts"])
-            print(speed_table(result, part), flush=True)
-
-
-def main() -> None:
-    args, result = parse_args(), {}
+def main() -> int:
+    args, result = parse_args(), {"measured": []}
     try:
+        old = args.against and read_result(args.against)
         bench(args, result)
     except (ValueError, OSError) as e:
-        sys.exit(fail(e))
-    finally:
-        if args.json and result.get("contexts"):  # other engines come last: their failure costs nothing of ours
+        return fail(e)
+    except KeyboardInterrupt:
+        result["interrupted"] = "all of it"
+    if result["measured"]:
+        print(report(result))
+        if old:
+            print(against(old, result))
+    if result.get("methods"):
+        if args.json:
             args.json.write_text(json.dumps(result) + "\n")
+        if args.plots and result["measured"]:
+            from plots import draw  # here: nothing else needs matplotlib
+            print("pictures:", *draw(result, args.plots))
+    if "interrupted" in result:
+        print(f"interrupted; missing: {result['interrupted']}", file=sys.stderr)
+        return 130
+    return 0 if result["measured"] else 2
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,10 +4,11 @@ Once a cycle a drafter proposes a tree of continuations; the engine verifies it,
 drafter can be slow or wrong, but never change what is written. On a GPU all of a cycle is one CUDA graph: `propose` and
 `learn` work on tensors of static shape, change tensors in place, and never look at a value.
 
-    lookup.py    the text itself: prompt lookup, and Lookahead's pool of n-grams
-    medusa.py    heads that guess several tokens ahead at once
-    speculate.py a smaller language model
-    draft.py     EAGLE's head: one layer that guesses features
+    lookup.py     the text itself: what followed there before
+    lookahead.py  the target, which guesses places ahead of the text, and the n-grams that come of it
+    medusa.py     heads that guess several tokens ahead at once
+    speculate.py  a smaller language model
+    draft.py      EAGLE's head: one layer that guesses features
 """
 from types import ModuleType
 

@@ -17,21 +17,17 @@ from pathlib import Path
 
 import torch
 
-from autotree import curve_path, fit, profile_key, read_curve
-from draft import Eagle1, Eagle2, EagleHead, find_head, load_head
 from engine import Engine, Sampling, Vanilla
-from model import Llama, load_model
-from quantizers import GROUPS, MODES
+from methods import METHODS, add_options, check_options, make_drafter
+from model import load_model
 from timing import device_name
 from tokenizer import Tokenizer
 
-GPU_TREE = (60, 6, 10)  # tokens, depth, topk of the paper; see autotree.py
-CPU_TREE = (8, 3, 3)  # where width is not free; see BENCHMARKS.md
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def run(engine: Engine, ids: list[int], max_new_tokens: int, sampling: Sampling, tokenizer: Tokenizer,
-        show: bool = False) -> dict:
+        method: str = "vanilla", show: bool = False) -> dict:
     """One generation, timed. Returns the object that --json prints; `show` streams the text to stdout."""
     stream, tokens, gained = tokenizer.stream(), [], []
     start = time.perf_counter()
@@ -53,7 +49,7 @@ def run(engine: Engine, ids: list[int], max_new_tokens: int, sampling: Sampling,
         stop = "length" if len(tokens) == max_new_tokens else "context"
     depths = range(1, engine.drafter.max_depth + 1)
     return {
-        "method": type(engine.drafter).__name__.lower(), "text": tokenizer.decode(tokens), "tokens": tokens,
+        "method": method, "text": tokenizer.decode(tokens), "tokens": tokens,
         "prompt_tokens": len(ids), "new_tokens": len(tokens), "cycles": len(gained), "gained": gained,
         "mean_gained": sum(gained) / len(gained) if gained else 0.0,
         "accept_by_depth": [sum(g > d for g in gained) / max(len(gained), 1) for d in depths],
@@ -85,20 +81,20 @@ def compare(engine: Engine, vanilla: dict, fast: dict, ids: list[int]) -> str:
             f"{engine.top2_gap(ids + b[:at]):.3g} apart ({vanilla['dtype']} rounding; float32 does not differ)")
 
 
-def nodes(text: str) -> int | str:
-    return text if text == "auto" else int(text)
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description="Generate text, with or without EAGLE-2.")
     p.add_argument("--checkpoint", type=Path, required=True, help="converted folder, or a model file in it")
     method = p.add_mutually_exclusive_group()
     method.add_argument("--eagle2", action="store_true", help="draft with EAGLE-2's dynamic tree")
     method.add_argument("--eagle", action="store_true", help="draft with EAGLE's fixed tree")
-    p.add_argument("--draft", type=Path, help="draft head: its folder, or a file in it (default: <checkpoint>/eagle, "
-                   "of which the file with the name of the model's)")
-    p.add_argument("--quantize", choices=MODES, help="quantise target and draft head on load (better: quantize.py)")
-    p.add_argument("--group", type=int, choices=GROUPS, help="columns that share a scale, with int4 (default: 128)")
+    method.add_argument("--medusa", type=Path, metavar="DIR", help="draft with these Medusa heads")
+    method.add_argument("--speculate", type=Path, metavar="DIR", help="draft with a smaller model of the same tokens")
+    method.add_argument("--lookahead", action="store_true", help="draft with n-grams from Jacobi iterations")
+    p.add_argument("--lookup", action="store_true", help="draft what the text itself suggests; with --eagle2 beside "
+                   "its tree, with --speculate to speed up the draft model")
+    p.add_argument("--rejection", action="store_true", help="--speculate: the papers' rule when sampling; more is "
+                   "accepted, but the same seed no longer gives the text of plain decoding")
+    add_options(p)
     p.add_argument("--prompt", required=True, help="the text, - for stdin, or @FILE")
     p.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
     p.add_argument("--max_new_tokens", type=int, default=256)
@@ -108,12 +104,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--min_p", type=float, default=0.0, help="0: off")
     p.add_argument("--seed", type=int, default=0, help="the same seed gives the same text with any drafter")
     p.add_argument("--compare", action="store_true", help="run vanilla too and compare speed and tokens")
-    p.add_argument("--draft_vocab", type=int, help="draft only so many of the head's frequent tokens; 0: all")
-    p.add_argument("--draft_tokens", type=nodes, help="nodes of EAGLE-2's tree, the root included; auto: as many, and "
-                   "levels, as are fastest with this head on this device (default on a GPU, if the head says what it "
-                   "gains)")
-    p.add_argument("--draft_depth", type=int, help="levels of drafted tokens")
-    p.add_argument("--draft_topk", type=int, help="nodes fed a level, and continuations of each")
     p.add_argument("--tree_table", action="store_true", help="--draft_tokens auto, and show what it compared")
     p.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 where the device is fast at it")
     p.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
@@ -121,17 +111,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--no_compile", action="store_true", help="no CUDA graphs: launch every kernel from Python")
     p.add_argument("--json", action="store_true", help="end stdout with one line of JSON")
     args = p.parse_args(argv)
-    shape = (args.draft_tokens, args.draft_depth, args.draft_topk)
-    auto = args.tree_table or args.draft_tokens == "auto"
+    drafts = [name for name in ("eagle2", "eagle", "medusa", "speculate", "lookahead") if getattr(args, name)]
+    args.method = "+".join(drafts + [name for name in ("lookup", "rejection") if getattr(args, name)]) or "vanilla"
+    wrong = check_options(args, [args.method])
+    if wrong:
+        p.error(wrong)
     for wrong, message in (
-            ((any(shape) or args.tree_table) and not args.eagle2,
-             "--draft_tokens, --draft_depth, --draft_topk and --tree_table shape --eagle2's tree"),
+            (args.method not in METHODS, f"{args.method} is no method: there are {', '.join(METHODS)}"),
+            (args.tree_table and not args.eagle2, "--tree_table is for --eagle2"),
             (args.tree_table and args.draft_tokens not in (None, "auto"), "--tree_table is for --draft_tokens auto"),
-            (auto and any(shape[1:]), "--draft_tokens auto chooses depth and top-k too"),
-            ((args.draft or args.compare or args.draft_vocab is not None) and not (args.eagle2 or args.eagle),
-             "--draft, --draft_vocab and --compare need --eagle2 or --eagle"),
-            ((args.draft_vocab or 0) < 0, "--draft_vocab must be 0 or more"),
-            (args.group and args.quantize != "int4", "--group is for --quantize int4; a quantised file has its own"),
+            (args.tree_table and (args.draft_depth or args.draft_topk), "--tree_table chooses depth and top-k too"),
+            (args.compare and args.method == "vanilla", "--compare needs a method that drafts, such as --eagle2"),
             (args.max_new_tokens < 1, "--max_new_tokens must be at least 1"),
             (args.max_seq_len is not None and args.max_seq_len < 2, "--max_seq_len must be at least 2"),
             (not 0 <= args.temperature < float("inf"), "--temperature must be 0 or more"),
@@ -145,18 +135,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if wrong:
             p.error(message)
     return args
-
-
-def tree_shape(args: argparse.Namespace, model: Llama, head: EagleHead, draft: Path, max_seq_len: int
-               ) -> tuple[int, int, int]:
-    """Tokens, depth and top-k of EAGLE-2's tree: as asked for, else what fits, else the device's default."""
-    cuda, asked = model.embed.weight.is_cuda, (args.draft_tokens, args.draft_depth, args.draft_topk)
-    default = GPU_TREE if cuda else CPU_TREE
-    known = cuda and not any(asked) and not args.no_compile and curve_path(draft).is_file()
-    if known or args.tree_table or args.draft_tokens == "auto":
-        key = profile_key(model, head, (args.checkpoint, draft), args.quantize, args.group)
-        return fit(model, head, read_curve(draft), max_seq_len, key, args.tree_table) or default
-    return tuple(given or usual for given, usual in zip(asked, default))
 
 
 def load(args: argparse.Namespace) -> tuple[Engine, Tokenizer]:
@@ -173,12 +151,7 @@ def load(args: argparse.Namespace) -> tuple[Engine, Tokenizer]:
     if tokenizer.vocab_size > model.cfg.vocab_size:
         raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.cfg.vocab_size}")
     max_seq_len = args.max_seq_len or min(model.cfg.max_position_embeddings, model.cfg.sliding_window or 4096, 4096)
-    drafter = Vanilla(device)
-    if args.eagle2 or args.eagle:
-        draft = args.draft or find_head(args.checkpoint)
-        head = load_head(draft, model, args.draft_vocab, *how)
-        drafter = Eagle1(head, model) if args.eagle else Eagle2(
-            head, model, *tree_shape(args, model, head, draft, max_seq_len))
+    drafter = make_drafter(args.method, args, model, max_seq_len)
     return Engine(model, drafter, max_seq_len, tokenizer.stop_ids, not args.no_compile), tokenizer
 
 
@@ -204,7 +177,7 @@ def main() -> None:
     except (ValueError, OSError) as e:
         sys.exit(fail(e))
     engine.warm_up(sampling)
-    result = run(engine, ids, args.max_new_tokens, sampling, tokenizer, show=True)
+    result = run(engine, ids, args.max_new_tokens, sampling, tokenizer, args.method, show=True)
     print(report(result), file=sys.stderr)
     if args.compare:
         plain = Engine(engine.model, Vanilla(engine.device), engine.max_seq_len, tokenizer.stop_ids,

@@ -13,6 +13,7 @@ Staged (arXiv 2308.04623): with `retrieval` the small model is sped up in the sa
 chain that the text itself suggests (lookup.py), so that fewer forwards write the same chain.
 """
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,11 +22,37 @@ from drafter import Drafter, steps
 from kernels import TreeMask, causal_mask
 from linears import linear
 from lookup import Retrieval
-from model import Llama
+from model import Config, Llama, fill, load_model, read_tensors
+from qlinears import Quantized, dequantize
 from sampling import gumbel_noise, perturb, process
 from tree import State, Tree, build, root
 
 DRAFTING, ACCEPTING = 0x5EED0D7A, 0x5EED0ACC  # make of the seed those of two more streams of noise
+
+
+def load_draft_model(path: Path | str, target: Llama) -> Llama:
+    """A converted checkpoint with the target's tokens, or what train_peers.py writes: layers and norm, whose 8 bits
+    become the target's dtype; embedding and lm_head are the target's own. Errors as in load_model."""
+    path, like = Path(path), target.embed.weight
+    file = path / "model.safetensors" if path.is_dir() else path
+    cfg, (tensors, metadata) = Config.load(file.parent), read_tensors(file)
+    if cfg.vocab_size != target.cfg.vocab_size:
+        raise ValueError(f"{file}: a model of {cfg.vocab_size} tokens cannot draft for one of {target.cfg.vocab_size}: "
+                         "they need the same tokenizer")
+    if metadata.get("embedding") != "target":
+        return load_model(path, like.device, like.dtype)
+    if cfg.hidden_size != target.cfg.hidden_size:
+        raise ValueError(f"{file}: made for a target of hidden size {cfg.hidden_size}, not {target.cfg.hidden_size}")
+    if metadata.get("mode") == "int8":
+        for name in [name.removesuffix(".data") for name in tensors if name.endswith(".data")]:
+            weight = Quantized(tensors.pop(f"{name}.data"), tensors.pop(f"{name}.scale"), 0, 2)
+            tensors[f"{name}.weight"] = dequantize(weight, like.dtype)
+    with torch.device("meta"):
+        draft = Llama(cfg, qkv_bias="layers.0.wqkv.bias" in tensors)
+    draft.embed = draft.lm_head = None  # not in the file
+    fill(draft, tensors, file, like.device, like.dtype)
+    draft.embed, draft.lm_head = target.embed, target.lm_head
+    return draft
 
 
 class Speculate(Drafter):
@@ -35,9 +62,6 @@ class Speculate(Drafter):
                  retrieval: Retrieval | None = None, rounds: int = 4) -> None:
         chain, rounds = (retrieval.length, rounds) if retrieval else (0, length)
         reach = rounds * (chain + 1)  # as many tokens as it may get to
-        if draft.cfg.vocab_size != target.cfg.vocab_size:
-            raise ValueError(f"the draft model has {draft.cfg.vocab_size} tokens and the target "
-                             f"{target.cfg.vocab_size}: they need the same tokenizer")
         if not (1 <= length <= 16 and 1 <= rounds and length <= reach <= 100):
             raise ValueError(f"a draft model writes 1 to 16 tokens a cycle; {length} do not fit {rounds} rounds")
         self.draft, self.rejection, self.retrieval, self.rounds = draft, rejection, retrieval, rounds

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from autotree import LEVELS, NODES, TOPK, gained
 from dialogues import Script, write_dialogues
@@ -82,9 +82,11 @@ def distill(guess: Tensor, feature: Tensor, lm_head: Tensor, counts: Tensor,
 
 
 class Trainer:
+    """An EAGLE head's training; train_peers.py has others in its place."""
+
     def __init__(self, model: Llama, args: argparse.Namespace) -> None:
         self.model, self.args, self.device = model, args, model.embed.weight.device
-        self.head, self.step, self.seconds = new_head(model.cfg, self.device), 0, 0.0
+        self.head, self.step, self.seconds = self.new(), 0, 0.0
         self.rope = rope_table(self.head.cfg, args.length, self.device).bfloat16()
         matrices = [p for p in self.head.parameters() if p.ndim == 2]
         vectors = [p for p in self.head.parameters() if p.ndim != 2]
@@ -100,6 +102,14 @@ class Trainer:
         model.rope = rope_table(model.cfg, args.length, self.device).to(model.embed.weight.dtype)
         self.amp = torch.autocast(self.device.type, torch.bfloat16)
 
+    def new(self) -> nn.Module:
+        """What is to be trained, untrained: a module with a `cfg`."""
+        return new_head(self.model.cfg, self.device)
+
+    def write(self) -> None:
+        """What is trained, for others to load."""
+        save_head(self.head, self.args.out)
+
     def train_step(self, said: Tensor) -> tuple[Tensor, Tensor]:
         """said [B, S]: tokens, as ~token where the loss does not count them. Returns loss and agreements [unroll].
 
@@ -112,6 +122,20 @@ class Trainer:
             features = self.model(tokens, torch.arange(tokens.shape[1], device=self.device))
             places = (torch.rand_like(features[:, :rows, 0].float()) + counts[:, 2:2 + rows]).flatten().topk(
                 min(args.places, rows * len(said))).indices
+        total, agreements = self.losses(tokens, counts, features, places)
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(self.head.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * self.schedule()
+            optimizer.step()
+            optimizer.zero_grad()
+        return total.detach(), torch.stack(agreements)
+
+    def losses(self, tokens: Tensor, counts: Tensor, features: Tensor, places: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The weighted loss, and the agreements with the target. tokens, counts [B, S], features [B, S, C], places [N]
+        of the B * (S - unroll - 1) that have a target at every unrolled step."""
+        args, rows = self.args, tokens.shape[1] - self.args.unroll - 1
         guess, keys, values, total, agreements = features[:, :rows], [], [], 0.0, []
         for j in range(1, args.unroll + 1):  # row s: entry s + j - 1, token s + j, guesses feature s + j
             with self.amp:
@@ -122,14 +146,7 @@ class Trainer:
                     self.model.lm_head.weight, counts[:, j + 1:j + 1 + rows].flatten()[places], args.regression)
             total = total + args.decay ** (j - 1) * loss
             agreements.append(agree)
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(self.head.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * self.schedule()
-            optimizer.step()
-            optimizer.zero_grad()
-        return total.detach(), torch.stack(agreements)
+        return total, agreements
 
     def schedule(self) -> float:
         """Warm-up, then a cosine that ends with --steps or --minutes, whichever comes first."""
@@ -164,7 +181,7 @@ class Trainer:
                  "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
         torch.save(state, work / "state.part")
         (work / "state.part").replace(work / "state.pt")
-        save_head(self.head, self.args.out)
+        self.write()
 
     def resume(self, work: Path) -> None:
         if (work / "state.pt").exists():
@@ -248,38 +265,43 @@ def held_out_prompts(data: Tensor) -> list[list[int]]:
     return prompts
 
 
-def parse_args() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description="Train an EAGLE-1/2 head by self-distillation.")
+def options(description: str) -> argparse.ArgumentParser:
+    """What every training asks for: the target, its dialogues, how long."""
+    p = argparse.ArgumentParser(description=description)
     p.add_argument("--checkpoint", type=Path, required=True, help="folder of the converted target model")
-    p.add_argument("--out", type=Path, help="where the head goes (default: <checkpoint>/eagle)")
     p.add_argument("--work", type=Path, help="dialogues and training state (default: <checkpoint>/training)")
     p.add_argument("--tokens", type=float, default=40e6, help="dialogue tokens to generate")
-    p.add_argument("--steps", type=int, default=10000, help="end training after so many steps; 0: none, but a head "
-                   "that is there already is evaluated")
+    p.add_argument("--steps", type=int, default=10000, help="end training after so many steps; 0: none, but what is "
+                   "there already is evaluated")
     p.add_argument("--minutes", type=float, default=math.inf, help="end training after this time, if sooner")
     p.add_argument("--length", type=int, default=640, help="tokens a dialogue")
     p.add_argument("--batch", type=int, default=32, help="dialogues a training step")
     p.add_argument("--generate_batch", type=int, default=2048, help="dialogues written side by side")
-    p.add_argument("--unroll", type=int, default=4, help="draft steps that training unrolls")
-    p.add_argument("--decay", type=float, default=0.8, help="weight of each unrolled step against the one before")
+    p.add_argument("--decay", type=float, default=0.8, help="weight of each unrolled step, or place ahead, against the "
+                   "one before")
     p.add_argument("--places", type=int, default=8192, help="places a step that the loss looks at")
-    p.add_argument("--regression", type=float, default=0.0, help="weight of the feature regression")
     p.add_argument("--lr", type=float, default=5e-3, help="peak learning rate (Muon)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--eval_prompts", type=int, default=80, help="held-out dialogues to evaluate on; 0: no evaluation")
+    return p
+
+
+def parse_args() -> argparse.Namespace:
+    p = options("Train an EAGLE-1/2 head by self-distillation.")
+    p.add_argument("--out", type=Path, help="where the head goes (default: <checkpoint>/eagle)")
+    p.add_argument("--unroll", type=int, default=4, help="draft steps that training unrolls")
+    p.add_argument("--regression", type=float, default=0.0, help="weight of the feature regression")
     p.add_argument("--draft_vocab", type=int, default=0, help="list so many most frequent tokens, the only ones that "
                    "are drafted then; with --steps 0 for a head that is there already")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--questions", type=Path, nargs="*", default=[], help="also evaluate on these .jsonl (turns[0])")
-    p.add_argument("--eval_prompts", type=int, default=80, help="held-out dialogues to evaluate on; 0: no evaluation")
     args = p.parse_args()
     args.out = args.out or args.checkpoint / "eagle"
     args.work = args.work or args.checkpoint / "training"
     return args
 
 
-def main() -> None:
-    args = parse_args()
-    if args.steps and args.out.exists() and not (args.work / "state.pt").exists():
-        sys.exit(f"error: {args.out} holds a head already; choose another --out or move it away")
+def prepare(args: argparse.Namespace) -> tuple[Llama, Tokenizer, Tensor]:
+    """The target, its tokenizer, and its dialogues [rows, length] int32, written where they are not there yet."""
     torch.set_float32_matmul_precision("high")
     model = load_model(args.checkpoint, args.device, torch.bfloat16)
     tokenizer = Tokenizer(args.checkpoint)
@@ -291,7 +313,15 @@ def main() -> None:
             layer.compile(dynamic=False)
     path, rows = args.work / "dialogues.bin", max(int(args.tokens / args.length), args.generate_batch + args.batch)
     write_dialogues(model, script, path, rows, args.length, args.generate_batch)
-    data = torch.from_file(str(path), size=rows * args.length, dtype=torch.int32).view(rows, args.length)
+    return model, tokenizer, torch.from_file(str(path), size=rows * args.length, dtype=torch.int32).view(
+        rows, args.length)
+
+
+def main() -> None:
+    args = parse_args()
+    if args.steps and args.out.exists() and not (args.work / "state.pt").exists():
+        sys.exit(f"error: {args.out} holds a head already; choose another --out or move it away")
+    model, tokenizer, data = prepare(args)
     if args.steps:
         trainer = Trainer(model, args)
         trainer.resume(args.work)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from test_bench import operations
+from test_cycle import operations
 
 import autotree
 import timing

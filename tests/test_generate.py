@@ -14,6 +14,7 @@ from conftest import all_cores
 
 import autotree
 import generate
+import methods
 
 KEYS = {"method", "text", "tokens", "prompt_tokens", "new_tokens", "cycles", "gained", "mean_gained", "accept_by_depth",
         "prefill_s", "decode_s", "tokens_per_sec", "compile_s", "memory_gb", "device", "dtype", "torch", "seed", "stop"}
@@ -95,6 +96,9 @@ def test_prompt_from_file_and_stdin(call, demo: Path, tmp_path: Path, monkeypatc
     (["--prompt", "x", "--eagle2", "--draft_tokens", "8", "--tree_table"], "--tree_table"),
     (["--prompt", "x", "--eagle2", "--draft_tokens", "auto", "--draft_depth", "2"], "chooses depth"),
     (["--prompt", "x", "--eagle2", "--tree_table", "--draft_topk", "2"], "chooses depth"),
+    (["--prompt", "x", "--eagle2", "--rejection"], "no method"), (["--prompt", "x", "--medusa", "a", "--lookup"], "no method"),
+    (["--prompt", "x", "--lookahead", "--draft_tokens", "9"], "--draft_tokens"),
+    (["--prompt", "x", "--lookup", "--draft_depth", "2"], "--eagle2"),
     (["--prompt", "x", "--draft_vocab", "12"], "--draft_vocab"),
     (["--prompt", "x", "--eagle2", "--draft_vocab", "-1"], "--draft_vocab"),
     (["--prompt", "x", "--eagle", "--draft_depth", "2"], "--eagle2"),
@@ -149,24 +153,24 @@ def test_tree_that_fits(call, copy: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("words, cuda, tree", [
-    ((), True, "fit"), ((), False, generate.CPU_TREE), (("--draft_tokens", "auto"), False, "fit"),
+    ((), True, "fit"), ((), False, methods.CPU_TREE), (("--draft_tokens", "auto"), False, "fit"),
     (("--draft_tokens", "9"), True, (9, 6, 10)), (("--draft_depth", "2"), True, (60, 2, 10)),
-    (("--draft_topk", "4"), False, (8, 3, 4)), (("--no_compile",), True, generate.GPU_TREE)])
+    (("--draft_topk", "4"), False, (8, 3, 4)), (("--no_compile",), True, methods.GPU_TREE)])
 def test_which_tree(words: tuple, cuda: bool, tree: tuple | str, tmp_path: Path, monkeypatch) -> None:
     """Guards what was asked for against what fits, and the defaults where there is no curve, or no time to measure."""
     model = SimpleNamespace(embed=SimpleNamespace(weight=SimpleNamespace(is_cuda=cuda)))
     args = generate.parse_args(["--checkpoint", str(tmp_path), "--prompt", "x", "--eagle2", *words])
     found = {"fit": (16, 4, 10)}
-    monkeypatch.setattr(generate, "profile_key", lambda *inputs: "")
-    monkeypatch.setattr(generate, "fit", lambda *inputs: found["fit"])
+    monkeypatch.setattr(methods, "profile_key", lambda *inputs: "")
+    monkeypatch.setattr(methods, "fit", lambda *inputs: found["fit"])
     if "auto" not in words:
-        without = generate.tree_shape(args, model, None, tmp_path, 64)
-        assert without == tree or (without, tree) == (generate.GPU_TREE, "fit")
+        without = methods.tree_shape(args, model, None, tmp_path, 64)
+        assert without == tree or (without, tree) == (methods.GPU_TREE, "fit")
     autotree.curve_path(tmp_path).write_text(json.dumps({"nodes": autotree.NODES, "topk": 10, "gained": [[2] * 8] * 6}))
-    assert generate.tree_shape(args, model, None, tmp_path, 64) == (found["fit"] if tree == "fit" else tree)
+    assert methods.tree_shape(args, model, None, tmp_path, 64) == (found["fit"] if tree == "fit" else tree)
     found["fit"] = None
-    default = generate.GPU_TREE if cuda else generate.CPU_TREE
-    assert generate.tree_shape(args, model, None, tmp_path, 64) == (default if tree == "fit" else tree)
+    default = methods.GPU_TREE if cuda else methods.CPU_TREE
+    assert methods.tree_shape(args, model, None, tmp_path, 64) == (default if tree == "fit" else tree)
 
 
 def test_no_cuda(call, demo: Path) -> None:

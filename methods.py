@@ -1,0 +1,119 @@
+"""The methods by name: which drafter each is, and the options that generate.py and bench.py share.
+
+A part that several methods draft with (a head, a draft model) is loaded once.
+"""
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from autotree import curve_path, fit, profile_key, read_curve
+from draft import Eagle1, Eagle2, find_head, load_head
+from drafter import Drafter, Vanilla
+from lookahead import Lookahead
+from lookup import RULES, Lookup, Retrieval
+from medusa import Medusa, load_medusa
+from model import Llama
+from quantizers import GROUPS, MODES
+from speculate import Speculate, load_draft_model
+
+METHODS = ("vanilla", "lookup", "lookahead", "medusa", "speculate", "speculate+rejection", "speculate+lookup", "eagle",
+           "eagle2", "eagle2+lookup")
+GPU_TREE = (60, 6, 10)  # tokens, depth, topk of the paper; see autotree.py
+CPU_TREE = (8, 3, 3)  # where width is not free; see BENCHMARKS.md
+CHAIN = 10  # tokens that are looked up, alone or beside EAGLE-2
+Parts = dict[str, nn.Module]
+
+
+def nodes(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+def add_options(p: argparse.ArgumentParser) -> None:
+    """What the methods draft with, and how much."""
+    p.add_argument("--draft", type=Path, help="EAGLE head: its folder, or a file in it (default: <checkpoint>/eagle, "
+                   "of which the file with the name of the model's)")
+    p.add_argument("--draft_vocab", type=int, help="EAGLE drafts only so many of the head's frequent tokens; 0: all")
+    p.add_argument("--quantize", choices=MODES, help="quantise target and EAGLE head on load (better: quantize.py)")
+    p.add_argument("--group", type=int, choices=GROUPS, help="columns that share a scale, with int4 (default: 128)")
+    p.add_argument("--draft_tokens", type=nodes, help="nodes of the tree or chain, the root included; auto: EAGLE-2's "
+                   "as many, and levels, as are fastest with this head on this device (its default on a GPU, if the "
+                   "head says what it gains)")
+    p.add_argument("--draft_depth", type=int, help="EAGLE-2: levels of drafted tokens")
+    p.add_argument("--draft_topk", type=int, help="EAGLE-2: nodes fed a level, and continuations of each")
+    p.add_argument("--lookup_rule", choices=RULES, default="longest", help="which match is continued (lookup.py)")
+    p.add_argument("--window", type=int, nargs=3, default=(7, 5, 7), metavar=("W", "N", "G"),
+                   help="Lookahead: window, n-gram, guesses (default: 7 5 7)")
+
+
+def check_options(args: argparse.Namespace, methods: list[str]) -> str | None:
+    """What is wrong with the options for these methods, if anything."""
+    tree, shape = any(m.startswith("eagle2") for m in methods), (args.draft_tokens, args.draft_depth, args.draft_topk)
+    eagle = any(m.startswith("eagle") for m in methods)
+    sized = tree or any(m.startswith(("lookup", "speculate")) for m in methods)
+    for wrong, message in (
+            (args.draft_tokens is not None and not sized, "--draft_tokens is for --eagle2, --lookup and --speculate"),
+            (any(shape[1:]) and not tree, "--draft_depth and --draft_topk shape --eagle2's tree"),
+            (args.draft_tokens == "auto" and not tree, "--draft_tokens auto is for --eagle2"),
+            (args.draft_tokens == "auto" and any(shape[1:]), "--draft_tokens auto chooses depth and top-k too"),
+            ((args.draft or args.draft_vocab is not None) and not eagle,
+             "--draft and --draft_vocab need --eagle2 or --eagle"),
+            ((args.draft_vocab or 0) < 0, "--draft_vocab must be 0 or more"),
+            (args.group and args.quantize != "int4", "--group is for --quantize int4; a quantised file has its own")):
+        if wrong:
+            return message
+    return None
+
+
+def make_drafter(method: str, args: argparse.Namespace, model: Llama, max_seq_len: int, parts: Parts | None = None
+                 ) -> Drafter:
+    """The drafter of one of METHODS. `parts` keeps what was loaded for the next method. Raises ValueError or OSError
+    with one line to show."""
+    device, asked = model.embed.weight.device, args.draft_tokens
+    name, *with_ = method.split("+")
+    chain = {} if asked in (None, "auto") or name.startswith("eagle") else {"length": asked - 1}
+
+    def part(what: str, load: Callable[[], nn.Module]) -> nn.Module:
+        found = (parts or {}).get(what) or load()
+        if parts is not None:
+            parts[what] = found
+        return found
+
+    if name == "vanilla":
+        return Vanilla(device)
+    if name == "lookup":
+        return Lookup(device, rule=args.lookup_rule, **({"length": CHAIN} | chain))
+    if name == "lookahead":
+        return Lookahead(model, *args.window)
+    if name == "medusa":
+        return Medusa(part("medusa", lambda: load_medusa(needed(args.medusa, "--medusa"), model)), model)
+    if name == "speculate":
+        draft = part("speculate", lambda: load_draft_model(needed(args.speculate, "--speculate"), model))
+        retrieval = Retrieval(4, args.lookup_rule, device) if "lookup" in with_ else None
+        return Speculate(draft, model, rejection="rejection" in with_, retrieval=retrieval,
+                         **({"length": 8 if retrieval else 5} | chain))
+    path = args.draft or find_head(args.checkpoint)
+    head = part("eagle", lambda: load_head(path, model, args.draft_vocab, args.quantize, args.group or 128))
+    if name == "eagle":
+        return Eagle1(head, model)
+    retrieval = Retrieval(CHAIN, args.lookup_rule, device) if with_ else None
+    return Eagle2(head, model, *tree_shape(args, model, head, path, max_seq_len), retrieval)
+
+
+def needed(path: Path | None, option: str) -> Path:
+    if path is None:
+        raise ValueError(f"{option} DIR is missing: what should it draft with?")
+    return path
+
+
+def tree_shape(args: argparse.Namespace, model: Llama, head: nn.Module, draft: Path, max_seq_len: int
+               ) -> tuple[int, int, int]:
+    """Tokens, depth and top-k of EAGLE-2's tree: as asked for, else what fits, else the device's default."""
+    cuda, asked = model.embed.weight.is_cuda, (args.draft_tokens, args.draft_depth, args.draft_topk)
+    default, show = GPU_TREE if cuda else CPU_TREE, getattr(args, "tree_table", False)
+    known = cuda and not any(asked) and not getattr(args, "no_compile", False) and curve_path(draft).is_file()
+    if known or show or args.draft_tokens == "auto":
+        key = profile_key(model, head, (args.checkpoint, draft), args.quantize, args.group)
+        return fit(model, head, read_curve(draft), max_seq_len, key, show) or default
+    return tuple(given or usual for given, usual in zip(asked, default))
