@@ -97,6 +97,7 @@ class Engine:
     def compile(self, *rows: int) -> None:
         """Compile the kernels of prefill, drafting, and verifying so many rows, by running each on any tokens in a
         thread of its own: nearly all of the time is spent outside of Python's lock. Commits nothing."""
+        self.state.sampling, self.state.noise = Sampling(), None  # noise reaches no further than a drafter's nodes
         base = self.state.length - 1
         jobs = [partial(self.drafter.propose, self.state), *(partial(self.verify, base, self.chain(n)) for n in rows)]
         with ThreadPoolExecutor(len(jobs)) as pool:

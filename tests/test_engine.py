@@ -173,6 +173,19 @@ def test_equal_in_fp32() -> None:
                 assert write(Engine(model, drafter, 256), ids, 24, sampling) == vanilla(model, ids, 24, sampling)
 
 
+@pytest.mark.parametrize("before", [GREEDY, SAMPLINGS[2]])
+def test_compile_changes_nothing(before: Sampling) -> None:
+    """What threads run to compile, left in a state that the next text sees; noise of a short tree asked for at the end
+    of a long chain."""
+    model, head = tiny.pair(3, 0.1)
+    for drafter in (Vanilla(), Eagle2(head, model, 12, 3, 3), Eagle1(head, model)):
+        engine, ids = Engine(model, drafter, 128), tiny.prompt(4, 9)
+        wanted = [write(engine, ids, 20, how) for how in (before, GREEDY)]
+        write(engine, ids, 5, before)
+        engine.compile(1, 8, 60)
+        assert [write(engine, ids, 20, how) for how in (before, GREEDY)] == wanted
+
+
 def test_seeds() -> None:
     """A seed that is ignored, cut to 32 bits, or mixed with something that changes from run to run."""
     model = tiny.target(1)

@@ -3,6 +3,7 @@
 The kernels against float64 on the device, the engine against vanilla, and what a captured cycle promises: the host
 never waits within the loop, nothing is allocated, and nothing is compiled for a longer prompt.
 """
+import copy
 import itertools
 
 import pytest
@@ -12,15 +13,20 @@ from torch import Tensor
 import autotree
 import kernels
 import linears
+import lookup
 import qlinears
 import sampling
 import tree
 import tree_kernels
 from draft import Eagle1, Eagle2, load_head
 from engine import Engine, Sampling, Vanilla
+from lookahead import Lookahead
+from lookup import Lookup, Retrieval
+from medusa import Medusa, MedusaHeads
 from model import load_model
 from qlinears import Quantized, dequantize, pack, quantize_rows, rotate
 from quantizers import MODES
+from speculate import Speculate
 from tree import State
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -139,6 +145,34 @@ def test_tree_steps(vocab: int, k: int, depth: int) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("rule", lookup.RULES)
+def test_retrieval(rule: str) -> None:
+    """The kernel's chains and scores are the twin's, in short texts and in long ones."""
+    torch.manual_seed(0)
+    for n in (1, 2, 5, 100, 1023, 1024, 1025, 3000):
+        text, made = torch.randint(3, (3100,)), []
+        for device in ("cpu", "cuda"):
+            state = State(text.to(device), torch.tensor(n, device=device), torch.zeros(1), torch.tensor(1), None, 3072)
+            made.append((torch.zeros(11, dtype=torch.int64, device=device), torch.zeros(10, device=device)))
+            Retrieval(10, rule, device).write(state, *made[-1])
+        assert made[0][0].equal(made[1][0].cpu()), n
+        torch.testing.assert_close(made[0][1], made[1][1].cpu())
+
+
+def test_rejection(engines: list[Engine], demo_prompts: list[list[int]]) -> None:
+    """The papers' rule in a graph: a draft model that is the target's first two layers, and another text than vanilla's
+    but a steady one; with the target itself as draft model, all is accepted."""
+    model, two = engines[0].model, engines[-1].drafter.draft
+    engine = Engine(model, Speculate(two, model, rejection=True), 3200, frozenset([2]))
+    texts = [sum(engine.generate(demo_prompts[0], 40, Sampling(1.0, seed=3)), []) for _ in range(2)]
+    assert texts[0] == texts[1]
+    same = copy.deepcopy(model)
+    same.kv = None
+    engine = Engine(model, Speculate(same, model, 4, rejection=True), 3200)
+    cycles = list(engine.generate(demo_prompts[1], 41, Sampling(1.0, seed=4)))
+    assert sum(len(cycle) == 5 for cycle in cycles) >= 6
+
+
 def test_noise() -> None:
     """The kernel's noise is that of the twin, whose distribution is tested."""
     seed, places = torch.tensor(-7), torch.arange(5) * 10**6
@@ -151,9 +185,14 @@ def engines(demo) -> list[Engine]:
     """fp32 without TF32: rounding then decides nothing on these prompts."""
     assert not torch.backends.cuda.matmul.allow_tf32
     model = load_model(demo, "cuda", torch.float32)
-    head = load_head(demo / "eagle", model)
+    head, draft = load_head(demo / "eagle", model), load_model(demo, "cuda", torch.float32)
+    draft.layers = draft.layers[:2]
+    heads = MedusaHeads(model.cfg.hidden_size, 4).cuda().requires_grad_(False)
+    retrieval = Retrieval(10, device="cuda")
     return [Engine(model, drafter, 3200, frozenset([2])) for drafter in (
-        Vanilla("cuda"), Eagle1(head, model), Eagle2(head, model), Eagle2(head, model, 24, 8, 3))]
+        Vanilla("cuda"), Eagle1(head, model), Eagle2(head, model), Eagle2(head, model, 24, 8, 3),
+        Eagle2(head, model, retrieval=retrieval), Lookup("cuda"), Lookahead(model), Medusa(heads, model),
+        Speculate(draft, model), Speculate(draft, model, 8, retrieval=Retrieval(4, device="cuda")))]
 
 
 @pytest.mark.parametrize("how", [Sampling(), Sampling(0.7, top_p=0.9, seed=1), Sampling(1.0, seed=-2),
@@ -174,7 +213,7 @@ def test_graph_equals_launching(engines: list[Engine], demo_prompts: list[list[i
 
 def test_the_loop_never_waits_nor_allocates(engines: list[Engine], demo_prompts: list[list[int]]) -> None:
     """200 cycles in which any synchronisation but that with the report's event is an error."""
-    for with_stops in (engines[0], engines[2]):
+    for with_stops in (engines[0], engines[2], *engines[4:]):
         engine = Engine(with_stops.model, with_stops.drafter, 3200)
         for _ in range(2):  # the first round warms up
             cycles = engine.generate(demo_prompts[4], 3000, Sampling(1.0, seed=5))
@@ -191,14 +230,14 @@ def test_the_loop_never_waits_nor_allocates(engines: list[Engine], demo_prompts:
 
 def variants() -> int:
     """How many kernels Triton has compiled or loaded in this process."""
-    modules = (kernels, linears, qlinears, tree_kernels)
+    modules = (kernels, linears, lookup, qlinears, tree_kernels)
     functions = [f for module in modules for f in vars(module).values() if hasattr(f, "device_caches")]
     return sum(len(caches[0]) for f in functions for caches in f.device_caches.values())
 
 
 def test_no_prompt_compiles_anything(engines: list[Engine]) -> None:
     """Prompts of 1 to 3,000 tokens: two graphs an engine, and no kernel that was not there before."""
-    for engine in (engines[0], engines[2]):
+    for engine in (engines[0], engines[2], *engines[4:]):
         list(engine.generate([1, 2, 3], 10))
         graphs, compiled = len(engine.graphs), variants()
         assert compiled > 10
