@@ -17,6 +17,7 @@ from medusa import Medusa, load_medusa
 from model import Llama
 from quantizers import GROUPS, MODES
 from speculate import Speculate, load_draft_model
+from tokenizer import Tokenizer
 
 METHODS = ("vanilla", "lookup", "lookahead", "medusa", "speculate", "speculate+rejection", "speculate+lookup", "eagle",
            "eagle2", "eagle2+lookup")
@@ -89,7 +90,7 @@ def make_drafter(method: str, args: argparse.Namespace, model: Llama, max_seq_le
     if name == "medusa":
         return Medusa(part("medusa", lambda: load_medusa(needed(args.medusa, "--medusa"), model)), model)
     if name == "speculate":
-        draft = part("speculate", lambda: load_draft_model(needed(args.speculate, "--speculate"), model))
+        draft = part("speculate", lambda: checked_draft_model(args, model))
         retrieval = Retrieval(4, args.lookup_rule, device) if "lookup" in with_ else None
         return Speculate(draft, model, rejection="rejection" in with_, retrieval=retrieval,
                          **({"length": 8 if retrieval else 5} | chain))
@@ -99,6 +100,20 @@ def make_drafter(method: str, args: argparse.Namespace, model: Llama, max_seq_le
         return Eagle1(head, model)
     retrieval = Retrieval(CHAIN, args.lookup_rule, device) if with_ else None
     return Eagle2(head, model, *tree_shape(args, model, head, path, max_seq_len), retrieval)
+
+
+def checked_draft_model(args: argparse.Namespace, model: Llama) -> Llama:
+    """--speculate's model. Where it has a tokenizer, its tokens must have the ids that they have in the target's."""
+    path = needed(args.speculate, "--speculate")
+    draft = load_draft_model(path, model)
+    ours, theirs = (folder.parent if folder.is_file() else folder for folder in (args.checkpoint, path))
+    if any((theirs / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        known = Tokenizer(ours).bpe.get_vocab()
+        wrong = [t for t, i in Tokenizer(theirs).bpe.get_vocab().items() if known.get(t, i) != i]
+        if wrong:
+            raise ValueError(f"{theirs}: {len(wrong)} of its tokens have other ids than in {ours}, such as {wrong[0]!r}: "
+                             "a draft model needs the same tokenizer")
+    return draft
 
 
 def needed(path: Path | None, option: str) -> Path:
