@@ -111,8 +111,8 @@ def checked_draft_model(args: argparse.Namespace, model: Llama) -> Llama:
         known = Tokenizer(ours).bpe.get_vocab()
         wrong = [t for t, i in Tokenizer(theirs).bpe.get_vocab().items() if known.get(t, i) != i]
         if wrong:
-            raise ValueError(f"{theirs}: {len(wrong)} of its tokens have other ids than in {ours}, such as {wrong[0]!r}: "
-                             "a draft model needs the same tokenizer")
+            raise ValueError(f"{theirs}: {len(wrong)} of its tokens have other ids than {ours} gives them, such as "
+                             f"{wrong[0]!r}: a draft model needs the same tokenizer")
     return draft
 
 
