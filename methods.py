@@ -38,11 +38,13 @@ def add_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--draft_vocab", type=int, help="EAGLE drafts only so many of the head's frequent tokens; 0: all")
     p.add_argument("--quantize", choices=MODES, help="quantise target and EAGLE head on load (better: quantize.py)")
     p.add_argument("--group", type=int, choices=GROUPS, help="columns that share a scale, with int4 (default: 128)")
-    p.add_argument("--draft_tokens", type=nodes, help="nodes of the tree or chain, the root included; auto: EAGLE-2's "
-                   "as many, and levels, as are fastest with this head on this device (its default on a GPU, if the "
-                   "head says what it gains)")
+    p.add_argument("--draft_tokens", type=nodes, help="EAGLE-2: nodes of the tree, the root included; auto: as many, "
+                   "and levels, as are fastest with this head on this device (default on a GPU, if the head says what "
+                   "it gains)")
     p.add_argument("--draft_depth", type=int, help="EAGLE-2: levels of drafted tokens")
     p.add_argument("--draft_topk", type=int, help="EAGLE-2: nodes fed a level, and continuations of each")
+    p.add_argument("--chain", type=int, help="tokens that are looked up, or written by a draft model (default: 10, 5, "
+                   "both together 8)")
     p.add_argument("--lookup_rule", choices=RULES, default="longest", help="which match is continued (lookup.py)")
     p.add_argument("--window", type=int, nargs=3, default=(7, 5, 7), metavar=("W", "N", "G"),
                    help="Lookahead: window, n-gram, guesses (default: 7 5 7)")
@@ -52,11 +54,10 @@ def check_options(args: argparse.Namespace, methods: list[str]) -> str | None:
     """What is wrong with the options for these methods, if anything."""
     tree, shape = any(m.startswith("eagle2") for m in methods), (args.draft_tokens, args.draft_depth, args.draft_topk)
     eagle = any(m.startswith("eagle") for m in methods)
-    sized = tree or any(m.startswith(("lookup", "speculate")) for m in methods)
+    chain = any("lookup" in m or m.startswith("speculate") for m in methods)
     for wrong, message in (
-            (args.draft_tokens is not None and not sized, "--draft_tokens is for --eagle2, --lookup and --speculate"),
-            (any(shape[1:]) and not tree, "--draft_depth and --draft_topk shape --eagle2's tree"),
-            (args.draft_tokens == "auto" and not tree, "--draft_tokens auto is for --eagle2"),
+            (any(shape) and not tree, "--draft_tokens, --draft_depth and --draft_topk shape --eagle2's tree"),
+            (args.chain is not None and not chain, "--chain is for --lookup and --speculate"),
             (args.draft_tokens == "auto" and any(shape[1:]), "--draft_tokens auto chooses depth and top-k too"),
             ((args.draft or args.draft_vocab is not None) and not eagle,
              "--draft and --draft_vocab need --eagle2 or --eagle"),
@@ -71,9 +72,7 @@ def make_drafter(method: str, args: argparse.Namespace, model: Llama, max_seq_le
                  ) -> Drafter:
     """The drafter of one of METHODS. `parts` keeps what was loaded for the next method. Raises ValueError or OSError
     with one line to show."""
-    device, asked = model.embed.weight.device, args.draft_tokens
-    name, *with_ = method.split("+")
-    chain = {} if asked in (None, "auto") or name.startswith("eagle") else {"length": asked - 1}
+    device, chain, (name, *with_) = model.embed.weight.device, args.chain, method.split("+")
 
     def part(what: str, load: Callable[[], nn.Module]) -> nn.Module:
         found = (parts or {}).get(what) or load()
@@ -84,7 +83,7 @@ def make_drafter(method: str, args: argparse.Namespace, model: Llama, max_seq_le
     if name == "vanilla":
         return Vanilla(device)
     if name == "lookup":
-        return Lookup(device, rule=args.lookup_rule, **({"length": CHAIN} | chain))
+        return Lookup(device, CHAIN if chain is None else chain, args.lookup_rule)
     if name == "lookahead":
         return Lookahead(model, *args.window)
     if name == "medusa":
@@ -92,13 +91,13 @@ def make_drafter(method: str, args: argparse.Namespace, model: Llama, max_seq_le
     if name == "speculate":
         draft = part("speculate", lambda: checked_draft_model(args, model))
         retrieval = Retrieval(4, args.lookup_rule, device) if "lookup" in with_ else None
-        return Speculate(draft, model, rejection="rejection" in with_, retrieval=retrieval,
-                         **({"length": 8 if retrieval else 5} | chain))
+        length = (8 if retrieval else 5) if chain is None else chain
+        return Speculate(draft, model, length, "rejection" in with_, retrieval)
     path = args.draft or find_head(args.checkpoint)
     head = part("eagle", lambda: load_head(path, model, args.draft_vocab, args.quantize, args.group or 128))
     if name == "eagle":
         return Eagle1(head, model)
-    retrieval = Retrieval(CHAIN, args.lookup_rule, device) if with_ else None
+    retrieval = Retrieval(CHAIN if chain is None else chain, args.lookup_rule, device) if with_ else None
     return Eagle2(head, model, *tree_shape(args, model, head, path, max_seq_len), retrieval)
 
 

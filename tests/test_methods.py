@@ -58,10 +58,10 @@ def test_every_method(method: str, checkpoint: tuple[Path, Llama]) -> None:
 
 
 def test_sizes(checkpoint: tuple[Path, Llama]) -> None:
-    """--draft_tokens counts the root, whatever is drafted; a window that is not passed on."""
+    """A size that is not passed on: a tree counts the root, a chain does not."""
     folder, model = checkpoint
-    for method, words, nodes in (("lookup", ("--draft_tokens", "4"), 4), ("eagle2", ("--draft_tokens", "5"), 5),
-                                 ("speculate", ("--draft_tokens", "9"), 9), ("lookup", (), 11), ("speculate", (), 6),
+    for method, words, nodes in (("lookup", ("--chain", "4"), 5), ("eagle2", ("--draft_tokens", "5"), 5),
+                                 ("speculate", ("--chain", "9"), 10), ("lookup", (), 11), ("speculate", (), 6),
                                  ("lookahead", ("--window", "3", "3", "2"), 10)):
         flags = [str(folder / word) if word == "." else word for word in FLAGS[method]]
         args = generate.parse_args(arguments(folder, *flags, *words))
