@@ -83,7 +83,8 @@ def speed(ax: Axes, entries: list[dict], result: dict, looks: dict) -> None:
         times = f"  {s['median'] / base:.2f}x" if base else ""
         ax.annotate(f"{s['median']:.1f}{times}", (s["q3"], y), (9, 0), textcoords="offset points", va="center")
     names(ax, entries)
-    ax.set_xlabel(f"tokens/s, decoding alone: median and quartiles of {len(entries[0]['runs'])} runs")
+    runs = len(entries[0]["runs"])
+    ax.set_xlabel("tokens/s, decoding alone" + (f": median and quartiles of {runs} runs" if runs > 1 else ", one run"))
     ax.set_xlim(0, max(1.22 * max(e["tokens_per_sec"]["q3"] for e in entries), before))
 
 
