@@ -34,6 +34,9 @@ def load_draft_model(path: Path | str, target: Llama) -> Llama:
     """A converted checkpoint with the target's tokens, or what train_peers.py writes: layers and norm, whose 8 bits
     become the target's dtype; embedding and lm_head are the target's own. Errors as in load_model."""
     path, like = Path(path), target.embed.weight
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no draft model there; convert one with convert_hf_checkpoint.py, or train "
+                                "one with train_peers.py")
     file = path / "model.safetensors" if path.is_dir() else path
     cfg, (tensors, metadata) = Config.load(file.parent), read_tensors(file)
     if cfg.vocab_size != target.cfg.vocab_size:

@@ -174,6 +174,8 @@ def test_load(tmp_path: Path) -> None:
     for other, message in (({"vocab_size": 25}, "same tokenizer"), ({"hidden_size": 64}, "hidden size")):
         with pytest.raises(ValueError, match=message):
             load_draft_model(tmp_path, tiny.target(0, **other))
+    with pytest.raises(FileNotFoundError, match="nowhere: no draft model"):
+        load_draft_model(tmp_path / "nowhere", model)
     for size in (0, 17):
         with pytest.raises(ValueError, match="1 to 16"):
             Speculate(draft, model, size)
