@@ -34,7 +34,7 @@ from methods import METHODS, add_options, check_options, make_drafter
 from report import against, read_result, report
 from timing import Run, environment, freeze, peak_gb, run, timed
 from widen import SHAPES
-from workload import Prompt, ask, load, read_questions, widened_parts
+from workload import Prompt, ask, load, read_questions, subject, widened_parts
 
 DEFAULT = ["lookup", "lookahead", "eagle", "eagle2", "eagle2+lookup"]  # those that need no further weights
 QUESTIONS = Path(__file__).parent / "questions.jsonl"
@@ -209,7 +209,8 @@ def summary(name: str, t: float, runs: dict[str, list[list[Run]]], prompts: list
 def bench(args: argparse.Namespace, result: dict) -> None:
     """Measure and fill `result`."""
     device = torch.device(args.device)
-    result |= {"command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "note": note(args),
+    result |= {"command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+               "note": f"{args.checkpoint.name}, batch 1, {subject(args)}",
                "settings": {k: str(v) for k, v in vars(args).items() if k not in NO_SETTINGS},
                "methods": {}, "failed": {}, "measured": [], "before": environment(device)}
     methods, prompts = prepare(args, result)
@@ -221,14 +222,6 @@ def bench(args: argparse.Namespace, result: dict) -> None:
     result |= {"after": environment(device), "memory_gb": peak_gb(device)}
     result["measured"] = [summary(name, t, each, prompts, vanilla, result["methods"][name])
                           for t, each in runs.items() for name in each]
-
-
-def note(args: argparse.Namespace) -> str:
-    """What the numbers are of."""
-    weights = args.quantize or (args.checkpoint.stem if args.checkpoint.is_file() else "")
-    text = f"{args.checkpoint.name}, {args.dtype}{weights and ', weights ' + weights}, batch 1."
-    return text if args.shape is None else (
-        f"{text} {args.shape} is a shape: its cost, with the text and acceptance of {args.checkpoint.name}.")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -34,7 +34,7 @@ from report import table
 from timing import Run, describe, environment, freeze, peak_gb, run, timed, verify_by_rows
 from tokenizer import Tokenizer
 from widen import SHAPES
-from workload import Prompt, fill_context, gigabytes, kv_gigabytes, load, load_eagle, read_questions, step_gb
+from workload import Prompt, fill_context, gigabytes, kv_gigabytes, load, load_eagle, read_questions, step_gb, subject
 
 ROWS = (1, 8, 16, 32, 48, 60, 64)
 QUESTIONS = Path(__file__).parent / "bench_questions.jsonl"
@@ -59,7 +59,7 @@ def cycle_parts(engine: Engine) -> list[dict]:
         return function()  # what the next part reads, outside of any graph
 
     where, hidden, level = part(f"draft: extend, {drafter.max_depth + 1} rows", draft_gb, partial(drafter.begin, state))
-    for depth in range(1, drafter.max_depth):
+    for depth in range(1, drafter.levels):
         hidden, level = part(f"draft: expansion {depth}, {drafter.topk} rows", draft_gb,
                              partial(drafter.expand, state, where, hidden, level, depth))
     tree = part("rerank", 0, partial(drafter.rerank, state))
@@ -124,10 +124,7 @@ def startup(args: argparse.Namespace) -> dict[str, float]:
 
 def about(args: argparse.Namespace) -> str:
     """The line above every table: device, versions, and what the numbers are of."""
-    weights = args.quantize or (args.checkpoint.stem if args.checkpoint.is_file() else "")
-    line = f"{describe(environment(torch.device(args.device)))}, {args.dtype}{weights and ', weights ' + weights}."
-    return line if args.shape is None else (
-        f"{line} {args.shape} is a shape: its cost, with the text and acceptance of {args.checkpoint.name}.")
+    return f"{describe(environment(torch.device(args.device)))}, {subject(args)}"
 
 
 def wrapped(text: str) -> str:

@@ -12,7 +12,6 @@ import argparse
 import json
 import resource
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -20,26 +19,18 @@ import torch
 from engine import Engine, Sampling, Vanilla
 from methods import METHODS, add_options, check_options, make_drafter
 from model import load_model
-from timing import device_name
+from timing import device_name, run
 from tokenizer import Tokenizer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def run(engine: Engine, ids: list[int], max_new_tokens: int, sampling: Sampling, tokenizer: Tokenizer,
-        method: str = "vanilla", show: bool = False) -> dict:
+def generate(engine: Engine, ids: list[int], max_new_tokens: int, sampling: Sampling, tokenizer: Tokenizer,
+             method: str = "vanilla", show: bool = False) -> dict:
     """One generation, timed. Returns the object that --json prints; `show` streams the text to stdout."""
-    stream, tokens, gained = tokenizer.stream(), [], []
-    start = time.perf_counter()
-    for new in engine.generate(ids, max_new_tokens, sampling):
-        if tokens:
-            gained.append(len(new))
-        else:
-            first = time.perf_counter()  # reading `new` back waited for the device
-        tokens += new
-        if show:
-            print(stream.push(new), end="", flush=True)
-    end = time.perf_counter()
+    stream = tokenizer.stream()
+    tokens, gained, prefill_s, decode_s = run(engine, ids, max_new_tokens, sampling, lambda new: print(
+        stream.push(new), end="", flush=True) if show else None)
     if show:
         print(stream.flush(), flush=True)
     cuda = engine.device.type == "cuda"
@@ -53,8 +44,8 @@ def run(engine: Engine, ids: list[int], max_new_tokens: int, sampling: Sampling,
         "prompt_tokens": len(ids), "new_tokens": len(tokens), "cycles": len(gained), "gained": gained,
         "mean_gained": sum(gained) / len(gained) if gained else 0.0,
         "accept_by_depth": [sum(g > d for g in gained) / max(len(gained), 1) for d in depths],
-        "prefill_s": first - start, "decode_s": end - first,
-        "tokens_per_sec": (len(tokens) - 1) / (end - first) if gained else 0.0, "compile_s": engine.compile_s,
+        "prefill_s": prefill_s, "decode_s": decode_s,
+        "tokens_per_sec": (len(tokens) - 1) / decode_s if gained else 0.0, "compile_s": engine.compile_s,
         "memory_gb": (torch.cuda.max_memory_allocated() if cuda else
                       1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1e9,
         "device": device_name(engine.device),
@@ -177,13 +168,13 @@ def main() -> None:
     except (ValueError, OSError) as e:
         sys.exit(fail(e))
     engine.warm_up(sampling)
-    result = run(engine, ids, args.max_new_tokens, sampling, tokenizer, args.method, show=True)
+    result = generate(engine, ids, args.max_new_tokens, sampling, tokenizer, args.method, show=True)
     print(report(result), file=sys.stderr)
     if args.compare:
         plain = Engine(engine.model, Vanilla(engine.device), engine.max_seq_len, tokenizer.stop_ids,
                        not args.no_compile)
         plain.warm_up(sampling)
-        result["vanilla"] = run(plain, ids, args.max_new_tokens, sampling, tokenizer)
+        result["vanilla"] = generate(plain, ids, args.max_new_tokens, sampling, tokenizer)
         result["identical"] = result["tokens"] == result["vanilla"]["tokens"]
         print(report(result["vanilla"]), compare(plain, result["vanilla"], result, ids), sep="\n", file=sys.stderr)
     if args.json:

@@ -28,7 +28,9 @@ class Run(NamedTuple):
     decode_s: float  # from then on
 
 
-def run(engine: Engine, ids: list[int], new_tokens: int, sampling: Sampling = Sampling()) -> Run:
+def run(engine: Engine, ids: list[int], new_tokens: int, sampling: Sampling = Sampling(),
+        show: Callable[[list[int]], None] = lambda new: None) -> Run:
+    """`show` gets the tokens as they come."""
     tokens, gained = [], []
     if engine.cuda:
         torch.cuda.synchronize()  # the cycle that ran ahead of the last text's end
@@ -39,6 +41,7 @@ def run(engine: Engine, ids: list[int], new_tokens: int, sampling: Sampling = Sa
         else:
             first = time.perf_counter()  # reading `new` back waited for the device
         tokens += new
+        show(new)
     return Run(tokens, gained, first - start, time.perf_counter() - first)
 
 

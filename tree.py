@@ -13,13 +13,10 @@ committed token; parents[i] < i. Then a node's ancestors, itself included, are t
      3   4
 """
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from sampling import Sampling
 
 MAX_NODES = 64  # the bits of an int64
 
@@ -43,7 +40,7 @@ class State:
     width: int
     noise: Tensor | None = None  # [deepest + 1, V] fp32: what sampling adds to the logits of the next places
     seed: Tensor | None = None  # 0-d int64
-    sampling: "Sampling | None" = None
+    sampling: object = None  # a sampling.Sampling, which nothing in this file looks at
 
 
 def root(state: State) -> Tensor:
@@ -104,8 +101,7 @@ class Candidates(NamedTuple):
 
 
 def start(k: int, max_depth: int, device: torch.device, chain: int = 0) -> tuple[Level, Candidates]:
-    """What a tree grows from: the root, of score 0 and without a scratch slot, and room for the candidates, of which
-    the last `chain` are a chain and the copy of the root."""
+    """The root, of score 0 and without a scratch slot, and room for candidates, the last `chain` of them a chain's."""
     zero, n = torch.zeros(1, dtype=torch.int64, device=device), k + (max_depth - 1) * k * k
     tokens, parents = torch.arange(-1, n + chain - 1, device=device).repeat(2, 1)  # the parent is the one before
     parents[n:n + 2] = -1

@@ -59,6 +59,14 @@ def read_questions(path: Path) -> list[Question]:
     return questions
 
 
+def subject(args: argparse.Namespace) -> str:
+    """What numbers are of: dtype, weights, and whose text and cost."""
+    weights = args.quantize or (args.checkpoint.stem if args.checkpoint.is_file() else "")
+    text = f"{args.dtype}{weights and ', weights ' + weights}."
+    return text if args.shape is None else (
+        f"{text} {args.shape} is a shape: its cost, with the text and acceptance of {args.checkpoint.name}.")
+
+
 def gigabytes(*parts: nn.Module | Tensor | Quantized) -> float:
     """Of all weights, their scales included."""
     tensors = [t for part in parts for t in (

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -426,9 +427,8 @@ def test_held_out_prompts() -> None:
     assert held_out_prompts(data) == [[1, 5], [0]]
 
 
-@pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Run train.py's main on a tiny checkpoint, in this process, with some words added."""
+def tiny_command(main: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
+    """For fixtures: run a script's main on a tiny checkpoint, in this process, with some words added."""
     precision = torch.get_float32_matmul_precision()
     folder = tiny.save_target(tiny.target(dtype=torch.bfloat16), tmp_path / "model")
     monkeypatch.setattr(train, "Tokenizer", lambda path: Letters())
@@ -436,11 +436,16 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def run(*words: object) -> Path:
         small = ("--checkpoint", folder, "--tokens", 1200, "--length", 48, "--batch", 4, "--generate_batch", 10,
                  "--places", 32, "--device", "cpu", "--eval_prompts", 2)
-        monkeypatch.setattr(sys, "argv", [str(word) for word in ("train.py", *small, *words)])
-        train.main()
+        monkeypatch.setattr(sys, "argv", [str(word) for word in ("train", *small, *words)])
+        main()
         return folder
     yield run
     torch.set_float32_matmul_precision(precision)
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
+    yield from tiny_command(train.main, tmp_path, monkeypatch)
 
 
 def test_command_from_start_to_end(command, capsys: pytest.CaptureFixture) -> None:

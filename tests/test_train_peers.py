@@ -7,7 +7,7 @@ import argparse
 import contextlib
 import json
 import math
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,10 +15,9 @@ import tiny
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from test_train import Letters, marked, read
+from test_train import marked, read, tiny_command
 from torch import Tensor
 
-import train
 import train_peers
 from medusa import load_medusa
 from model import Llama, load_model, read_tensors, rope_table
@@ -249,20 +248,8 @@ def test_agreement(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Run main on a tiny checkpoint, in this process, with some words added."""
-    precision = torch.get_float32_matmul_precision()
-    folder = tiny.save_target(tiny.target(dtype=torch.bfloat16), tmp_path / "model")
-    monkeypatch.setattr(train, "Tokenizer", lambda path: Letters())
-
-    def run(*words: object) -> Path:
-        small = ("--checkpoint", folder, "--tokens", 1200, "--length", 48, "--batch", 4, "--generate_batch", 10,
-                 "--places", 32, "--device", "cpu", "--eval_prompts", 2)
-        monkeypatch.setattr(sys, "argv", [str(word) for word in ("train_peers.py", *small, *words)])
-        train_peers.main()
-        return folder
-    yield run
-    torch.set_float32_matmul_precision(precision)
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
+    yield from tiny_command(train_peers.main, tmp_path, monkeypatch)
 
 
 def test_command_from_start_to_end(command, capsys: pytest.CaptureFixture) -> None:
