@@ -52,7 +52,7 @@ def measure(model: Llama, head: EagleHead, max_seq_len: int) -> list[float] | No
         draft = part(partial(drafter.begin, state)), part(partial(drafter.expand, state, where, hidden, level, 1))
         tree = drafter.propose(state)
         rest = part(partial(drafter.rerank, state)) + part(
-            partial(engine.commit, where[0], tree, *engine.verify(where[0], tree)))
+            partial(engine.commit, where[0, 0], tree, *engine.verify(where[0, 0], tree)))
     return [*draft, rest, *verify_by_rows(engine, NODES, timer).values()]
 
 

@@ -64,8 +64,8 @@ def cycle_parts(engine: Engine) -> list[dict]:
                              partial(drafter.expand, state, where, hidden, level, depth))
     tree = part("rerank", 0, partial(drafter.rerank, state))
     features, chosen = part(f"verify, {len(tree.tokens)} rows", step_gb(model, length),
-                            partial(engine.verify, where[0], tree))
-    part("accept and compact", 0, partial(engine.commit, where[0], tree, features, chosen))
+                            partial(engine.verify, where[0, 0], tree))
+    part("accept and compact", 0, partial(engine.commit, where[0, 0], tree, features, chosen))
     return parts
 
 

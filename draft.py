@@ -29,8 +29,6 @@ from qlinears import Quantized
 from quantizers import quantize_linears, quantize_weight
 from tree import MAX_NODES, Level, State, Tree, build, root
 
-Where = tuple[Tensor, Tensor, Tensor]  # of a tree: the root's slot 0-d, then places and scratch slots [fed nodes]
-
 VOCAB = "draft_vocab.json"  # the target's most frequent tokens, most frequent first
 CURVE = "acceptance.json"  # what trees of each size gain a cycle, see autotree.py
 
@@ -178,7 +176,7 @@ class Eagle(Drafter):
         self.head, self.ids, self.max_depth = head, head.vocab, max_depth
         self.lm_head = drafting_rows(target.lm_head.weight, self.ids, head.of_embedding is not None)
         device = target.embed.weight.device
-        self.steps, self.entries = steps(device), torch.arange(max_depth + 1, device=device)
+        self.steps, self.entries = steps(device), torch.arange(-1, max_depth + 1, device=device)
         with torch.no_grad():  # fc of an embedding and a feature is a sum; the embedding's share is a table
             if head.of_embedding is None:
                 of_embedding, of_feature = head.fc.weight.chunk(2, dim=1)
@@ -214,10 +212,10 @@ class Eagle(Drafter):
         """Re-run the head over the tokens just committed, now with the target's true features, replacing what
         drafting left there. Always max_depth + 1 rows; the spare ones lie past every slot that is read.
         Returns the feature [1, C] predicted for the root."""
-        first = state.length - 1 - state.committed
-        slots = first + self.entries
-        mask = causal_mask(first, self.max_depth + 1, state.width)
-        hidden = self.rows(state.tokens[slots + 1], state.features, None, slots, slots, mask)
+        places = state.length - state.committed + self.entries  # of the features, and of the last token
+        slots = places[:-1]
+        mask = causal_mask(slots[0], len(slots), state.width)
+        hidden = self.rows(state.tokens[places[1:]], state.features, None, slots, slots, mask)
         return hidden.index_select(0, (state.committed - 1)[None])
 
 
@@ -235,7 +233,7 @@ class Eagle2(Eagle):
         self.topk, self.levels, self.retrieval = topk, draft_depth, retrieval
         self.num_nodes = min(draft_tokens, 1 + topk + (draft_depth - 1) * topk * topk)  # no more than candidates
         scratch = torch.arange((draft_depth - 1) * topk, device=self.entries.device)  # slots for nodes fed
-        self.scratch, self.level_of = scratch, scratch // topk
+        self.where = torch.stack((scratch // topk, scratch)) - 1  # siblings share a place, never a slot
         self.start = tree.start(topk, draft_depth, scratch.device, chain and chain + 1)
 
     def propose(self, state: State) -> Tree:
@@ -244,21 +242,19 @@ class Eagle2(Eagle):
             hidden, level = self.expand(state, where, hidden, level, depth)
         return self.rerank(state)
 
-    def begin(self, state: State) -> tuple[Where, Tensor, Level]:
+    def begin(self, state: State) -> tuple[Tensor, Tensor, Level]:
         """Catch up with what was accepted, and choose the first level. Returns where this tree is drafted, and what
         the first `expand` wants."""
-        base, (level, candidates) = state.length - 1, self.start
-        where = base, base + self.level_of, base + self.scratch  # siblings share a place, never a slot
-        hidden = self.extend(state)
+        where, hidden, (level, candidates) = state.length + self.where, self.extend(state), self.start
         return where, hidden, self.steps.grow(self.logits(hidden, state, 0), level, candidates, 0, self.topk, self.ids)
 
-    def expand(self, state: State, where: Where, hidden: Tensor, level: Level, depth: int) -> tuple[Tensor, Level]:
-        """Feed the nodes of `level`, `depth` below the root; hidden [any, C] are the features of the rows fed before.
-        Returns the features of these nodes, [k, C], and the next level."""
-        base, places, slots = where
-        fed = slice((depth - 1) * self.topk, depth * self.topk)
-        hidden = self.rows(level.tokens, hidden, level.rows, places[fed], slots[fed],
-                           tree_mask(base, level.bits, state.width))
+    def expand(self, state: State, where: Tensor, hidden: Tensor, level: Level, depth: int) -> tuple[Tensor, Level]:
+        """Feed the nodes of `level`, `depth` below the root; hidden [any, C] are the features of the rows fed before,
+        where [2, fed nodes] the places and scratch slots of all levels, from the root's on. Returns the features of
+        these nodes, [k, C], and the next level."""
+        places, slots = where[:, (depth - 1) * self.topk:depth * self.topk]
+        hidden = self.rows(level.tokens, hidden, level.rows, places, slots,
+                           tree_mask(where[0, 0], level.bits, state.width))
         logits = self.logits(hidden, state, depth)
         return hidden, self.steps.grow(logits, level, self.start[1], depth, self.topk, self.ids)
 

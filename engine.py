@@ -38,16 +38,20 @@ def capture(function: Callable[[], object], unroll: int = 1) -> Callable[[], Non
         function()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=graph_memory()):
+    with torch.cuda.graph(graph, pool=graph_memory().pool()):
         for _ in range(unroll):
             function()
     return graph.replay
 
 
 @cache
-def graph_memory() -> tuple[int, int]:
-    """For the temporary tensors of all graphs: no two are replayed at once."""
-    return torch.cuda.graph_pool_handle()
+def graph_memory() -> torch.cuda.CUDAGraph:
+    """Whose memory all graphs take for their temporary tensors: no two are replayed at once. This one never is; it
+    keeps that memory when an engine goes with the last of the others."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.zeros(1, device="cuda")
+    return graph
 
 
 class Engine:
