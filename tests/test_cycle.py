@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -248,8 +249,9 @@ def test_timed_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         captured.calls = len(calls) - before
 
     for name, fake in (("CUDAGraph", Graph), ("Event", Event), ("graph", graph),
-                       ("graph_pool_handle", object), ("synchronize", lambda: events.append("idle"))):
+                       ("synchronize", lambda: events.append("idle"))):
         monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr("engine.graph_memory", lambda: SimpleNamespace(pool=object))
     for unroll in (1, 10):
         clock, calls, events = [], [], []
         assert timing.timed(partial(calls.append, "call"), torch.device("cuda"), unroll) == 2.0

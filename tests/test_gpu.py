@@ -19,7 +19,7 @@ import sampling
 import tree
 import tree_kernels
 from draft import Eagle1, Eagle2, load_head
-from engine import Engine, Sampling, Vanilla
+from engine import Engine, Sampling, Vanilla, capture
 from lookahead import Lookahead
 from lookup import Lookup, Retrieval
 from medusa import Medusa, MedusaHeads
@@ -233,6 +233,17 @@ def variants() -> int:
     modules = (kernels, linears, lookup, qlinears, tree_kernels)
     functions = [f for module in modules for f in vars(module).values() if hasattr(f, "device_caches")]
     return sum(len(caches[0]) for f in functions for caches in f.device_caches.values())
+
+
+def test_graphs_share_memory() -> None:
+    """Memory that is given up with the last graph that used it (the next capture fails), or one pool for each graph."""
+    x, reserved = torch.zeros(1 << 24, device="cuda"), []
+    for _ in range(3):
+        replay = capture(lambda: (x + 1).sum())
+        replay()
+        del replay
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[0] == reserved[-1]
 
 
 def test_no_prompt_compiles_anything(engines: list[Engine]) -> None:
