@@ -106,18 +106,17 @@ def test_refused(checkpoint: tuple[Path, Llama], demo: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.xdist_group("demo")
-@pytest.mark.parametrize("method, least", [("medusa", 0.0), ("speculate", 0.0), ("speculate+lookup", 0.0)])
+@pytest.mark.parametrize("method, least", [("medusa", 2.0), ("speculate", 2.8)])
 def test_demo_peers(method: str, least: float, demo: Path, demo_model: Llama, demo_runs) -> None:
     """What heads/ brings to be compared with EAGLE: drafted a place off, or read as something else, it would write the
-    same text and gain little. EAGLE-2 gains 3.94 here."""
+    same text and gain little. Here Medusa gains 2.14 tokens a cycle and the draft model 3.04."""
     heads = Path(methods.__file__).parent / "heads/SmolLM2-135M-Instruct"
     args = generate.parse_args(arguments(demo))
     args.medusa, args.speculate = heads / "medusa", heads / "draft_model"
     engine, gained = Engine(demo_model, make_drafter(method, args, demo_model, 512), 512, frozenset([2])), []
-    for cycles, text, _ in demo_runs:
+    for cycles, text, _ in demo_runs[:4]:
         ids = text[:len(text) - sum(map(len, cycles))]
         mine = list(engine.generate(ids, 64))
         assert ids + sum(mine, []) == text
         gained += map(len, mine[1:])
-    print(method, sum(gained) / len(gained))
     assert sum(gained) / len(gained) > least
