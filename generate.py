@@ -178,11 +178,11 @@ def main() -> None:
     args = parse_args()
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
     try:
+        if args.tree_html:
+            args.tree_html.open("a").close()  # fails before the run, not after it
         engine, tokenizer = load(args)
         ids = read_prompt(args, tokenizer)
         engine.check(ids)
-        if args.tree_html:
-            args.tree_html.open("a").close()  # fails before the run, not after it
     except (ValueError, OSError) as e:
         sys.exit(fail(e))
     engine.warm_up(sampling)

@@ -268,7 +268,7 @@ def tree_lines(cycle: dict, texts: dict[int, str], number: int, width: int = 80,
         note = "bonus" if node == BONUS else "~ " * (node in cycle["looked_up"])
         note += f"+{folded[node]} more" * (folded[node] > 0)
         rest = " " * (column - len(before) - columns(text)) + (figure if node > 0 else " " * len(figure))
-        rest = f"{rest} {note}" if note else rest.rstrip()
+        rest = f"{rest} {note}".rstrip()
         lines.append(paint(before[:-2], GREY, colour) + paint(before[-2:] + text + rest, style, colour))
     return lines
 
@@ -310,7 +310,7 @@ def answer(cycles: list[dict], pieces: list[str], colour: bool) -> str:
 
 def page(result: dict, path: Path) -> None:
     """Write a page that steps through the cycles: tree_page.html with the run in it. result: what --json prints."""
-    run = {key: result[key] for key in ("method", "tokens", "trees")}
+    run = {key: result[key] for key in ("method", "trees")}
     # "<" as JSON's \u003c: no token can end the script that the data stand in
     data = json.dumps(run, separators=(",", ":")).replace("<", "\\u003c")
     template = Path(__file__).with_name("tree_page.html").read_text(encoding="utf-8")
