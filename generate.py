@@ -106,7 +106,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--seed", type=int, default=0, help="the same seed gives the same text with any drafter")
     p.add_argument("--compare", action="store_true", help="run vanilla too and compare speed and tokens")
     p.add_argument("--tree_table", action="store_true", help="--draft_tokens auto, and show what it compared")
-    p.add_argument("--show_tree", action="store_true", help="show the tree of every cycle, and --json's trees")
+    p.add_argument("--show_tree", action="store_true", help="print every cycle's tree (its time counts as decoding)")
     p.add_argument("--tree_html", type=Path, metavar="FILE", help="write a page that steps through the cycles' trees")
     p.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 where the device is fast at it")
     p.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")

@@ -253,6 +253,7 @@ def tree_lines(cycle: dict, texts: dict[int, str], number: int, width: int = 80,
             folded[node] += 1
     drafted = sum(token >= 0 for token in tokens[1:])
     figures = f": {len(path)} of {drafted} drafted tokens accepted, +{cycle['gained']}"
+    figures += ", the end" * (cycle["gained"] == len(path))
     bar = 10 if confidence and width >= 60 else 0
     room = width - 11 - (bool(confidence) * (6 + bar))  # for branches and token; 11: for a note
     rows = []
@@ -267,7 +268,7 @@ def tree_lines(cycle: dict, texts: dict[int, str], number: int, width: int = 80,
         figure = f" {percent(confidence[node]):>4} {blocks(confidence[node], bar):{bar}}" if confidence else ""
         note = "bonus" if node == BONUS else "~ " * (node in cycle["looked_up"])
         note += f"+{folded[node]} more" * (folded[node] > 0)
-        rest = " " * (column - len(before) - columns(text)) + (figure if node > 0 else " " * len(figure))
+        rest = " " * (column - len(before) - columns(text)) + (figure if node > 0 else " " * len(figure) * (node == 0))
         rest = f"{rest} {note}".rstrip()
         lines.append(paint(before[:-2], GREY, colour) + paint(before[-2:] + text + rest, style, colour))
     return lines
@@ -301,7 +302,7 @@ def answer(cycles: list[dict], pieces: list[str], colour: bool) -> str:
     counts = {way: ways.count(way) for way in sorted(set(ways) - {0})}
     legend = [paint(f"{way}: {n}", DEPTHS[min(way, len(DEPTHS)) - 1], colour) for way, n in counts.items()]
     own = paint(f"{ways.count(0)} of the model's own" + " ⟨⟩" * (not colour), ORANGE, colour)
-    return (f"{text}\n\n{len(ways)} tokens in {len(cycles)} cycles: {own} (+), the others (*) drafted at depth "
+    return (f"{text}\n\n{len(ways)} tokens in {len(cycles)} cycles: {own}, drafted at depth "
             + ", ".join(legend or ["none"]))
 
 
