@@ -94,7 +94,8 @@ class Watch(Drafter):
         the first, which prefill chose without a tree. Of the cycle's T nodes:
 
           tokens, parents, depth, next   [T], as in tree.Tree and Drafter.learn; ~t is a node that cannot be accepted
-          confidence                     [T] or None: EAGLE-2's probability of the path to each, by which it ranks
+          confidence                     [T] or None: EAGLE-2's probability of the path to each, by which it ranks; when
+                                         sampling, given the noise that tokens will be chosen with
           looked_up                      [any] the nodes that the text itself suggested (--lookup beside --eagle2)
           path                           [any] the nodes that were committed, in order, without the root
           gained                         len(new): one more than the path, but where the text ended within it

@@ -173,8 +173,8 @@ def test_host_reads_one_cycle_behind() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu(demo: Path, demo_prompts: list[list[int]]) -> None:
-    """A row read before it is written, or written over by the cycle that runs meanwhile; candidates ranked otherwise than
-    the kernel ranks them; another text. And the records of a graph are those of kernels launched from Python."""
+    """A row read before it is written, or written over by the cycle that runs meanwhile; candidates ranked otherwise
+    than the kernel ranks them; another text. And the records of a graph are those of kernels launched from Python."""
     model = load_model(demo, "cuda", torch.float32)
     head, retrieval = load_head(demo / "eagle", model), Retrieval(6, device="cuda")
     for make in (lambda: Eagle2(head, model), lambda: Eagle2(head, model, 40, 5, 8, retrieval), lambda: Lookup("cuda"),
