@@ -35,8 +35,8 @@ from tree import State, Tree, best_first
 RING = 4  # rows: the cycle that the host reads, the one that runs meanwhile, and two to spare
 GREY, BLUE, ORANGE = "38;5;245", "1;38;5;32", "1;38;5;172"  # Okabe and Ito's, as plots.py has them, of a terminal's 256
 DEPTHS = ("38;5;32", "38;5;36", "38;5;175", "38;5;74", "38;5;142")  # the last one: that deep or deeper
-LEGEND = """* drafted and accepted   + bonus: the model's own   ~ looked up in the text
-% the draft head's probability of the path to a node, by which EAGLE-2 chooses"""
+MARKS = "* drafted and accepted   + bonus: the model's own"
+SHARES = "% the draft head's probability of the path to a node   ~ looked up in the text"
 BONUS = -1  # in an outline: the target's own token after the last accepted node
 
 
@@ -156,7 +156,7 @@ class View:
             self.texts[token] = token_text(self.tokenizer, token)
         if self.trees:
             if len(self.cycles) == 1:
-                print(f"{LEGEND}\n", file=self.out)
+                print(MARKS, *[SHARES] * bool(cycle["confidence"]), "", sep="\n", file=self.out)
             width = shutil.get_terminal_size().columns
             lines = tree_lines(cycle, self.texts, len(self.cycles), width, self.colour)
             print(*lines, "", sep="\n", file=self.out, flush=True)
@@ -253,7 +253,7 @@ def tree_lines(cycle: dict, texts: dict[int, str], number: int, width: int = 80,
                 node = cycle["parents"][node]
             folded[node] += 1
     drafted = sum(token >= 0 for token in tokens[1:])
-    figures = f": {len(path)} of {drafted} drafted tokens accepted, +{cycle['gained']}"
+    figures = f": +{cycle['gained']}, {len(path)} of {drafted} drafts accepted"
     figures += ", the end" * (cycle["gained"] == len(path))
     bar = 10 if confidence and width >= 60 else 0
     room = width - 11 - (bool(confidence) * (6 + bar))  # for branches and token; 11: for a note
@@ -303,8 +303,8 @@ def answer(cycles: list[dict], pieces: list[str], colour: bool) -> str:
     counts = {way: ways.count(way) for way in sorted(set(ways) - {0})}
     legend = [paint(f"{way}: {n}", DEPTHS[min(way, len(DEPTHS)) - 1], colour) for way, n in counts.items()]
     own = paint(f"{ways.count(0)} of the model's own" + " ⟨⟩" * (not colour), ORANGE, colour)
-    return (f"{text}\n\n{len(ways)} tokens in {len(cycles)} cycles: {own}, drafted at depth "
-            + ", ".join(legend or ["none"]))
+    drafted = ", drafted at depth " * bool(legend) + ", ".join(legend)
+    return f"{text}\n\n{len(ways)} tokens in {len(cycles)} cycles: {own}{drafted}"
 
 
 # ----- On a page -------------------------------------------------------------------------------------------------
@@ -335,4 +335,5 @@ if __name__ == "__main__":
     try:
         main(Path(sys.argv[1]), Path(sys.argv[2]))
     except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
