@@ -403,6 +403,7 @@ def test_command_line(call, demo: Path, tmp_path: Path) -> None:  # noqa: F811
     result = json.loads(out.splitlines()[-1])
     assert code == 0 and result["gained"] == [cycle["gained"] for cycle in result["trees"]["cycles"]]
     assert "".join(result["trees"]["pieces"]) == result["text"] and "cycle 1: " in out and "\x1b" not in out
+    assert out.startswith(watch_module.MARKS)  # the text is not streamed between the trees
     saved.write_text(out, encoding="utf-8")
     watch_module.main(saved, again)
     assert again.read_bytes() == html.read_bytes()
