@@ -21,16 +21,26 @@ from methods import METHODS, add_options, check_options, make_drafter
 from model import load_model
 from timing import device_name, run
 from tokenizer import Tokenizer
+from watch import View, Watch, page
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def generate(engine: Engine, ids: list[int], max_new_tokens: int, sampling: Sampling, tokenizer: Tokenizer,
-             method: str = "vanilla", show: bool = False) -> dict:
-    """One generation, timed. Returns the object that --json prints; `show` streams the text to stdout."""
+             method: str = "vanilla", show: bool = False, view: View | None = None) -> dict:
+    """One generation, timed. Returns the object that --json prints; `show` streams the text to stdout; `view`, of an
+    engine whose drafter is watched, takes every cycle's tree."""
     stream = tokenizer.stream()
-    tokens, gained, prefill_s, decode_s = run(engine, ids, max_new_tokens, sampling, lambda new: print(
-        stream.push(new), end="", flush=True) if show else None)
+
+    def push(new: list[int]) -> None:
+        if view:
+            view.push(new)
+        if show:
+            print(stream.push(new), end="", flush=True)
+
+    tokens, gained, prefill_s, decode_s = run(engine, ids, max_new_tokens, sampling, push)
+    if view:
+        view.finish()
     if show:
         print(stream.flush(), flush=True)
     cuda = engine.device.type == "cuda"
@@ -50,7 +60,7 @@ def generate(engine: Engine, ids: list[int], max_new_tokens: int, sampling: Samp
                       1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1e9,
         "device": device_name(engine.device),
         "dtype": str(engine.model.embed.weight.dtype).removeprefix("torch."), "torch": torch.__version__,
-        "seed": sampling.seed, "stop": stop}
+        "seed": sampling.seed, "stop": stop} | ({"trees": view.record()} if view else {})
 
 
 def report(result: dict) -> str:
@@ -96,6 +106,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--seed", type=int, default=0, help="the same seed gives the same text with any drafter")
     p.add_argument("--compare", action="store_true", help="run vanilla too and compare speed and tokens")
     p.add_argument("--tree_table", action="store_true", help="--draft_tokens auto, and show what it compared")
+    p.add_argument("--show_tree", action="store_true", help="print every cycle's tree (its time counts as decoding)")
+    p.add_argument("--tree_html", type=Path, metavar="FILE", help="write a page that steps through the cycles' trees")
     p.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 where the device is fast at it")
     p.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
     p.add_argument("--max_seq_len", type=int, help="cache slots (default: the model's context, at most 4096)")
@@ -113,6 +125,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             (args.tree_table and args.draft_tokens not in (None, "auto"), "--tree_table is for --draft_tokens auto"),
             (args.tree_table and (args.draft_depth or args.draft_topk), "--tree_table chooses depth and top-k too"),
             (args.compare and args.method == "vanilla", "--compare needs a method that drafts, such as --eagle2"),
+            ((args.show_tree or args.tree_html) and args.method == "vanilla",
+             "--show_tree and --tree_html need a method that drafts, such as --eagle2"),
             (args.max_new_tokens < 1, "--max_new_tokens must be at least 1"),
             (args.max_seq_len is not None and args.max_seq_len < 2, "--max_seq_len must be at least 2"),
             (not 0 <= args.temperature < float("inf"), "--temperature must be 0 or more"),
@@ -143,6 +157,8 @@ def load(args: argparse.Namespace) -> tuple[Engine, Tokenizer]:
         raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.cfg.vocab_size}")
     max_seq_len = args.max_seq_len or min(model.cfg.max_position_embeddings, model.cfg.sliding_window or 4096, 4096)
     drafter = make_drafter(args.method, args, model, max_seq_len)
+    if args.show_tree or args.tree_html:
+        drafter = Watch(drafter, model.embed.weight.device)
     return Engine(model, drafter, max_seq_len, tokenizer.stop_ids, not args.no_compile), tokenizer
 
 
@@ -162,14 +178,19 @@ def main() -> None:
     args = parse_args()
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
     try:
+        if args.tree_html:
+            args.tree_html.open("a").close()  # fails before the run, not after it
         engine, tokenizer = load(args)
         ids = read_prompt(args, tokenizer)
         engine.check(ids)
     except (ValueError, OSError) as e:
         sys.exit(fail(e))
     engine.warm_up(sampling)
-    result = generate(engine, ids, args.max_new_tokens, sampling, tokenizer, args.method, show=True)
+    view = View(engine.drafter, tokenizer, args.show_tree) if isinstance(engine.drafter, Watch) else None
+    result = generate(engine, ids, args.max_new_tokens, sampling, tokenizer, args.method, not args.show_tree, view)
     print(report(result), file=sys.stderr)
+    if args.tree_html:
+        page(result, args.tree_html)
     if args.compare:
         plain = Engine(engine.model, Vanilla(engine.device), engine.max_seq_len, tokenizer.stop_ids,
                        not args.no_compile)
