@@ -17,12 +17,9 @@ from pathlib import Path
 import torch
 
 from engine import Engine, Sampling, Vanilla
-from methods import METHODS, add_options, check_options, make_drafter
-from model import load_model
+from methods import DTYPES, add_options, check_engine, load_engine
 from timing import device_name, run
 from tokenizer import Tokenizer
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def generate(engine: Engine, ids: list[int], max_new_tokens: int, sampling: Sampling, tokenizer: Tokenizer,
@@ -104,25 +101,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(argv)
     drafts = [name for name in ("eagle2", "eagle", "medusa", "speculate", "lookahead") if getattr(args, name)]
     args.method = "+".join(drafts + [name for name in ("lookup", "rejection") if getattr(args, name)]) or "vanilla"
-    wrong = check_options(args, [args.method])
+    wrong = check_engine(args)
     if wrong:
         p.error(wrong)
     for wrong, message in (
-            (args.method not in METHODS, f"{args.method} is no method: there are {', '.join(METHODS)}"),
-            (args.tree_table and not args.eagle2, "--tree_table is for --eagle2"),
-            (args.tree_table and args.draft_tokens not in (None, "auto"), "--tree_table is for --draft_tokens auto"),
-            (args.tree_table and (args.draft_depth or args.draft_topk), "--tree_table chooses depth and top-k too"),
             (args.compare and args.method == "vanilla", "--compare needs a method that drafts, such as --eagle2"),
             (args.max_new_tokens < 1, "--max_new_tokens must be at least 1"),
-            (args.max_seq_len is not None and args.max_seq_len < 2, "--max_seq_len must be at least 2"),
             (not 0 <= args.temperature < float("inf"), "--temperature must be 0 or more"),
             (args.temperature == 0 and (args.top_k, args.top_p, args.min_p) != (0, 1.0, 0.0),
              "--top_k, --top_p and --min_p need a --temperature above 0"),
             (args.top_k < 0 or not 0 < args.top_p <= 1 or not 0 <= args.min_p <= 1,
              "--top_k must be 0 or more, --top_p in (0, 1], --min_p in [0, 1]"),
-            (not -2**63 <= args.seed < 2**63, "--seed must fit 64 bits"),
-            (args.device == "cuda" and not torch.cuda.is_available(),
-             "--device cuda, but torch finds no CUDA device (torch.cuda.is_available() is false)")):
+            (not -2**63 <= args.seed < 2**63, "--seed must fit 64 bits")):
         if wrong:
             p.error(message)
     return args
@@ -130,20 +120,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def load(args: argparse.Namespace) -> tuple[Engine, Tokenizer]:
     """The engine that the command line describes. Raises ValueError or OSError with one line to show."""
-    folder = args.checkpoint.parent if args.checkpoint.is_file() else args.checkpoint
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    # bf16 halves the bytes; a CPU without instructions for it (x86: AVX512-BF16 or AMX) emulates it slowly
-    fast_bf16 = torch.cuda.is_bf16_supported() if device == "cuda" else (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    default = "bfloat16" if fast_bf16 else "float16" if device == "cuda" else "float32"
-    how = (args.quantize, args.group or 128)
-    model = load_model(args.checkpoint, device, DTYPES[args.dtype or default], *how)
-    tokenizer = Tokenizer(folder)
-    if tokenizer.vocab_size > model.cfg.vocab_size:
-        raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.cfg.vocab_size}")
-    max_seq_len = args.max_seq_len or min(model.cfg.max_position_embeddings, model.cfg.sliding_window or 4096, 4096)
-    drafter = make_drafter(args.method, args, model, max_seq_len)
-    return Engine(model, drafter, max_seq_len, tokenizer.stop_ids, not args.no_compile), tokenizer
+    engine = load_engine(args)
+    return engine, engine.tokenizer
 
 
 def read_prompt(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from draft import EagleHead, find_head, load_head
 from engine import Engine, Vanilla
-from generate import DTYPES
 from medusa import MedusaHeads, load_medusa
+from methods import DTYPES
 from model import Llama, load_model
 from qlinears import Quantized
 from speculate import load_draft_model
