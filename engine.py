@@ -97,7 +97,8 @@ class Engine:
         from methods import engine_args, load_engine  # here: the drafters that it imports, import this file
         args = engine_args(options)
         args.checkpoint, args.method, args.max_seq_len = Path(checkpoint), draft, max_seq_len
-        args.no_compile, args.device, args.dtype = not compiled, device and str(device), dtype and str(dtype).removeprefix("torch.")
+        args.no_compile, args.device = not compiled, device and str(device)
+        args.dtype = dtype and str(dtype).removeprefix("torch.")
         return load_engine(args, cls)
 
     def check(self, ids: list[int]) -> None:

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import torch
 
+from batch import batch
 from engine import Engine, Sampling, Vanilla
 from methods import DTYPES, add_options, check_engine, load_engine
+from profiling import write_trace
 from timing import device_name, run
 from tokenizer import Tokenizer
 
@@ -83,7 +85,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--rejection", action="store_true", help="--speculate: the papers' rule when sampling; more is "
                    "accepted, but the same seed no longer gives the text of plain decoding")
     add_options(p)
-    p.add_argument("--prompt", required=True, help="the text, - for stdin, or @FILE")
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", help="the text, - for stdin, or @FILE")
+    source.add_argument("--prompt_file", type=Path, metavar="FILE", help='many prompts: JSON lines with "prompt", '
+                        '"messages" or "turns" (batch.py)')
+    p.add_argument("--output", type=Path, metavar="FILE", help="of --prompt_file: the answers, one a line; those "
+                   "that are there already are kept")
     p.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
     p.add_argument("--max_new_tokens", type=int, default=256)
     p.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
@@ -97,6 +104,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
     p.add_argument("--max_seq_len", type=int, help="cache slots (default: the model's context, at most 4096)")
     p.add_argument("--no_compile", action="store_true", help="no CUDA graphs: launch every kernel from Python")
+    p.add_argument("--profile", type=Path, metavar="FILE", help="then write a Chrome trace of a few cycles")
     p.add_argument("--json", action="store_true", help="end stdout with one line of JSON")
     args = p.parse_args(argv)
     drafts = [name for name in ("eagle2", "eagle", "medusa", "speculate", "lookahead") if getattr(args, name)]
@@ -106,6 +114,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         p.error(wrong)
     for wrong, message in (
             (args.compare and args.method == "vanilla", "--compare needs a method that drafts, such as --eagle2"),
+            (bool(args.prompt_file) != bool(args.output), "--prompt_file and --output FILE go together"),
+            (args.prompt_file and (args.compare or args.json or args.profile),
+             "--compare, --json and --profile are for a single --prompt"),
+            *((file and not file.parent.is_dir(), f"{option} {file}: there is no such folder")
+              for option, file in (("--output", args.output), ("--profile", args.profile))),
             (args.max_new_tokens < 1, "--max_new_tokens must be at least 1"),
             (not 0 <= args.temperature < float("inf"), "--temperature must be 0 or more"),
             (args.temperature == 0 and (args.top_k, args.top_p, args.min_p) != (0, 1.0, 0.0),
@@ -140,6 +153,8 @@ def main() -> None:
     args = parse_args()
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
     try:
+        if args.prompt_file:
+            sys.exit(batch(args, sampling, load, generate))
         engine, tokenizer = load(args)
         ids = read_prompt(args, tokenizer)
         engine.check(ids)
@@ -155,6 +170,8 @@ def main() -> None:
         result["vanilla"] = generate(plain, ids, args.max_new_tokens, sampling, tokenizer)
         result["identical"] = result["tokens"] == result["vanilla"]["tokens"]
         print(report(result["vanilla"]), compare(plain, result["vanilla"], result, ids), sep="\n", file=sys.stderr)
+    if args.profile:
+        print(write_trace(engine, ids, sampling, args.profile), file=sys.stderr)
     if args.json:
         print(json.dumps(result))
 
