@@ -117,7 +117,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             (bool(args.prompt_file) != bool(args.output), "--prompt_file and --output FILE go together"),
             (args.prompt_file and (args.compare or args.json or args.profile),
              "--compare, --json and --profile are for a single --prompt"),
-            *((file and not file.parent.is_dir(), f"{option} {file}: there is no such folder")
+            *((file and (file.is_dir() or not file.parent.is_dir()), f"{option} {file}: "
+               + ("a folder, not a file" if file and file.is_dir() else "there is no such folder"))
               for option, file in (("--output", args.output), ("--profile", args.profile))),
             (args.max_new_tokens < 1, "--max_new_tokens must be at least 1"),
             (not 0 <= args.temperature < float("inf"), "--temperature must be 0 or more"),
@@ -170,10 +171,13 @@ def main() -> None:
         result["vanilla"] = generate(plain, ids, args.max_new_tokens, sampling, tokenizer)
         result["identical"] = result["tokens"] == result["vanilla"]["tokens"]
         print(report(result["vanilla"]), compare(plain, result["vanilla"], result, ids), sep="\n", file=sys.stderr)
-    if args.profile:
-        print(write_trace(engine, ids, sampling, args.profile), file=sys.stderr)
     if args.json:
         print(json.dumps(result))
+    if args.profile:
+        try:
+            print(write_trace(engine, ids, sampling, args.profile), file=sys.stderr)
+        except OSError as e:
+            sys.exit(fail(e))
 
 
 def fail(error: Exception) -> int:
