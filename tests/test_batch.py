@@ -71,7 +71,7 @@ def test_all_kinds(call, checkpoint: Path) -> None:
     turns = ["How old is the moon?", "And the sun?", "Thanks."]
     code, answers, err = call([{"prompt": "Why?"}, "", {"id": "m", "messages": messages},
                                {"question_id": 81, "category": "x", "turns": turns},
-                               {"prompt": "A line\u2028separator"}, {"id": 7, "question_id": 8, "prompt": "Why?"}])
+                               '{"prompt": "A line\u2028separator"}', {"id": 7, "question_id": 8, "prompt": "Why?"}])
     assert code == 0 and [a["id"] for a in answers] == [1, "m", 81, 5, 7]
     engine = Engine.load(checkpoint, "eagle2", device="cpu")
     chat = engine.tokenizer.chat
@@ -173,7 +173,7 @@ def test_killed_anywhere(call, words: list[str], tmp_path: Path) -> None:
             output.write_bytes(whole[:last + cut] + tail)
             code, again, err = call(None, *long)
             assert code == 0 and timeless(again) == timeless(straight), cut
-            assert output.read_bytes().startswith(whole[:last])
+            assert output.read_bytes().startswith(whole[:last]) and output.read_bytes().endswith(b"}\n"), cut
 
 
 def test_nothing_to_do(call, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,6 +229,15 @@ def test_other_answers_are_left_alone(call, words: list[str], tmp_path: Path, ch
         assert code == 2 and "weights" in err
     finally:
         weights.write_bytes(data)
+
+
+def test_fingerprint(tmp_path: Path) -> None:
+    """Weights that were changed in place taken for the same: at the beginning, at the end, in length."""
+    digests = set()
+    for data in (b"0123456789", b"1123456789", b"0123456780", b"01234056789", b"01", b""):
+        (tmp_path / "x").write_bytes(data)
+        digests.add(batch.fingerprint(tmp_path / "x", 4))
+    assert len(digests) == 6 and batch.fingerprint(tmp_path / "no") == ""
 
 
 def test_two_at_once(call, tmp_path: Path) -> None:
