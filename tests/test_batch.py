@@ -153,7 +153,7 @@ def test_killed_anywhere(call, words: list[str], tmp_path: Path) -> None:
     last line torn at every kind of place."""
     asked, output = tmp_path / "asked.jsonl", tmp_path / "answers.jsonl"
     write(asked, PROMPTS)
-    long = ("--max_new_tokens", "200")  # so that the kill comes in the midst of an answer
+    long = ("--max_new_tokens", "100")  # so that the kill comes in the midst of an answer
     run = subprocess.Popen([sys.executable, ROOT / "generate.py", *words, *long], stderr=subprocess.DEVNULL)
     while run.poll() is None and not (output.is_file() and output.read_bytes().count(b"\n") >= 3):
         time.sleep(0.002)
