@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -60,6 +61,7 @@ class Engine:
     On a GPU a cycle is one CUDA graph: the host enqueues the next replay before it reads what the last one
     committed, so the GPU never waits for Python. `compiled=False` launches every kernel from Python instead,
     which is slow but can be stepped through."""
+    tokenizer = None  # the checkpoint's, where `load` made the engine
 
     def __init__(self, model: Llama, drafter: Drafter, max_seq_len: int,
                  stop_ids: frozenset[int] = frozenset(), compiled: bool = True) -> None:
@@ -86,6 +88,22 @@ class Engine:
         self.inbox = torch.zeros(2, rows + 2, dtype=torch.int64, pin_memory=self.cuda)
         self.arrived = [torch.cuda.Event(), torch.cuda.Event()] if self.cuda else None
         self.features = model.embed.weight.new_zeros(min(PREFILL_CHUNK, max_seq_len), model.cfg.hidden_size)
+
+    @classmethod
+    def load(cls, checkpoint: Path | str, draft: str = "vanilla", *, device: str | None = None,
+             dtype: torch.dtype | str | None = None, max_seq_len: int | None = None, compiled: bool = True,
+             **options: object) -> "Engine":
+        """The engine that generate.py makes of the same options: `draft` is one of methods.METHODS, `head` is --draft,
+        all others are called as there (draft_tokens=16, quantize="int8", medusa=DIR). With engine.tokenizer.
+
+        Raises TypeError for an option that there is not, ValueError or OSError with the line that generate.py shows.
+        """
+        from methods import engine_args, load_engine  # here: the drafters that it imports, import this file
+        args = engine_args(options)
+        args.checkpoint, args.method, args.max_seq_len = Path(checkpoint), draft, max_seq_len
+        args.no_compile, args.device = not compiled, device and str(device)
+        args.dtype = dtype and str(dtype).removeprefix("torch.")
+        return load_engine(args, cls)
 
     def check(self, ids: list[int]) -> None:
         if not ids:

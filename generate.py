@@ -16,14 +16,13 @@ from pathlib import Path
 
 import torch
 
+from batch import batch
 from engine import Engine, Sampling, Vanilla
-from methods import METHODS, add_options, check_options, make_drafter
-from model import load_model
+from methods import DTYPES, add_options, check_engine, load_engine
+from profiling import write_trace
 from timing import device_name, run
 from tokenizer import Tokenizer
 from watch import View, Watch, page
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def generate(engine: Engine, ids: list[int], max_new_tokens: int, sampling: Sampling, tokenizer: Tokenizer,
@@ -96,7 +95,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--rejection", action="store_true", help="--speculate: the papers' rule when sampling; more is "
                    "accepted, but the same seed no longer gives the text of plain decoding")
     add_options(p)
-    p.add_argument("--prompt", required=True, help="the text, - for stdin, or @FILE")
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", help="the text, - for stdin, or @FILE")
+    source.add_argument("--prompt_file", type=Path, metavar="FILE", help='many prompts: JSON lines with "prompt", '
+                        '"messages" or "turns" (batch.py)')
+    p.add_argument("--output", type=Path, metavar="FILE", help="of --prompt_file: the answers, one a line; those "
+                   "that are there already are kept")
     p.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
     p.add_argument("--max_new_tokens", type=int, default=256)
     p.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
@@ -112,54 +116,47 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
     p.add_argument("--max_seq_len", type=int, help="cache slots (default: the model's context, at most 4096)")
     p.add_argument("--no_compile", action="store_true", help="no CUDA graphs: launch every kernel from Python")
+    p.add_argument("--profile", type=Path, metavar="FILE", help="then write a Chrome trace of a few cycles")
     p.add_argument("--json", action="store_true", help="end stdout with one line of JSON")
     args = p.parse_args(argv)
     drafts = [name for name in ("eagle2", "eagle", "medusa", "speculate", "lookahead") if getattr(args, name)]
     args.method = "+".join(drafts + [name for name in ("lookup", "rejection") if getattr(args, name)]) or "vanilla"
-    wrong = check_options(args, [args.method])
+    wrong = check_engine(args) or check_run(args)
     if wrong:
         p.error(wrong)
+    return args
+
+
+def check_run(args: argparse.Namespace) -> str | None:
+    """What is wrong with what the engine is asked to do, if anything."""
+    for option in ("output", "profile", "tree_html"):  # before the run, not after it
+        path = getattr(args, option)
+        if path and (path.is_dir() or not path.parent.is_dir()):
+            return f"--{option} {path}: " + ("a folder, not a file" if path.is_dir() else "there is no such folder")
     for wrong, message in (
-            (args.method not in METHODS, f"{args.method} is no method: there are {', '.join(METHODS)}"),
-            (args.tree_table and not args.eagle2, "--tree_table is for --eagle2"),
-            (args.tree_table and args.draft_tokens not in (None, "auto"), "--tree_table is for --draft_tokens auto"),
-            (args.tree_table and (args.draft_depth or args.draft_topk), "--tree_table chooses depth and top-k too"),
             (args.compare and args.method == "vanilla", "--compare needs a method that drafts, such as --eagle2"),
             ((args.show_tree or args.tree_html) and args.method == "vanilla",
              "--show_tree and --tree_html need a method that drafts, such as --eagle2"),
+            (bool(args.prompt_file) != bool(args.output), "--prompt_file and --output FILE go together"),
+            (args.prompt is None and (args.compare or args.json or args.profile or args.tree_html),
+             "--compare, --json, --profile and --tree_html are for a single --prompt"),
+            (args.prompt_file and args.show_tree, "--show_tree is not for --prompt_file"),
             (args.max_new_tokens < 1, "--max_new_tokens must be at least 1"),
-            (args.max_seq_len is not None and args.max_seq_len < 2, "--max_seq_len must be at least 2"),
             (not 0 <= args.temperature < float("inf"), "--temperature must be 0 or more"),
             (args.temperature == 0 and (args.top_k, args.top_p, args.min_p) != (0, 1.0, 0.0),
              "--top_k, --top_p and --min_p need a --temperature above 0"),
             (args.top_k < 0 or not 0 < args.top_p <= 1 or not 0 <= args.min_p <= 1,
              "--top_k must be 0 or more, --top_p in (0, 1], --min_p in [0, 1]"),
-            (not -2**63 <= args.seed < 2**63, "--seed must fit 64 bits"),
-            (args.device == "cuda" and not torch.cuda.is_available(),
-             "--device cuda, but torch finds no CUDA device (torch.cuda.is_available() is false)")):
+            (not -2**63 <= args.seed < 2**63, "--seed must fit 64 bits")):
         if wrong:
-            p.error(message)
-    return args
+            return message
+    return None
 
 
 def load(args: argparse.Namespace) -> tuple[Engine, Tokenizer]:
     """The engine that the command line describes. Raises ValueError or OSError with one line to show."""
-    folder = args.checkpoint.parent if args.checkpoint.is_file() else args.checkpoint
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    # bf16 halves the bytes; a CPU without instructions for it (x86: AVX512-BF16 or AMX) emulates it slowly
-    fast_bf16 = torch.cuda.is_bf16_supported() if device == "cuda" else (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    default = "bfloat16" if fast_bf16 else "float16" if device == "cuda" else "float32"
-    how = (args.quantize, args.group or 128)
-    model = load_model(args.checkpoint, device, DTYPES[args.dtype or default], *how)
-    tokenizer = Tokenizer(folder)
-    if tokenizer.vocab_size > model.cfg.vocab_size:
-        raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.cfg.vocab_size}")
-    max_seq_len = args.max_seq_len or min(model.cfg.max_position_embeddings, model.cfg.sliding_window or 4096, 4096)
-    drafter = make_drafter(args.method, args, model, max_seq_len)
-    if args.show_tree or args.tree_html:
-        drafter = Watch(drafter, model.embed.weight.device)
-    return Engine(model, drafter, max_seq_len, tokenizer.stop_ids, not args.no_compile), tokenizer
+    engine = load_engine(args)
+    return engine, engine.tokenizer
 
 
 def read_prompt(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
@@ -178,9 +175,11 @@ def main() -> None:
     args = parse_args()
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
     try:
-        if args.tree_html:
-            args.tree_html.open("a").close()  # fails before the run, not after it
+        if args.prompt_file:
+            sys.exit(batch(args, sampling, load, generate))
         engine, tokenizer = load(args)
+        if args.show_tree or args.tree_html:
+            engine.drafter = Watch(engine.drafter, engine.device)
         ids = read_prompt(args, tokenizer)
         engine.check(ids)
     except (ValueError, OSError) as e:
@@ -189,8 +188,6 @@ def main() -> None:
     view = View(engine.drafter, tokenizer, args.show_tree) if isinstance(engine.drafter, Watch) else None
     result = generate(engine, ids, args.max_new_tokens, sampling, tokenizer, args.method, not args.show_tree, view)
     print(report(result), file=sys.stderr)
-    if args.tree_html:
-        page(result, args.tree_html)
     if args.compare:
         plain = Engine(engine.model, Vanilla(engine.device), engine.max_seq_len, tokenizer.stop_ids,
                        not args.no_compile)
@@ -200,6 +197,13 @@ def main() -> None:
         print(report(result["vanilla"]), compare(plain, result["vanilla"], result, ids), sep="\n", file=sys.stderr)
     if args.json:
         print(json.dumps(result))
+    try:
+        if args.tree_html:
+            page(result, args.tree_html)
+        if args.profile:
+            print(write_trace(engine, ids, sampling, args.profile), file=sys.stderr)
+    except OSError as e:
+        sys.exit(fail(e))
 
 
 def fail(error: Exception) -> int:

@@ -1,26 +1,31 @@
-"""The methods by name: which drafter each is, and the options that generate.py and bench.py share.
+"""The methods by name: which drafter each is, the options that generate.py and bench.py share, and an engine made of
+them.
 
 A part that several methods draft with (a head, a draft model) is loaded once.
 """
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
+import torch
 from torch import nn
 
 from autotree import curve_path, fit, profile_key, read_curve
 from draft import Eagle1, Eagle2, find_head, load_head
 from drafter import Drafter, Vanilla
+from engine import Engine
 from lookahead import Lookahead
 from lookup import RULES, Lookup, Retrieval
 from medusa import Medusa, load_medusa
-from model import Llama
+from model import Llama, load_model
 from quantizers import GROUPS, MODES
 from speculate import Speculate, load_draft_model
 from tokenizer import Tokenizer
 
 METHODS = ("vanilla", "lookup", "lookahead", "medusa", "speculate", "speculate+rejection", "speculate+lookup", "eagle",
            "eagle2", "eagle2+lookup")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 GPU_TREE = (60, 6, 10)  # tokens, depth, topk of the paper; see autotree.py
 CPU_TREE = (8, 3, 3)  # where width is not free; see BENCHMARKS.md
 CHAIN = 10  # tokens that are looked up, alone or beside EAGLE-2
@@ -66,6 +71,76 @@ def check_options(args: argparse.Namespace, methods: list[str]) -> str | None:
         if wrong:
             return message
     return None
+
+
+def check_engine(args: argparse.Namespace) -> str | None:
+    """What is wrong with the engine that is asked for, if anything."""
+    eagle2 = args.method.startswith("eagle2")
+    for wrong, message in (
+            (args.method not in METHODS, f"{args.method} is no method: there are {', '.join(METHODS)}"),
+            (args.medusa and args.method != "medusa", "--medusa is for the method medusa"),
+            (args.speculate and not args.method.startswith("speculate"), "--speculate is for the method speculate"),
+            (args.tree_table and not eagle2, "--tree_table is for --eagle2"),
+            (args.tree_table and args.draft_tokens not in (None, "auto"), "--tree_table is for --draft_tokens auto"),
+            (args.tree_table and (args.draft_depth or args.draft_topk), "--tree_table chooses depth and top-k too"),
+            (args.max_seq_len is not None and args.max_seq_len < 2, "--max_seq_len must be at least 2"),
+            (args.dtype not in (None, *DTYPES), f"--dtype must be one of {', '.join(DTYPES)}"),
+            (args.device not in (None, "cuda", "cpu"), "--device must be cuda or cpu"),
+            (args.device == "cuda" and not torch.cuda.is_available(),
+             "--device cuda, but torch finds no CUDA device (torch.cuda.is_available() is false)")):
+        if wrong:
+            return message
+    return check_options(args, [args.method])
+
+
+class Options(argparse.ArgumentParser):
+    """Options that a program gives instead of a person: what is wrong with them is a ValueError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def engine_args(options: dict[str, object]) -> argparse.Namespace:
+    """What the command line makes of these options. TypeError for one that there is not, ValueError with the command
+    line's own words for a value that makes no sense."""
+    parser = Options(add_help=False)
+    add_options(parser)
+    parser.add_argument("--medusa", type=Path)
+    parser.add_argument("--speculate", type=Path)
+    parser.add_argument("--tree_table", action="store_true")
+    known, words = vars(parser.parse_args([])).keys() - {"draft"} | {"head"}, []  # `draft` is the method's name here
+    for name, value in options.items():
+        if name not in known:
+            raise TypeError(f"Engine.load has no option {name!r}: there are {', '.join(sorted(known))}")
+        name = "--draft" if name == "head" else f"--{name}"
+        if isinstance(value, (list, tuple)):
+            words += [name, *map(str, value)]
+        elif value is not None and value is not False:
+            words.append(name if value is True else f"{name}={value}")
+    return parser.parse_args(words)
+
+
+def load_engine(args: argparse.Namespace, kind: type[Engine] = Engine) -> Engine:
+    """The engine that the options describe, with its tokenizer. Raises ValueError or OSError with one line to show."""
+    wrong = check_engine(args)
+    if wrong:
+        raise ValueError(wrong)
+    folder = args.checkpoint.parent if args.checkpoint.is_file() else args.checkpoint
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    # bf16 halves the bytes; a CPU without instructions for it (x86: AVX512-BF16 or AMX) emulates it slowly
+    fast_bf16 = torch.cuda.is_bf16_supported() if device == "cuda" else (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    default = "bfloat16" if fast_bf16 else "float16" if device == "cuda" else "float32"
+    how = (args.quantize, args.group or 128)
+    model = load_model(args.checkpoint, device, DTYPES[args.dtype or default], *how)
+    tokenizer = Tokenizer(folder)
+    if tokenizer.vocab_size > model.cfg.vocab_size:
+        raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.cfg.vocab_size}")
+    max_seq_len = args.max_seq_len or min(model.cfg.max_position_embeddings, model.cfg.sliding_window or 4096, 4096)
+    drafter = make_drafter(args.method, args, model, max_seq_len)
+    engine = kind(model, drafter, max_seq_len, tokenizer.stop_ids, not args.no_compile)
+    engine.tokenizer = tokenizer
+    return engine
 
 
 def make_drafter(method: str, args: argparse.Namespace, model: Llama, max_seq_len: int, parts: Parts | None = None

@@ -6,7 +6,7 @@ second turns with the answers to the first among them, and are then moved to the
 """
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from draft import EagleHead, find_head, load_head
 from engine import Engine, Vanilla
-from generate import DTYPES
 from medusa import MedusaHeads, load_medusa
+from methods import DTYPES
 from model import Llama, load_model
 from qlinears import Quantized
 from speculate import load_draft_model
@@ -39,21 +39,30 @@ class Prompt(NamedTuple):
     ids: list[int]
 
 
+def read_lines(path: Path) -> Iterator[tuple[int, dict | None]]:
+    """The objects of a file of JSON lines, with their line numbers; None for what is none. Empty lines are left out."""
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):  # str.splitlines cuts at U+2028, in a text too
+        if line.strip():
+            try:
+                raw = json.loads(line)
+            except (ValueError, RecursionError):
+                raw = None
+            yield number, raw if isinstance(raw, dict) else None
+
+
+def are_turns(turns: object) -> bool:
+    return bool(turns) and isinstance(turns, list) and all(isinstance(turn, str) for turn in turns)
+
+
 def read_questions(path: Path) -> list[Question]:
     """JSON lines as Spec-Bench and MT-bench have them: `turns`, and perhaps `question_id` and `category`."""
     questions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            raw = json.loads(line)
-            turns = raw["turns"]
-            name, category = (str(raw.get(key, other)) for key, other in (("question_id", number), ("category", "all")))
-            sound = turns and isinstance(turns, list) and all(isinstance(turn, str) for turn in turns)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            sound = False
-        if not sound:
+    for number, raw in read_lines(path):
+        if raw is None or not are_turns(raw.get("turns")):
             raise ValueError(f'{path}: each line should be a JSON object with "turns", a list of texts; '
                              f"line {number} is not")
-        questions.append(Question(name, category, turns))
+        name, category = (str(raw.get(key, other)) for key, other in (("question_id", number), ("category", "all")))
+        questions.append(Question(name, category, raw["turns"]))
     if not questions:
         raise ValueError(f"{path}: no questions in it")
     return questions

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from conftest import all_cores
+from conftest import DEMO, ROOT, all_cores
 
 import autotree
 import generate
@@ -59,6 +59,22 @@ def test_compare_json(call, demo: Path) -> None:
     assert result["mean_gained"] == pytest.approx(sum(result["gained"]) / result["cycles"])
     assert result["method"] == "eagle2" and result["vanilla"]["method"] == "vanilla" and result["dtype"] == "float32"
     assert "identical tokens" in err and "tokens/s" in err
+
+
+def test_readme(call, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """README's Python that no longer runs, or says something else than the command line does."""
+    snippet = (ROOT / "README.md").read_text(encoding="utf-8").partition("### From Python")[2]
+    snippet = snippet.partition("```python\n")[2].partition("```")[0]
+    folder = tmp_path / DEMO.relative_to(ROOT)
+    folder.parent.mkdir(parents=True)
+    folder.symlink_to(demo.resolve())
+    monkeypatch.chdir(tmp_path)
+    with all_cores():
+        exec(snippet, {})
+    said = capsys.readouterr().out
+    code, out, _ = call("--checkpoint", folder, "--prompt", "Hello!", "--eagle2", "--draft_tokens", 16, "--temperature",
+                        0.7, "--top_p", 0.9, "--seed", 1, "--max_new_tokens", 64)
+    assert code == 0 and said == out != "\n"
 
 
 def test_sampled_text_does_not_depend_on_the_drafter(call, demo: Path) -> None:

@@ -5,6 +5,7 @@ never waits within the loop, nothing is allocated, and nothing is compiled for a
 """
 import copy
 import itertools
+import json
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import autotree
 import kernels
 import linears
 import lookup
+import profiling
 import qlinears
 import sampling
 import tree
@@ -255,6 +257,24 @@ def test_no_prompt_compiles_anything(engines: list[Engine]) -> None:
         for length in (1, 2, 31, 511, 512, 513, 1500, 3000):
             assert len(sum(engine.generate([5] * length, 5), [])) <= 5
         assert len(engine.graphs) == graphs and variants() == compiled
+
+
+@pytest.mark.parametrize("which", [0, 2, 6])
+def test_profile(engines: list[Engine], demo_prompts: list[list[int]], which: int, tmp_path) -> None:
+    """Kernels that belong to no phase, for Triton launches them in another way than PyTorch does; graphs that do not
+    survive the profiler."""
+    engine, ids = engines[which], demo_prompts[0]
+    text = list(engine.generate(ids, 30))
+    for _ in range(2):
+        shown = profiling.write_trace(engine, ids, Sampling(), tmp_path / "trace.json")
+    found = profiling.means(json.loads((tmp_path / "trace.json").read_text())["traceEvents"])
+    assert found.keys() == {*profiling.PHASES, profiling.LAUNCHED, profiling.REPLAYED} and "GPU busy" in shown
+    assert found[profiling.LAUNCHED][0] >= profiling.CYCLES <= found[profiling.REPLAYED][0]
+    parts = sum(found[name][2] for name in profiling.PHASES[1:])
+    assert all(gpu > 0 for name, (_, _, gpu) in found.items() if name != "draft" or which)
+    assert 0.7 * parts < found[profiling.LAUNCHED][2] < 1.3 * parts
+    assert 0.3 < found[profiling.REPLAYED][2] / found[profiling.LAUNCHED][2] < 2
+    assert list(engine.generate(ids, 30)) == text
 
 
 @pytest.mark.parametrize("mode", MODES)

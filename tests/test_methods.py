@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from test_cycle import tiny_checkpoint
 
 import generate
 import methods
@@ -55,6 +56,67 @@ def test_every_method(method: str, checkpoint: tuple[Path, Llama]) -> None:
     ids = tiny.prompt(1, 9)
     text = sum(Engine(model, drafter, 128).generate(ids, 30), [])
     assert text == sum(Engine(model, Vanilla(), 128).generate(ids, 30), [])
+
+
+@pytest.fixture(scope="module")
+def loadable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `checkpoint`, with a tokenizer."""
+    folder = tiny_checkpoint(tmp_path_factory.mktemp("loadable"))
+    save_medusa(MedusaHeads(tiny.SHAPE["hidden_size"], 4), folder / "medusa")
+    return folder
+
+
+OPTIONS = {"speculate+lookup": {"chain": 6, "lookup_rule": "pld"}, "eagle2": {"draft_tokens": 9, "draft_topk": 2},
+           "lookahead": {"window": (3, 3, 2)}, "eagle": {"quantize": "int4", "group": 64}, "lookup": {"chain": None}}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_load(method: str, loadable: Path) -> None:
+    """Engine.load that makes another engine than the command line with the same options."""
+    options = OPTIONS.get(method, {})
+    flags = [word for name, value in options.items() if value is not None for word in (
+        f"--{name}", *map(str, value if isinstance(value, tuple) else [value]))]
+    words = [str(loadable / word) if word in (".", "medusa") else word for word in FLAGS[method]]
+    plain, tokenizer = generate.load(generate.parse_args(arguments(loadable, *words, *flags)))
+    parts = {name: loadable / name for name in ("medusa",) if method == name}
+    parts |= {"speculate": str(loadable)} if "speculate" in method else {}
+    engine = Engine.load(str(loadable), method, device="cpu", **parts, **options)
+    assert type(engine.drafter) is type(plain.drafter) and engine.tokenizer.stop_ids == tokenizer.stop_ids
+    for name in ("num_nodes", "max_depth", "deepest", "rejection"):
+        assert getattr(engine.drafter, name) == getattr(plain.drafter, name), name
+    assert engine.max_seq_len == plain.max_seq_len == 512 and engine.stop_ids.tolist() == sorted(tokenizer.stop_ids)
+    assert engine.model.embed.weight.dtype == plain.model.embed.weight.dtype
+    ids = engine.tokenizer.chat([{"role": "user", "content": "Why?"}])
+    assert [*engine.generate(ids, 30)] == [*plain.generate(ids, 30)]
+
+
+def test_load_what_is_asked_for(loadable: Path) -> None:
+    """An argument of Engine.load that goes nowhere; a subclass that is forgotten."""
+    class Mine(Engine):
+        pass
+    for dtype in ("float16", torch.float16):
+        engine = Mine.load(loadable, "eagle", dtype=dtype, max_seq_len=99, head=loadable / "eagle", device="cpu")
+        assert type(engine) is Mine and engine.max_seq_len == 99 and engine.model.embed.weight.dtype == torch.float16
+    assert Engine.load(loadable, device=torch.device("cpu")).device.type == "cpu"
+    with pytest.raises(FileNotFoundError, match="nohead"):
+        Engine.load(loadable, "eagle", head="nohead")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        Engine.load(loadable / "nowhere")
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"draft": "eagle3"}, "eagle3 is no method"), ({"chain": 3}, "--chain is for"), ({"dtype": "float64"}, "--dtype"),
+    ({"quantize": "int5"}, "--quantize: invalid choice: 'int5'"), ({"draft_tokens": 2.5}, "--draft_tokens"),
+    ({"device": "mps"}, "--device"), ({"max_seq_len": 1}, "--max_seq_len"), ({"medusa": "x"}, "--medusa is for"),
+    ({"draft": "medusa"}, "--medusa DIR is missing"), ({"draft": "lookahead", "window": (1, 2)}, "--window"),
+    ({"draft": "lookup", "chain": True}, "--chain"), ({"draft": "eagle", "speculate": "x"}, "--speculate is for"),
+    ({"draft": "lookup", "tree_table": True}, "--tree_table"), ({"draft_tokens": 8}, "--draft_tokens")])
+def test_load_refuses(options: dict, message: str, loadable: Path) -> None:
+    """An engine that is not the one that was asked for; SystemExit, which ends somebody's program."""
+    with pytest.raises(ValueError, match=message):
+        Engine.load(loadable, **options)
+    with pytest.raises(TypeError, match="no option 'draft_token': there are chain, "):
+        Engine.load(loadable, **options, draft_token=8)
 
 
 def test_sizes(checkpoint: tuple[Path, Llama]) -> None:
