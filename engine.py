@@ -96,13 +96,13 @@ class Engine:
         """Another sequence begins, of which the caches hold `text`. self.text: all that the host knows to be committed,
         self.mark: of which sequence. Caches may be shared, so each carries the mark of who wrote it last."""
         self.text, self.mark = text or [], object()
-        for cache in (self.model.kv, *self.drafter.caches()):
-            cache.writer = self.mark
+        for written in (self.model.kv, *self.drafter.caches()):
+            written.writer = self.mark
 
     def holds(self, mark: object) -> bool:
         """Whether the sequence of this mark is still the one in the caches."""
         caches = (self.model.kv, *self.drafter.caches())
-        return mark is self.mark and all(getattr(cache, "writer", None) is mark for cache in caches)
+        return mark is self.mark and all(getattr(written, "writer", None) is mark for written in caches)
 
     def reusable(self, ids: list[int]) -> int:
         """How many slots hold already what prefill would write for `ids`: those of the tokens that the last text begins

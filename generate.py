@@ -86,9 +86,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--rejection", action="store_true", help="--speculate: the papers' rule when sampling; more is "
                    "accepted, but the same seed no longer gives the text of plain decoding")
     add_options(p)
-    p.add_argument("--prompt", required=True, help="the text, - for stdin, or @FILE")
+    text = p.add_mutually_exclusive_group(required=True)
+    text.add_argument("--prompt", help="the text, - for stdin, or @FILE")
+    text.add_argument("--interactive", action="store_true", help="chat; from a pipe, every line is a turn")
+    p.add_argument("--system", metavar="TEXT", help="--interactive: begin with this system message")
     p.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
-    p.add_argument("--max_new_tokens", type=int, default=256)
+    p.add_argument("--max_new_tokens", type=int, help="default: 256, of each answer of a chat 1024")
     p.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     p.add_argument("--top_k", type=int, default=0, help="0: off")
     p.add_argument("--top_p", type=float, default=1.0, help="1: off")
@@ -104,6 +107,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(argv)
     drafts = [name for name in ("eagle2", "eagle", "medusa", "speculate", "lookahead") if getattr(args, name)]
     args.method = "+".join(drafts + [name for name in ("lookup", "rejection") if getattr(args, name)]) or "vanilla"
+    if args.max_new_tokens is None:
+        args.max_new_tokens = 1024 if args.interactive else 256
     wrong = check_options(args, [args.method])
     if wrong:
         p.error(wrong)
@@ -113,6 +118,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             (args.tree_table and args.draft_tokens not in (None, "auto"), "--tree_table is for --draft_tokens auto"),
             (args.tree_table and (args.draft_depth or args.draft_topk), "--tree_table chooses depth and top-k too"),
             (args.compare and args.method == "vanilla", "--compare needs a method that drafts, such as --eagle2"),
+            (args.interactive and (args.raw or args.compare or args.json),
+             "--interactive is without --raw, --compare and --json"),
+            (args.system and not args.interactive, "--system is for --interactive"),
             (args.max_new_tokens < 1, "--max_new_tokens must be at least 1"),
             (args.max_seq_len is not None and args.max_seq_len < 2, "--max_seq_len must be at least 2"),
             (not 0 <= args.temperature < float("inf"), "--temperature must be 0 or more"),
@@ -163,6 +171,9 @@ def main() -> None:
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
     try:
         engine, tokenizer = load(args)
+        if args.interactive:
+            from chat import chat  # prompt_toolkit takes its time to load
+            return chat(engine, tokenizer, sampling, args.max_new_tokens, args.system)
         ids = read_prompt(args, tokenizer)
         engine.check(ids)
     except (ValueError, OSError) as e:
