@@ -87,6 +87,7 @@ class Terminal:
     def read(self, default: str) -> str | None:
         """What is sent, with `default` to begin with; None: Ctrl-C or Ctrl-D where nothing is written."""
         try:
+            print()
             return self.session.prompt(default=default)
         except (EOFError, KeyboardInterrupt):
             return None
@@ -312,9 +313,10 @@ class Chat:
         if self.show_tree:
             self.watch(None)
         if not ended:
+            slots = self.engine.max_seq_len
             note("[stopped; Ctrl-C again leaves]" if self.ctrl_c.asked else
                  f"[--max_new_tokens {self.limit} ended the answer]" if answer.tokens >= self.limit else
-                 f"[the context of {self.engine.max_seq_len} tokens is full: /undo, /reset, or drop the oldest turns]")
+                 f"[the context of {slots} tokens is full: /undo, /reset, or drop the oldest turns when asked]")
         note(report([answer]))
 
     def head(self) -> int:
