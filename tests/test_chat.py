@@ -427,6 +427,9 @@ def test_ctrl_c_between(make) -> None:
     talk.watch, talk.show_tree = interrupt, True
     talk.run(Script("b"))
     assert talk.answers[1].tokens == 1 and len(talk.messages) == 4
+    talk.watch = lambda new: interrupt(new) if len(talk.messages) == 4 else None
+    at_terminal(talk, "c\r", "d\r", "/exit\r")  # the line editor has a Ctrl-C of its own
+    assert [answer.tokens for answer in talk.answers] == [LIMIT, 1, 1, LIMIT]
     lines = Lines(talk.ctrl_c)
     threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
     reading, writing = os.pipe()
