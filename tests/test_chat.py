@@ -247,6 +247,9 @@ def test_write_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     """A full disk that costs what was saved before."""
     file, messages = tmp_path / "a.json", [{"role": "system", "content": "x"}]
     write_messages(file, messages)
+    before = file.stat().st_ino
+    write_messages(file, messages)
+    assert file.stat().st_ino != before  # another file took its place
 
     def full(self: Path, text: str, **how: object) -> None:
         with self.open("w") as f:
@@ -411,6 +414,21 @@ def test_ctrl_c_at_random(make, capsys: pytest.CaptureFixture) -> None:
     tokens = sum(fresh.generate(ids, 20), [])
     assert talk.messages[-1]["content"] == talk.tokenizer.stream().push(tokens, tokens[-1] == 257)
     assert talk.answers[-1].reused > 0
+
+
+def test_ctrl_c_in_prefill(make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """A long prompt that cannot be stopped, or whose question is lost; a second Ctrl-C that hits the chat itself."""
+    talk, kill = make(), lambda *_: os.kill(os.getpid(), signal.SIGINT)
+    script = Script("a", "b", "c")
+    with monkeypatch.context() as patch:
+        patch.setattr(talk.engine.drafter, "reset", kill)  # called before the prompt is processed
+        talk.run(script)
+        kill()
+    out, err = capsys.readouterr()
+    assert talk.messages == [] and out == "" and err.count("before the first word") == 3
+    assert script.drafts == ["", "a", "b", "c"]
+    talk.run(Script("a"))
+    assert len(talk.messages) == 2
 
 
 def test_ctrl_c_between(make) -> None:

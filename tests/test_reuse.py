@@ -51,7 +51,7 @@ def test_second_turn(method: str, ahead: bool, how: Sampling, make, monkeypatch:
     model's key, a feature or a pool left from the last text: drafts would gain less, long before texts differ."""
     monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 16)
     model, drafter = make(method)
-    first, reused, count = tiny.prompt(5, 23), [], 12
+    first, reused, count = tiny.prompt(5, 23), [], 8
     engine, fresh = (Engine(model, drafter, SLOTS) for _ in range(2))
     if ahead:
         as_on_a_gpu(engine)
@@ -75,7 +75,7 @@ def test_a_whole_conversation(method: str, make, monkeypatch: pytest.MonkeyPatch
     for start in (Engine, lambda *how: as_on_a_gpu(Engine(*how))):
         engine, ids, dice = start(model, drafter, SLOTS, stop), [], random.Random(method)
         talks = []
-        for turn in range(7):
+        for turn in range(5):
             ids = ids[:dice.randint(len(ids) // 2, len(ids)) if turn % 3 == 2 else len(ids)]
             ids = ids + tiny.prompt(turn, dice.randint(1, 20))
             found, limit = [], dice.choice((3, 25, 300))
@@ -87,7 +87,7 @@ def test_a_whole_conversation(method: str, make, monkeypatch: pytest.MonkeyPatch
             ids = (ids + sum(found, []))[:SLOTS - 30]
         for ids, limit, found, _ in talks:
             assert cycle_by_cycle(Engine(model, drafter, SLOTS, stop), ids, limit)[:len(found)] == found
-        assert sum(reused for *_, reused in talks) > 80
+        assert sum(reused for *_, reused in talks) > 40
 
 
 @pytest.mark.parametrize("method", ["vanilla", "eagle2", "medusa", "speculate"])
