@@ -56,7 +56,8 @@ def graph_memory() -> torch.cuda.CUDAGraph:
 
 
 class Engine:
-    """A model, a drafter and the state of one sequence. Call `generate` again and again, one at a time.
+    """A model, a drafter and the state of one sequence. Call `generate` again and again, one at a time: a new one ends
+    an older one that has not finished, on this engine or on another that shares the model. To stop early is harmless.
 
     On a GPU a cycle is one CUDA graph: the host enqueues the next replay before it reads what the last one
     committed, so the GPU never waits for Python. `compiled=False` launches every kernel from Python instead,
@@ -88,6 +89,7 @@ class Engine:
         self.inbox = torch.zeros(2, rows + 2, dtype=torch.int64, pin_memory=self.cuda)
         self.arrived = [torch.cuda.Event(), torch.cuda.Event()] if self.cuda else None
         self.features = model.embed.weight.new_zeros(min(PREFILL_CHUNK, max_seq_len), model.cfg.hidden_size)
+        self.text, self.mark, self.reused = [], None, 0  # see `forget`; prompt tokens that were not processed anew
 
     @classmethod
     def load(cls, checkpoint: Path | str, draft: str = "vanilla", *, device: str | None = None,
@@ -112,6 +114,28 @@ class Engine:
             raise ValueError(f"the prompt has {len(ids)} tokens and --max_seq_len {self.max_seq_len} leaves no room "
                              f"for more (the model was made for {self.model.cfg.max_position_embeddings})")
 
+    def forget(self, text: list[int] | None = None) -> None:
+        """Another sequence begins, of which the caches hold `text`. self.text: all that the host knows to be committed,
+        self.mark: of which sequence. Caches may be shared, so each carries the mark of who wrote it last."""
+        self.text, self.mark = text or [], object()
+        for written in (self.model.kv, *self.drafter.caches()):
+            written.writer = self.mark
+
+    def holds(self, mark: object) -> bool:
+        """Whether the sequence of this mark is still the one in the caches."""
+        caches = (self.model.kv, *self.drafter.caches())
+        return mark is self.mark and all(getattr(written, "writer", None) is mark for written in caches)
+
+    def reusable(self, ids: list[int]) -> int:
+        """How many slots hold already what prefill would write for `ids`: those of the tokens that the last text begins
+        with too, but for the last one of these, since a head's entry is made with the token after it (and prefill
+        wants a feature of the prompt's last). A drafter learns what a cycle committed in the next one, so the end of
+        the text does not count either. A cycle that ran ahead, or was interrupted, writes to no slot before that."""
+        if not self.holds(self.mark):
+            return 0
+        same = next((i for i, (a, b) in enumerate(zip(ids, self.text)) if a != b), min(len(ids), len(self.text)))
+        return max(0, min(same - 1, len(self.text) - self.drafter.max_depth - 2))
+
     def chain(self, rows: int) -> Tree:
         """So many nodes, one below the other, of any tokens."""
         return build(self.state.tokens[:rows].clone(), (self.nodes[:rows] - 1).clamp(min=0), rows - 1)
@@ -119,6 +143,7 @@ class Engine:
     def compile(self, *rows: int) -> None:
         """Compile the kernels of prefill, drafting, and verifying so many rows, by running each on any tokens in a
         thread of its own: nearly all of the time is spent outside of Python's lock. Commits nothing."""
+        self.forget()
         self.state.sampling, self.state.noise = Sampling(), None  # noise reaches no further than a drafter's nodes
         base = self.state.length - 1
         jobs = [partial(self.drafter.propose, self.state), *(partial(self.verify, base, self.chain(n)) for n in rows)]
@@ -150,17 +175,19 @@ class Engine:
         return self.graphs[key]
 
     @torch.inference_mode()
-    def prefill(self, ids: list[int], max_new_tokens: int, sampling: Sampling) -> State:
-        """Process the prompt and commit the first new token. Raises ValueError where it does not fit."""
+    def prefill(self, ids: list[int], max_new_tokens: int, sampling: Sampling, start: int = 0) -> State:
+        """Process the prompt from token `start` on and commit the first new token. Raises ValueError where it does not
+        fit."""
         self.check(ids)
-        state, n = self.state, len(ids)
+        state, n, self.reused = self.state, len(ids), start
         state.sampling = sampling
         state.seed.fill_(sampling.seed)
         self.limit.fill_(min(n + max_new_tokens, self.max_seq_len))
         state.tokens[:n].copy_(torch.tensor(ids))
         state.length.fill_(n)
         self.drafter.reset(state)
-        first, features = self.chunks(ids)
+        first, features = self.chunks(ids, start)
+        self.text = list(ids)
         state.committed.fill_(0)
         state.done.fill_(False)
         state.features[0] = features[n - 1 - first]
@@ -169,16 +196,18 @@ class Engine:
         self.accept(root, self.choose(state.features[:1], root), 0)
         return state
 
-    def chunks(self, ids: list[int]) -> tuple[int, Tensor]:
-        """Run the prompt through model and draft head. Returns the place of the last chunk and its features."""
+    def chunks(self, ids: list[int], start: int = 0) -> tuple[int, Tensor]:
+        """Run the prompt from token `start` on through model and draft head. Returns the place of the last chunk and
+        its features."""
         rows, n = len(self.features), len(ids)
+        self.forget(ids[:start])
         if not self.cuda:
-            for first in range(0, n, rows):
+            for first in range(start, n, rows):
                 self.first.fill_(first)
                 self.chunk(min(rows, n - first), min(first + rows, n))
             return first, self.features
         chunk = self.captured(lambda: self.chunk(rows, self.slots), "chunk")  # one shape for every prompt
-        for first in range(0, n, rows):
+        for first in range(start, n, rows):
             self.first.fill_(first := min(first, self.slots - rows))
             chunk()
         return first, self.features
@@ -243,22 +272,32 @@ class Engine:
         return self.steps.accept_commit(tree, next_tokens, self.state, self.stop_ids, self.limit, max_depth,
                                         self.report[:max_depth + 3])
 
-    def generate(self, ids: list[int], max_new_tokens: int, sampling: Sampling = Sampling()) -> Iterator[list[int]]:
+    def generate(self, ids: list[int], max_new_tokens: int, sampling: Sampling = Sampling(), reuse: bool = False
+                 ) -> Iterator[list[int]]:
         """Yield the new token ids, cycle by cycle: first the one that prefill chose, then what each cycle
-        committed. Ends after a stop id (yielded too), max_new_tokens, or a full context."""
+        committed. Ends after a stop id (yielded too), max_new_tokens, or a full context.
+
+        reuse: of the prompt, process only what the last text did not begin with too. Without it a text never depends
+        on what came before it: in half precision, what decoding left in the caches is rounded differently."""
+        self.check(ids)
+        start = self.reusable(ids) if reuse else 0
+        self.forget(ids[:start])
         self.state.sampling = sampling
-        cycle = self.captured(self.cycle, "cycle", replace(sampling, seed=0))
-        self.prefill(ids, max_new_tokens, sampling)
+        cycle = self.captured(self.cycle, "cycle", replace(sampling, seed=0))  # to capture it runs the last text on
+        self.prefill(ids, max_new_tokens, sampling, start)
         self.send(0)
-        length = len(ids)
+        length, mark = len(ids), self.mark
         for turn in itertools.count():
             if self.cuda:  # running ahead is harmless: after the end a cycle changes nothing
                 cycle()
                 self.send(turn + 1)
             count, done, *tokens = self.receive(turn)
+            self.text += tokens[:count]
             yield tokens[:count]
             if done:
                 return
+            if not self.holds(mark):
+                raise RuntimeError("a newer generate() ended this one: a model decodes one sequence at a time")
             if not self.cuda:
                 length += count
                 self.state.width = min(-(-(length + SPARE) // 128) * 128, self.slots)

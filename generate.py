@@ -22,7 +22,7 @@ from methods import DTYPES, add_options, check_engine, load_engine
 from profiling import write_trace
 from timing import device_name, run
 from tokenizer import Tokenizer
-from watch import View, Watch, page
+from watch import View, Watch, page, watch
 
 
 def generate(engine: Engine, ids: list[int], max_new_tokens: int, sampling: Sampling, tokenizer: Tokenizer,
@@ -97,12 +97,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_options(p)
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="the text, - for stdin, or @FILE")
+    source.add_argument("--interactive", action="store_true", help="chat; from a pipe, every line is a turn")
     source.add_argument("--prompt_file", type=Path, metavar="FILE", help='many prompts: JSON lines with "prompt", '
                         '"messages" or "turns" (batch.py)')
     p.add_argument("--output", type=Path, metavar="FILE", help="of --prompt_file: the answers, one a line; those "
                    "that are there already are kept")
+    p.add_argument("--system", metavar="TEXT", help="--interactive: begin with this system message")
     p.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
-    p.add_argument("--max_new_tokens", type=int, default=256)
+    p.add_argument("--max_new_tokens", type=int, help="default: 256, of each answer of a chat 1024")
     p.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     p.add_argument("--top_k", type=int, default=0, help="0: off")
     p.add_argument("--top_p", type=float, default=1.0, help="1: off")
@@ -121,6 +123,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(argv)
     drafts = [name for name in ("eagle2", "eagle", "medusa", "speculate", "lookahead") if getattr(args, name)]
     args.method = "+".join(drafts + [name for name in ("lookup", "rejection") if getattr(args, name)]) or "vanilla"
+    if args.max_new_tokens is None:
+        args.max_new_tokens = 1024 if args.interactive else 256
     wrong = check_engine(args) or check_run(args)
     if wrong:
         p.error(wrong)
@@ -141,6 +145,8 @@ def check_run(args: argparse.Namespace) -> str | None:
             (args.prompt is None and (args.compare or args.json or args.profile or args.tree_html),
              "--compare, --json, --profile and --tree_html are for a single --prompt"),
             (args.prompt_file and args.show_tree, "--show_tree is not for --prompt_file"),
+            (args.interactive and args.raw, "--interactive is without --raw"),
+            (args.system and not args.interactive, "--system is for --interactive"),
             (args.max_new_tokens < 1, "--max_new_tokens must be at least 1"),
             (not 0 <= args.temperature < float("inf"), "--temperature must be 0 or more"),
             (args.temperature == 0 and (args.top_k, args.top_p, args.min_p) != (0, 1.0, 0.0),
@@ -179,7 +185,10 @@ def main() -> None:
             sys.exit(batch(args, sampling, load, generate))
         engine, tokenizer = load(args)
         if args.show_tree or args.tree_html:
-            engine.drafter = Watch(engine.drafter, engine.device)
+            watch(engine)
+        if args.interactive:
+            from chat import chat  # prompt_toolkit takes its time to load
+            return chat(engine, tokenizer, sampling, args.max_new_tokens, args.system)
         ids = read_prompt(args, tokenizer)
         engine.check(ids)
     except (ValueError, OSError) as e:

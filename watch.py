@@ -7,7 +7,7 @@
 `Watch` wraps any drafter. On a GPU it works within the cycle's CUDA graph, and the host reads one cycle behind: so a
 cycle's tree goes into a ring of rows, and the host reads the row of the cycle whose tokens it has just been given.
 
-    engine = Engine(model, Watch(drafter), max_seq_len, stop_ids)
+    watch(engine)
     view = View(engine.drafter, tokenizer)           # for each answer a new one
     for new in engine.generate(ids, 256):
         view.push(new)                               # prints the cycle's tree
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from draft import Eagle2
 from drafter import Drafter
+from engine import Engine
 from kernels import TreeMask
 from tokenizer import Tokenizer
 from tree import State, Tree, best_first
@@ -122,6 +123,16 @@ class Watch(Drafter):
             cycle["confidence"] = [round(math.exp(score), 4) for score in scores]
             cycle["looked_up"] = [node for node in range(1, n) if kept[node] >= first]
         return cycle
+
+
+def watch(engine: Engine, on: bool = True) -> None:
+    """Wrap the engine's drafter, or unwrap it again; not while it generates."""
+    if isinstance(engine.drafter, Watch):
+        engine.drafter = engine.drafter.drafter
+    if on:
+        engine.drafter = Watch(engine.drafter, engine.device)
+    if engine.graphs:
+        engine.graphs.clear()  # what was captured has the other drafter in it
 
 
 def accepted(tokens: list[int], parents: list[int], chosen: list[int]) -> list[int]:
