@@ -36,9 +36,10 @@ class Tokenizer:
         stops = [eos, self.end_of_turn()]
         for ids in (model.get("eos_token_id"), generation.get("eos_token_id")):
             stops += ids if isinstance(ids, list) else [ids]
-        self.stop_ids = frozenset(i for i in stops if i is not None)
-        if not all(isinstance(i, int) for i in self.stop_ids):
-            raise ValueError(f"{folder}: eos_token_id in config.json and generation_config.json must be numbers")
+        stops = [i for i in stops if i is not None]
+        if not all(isinstance(i, int) and abs(i) < 2**31 for i in stops):
+            raise ValueError(f"{folder}: eos_token_id in config.json and generation_config.json must be ids")
+        self.stop_ids = frozenset(stops)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of text, with bos and eos as the files say; a special token typed in the text becomes its id."""

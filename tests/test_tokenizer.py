@@ -591,6 +591,26 @@ def test_truncated_model_is_named(spm_folder: Path, tiktoken_folder: Path, tmp_p
         Tokenizer(folder)
 
 
+@pytest.mark.parametrize("kind", ["spm", "tiktoken"])
+def test_flipped_bytes(kind: str, spm_folder: Path, tiktoken_folder: Path, tmp_path: Path) -> None:
+    """Guards a tokenizer.model with bytes changed anywhere: an error that names it, or some tokenizer that works."""
+    folder = copy_with({"spm": spm_folder, "tiktoken": tiktoken_folder}[kind], tmp_path / "x")
+    data, draw, named = (folder / "tokenizer.model").read_bytes(), random.Random(0), 0
+    for _ in range(60):
+        broken = bytearray(data)
+        for _ in range(draw.choice((1, 2, 8))):
+            broken[draw.randrange(len(data))] = draw.randrange(256)
+        (folder / "tokenizer.model").write_bytes(broken)
+        try:
+            tokenizer = Tokenizer(folder)
+        except ValueError as error:
+            assert "tokenizer.model" in str(error)
+            named += 1
+        else:
+            tokenizer.decode(tokenizer.encode("Hi, naïve 漢字 😀"))
+    assert 5 < named < 60
+
+
 def test_other_kinds_are_refused(tmp_path: Path, byte_level: dict[str, Path]) -> None:
     """Guards tokens that are not fixed bytes (WordPiece glues them by context): streamed text would be wrong."""
     bpe = BPE.from_file(str(byte_level["gpt2"] / "tokenizer.json"))
