@@ -12,13 +12,15 @@ import argparse
 import json
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+import memory
 from engine import Engine, Sampling, Vanilla
 from methods import METHODS, add_options, check_options, make_drafter
-from model import load_model
+from model import Config, load_model
 from timing import device_name, run
 from tokenizer import Tokenizer
 
@@ -26,21 +28,34 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def generate(engine: Engine, ids: list[int], max_new_tokens: int, sampling: Sampling, tokenizer: Tokenizer,
-             method: str = "vanilla", show: bool = False) -> dict:
-    """One generation, timed. Returns the object that --json prints; `show` streams the text to stdout."""
-    stream = tokenizer.stream()
-    tokens, gained, prefill_s, decode_s = run(engine, ids, max_new_tokens, sampling, lambda new: print(
-        stream.push(new), end="", flush=True) if show else None)
+             method: str = "vanilla", show: bool = False, stops: Sequence[str] = ()) -> dict:
+    """One generation, timed, to the first of the texts `stops` at most. Returns the object that --json prints; `show`
+    streams the text to stdout."""
+    stream = tokenizer.stream(stops)
+
+    def take(new: list[int]) -> bool:
+        text = stream.push(new) if show or stops else ""
+        if show:
+            print(text, end="", flush=True)
+        return stream.stopped
+
+    tokens, gained, prefill_s, decode_s = run(engine, ids, max_new_tokens, sampling, take)
+    rest = stream.flush()
     if show:
-        print(stream.flush(), flush=True)
+        print(rest, flush=True)
+    if stream.stopped and len(tokens) > stream.tokens:  # the rest of a cycle
+        gained[-1] -= len(tokens) - stream.tokens
+        tokens = tokens[:stream.tokens]
     cuda = engine.device.type == "cuda"
-    if tokens[-1] in tokenizer.stop_ids:
+    if stream.stopped:
+        stop = "string"
+    elif tokens[-1] in tokenizer.stop_ids:
         stop = "eos"
     else:
         stop = "length" if len(tokens) == max_new_tokens else "context"
     depths = range(1, engine.drafter.max_depth + 1)
     return {
-        "method": method, "text": tokenizer.decode(tokens), "tokens": tokens,
+        "method": method, "text": tokenizer.decode(tokens, stops), "tokens": tokens,
         "prompt_tokens": len(ids), "new_tokens": len(tokens), "cycles": len(gained), "gained": gained,
         "mean_gained": sum(gained) / len(gained) if gained else 0.0,
         "accept_by_depth": [sum(g > d for g in gained) / max(len(gained), 1) for d in depths],
@@ -89,6 +104,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--prompt", required=True, help="the text, - for stdin, or @FILE")
     p.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
     p.add_argument("--max_new_tokens", type=int, default=256)
+    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     p.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     p.add_argument("--top_k", type=int, default=0, help="0: off")
     p.add_argument("--top_p", type=float, default=1.0, help="1: off")
@@ -113,8 +129,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             (args.tree_table and args.draft_tokens not in (None, "auto"), "--tree_table is for --draft_tokens auto"),
             (args.tree_table and (args.draft_depth or args.draft_topk), "--tree_table chooses depth and top-k too"),
             (args.compare and args.method == "vanilla", "--compare needs a method that drafts, such as --eagle2"),
+            ("" in args.stop, "--stop must not be empty"),
             (args.max_new_tokens < 1, "--max_new_tokens must be at least 1"),
-            (args.max_seq_len is not None and args.max_seq_len < 2, "--max_seq_len must be at least 2"),
+            (args.max_seq_len is not None and not 2 <= args.max_seq_len <= 2**24,  # fp32 counts places no further
+             "--max_seq_len must be 2 to 16777216"),
             (not 0 <= args.temperature < float("inf"), "--temperature must be 0 or more"),
             (args.temperature == 0 and (args.top_k, args.top_p, args.min_p) != (0, 1.0, 0.0),
              "--top_k, --top_p and --min_p need a --temperature above 0"),
@@ -128,20 +146,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load(args: argparse.Namespace) -> tuple[Engine, Tokenizer]:
-    """The engine that the command line describes. Raises ValueError or OSError with one line to show."""
-    folder = args.checkpoint.parent if args.checkpoint.is_file() else args.checkpoint
+def placement(args: argparse.Namespace) -> tuple[str, torch.dtype]:
+    """Device and dtype."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     # bf16 halves the bytes; a CPU without instructions for it (x86: AVX512-BF16 or AMX) emulates it slowly
     fast_bf16 = torch.cuda.is_bf16_supported() if device == "cuda" else (
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     default = "bfloat16" if fast_bf16 else "float16" if device == "cuda" else "float32"
-    how = (args.quantize, args.group or 128)
-    model = load_model(args.checkpoint, device, DTYPES[args.dtype or default], *how)
+    return device, DTYPES[args.dtype or default]
+
+
+def context(args: argparse.Namespace, cfg: Config) -> int:
+    """How many slots the cache has."""
+    return args.max_seq_len or min(cfg.max_position_embeddings, cfg.sliding_window or 4096, 4096)
+
+
+def load(args: argparse.Namespace) -> tuple[Engine, Tokenizer]:
+    """The engine that the command line describes. Raises ValueError or OSError with one line to show."""
+    folder = args.checkpoint.parent if args.checkpoint.is_file() else args.checkpoint
+    model = load_model(args.checkpoint, *placement(args), args.quantize, args.group or 128)
     tokenizer = Tokenizer(folder)
     if tokenizer.vocab_size > model.cfg.vocab_size:
         raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.cfg.vocab_size}")
-    max_seq_len = args.max_seq_len or min(model.cfg.max_position_embeddings, model.cfg.sliding_window or 4096, 4096)
+    max_seq_len = context(args, model.cfg)
     drafter = make_drafter(args.method, args, model, max_seq_len)
     return Engine(model, drafter, max_seq_len, tokenizer.stop_ids, not args.no_compile), tokenizer
 
@@ -160,6 +187,16 @@ def read_prompt(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
 
 def main() -> None:
     args = parse_args()
+    try:
+        work(args)
+    except RuntimeError as e:
+        if not memory.exhausted(e):
+            raise
+        folder = args.checkpoint.parent if args.checkpoint.is_file() else args.checkpoint
+        sys.exit(fail(MemoryError(memory.advice(args, *placement(args), context(args, Config.load(folder))))))
+
+
+def work(args: argparse.Namespace) -> None:
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
     try:
         engine, tokenizer = load(args)
@@ -168,13 +205,13 @@ def main() -> None:
     except (ValueError, OSError) as e:
         sys.exit(fail(e))
     engine.warm_up(sampling)
-    result = generate(engine, ids, args.max_new_tokens, sampling, tokenizer, args.method, show=True)
+    result = generate(engine, ids, args.max_new_tokens, sampling, tokenizer, args.method, True, args.stop)
     print(report(result), file=sys.stderr)
     if args.compare:
         plain = Engine(engine.model, Vanilla(engine.device), engine.max_seq_len, tokenizer.stop_ids,
                        not args.no_compile)
         plain.warm_up(sampling)
-        result["vanilla"] = generate(plain, ids, args.max_new_tokens, sampling, tokenizer)
+        result["vanilla"] = generate(plain, ids, args.max_new_tokens, sampling, tokenizer, stops=args.stop)
         result["identical"] = result["tokens"] == result["vanilla"]["tokens"]
         print(report(result["vanilla"]), compare(plain, result["vanilla"], result, ids), sep="\n", file=sys.stderr)
     if args.json:

@@ -248,8 +248,9 @@ class Llama(nn.Module):
             raise ValueError(f"this model's sliding window of {cfg.sliding_window} tokens is not implemented: "
                              f"use --max_seq_len {cfg.sliding_window} or less, where it makes no difference")
         slots = max_seq_len + spare
-        self.kv = like.new_zeros(cfg.num_layers, 2, batch, cfg.num_kv_heads, slots, cfg.head_dim)
+        kv = like.new_zeros(cfg.num_layers, 2, batch, cfg.num_kv_heads, slots, cfg.head_dim)
         self.rope = rope_table(cfg, slots, like.device).to(like.dtype)
+        self.kv = kv  # last: where memory ran out in between, there are slots for no more than were there before
 
     def forward(self, tokens: Tensor, rope_pos: Tensor, cache_pos: Tensor | None = None,
                 mask: Tensor | TreeMask | None = None) -> Tensor:

@@ -8,6 +8,7 @@ wherever it is, so a stream remembers nothing but the unfinished UTF-8 character
 
 import codecs
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import decoders
@@ -69,12 +70,12 @@ class Tokenizer:
         after = self.encode(text.partition("Answer")[2].strip(), add_special_tokens=False)
         return after[0] if after and after[0] in self.added else None
 
-    def stream(self) -> "TextStream":
-        return TextStream(self)
+    def stream(self, stops: Sequence[str] = ()) -> "TextStream":
+        return StoppingStream(self, stops) if stops else TextStream(self)
 
-    def decode(self, ids: list[int]) -> str:
-        """Text of ids, without special tokens; bytes that are not UTF-8 become U+FFFD."""
-        stream = self.stream()
+    def decode(self, ids: list[int], stops: Sequence[str] = ()) -> str:
+        """Text of ids, without special tokens, up to the first of `stops`; bytes that are not UTF-8 become U+FFFD."""
+        stream = self.stream(stops)
         return stream.push(ids) + stream.flush()
 
     def token_bytes(self, i: int) -> bytes:
@@ -96,6 +97,8 @@ class TextStream:
     of byte tokens for one stray byte in it, so no character in the run is sure before its end; sentencepiece does not.)
     """
 
+    stopped = False  # whether the text has ended, see StoppingStream
+
     def __init__(self, tokenizer: Tokenizer):
         self.token_bytes, decoder = tokenizer.token_bytes, tokenizer.bpe.decoder
         self.strip = b"Strip" in decoder.__getstate__()  # the space that sentencepiece puts before a text
@@ -110,3 +113,31 @@ class TextStream:
 
     def flush(self) -> str:
         return self.push([], final=True)
+
+
+class StoppingStream(TextStream):
+    """Text that ends before the first of `stops`: of several, that which is complete first, and if two are, the longer
+    one. What may yet become one of them is held back. Goes token by token, so that text and `tokens`, the number of ids
+    up to where a stop is complete, do not depend on how many are pushed at once."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
+        super().__init__(tokenizer)
+        self.stops, self.held, self.tokens = stops, "", 0
+
+    def push(self, ids: list[int], final: bool = False) -> str:
+        shown = ""
+        for new in [[i] for i in ids] + [[]] * final:
+            if self.stopped:
+                break
+            self.held += super().push(new, final and not new)
+            self.tokens += len(new)
+            found = [(at + len(stop), at) for stop in self.stops if (at := self.held.find(stop)) >= 0]
+            self.stopped = bool(found)
+            sure = min(found)[1] if found else len(self.held) if final and not new else self.sure()
+            shown, self.held = shown + self.held[:sure], self.held[sure:]
+        return shown
+
+    def sure(self) -> int:
+        """How many of the characters held cannot be the beginning of a stop."""
+        begun = [n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n])]
+        return len(self.held) - max(begun, default=0)

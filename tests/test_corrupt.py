@@ -16,60 +16,21 @@ from pathlib import Path
 
 import pytest
 import tiny
-import torch
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer as BPE
-from tokenizers import decoders, models, pre_tokenizers
 
 import autotree
 import generate
-from draft import CURVE, VOCAB
-from medusa import MedusaHeads, save_medusa
-from model import FORMAT
-from quantizers import quantize_linears
+from draft import CURVE
 from sampling import Sampling
-from tokenizer_files import CHAR_OF
 
 SPARE_BYTES = 1 << 30  # address space that a load of a few kilobytes may take on top
-METHODS = {"": ["--eagle2"], "eagle": ["--eagle2"], "eagle_bin": ["--eagle2", "--draft", "eagle_bin"],
-           "medusa": ["--medusa", "medusa"], "medusa_pt": ["--medusa", "medusa_pt"],
+METHODS = {"": ["--eagle2"], "eagle": ["--eagle2"], "eagle_pickle": ["--eagle2", "--draft", "eagle_pickle"],
+           "medusa": ["--medusa", "medusa"], "medusa_pickle": ["--medusa", "medusa_pickle"],
            "draft": ["--speculate", "draft"], "int8": ["--checkpoint", "int8"]}  # by folder: what loads its files
-TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|end|>{% endfor %}assistant: "
 
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with everything in it: target, tokenizer, EAGLE head, Medusa heads, draft model."""
-    folder = tmp_path_factory.mktemp("whole") / "model"
-    model, head = tiny.pair(0, 0.3, torch.float32, vocab_size=260)
-    tiny.save_target(model, folder)
-    config = json.loads((folder / "config.json").read_text()) | {"bos_token_id": 256, "eos_token_id": 257}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [257], "temperature": 0.6}))
-    bpe = BPE(models.BPE({CHAR_OF[i]: i for i in range(256)}, []))
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(False, use_regex=False), decoders.ByteLevel()
-    bpe.add_special_tokens(["<|start|>", "<|end|>"])
-    bpe.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(
-        {"bos_token": "<|start|>", "eos_token": "<|end|>", "chat_template": TEMPLATE}))
-    tiny.save_head(head, folder / "eagle")
-    shutil.copytree(folder / "eagle", folder / "eagle_bin")
-    torch.save(load_file(folder / "eagle_bin/model.safetensors"), folder / "eagle_bin/pytorch_model.bin")
-    (folder / "eagle_bin/model.safetensors").unlink()
-    (folder / "eagle" / VOCAB).write_text(json.dumps(list(range(97, 123)) + [32]))
-    (folder / "eagle" / CURVE).write_text(json.dumps(
-        {"nodes": autotree.NODES, "topk": 10, "gained": [[1, 2, 3] + [3] * 5] * 6}))
-    save_medusa(MedusaHeads(32, 3, vocab_size=260), folder / "medusa")
-    (folder / "medusa_pt").mkdir()
-    torch.save(load_file(folder / "medusa/medusa_lm_head.safetensors"), folder / "medusa_pt/medusa_lm_head.pt")
-    tiny.save_target(tiny.target(5, torch.float32, vocab_size=260, num_hidden_layers=1), folder / "draft")
-    quantize_linears(model, "int8")
-    tiny.save_target(model, folder / "int8")
-    save_file(model.state_dict(), folder / "int8/model.safetensors", {"format": FORMAT, "mode": "int8"})
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(folder / name, folder / "draft")
-        shutil.copy(folder / name, folder / "int8")
-    return folder
+    return tiny.save_everything(tmp_path_factory.mktemp("whole") / "model")
 
 
 @pytest.fixture
