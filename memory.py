@@ -23,15 +23,16 @@ OVERHEAD = 0.5e9  # cuBLAS, graphs, the activations of a prefill's chunk
 
 
 class Need(NamedTuple):
-    """Bytes. `passing` is what loading or a prefill takes for a while."""
+    """Bytes. `passing` is what a prefill takes for a while, `loading` what quantising takes before there is a cache."""
     weights: int
     cache: int
     drafter: int
     passing: int
+    loading: int
 
     @property
     def total(self) -> int:
-        return sum(self)
+        return self.weights + max(self.cache + self.drafter + self.passing, self.loading)
 
 
 def exhausted(error: BaseException) -> bool:
@@ -83,11 +84,15 @@ def eagle_bytes(cfg: Config, target: Config, max_seq_len: int, dtype: torch.dtyp
 
 
 def passing(cfg: Config, dtype: torch.dtype, mode: str | None) -> int:
-    """The widest matrix for prefill, no longer quantised; while int4 is searched for on load, six times ROWS rows of
-    the deepest one in fp32."""
-    wide = max(cfg.vocab_size, 2 * cfg.intermediate_size) * cfg.hidden_size * dtype.itemsize if mode else 0
-    deep = max(cfg.intermediate_size, cfg.num_heads * cfg.head_dim, cfg.hidden_size)
-    return int(OVERHEAD) + max(wide, 6 * 4 * ROWS * deep if mode == "int4" else 0)
+    """The widest matrix of a quantised model for prefill, no longer quantised, and OVERHEAD."""
+    widest = max(cfg.vocab_size, 2 * cfg.intermediate_size) * cfg.hidden_size * dtype.itemsize
+    return int(OVERHEAD) + (widest if mode else 0)
+
+
+def loading(cfg: Config, mode: str | None) -> int:
+    """ROWS rows of the deepest matrix in fp32, as often as quantizers.py holds them at once: int4 is searched for."""
+    deepest = max(cfg.intermediate_size, cfg.num_heads * cfg.head_dim, cfg.hidden_size)
+    return {None: 0, "int4": 7}.get(mode, 4) * 4 * ROWS * deepest
 
 
 def plan(args: argparse.Namespace, dtype: torch.dtype, max_seq_len: int, mode: str | None) -> Need:
@@ -109,7 +114,8 @@ def plan(args: argparse.Namespace, dtype: torch.dtype, max_seq_len: int, mode: s
         drafter = given.stat().st_size if given.is_file() else max(
             (file.stat().st_size for file in given.iterdir() if file.suffix in (".safetensors", ".pt")), default=0)
     return Need(weight_bytes(cfg, dtype, mode, group, "layers.0.wqkv.bias" in tensors),
-                cache_bytes(cfg, max_seq_len, dtype), drafter, passing(cfg, dtype, mode))
+                cache_bytes(cfg, max_seq_len, dtype), drafter, passing(cfg, dtype, mode),
+                loading(cfg, None if stored else mode))
 
 
 def free_bytes(device: str) -> int:
@@ -130,10 +136,11 @@ def advice(args: argparse.Namespace, device: str, dtype: torch.dtype, max_seq_le
              [(f"--max_seq_len {slots}", args.quantize, slots) for slots in lengths],
              [(f"--quantize {mode} --max_seq_len {slots}", mode, slots) for mode in modes for slots in lengths])
     fits = []
-    for ways in kinds:  # the first of each kind that fits, two in all
+    for ways in kinds:  # the first of each kind that fits; both together where neither does alone
         found = ((flag, plan(args, dtype, slots, mode).total) for flag, mode, slots in ways)
-        fits += [f"{flag} ({total / 1e9:.1f} GB)" for flag, total in found if total < min(free, need.total)][:1]
-    ways = " fits, as does ".join(fits[:2]) + " fits" * (len(fits) == 1)
+        if not fits or ways is not kinds[-1]:
+            fits += [f"{flag} ({total / 1e9:.1f} GB)" for flag, total in found if total < min(free, need.total)][:1]
+    ways = " fits, as does ".join(fits) + " fits" * (len(fits) == 1)
     name = args.checkpoint.parent.name if file else args.checkpoint.resolve().name
     parts = [f"{need.weights / 1e9:.1f} GB of weights", f"{need.cache / 1e9:.1f} GB of cache for {max_seq_len} slots",
              *([f"{need.drafter / 1e9:.1f} GB for drafting"] if need.drafter else ()),

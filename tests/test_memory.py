@@ -76,11 +76,10 @@ def test_known_sizes() -> None:
 
 
 @pytest.mark.parametrize("free, words, fits", [
-    (23.6e9, (), ["--quantize int8 (", "--quantize int8 --max_seq_len 2048 ("]), (4e9, (), ["a smaller model"]),
-    (15e9, (), ["--quantize int4 (", "--quantize int8 --max_seq_len 1024 ("]),
+    (23.6e9, (), ["free: --quantize int8 (17.5 GB) fits"]), (4e9, (), ["a smaller model"]),
+    (15e9, (), ["free: --quantize int4 (11.5 GB) fits"]), (10e9, (), ["free: --quantize int4 --max_seq_len 2048 ("]),
     (29e9, (), ["--quantize int8 (", " GB) fits, as does --max_seq_len 2048 ("]),
     (15e9, ("--quantize", "int8"), ["--quantize int4 (", "--max_seq_len 1024 ("]),
-    (12e9, ("--quantize", "int8"), ["free: --quantize int4 --max_seq_len 2048 ("]),
     (9e9, ("--quantize", "int4"), ["free: --max_seq_len 512 ("]), (99e9, (), ["--quantize int8 ("])])
 def test_advice(free: float, words: tuple, fits: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards advice that does not fit either, and the second-best where the best is possible."""
