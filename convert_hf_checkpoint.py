@@ -262,7 +262,7 @@ def fetch(source: str, token: str | None, is_target: bool) -> Path:
         raise
     except Exception as err:  # network errors have other classes in every version of huggingface_hub
         raise OSError(f"{source}: downloading {page} failed ({type(err).__name__}: {str(err).splitlines()[0]}); "
-                      "check the page and the network, then run this again: it goes on where it stopped") from err
+                      "check the page and the network, then run this again: files that are whole are kept") from err
 
 
 def main() -> None:

@@ -58,8 +58,14 @@ class Tokenizer:
         if self.template is None:
             raise ValueError("no chat template in chat_template.jinja or tokenizer_config.json: give a raw prompt")
         values = {**self.named, "messages": messages, "tools": None, "documents": None}
+        text, size = [], 0
         with clear_error("the chat template failed"):
-            return self.template.render(values, add_generation_prompt=add_generation_prompt)
+            for piece in self.template.generate(values, add_generation_prompt=add_generation_prompt):
+                text.append(piece)
+                size += len(piece)
+                if size > 10**7:
+                    raise ValueError("it writes more than any model can read")
+        return "".join(text)
 
     def end_of_turn(self) -> int | None:
         """The added token that the chat template writes right after an assistant's text, if it does."""

@@ -558,6 +558,9 @@ def test_template_refuses(byte_level: dict[str, Path], tmp_path: Path) -> None:
         "{{ ('%s' | attr('__class__')).mro() }}",
         "{{ '{0.__class__.__mro__}'.format(messages) }}",
         "{% for i in range(10**9) %}x{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}without end {% endfor %}{% endfor %}",
+        "{{ 'x' * 10**8 }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     ],
 )
 def test_template_is_sandboxed(byte_level: dict[str, Path], tmp_path: Path, template: str) -> None:
