@@ -85,14 +85,18 @@ def eagle_bytes(cfg: Config, target: Config, max_seq_len: int, dtype: torch.dtyp
 
 def passing(cfg: Config, dtype: torch.dtype, mode: str | None) -> int:
     """The widest matrix of a quantised model for prefill, no longer quantised, and OVERHEAD."""
-    widest = max(cfg.vocab_size, 2 * cfg.intermediate_size) * cfg.hidden_size * dtype.itemsize
-    return int(OVERHEAD) + (widest if mode else 0)
+    return int(OVERHEAD) + (widest(cfg, dtype) if mode else 0)
 
 
-def loading(cfg: Config, mode: str | None) -> int:
-    """ROWS rows of the deepest matrix in fp32, as often as quantizers.py holds them at once: int4 is searched for."""
+def loading(cfg: Config, dtype: torch.dtype, mode: str | None) -> int:
+    """A matrix, and ROWS rows of the deepest one in fp32, as often as quantizers.py holds them at once: 3 times, and
+    5 times where int4 is searched for."""
     deepest = max(cfg.intermediate_size, cfg.num_heads * cfg.head_dim, cfg.hidden_size)
-    return {None: 0, "int4": 7}.get(mode, 4) * 4 * ROWS * deepest
+    return ({"int4": 6}.get(mode, 4) * 4 * ROWS * deepest + widest(cfg, dtype)) if mode else 0
+
+
+def widest(cfg: Config, dtype: torch.dtype) -> int:
+    return max(cfg.vocab_size, 2 * cfg.intermediate_size) * cfg.hidden_size * dtype.itemsize
 
 
 def plan(args: argparse.Namespace, dtype: torch.dtype, max_seq_len: int, mode: str | None) -> Need:
@@ -115,7 +119,7 @@ def plan(args: argparse.Namespace, dtype: torch.dtype, max_seq_len: int, mode: s
             (file.stat().st_size for file in given.iterdir() if file.suffix in (".safetensors", ".pt")), default=0)
     return Need(weight_bytes(cfg, dtype, mode, group, "layers.0.wqkv.bias" in tensors),
                 cache_bytes(cfg, max_seq_len, dtype), drafter, passing(cfg, dtype, mode),
-                loading(cfg, None if stored else mode))
+                loading(cfg, dtype, None if stored else mode))
 
 
 def free_bytes(device: str) -> int:
