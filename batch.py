@@ -187,7 +187,7 @@ def batch(args: argparse.Namespace, sampling: Sampling, load: Callable[[argparse
                 for task in rest:
                     try:
                         answer = respond(task.content, args.raw, tokenizer, lambda ids: generate(
-                            engine, ids, args.max_new_tokens, sampling, tokenizer, args.method))
+                            engine, ids, args.max_new_tokens, sampling, tokenizer, args.method, stops=args.stop))
                     except ValueError as error:
                         answer = {"error": " ".join(str(error).split())}
                         bar.write(f"{args.prompt_file}, line {task.line}: {answer['error']}", file=sys.stderr)

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -210,13 +211,13 @@ def report(answers: list[Answer]) -> str:
 
 class Chat:
     def __init__(self, engine: Engine, tokenizer: Tokenizer, sampling: Sampling, max_new_tokens: int,
-                 system: str | None = None) -> None:
+                 system: str | None = None, stops: Sequence[str] = ()) -> None:
         if not tokenizer.has_chat_template:
             raise ValueError("this model has no chat template, so it cannot --interactive: use --prompt TEXT --raw")
         self.engine, self.tokenizer, self.sampling, self.limit = engine, tokenizer, sampling, max_new_tokens
         self.messages: Messages = []  # perhaps a system message, then questions and answers in turn
         self.answers: list[Answer] = []
-        self.leaving = False
+        self.stops, self.leaving = stops, False
         self.ctrl_c = CtrlC()
         if system:
             self.set_system(system)
@@ -275,7 +276,7 @@ class Chat:
 
     def write(self, ids: list[int]) -> str | None:
         """Stream the answer. Returns its text, perhaps not all of it; None: stopped before there was any."""
-        answer, start, text, stream = Answer(len(ids)), time.perf_counter(), "", self.tokenizer.stream()
+        answer, start, text, stream = Answer(len(ids)), time.perf_counter(), "", self.tokenizer.stream(self.stops)
         cycles = self.engine.generate(ids, self.limit, self.sampling, reuse=True)
         try:
             self.ctrl_c.asked, self.ctrl_c.raises = False, True
@@ -295,15 +296,14 @@ class Chat:
             if answer.tokens:
                 answer.gained.append(len(new))
             answer.tokens += len(new)
-            if self.ctrl_c.asked:
+            if self.ctrl_c.asked or stream.stopped:
                 break
         answer.decode_s = time.perf_counter() - start - answer.first_s
         self.answers.append(answer)
-        ended = new[-1] in self.tokenizer.stop_ids
-        if ended:  # else a character may be half written, and is left out
-            rest = stream.flush()
-            print(rest * (view is None), end="")
-            text += rest
+        ended = stream.stopped or new[-1] in self.tokenizer.stop_ids
+        rest = stream.flush() if ended else stream.held  # a character that is half written is left out
+        print(rest * (view is None), end="")
+        text += rest
         if view:
             view.finish()
         self.end(answer, ended)
@@ -400,9 +400,10 @@ def needed(name: str, command: str) -> str:
     return name
 
 
-def chat(engine: Engine, tokenizer: Tokenizer, sampling: Sampling, max_new_tokens: int, system: str | None) -> None:
+def chat(engine: Engine, tokenizer: Tokenizer, sampling: Sampling, max_new_tokens: int, system: str | None = None,
+         stops: Sequence[str] = ()) -> None:
     """Talk until the user leaves. Raises ValueError or OSError with one line to show."""
-    conversation = Chat(engine, tokenizer, sampling, max_new_tokens, system)
+    conversation = Chat(engine, tokenizer, sampling, max_new_tokens, system, stops)
     engine.warm_up(sampling)
     with conversation.ctrl_c as ctrl_c:
         terminal = sys.stdin.isatty() and sys.stdout.isatty()

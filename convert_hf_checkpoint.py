@@ -16,7 +16,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -166,7 +166,7 @@ def write_gguf_tokenizer(meta: dict, folder: Path) -> None:
 @contextmanager
 def staged(out: Path, source: Path) -> Iterator[Path]:
     """A scratch folder in `out`; its files move up, config.json last, unless something went wrong."""
-    part = out / ".part"
+    part, made = out / ".part", [folder for folder in (out, *out.parents) if not folder.exists()]
     shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
     part.mkdir(parents=True)
     try:
@@ -181,6 +181,9 @@ def staged(out: Path, source: Path) -> Iterator[Path]:
         raise ValueError(f"{source} -> {out} failed: {why}") from err
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        with suppress(OSError):  # the first one is not empty: all went well
+            for folder in made:
+                folder.rmdir()
 
 
 def write_weights(path: Path, tensors: dict[str, Lazy], config: Config, dtype: torch.dtype, source: str) -> None:
@@ -259,7 +262,7 @@ def fetch(source: str, token: str | None, is_target: bool) -> Path:
         raise
     except Exception as err:  # network errors have other classes in every version of huggingface_hub
         raise OSError(f"{source}: downloading {page} failed ({type(err).__name__}: {str(err).splitlines()[0]}); "
-                      "check the page and the network, then run this again: it goes on where it stopped") from err
+                      "check the page and the network, then run this again: files that are whole are kept") from err
 
 
 def main() -> None:

@@ -55,8 +55,9 @@ class EagleHead(nn.Module):
         cfg, like = self.cfg, self.layer.mlp_norm.weight
         if self.kv is not None and self.kv.shape[3] >= slots:
             return  # engines may share a head, as they share a model
-        self.kv = like.new_zeros(2, 1, cfg.num_kv_heads, slots, cfg.head_dim)
+        kv = like.new_zeros(2, 1, cfg.num_kv_heads, slots, cfg.head_dim)
         self.rope = rope_table(cfg, slots, like.device).to(like.dtype)
+        self.kv = kv  # last, as in Llama.allocate_cache
 
     def forward(self, x: Tensor, rope: Tensor, cache_pos: Tensor | None = None,
                 mask: Tensor | TreeMask | None = None) -> Tensor:

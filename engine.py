@@ -204,7 +204,8 @@ class Engine:
         if not self.cuda:
             for first in range(start, n, rows):
                 self.first.fill_(first)
-                self.chunk(min(rows, n - first), min(first + rows, n))
+                count = min(rows, -(-(n - first) // 16) * 16)  # oneDNN keeps kernels for every shape that it ever saw
+                self.chunk(count, min(-(-(first + count) // 128) * 128, self.slots))
             return first, self.features
         chunk = self.captured(lambda: self.chunk(rows, self.slots), "chunk")  # one shape for every prompt
         for first in range(start, n, rows):

@@ -12,13 +12,16 @@ import argparse
 import json
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+import memory
 from batch import batch
 from engine import Engine, Sampling, Vanilla
-from methods import DTYPES, add_options, check_engine, load_engine
+from methods import DTYPES, add_options, check_engine, context, load_engine, placement
+from model import Config
 from profiling import write_trace
 from timing import device_name, run
 from tokenizer import Tokenizer
@@ -26,30 +29,38 @@ from watch import View, Watch, page, watch
 
 
 def generate(engine: Engine, ids: list[int], max_new_tokens: int, sampling: Sampling, tokenizer: Tokenizer,
-             method: str = "vanilla", show: bool = False, view: View | None = None) -> dict:
-    """One generation, timed. Returns the object that --json prints; `show` streams the text to stdout; `view`, of an
-    engine whose drafter is watched, takes every cycle's tree."""
-    stream = tokenizer.stream()
+             method: str = "vanilla", show: bool = False, stops: Sequence[str] = (), view: View | None = None) -> dict:
+    """One generation, timed, to the first of the texts `stops` at most. Returns the object that --json prints; `show`
+    streams the text to stdout; `view`, of an engine whose drafter is watched, takes every cycle's tree."""
+    stream = tokenizer.stream(stops)
 
-    def push(new: list[int]) -> None:
+    def take(new: list[int]) -> bool:
         if view:
             view.push(new)
+        text = stream.push(new) if show or stops else ""
         if show:
-            print(stream.push(new), end="", flush=True)
+            print(text, end="", flush=True)
+        return stream.stopped
 
-    tokens, gained, prefill_s, decode_s = run(engine, ids, max_new_tokens, sampling, push)
+    tokens, gained, prefill_s, decode_s = run(engine, ids, max_new_tokens, sampling, take)
+    rest = stream.flush()
     if view:
         view.finish()
     if show:
-        print(stream.flush(), flush=True)
+        print(rest, flush=True)
+    if stream.stopped and len(tokens) > stream.tokens:  # the rest of a cycle
+        gained[-1] -= len(tokens) - stream.tokens
+        tokens = tokens[:stream.tokens]
     cuda = engine.device.type == "cuda"
-    if tokens[-1] in tokenizer.stop_ids:
+    if stream.stopped:
+        stop = "string"
+    elif tokens[-1] in tokenizer.stop_ids:
         stop = "eos"
     else:
         stop = "length" if len(tokens) == max_new_tokens else "context"
     depths = range(1, engine.drafter.max_depth + 1)
     return {
-        "method": method, "text": tokenizer.decode(tokens), "tokens": tokens,
+        "method": method, "text": tokenizer.decode(tokens, stops), "tokens": tokens,
         "prompt_tokens": len(ids), "new_tokens": len(tokens), "cycles": len(gained), "gained": gained,
         "mean_gained": sum(gained) / len(gained) if gained else 0.0,
         "accept_by_depth": [sum(g > d for g in gained) / max(len(gained), 1) for d in depths],
@@ -105,6 +116,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--system", metavar="TEXT", help="--interactive: begin with this system message")
     p.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
     p.add_argument("--max_new_tokens", type=int, help="default: 256, of each answer of a chat 1024")
+    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     p.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     p.add_argument("--top_k", type=int, default=0, help="0: off")
     p.add_argument("--top_p", type=float, default=1.0, help="1: off")
@@ -147,6 +159,8 @@ def check_run(args: argparse.Namespace) -> str | None:
             (args.prompt_file and args.show_tree, "--show_tree is not for --prompt_file"),
             (args.interactive and args.raw, "--interactive is without --raw"),
             (args.system and not args.interactive, "--system is for --interactive"),
+            ("" in args.stop, "--stop must not be empty"),
+            (args.stop and (args.show_tree or args.tree_html), "--show_tree and --tree_html are without --stop"),
             (args.max_new_tokens < 1, "--max_new_tokens must be at least 1"),
             (not 0 <= args.temperature < float("inf"), "--temperature must be 0 or more"),
             (args.temperature == 0 and (args.top_k, args.top_p, args.min_p) != (0, 1.0, 0.0),
@@ -179,6 +193,16 @@ def read_prompt(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
 
 def main() -> None:
     args = parse_args()
+    try:
+        work(args)
+    except RuntimeError as e:
+        if not memory.exhausted(e):
+            raise
+        folder = args.checkpoint.parent if args.checkpoint.is_file() else args.checkpoint
+        sys.exit(fail(MemoryError(memory.advice(args, *placement(args), context(args, Config.load(folder))))))
+
+
+def work(args: argparse.Namespace) -> None:
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
     try:
         if args.prompt_file:
@@ -188,20 +212,21 @@ def main() -> None:
             watch(engine)
         if args.interactive:
             from chat import chat  # prompt_toolkit takes its time to load
-            return chat(engine, tokenizer, sampling, args.max_new_tokens, args.system)
+            return chat(engine, tokenizer, sampling, args.max_new_tokens, args.system, args.stop)
         ids = read_prompt(args, tokenizer)
         engine.check(ids)
     except (ValueError, OSError) as e:
         sys.exit(fail(e))
     engine.warm_up(sampling)
     view = View(engine.drafter, tokenizer, args.show_tree) if isinstance(engine.drafter, Watch) else None
-    result = generate(engine, ids, args.max_new_tokens, sampling, tokenizer, args.method, not args.show_tree, view)
+    result = generate(engine, ids, args.max_new_tokens, sampling, tokenizer, args.method, not args.show_tree, args.stop,
+                      view)
     print(report(result), file=sys.stderr)
     if args.compare:
         plain = Engine(engine.model, Vanilla(engine.device), engine.max_seq_len, tokenizer.stop_ids,
                        not args.no_compile)
         plain.warm_up(sampling)
-        result["vanilla"] = generate(plain, ids, args.max_new_tokens, sampling, tokenizer)
+        result["vanilla"] = generate(plain, ids, args.max_new_tokens, sampling, tokenizer, stops=args.stop)
         result["identical"] = result["tokens"] == result["vanilla"]["tokens"]
         print(report(result["vanilla"]), compare(plain, result["vanilla"], result, ids), sep="\n", file=sys.stderr)
     if args.json:

@@ -18,7 +18,7 @@ from engine import Engine
 from lookahead import Lookahead
 from lookup import RULES, Lookup, Retrieval
 from medusa import Medusa, load_medusa
-from model import Llama, load_model
+from model import Config, Llama, load_model
 from quantizers import GROUPS, MODES
 from speculate import Speculate, load_draft_model
 from tokenizer import Tokenizer
@@ -83,7 +83,8 @@ def check_engine(args: argparse.Namespace) -> str | None:
             (args.tree_table and not eagle2, "--tree_table is for --eagle2"),
             (args.tree_table and args.draft_tokens not in (None, "auto"), "--tree_table is for --draft_tokens auto"),
             (args.tree_table and (args.draft_depth or args.draft_topk), "--tree_table chooses depth and top-k too"),
-            (args.max_seq_len is not None and args.max_seq_len < 2, "--max_seq_len must be at least 2"),
+            (args.max_seq_len is not None and not 2 <= args.max_seq_len <= 2**24,  # fp32 counts places no further
+             "--max_seq_len must be 2 to 16777216"),
             (args.dtype not in (None, *DTYPES), f"--dtype must be one of {', '.join(DTYPES)}"),
             (args.device not in (None, "cuda", "cpu"), "--device must be cuda or cpu"),
             (args.device == "cuda" and not torch.cuda.is_available(),
@@ -120,23 +121,32 @@ def engine_args(options: dict[str, object]) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
+def placement(args: argparse.Namespace) -> tuple[str, torch.dtype]:
+    """Device and dtype."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    # bf16 halves the bytes; a CPU without instructions for it (x86: AVX512-BF16 or AMX) emulates it slowly
+    fast_bf16 = torch.cuda.is_bf16_supported() if device == "cuda" else (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    default = "bfloat16" if fast_bf16 else "float16" if device == "cuda" else "float32"
+    return device, DTYPES[args.dtype or default]
+
+
+def context(args: argparse.Namespace, cfg: Config) -> int:
+    """How many slots the cache has."""
+    return args.max_seq_len or min(cfg.max_position_embeddings, cfg.sliding_window or 4096, 4096)
+
+
 def load_engine(args: argparse.Namespace, kind: type[Engine] = Engine) -> Engine:
     """The engine that the options describe, with its tokenizer. Raises ValueError or OSError with one line to show."""
     wrong = check_engine(args)
     if wrong:
         raise ValueError(wrong)
     folder = args.checkpoint.parent if args.checkpoint.is_file() else args.checkpoint
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    # bf16 halves the bytes; a CPU without instructions for it (x86: AVX512-BF16 or AMX) emulates it slowly
-    fast_bf16 = torch.cuda.is_bf16_supported() if device == "cuda" else (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    default = "bfloat16" if fast_bf16 else "float16" if device == "cuda" else "float32"
-    how = (args.quantize, args.group or 128)
-    model = load_model(args.checkpoint, device, DTYPES[args.dtype or default], *how)
+    model = load_model(args.checkpoint, *placement(args), args.quantize, args.group or 128)
     tokenizer = Tokenizer(folder)
     if tokenizer.vocab_size > model.cfg.vocab_size:
         raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.cfg.vocab_size}")
-    max_seq_len = args.max_seq_len or min(model.cfg.max_position_embeddings, model.cfg.sliding_window or 4096, 4096)
+    max_seq_len = context(args, model.cfg)
     drafter = make_drafter(args.method, args, model, max_seq_len)
     engine = kind(model, drafter, max_seq_len, tokenizer.stop_ids, not args.no_compile)
     engine.tokenizer = tokenizer

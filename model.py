@@ -17,12 +17,11 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from kernels import TreeMask, rope_store, tree_attention
@@ -114,6 +113,9 @@ class Config:
         if cfg.num_heads % cfg.num_kv_heads or cfg.head_dim % 2:
             raise ValueError(f"{cfg.num_heads} heads, {cfg.num_kv_heads} key/value heads, head_dim {cfg.head_dim} "
                              "do not fit together")
+        widest = hidden * max(cfg.vocab_size, 2 * cfg.intermediate_size, 3 * heads * cfg.head_dim)
+        if cfg.num_layers > 1000 or widest > 2**40:  # overflows, or takes minutes, before a file is looked at
+            raise ValueError(f"{cfg.num_layers} layers, {widest:.0e} weights in a matrix: no model has so many")
         return cfg
 
 
@@ -246,8 +248,9 @@ class Llama(nn.Module):
             raise ValueError(f"this model's sliding window of {cfg.sliding_window} tokens is not implemented: "
                              f"use --max_seq_len {cfg.sliding_window} or less, where it makes no difference")
         slots = max_seq_len + spare
-        self.kv = like.new_zeros(cfg.num_layers, 2, batch, cfg.num_kv_heads, slots, cfg.head_dim)
+        kv = like.new_zeros(cfg.num_layers, 2, batch, cfg.num_kv_heads, slots, cfg.head_dim)
         self.rope = rope_table(cfg, slots, like.device).to(like.dtype)
+        self.kv = kv  # last: where memory ran out in between, there are slots for no more than were there before
 
     def forward(self, tokens: Tensor, rope_pos: Tensor, cache_pos: Tensor | None = None,
                 mask: Tensor | TreeMask | None = None) -> Tensor:
@@ -276,7 +279,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; run convert_hf_checkpoint.py first") from None
-    except (SafetensorError, UnpicklingError, OSError, RuntimeError, ValueError, EOFError) as e:
+    except Exception as e:  # a damaged pickle raises anything
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise ValueError(f"{path}: damaged, or not plain tensors ({reason}); convert or download it again") from None
 
@@ -290,9 +293,9 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], path: Path, device: torc
             raise ValueError(f"{path}: {problem} {', '.join(sorted(names)[:3])} (config.json describes another model?)")
     for name, tensor in tensors.items():
         like, integers = wanted[name], name.endswith((".data", ".scale"))
-        if tensor.shape != like.shape or integers and tensor.dtype != like.dtype:
-            raise ValueError(f"{path}: {name} is {list(tensor.shape)}, config.json asks for {list(like.shape)}"
-                             + f" in the file's mode, as {like.dtype}" * integers)
+        if tensor.shape != like.shape or (tensor.dtype != like.dtype if integers else not tensor.is_floating_point()):
+            raise ValueError(f"{path}: {name} is {list(tensor.shape)} of {tensor.dtype}, config.json asks for "
+                             f"{list(like.shape)}" + (f" in the file's mode, as {like.dtype}" if integers else ""))
         tensors[name] = tensor.to(device, None if integers else dtype)
     module.load_state_dict(tensors, assign=True)
     module.requires_grad_(False).eval()

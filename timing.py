@@ -29,8 +29,8 @@ class Run(NamedTuple):
 
 
 def run(engine: Engine, ids: list[int], new_tokens: int, sampling: Sampling = Sampling(),
-        show: Callable[[list[int]], None] = lambda new: None) -> Run:
-    """`show` gets the tokens as they come."""
+        show: Callable[[list[int]], bool | None] = lambda new: None) -> Run:
+    """`show` gets the tokens as they come, and ends the text by saying True."""
     tokens, gained = [], []
     if engine.cuda:
         torch.cuda.synchronize()  # the cycle that ran ahead of the last text's end
@@ -41,7 +41,8 @@ def run(engine: Engine, ids: list[int], new_tokens: int, sampling: Sampling = Sa
         else:
             first = time.perf_counter()  # reading `new` back waited for the device
         tokens += new
-        show(new)
+        if show(new):
+            break
     return Run(tokens, gained, first - start, time.perf_counter() - first)
 
 

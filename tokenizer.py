@@ -8,6 +8,7 @@ wherever it is, so a stream remembers nothing but the unfinished UTF-8 character
 
 import codecs
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import decoders
@@ -36,9 +37,10 @@ class Tokenizer:
         stops = [eos, self.end_of_turn()]
         for ids in (model.get("eos_token_id"), generation.get("eos_token_id")):
             stops += ids if isinstance(ids, list) else [ids]
-        self.stop_ids = frozenset(i for i in stops if i is not None)
-        if not all(isinstance(i, int) for i in self.stop_ids):
-            raise ValueError(f"{folder}: eos_token_id in config.json and generation_config.json must be numbers")
+        stops = [i for i in stops if i is not None]
+        if not all(isinstance(i, int) and abs(i) < 2**31 for i in stops):
+            raise ValueError(f"{folder}: eos_token_id in config.json and generation_config.json must be ids")
+        self.stop_ids = frozenset(stops)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of text, with bos and eos as the files say; a special token typed in the text becomes its id."""
@@ -56,8 +58,14 @@ class Tokenizer:
         if self.template is None:
             raise ValueError("no chat template in chat_template.jinja or tokenizer_config.json: give a raw prompt")
         values = {**self.named, "messages": messages, "tools": None, "documents": None}
+        text, size = [], 0
         with clear_error("the chat template failed"):
-            return self.template.render(values, add_generation_prompt=add_generation_prompt)
+            for piece in self.template.generate(values, add_generation_prompt=add_generation_prompt):
+                text.append(piece)
+                size += len(piece)
+                if size > 10**7:
+                    raise ValueError("it writes more than any model can read")
+        return "".join(text)
 
     def end_of_turn(self) -> int | None:
         """The added token that the chat template writes right after an assistant's text, if it does."""
@@ -68,12 +76,12 @@ class Tokenizer:
         after = self.encode(text.partition("Answer")[2].strip(), add_special_tokens=False)
         return after[0] if after and after[0] in self.added else None
 
-    def stream(self) -> "TextStream":
-        return TextStream(self)
+    def stream(self, stops: Sequence[str] = ()) -> "TextStream":
+        return StoppingStream(self, stops) if stops else TextStream(self)
 
-    def decode(self, ids: list[int]) -> str:
-        """Text of ids, without special tokens; bytes that are not UTF-8 become U+FFFD."""
-        stream = self.stream()
+    def decode(self, ids: list[int], stops: Sequence[str] = ()) -> str:
+        """Text of ids, without special tokens, up to the first of `stops`; bytes that are not UTF-8 become U+FFFD."""
+        stream = self.stream(stops)
         return stream.push(ids) + stream.flush()
 
     def token_bytes(self, i: int) -> bytes:
@@ -95,6 +103,8 @@ class TextStream:
     of byte tokens for one stray byte in it, so no character in the run is sure before its end; sentencepiece does not.)
     """
 
+    stopped, held = False, ""  # whether the text has ended, and characters that may yet be a stop: see StoppingStream
+
     def __init__(self, tokenizer: Tokenizer):
         self.token_bytes, decoder = tokenizer.token_bytes, tokenizer.bpe.decoder
         self.strip = b"Strip" in decoder.__getstate__()  # the space that sentencepiece puts before a text
@@ -109,3 +119,31 @@ class TextStream:
 
     def flush(self) -> str:
         return self.push([], final=True)
+
+
+class StoppingStream(TextStream):
+    """Text that ends before the first of `stops`: of several, that which is complete first, and if two are, the longer
+    one. What may yet become one of them is held back. Goes token by token, so that text and `tokens`, the number of ids
+    up to where a stop is complete, do not depend on how many are pushed at once."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
+        super().__init__(tokenizer)
+        self.stops, self.held, self.tokens = stops, "", 0
+
+    def push(self, ids: list[int], final: bool = False) -> str:
+        shown = ""
+        for new in [[i] for i in ids] + [[]] * final:
+            if self.stopped:
+                break
+            self.held += super().push(new, final and not new)
+            self.tokens += len(new)
+            found = [(at + len(stop), at) for stop in self.stops if (at := self.held.find(stop)) >= 0]
+            self.stopped = bool(found)
+            sure = min(found)[1] if found else len(self.held) if final and not new else self.sure()
+            shown, self.held = shown + self.held[:sure], self.held[sure:]
+        return shown
+
+    def sure(self) -> int:
+        """How many of the characters held cannot be the beginning of a stop."""
+        begun = [n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n])]
+        return len(self.held) - max(begun, default=0)

@@ -10,6 +10,7 @@ import tiny
 import torch
 from conftest import all_cores
 from scipy import stats
+from soak import soak
 from torch import Tensor
 
 import engine as engine_module
@@ -289,6 +290,13 @@ def test_engines_share_a_head() -> None:
     small = Engine(model, Eagle2(head, model), 64)
     assert sum(cycle_by_cycle(small, [1, 2, 3], 30), []) == sum(cycles, [])[:30]
     assert cycle_by_cycle(engine, [1, 2, 3], 200) == cycles
+
+
+def test_soak() -> None:
+    """What a text leaves behind, in memory or in the next texts: a small edition of soak.py, which see."""
+    model, head = tiny.pair(7, 0.05)
+    early, late, wrong = soak(lambda: Engine(model, Eagle2(head, model, 30, 4, 6), 128), 60, model.cfg.vocab_size, 20)
+    assert wrong == 0 and late - early < 8e6
 
 
 # ----- Where a text ends -----------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from conftest import DEMO, ROOT, all_cores
 import autotree
 import generate
 import methods
+from sampling import Sampling
 
 KEYS = {"method", "text", "tokens", "prompt_tokens", "new_tokens", "cycles", "gained", "mean_gained", "accept_by_depth",
         "prefill_s", "decode_s", "tokens_per_sec", "compile_s", "memory_gb", "device", "dtype", "torch", "seed", "stop"}
@@ -86,6 +87,33 @@ def test_sampled_text_does_not_depend_on_the_drafter(call, demo: Path) -> None:
     assert texts[0] == texts[1] == texts[2] != texts[3]
 
 
+def test_stop(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Guards --stop: the text before it alone is shown, whoever drafts ends at the same token, and the cycle that it
+    stands in is counted as far as it counts."""
+    words = ["--checkpoint", str(tiny.save_everything(tmp_path / "x")), "--device", "cpu", "--dtype", "float32",
+             "--max_seq_len", "128", "--prompt", "Count", "--stop", "never", "--stop", "ever"]
+    args = generate.parse_args([*words, "--eagle2", "--draft_vocab", "0"])
+    assert args.stop == ["never", "ever"]
+    (fast, tokenizer), (plain, _) = generate.load(args), generate.load(generate.parse_args(words))
+    ids = generate.read_prompt(args, tokenizer)
+
+    def write(engine, *stops: str) -> dict:
+        result = generate.generate(engine, ids, 60, Sampling(), tokenizer, "any", True, stops)
+        assert capsys.readouterr().out == result["text"] + "\n"
+        assert result["new_tokens"] == len(result["tokens"]) == 1 + sum(result["gained"])
+        assert all(0 < gained <= 4 for gained in result["gained"])
+        return result
+
+    text = write(plain)["text"]
+    assert max(write(fast)["gained"]) > 1
+    assert write(fast, *args.stop)["text"] == text and not any(stop in text for stop in args.stop)
+    for middle in range(0, 24, 3):  # within a cycle or at its end
+        stop = text[middle:middle + 3]  # of a token a byte
+        result = write(fast, "never", stop)
+        assert result["stop"] == "string" and result["text"] == text.partition(stop)[0]
+        assert result["tokens"] == write(plain, "never", stop)["tokens"] and result["new_tokens"] < 60
+
+
 def test_context_is_filled_and_named(call, demo: Path) -> None:
     """Guards generation past the context: it must write what fits and say that the context ended it."""
     code, out, _ = call("--checkpoint", demo, "--raw", "--prompt", "One two three four", "--max_seq_len", 12,
@@ -132,6 +160,7 @@ def test_prompt_from_file_and_stdin(call, demo: Path, tmp_path: Path, monkeypatc
     (["--prompt", "x", "--temperature", "1", "--top_p", "0"], "--top_p"),
     (["--prompt", "x", "--max_new_tokens", "0"], "--max_new_tokens"),
     (["--prompt", "x", "--seed", str(2**64)], "--seed"),
+    (["--prompt", "x", "--stop", ""], "--stop"),
     (["--prompt", ""], "empty"),
     (["--prompt", " \n"], "empty"),
     (["--prompt", "@/no/such/file"], "/no/such/file"),

@@ -4,17 +4,21 @@ The kernels against float64 on the device, the engine against vanilla, and what 
 never waits within the loop, nothing is allocated, and nothing is compiled for a longer prompt.
 """
 import copy
+import gc
 import itertools
 import json
 
 import pytest
 import torch
+from soak import soak
 from torch import Tensor
 
 import autotree
+import generate
 import kernels
 import linears
 import lookup
+import memory
 import profiling
 import qlinears
 import sampling
@@ -314,3 +318,58 @@ def test_the_tree_that_fits(demo) -> None:
     engines = [Engine(model, drafter, 1024) for drafter in (Vanilla("cuda"), Eagle2(head, model, nodes, levels, topk))]
     a, b = (sum(engine.generate([5] * 20, 12), []) for engine in engines)
     assert len(a) == len(b) == 12
+
+
+def test_out_of_memory(demo, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Too little memory for the weights, the cache, a capture: one line each, then what fits works as ever, and nothing
+    stays behind. How much is enough differs: so with more and more, until it is."""
+    monkeypatch.setattr("sys.argv", ["generate.py", "--checkpoint", str(demo), "--eagle2", "--prompt", "Hi",
+                                     "--max_new_tokens", "8", "--max_seq_len", "8192", "--dtype", "bfloat16"])
+    total, codes, before = torch.cuda.mem_get_info()[1], [], torch.cuda.memory_allocated()
+    try:
+        for gb in (0.1, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 0.9, 1.0, 1.5, 2.0, 4.0):
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_reserved() + gb * 1e9) / total))
+            try:
+                generate.main()
+                codes.append(0)
+            except SystemExit as ended:
+                codes.append(ended.code)
+            out, err = capsys.readouterr()
+            if codes[-1]:
+                assert codes[-1] == 2 and err.splitlines()[-1].startswith("error: out of GPU memory: "), err
+                assert "Traceback" not in err
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert codes[0] == 2 and codes[-1] == 0 and codes == sorted(codes, reverse=True)
+    gc.collect()
+    assert torch.cuda.memory_allocated() - before < 100e6
+
+
+@pytest.mark.parametrize("mode", [None, *MODES])
+def test_memory_arithmetic(demo, mode: str | None) -> None:
+    """memory.py against the device: what loading takes at its peak and in the end, and with a cache and a cycle."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before, dtype = torch.cuda.memory_allocated(), torch.bfloat16
+    model = load_model(demo, "cuda", dtype, mode)
+    weights = memory.weight_bytes(model.cfg, dtype, mode)
+    assert abs(torch.cuda.memory_allocated() - before - weights) < 0.02 * weights  # blocks of 512 bytes
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak < weights + max(memory.loading(model.cfg, dtype, mode), 0.02 * weights)
+    head = load_head(demo / "eagle", model, 0, mode)
+    engine = Engine(model, Eagle2(head, model), 4096)
+    list(engine.generate([5] * 700, 20))
+    most = weights + memory.cache_bytes(model.cfg, 4096, dtype) + memory.passing(model.cfg, dtype, mode) + (
+        memory.eagle_bytes(head.cfg, model.cfg, 4096, dtype, mode))
+    assert torch.cuda.memory_allocated() - before < most
+
+
+def test_soak(demo) -> None:
+    """soak.py, which see: not a byte more after 200 prompts than after 40."""
+    model = load_model(demo, "cuda", torch.bfloat16)
+    head = load_head(demo / "eagle", model)
+    early, late, wrong = soak(lambda: Engine(model, Eagle2(head, model), 1024), 200, model.cfg.vocab_size, 20)
+    assert early == late and wrong == 0

@@ -119,6 +119,30 @@ def test_load_refuses(options: dict, message: str, loadable: Path) -> None:
         Engine.load(loadable, **options, draft_token=8)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_limits(method: str, checkpoint: tuple[Path, Llama], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of one token, of whole chunks and one more or less, of all slots but one; texts up to the very last slot,
+    where no tree fits any more; stop ids within a path that is accepted. Every drafter must write what the plainest
+    decoding writes."""
+    folder, model = checkpoint
+    monkeypatch.setattr("engine.PREFILL_CHUNK", 8)
+    words = [str(folder / word) if word in (".", "medusa") else word for word in FLAGS[method]]
+    args, parts, slots = generate.parse_args(arguments(folder, *words)), {}, 40
+    for length in (1, 2, 7, 8, 9, 15, 16, 17, 33, slots - 2, slots - 1):
+        ids = tiny.prompt(length, length)
+        text = []
+        while len(ids + text) < slots:
+            text.append(int(tiny.logits(model, ids + text)[-1].argmax()))  # no cache, no chunks
+        fast = Engine(model, make_drafter(method, args, model, slots, parts), slots)
+        assert sum(fast.generate(ids, 1000), []) == text
+        for stop in {*text[1:12]}:
+            fast = Engine(model, make_drafter(method, args, model, slots, parts), slots, frozenset({stop, 999}))
+            assert sum(fast.generate(ids, 1000), []) == text[:text.index(stop) + 1]
+    for wrong in ([], tiny.prompt(0, slots)):
+        with pytest.raises(ValueError, match="prompt"):
+            list(fast.generate(wrong, 1))
+
+
 def test_sizes(checkpoint: tuple[Path, Llama]) -> None:
     """A size that is not passed on: a tree counts the root, a chain does not."""
     folder, model = checkpoint

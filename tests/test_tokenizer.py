@@ -309,6 +309,52 @@ def test_stream_is_decode(loaded: dict[str, Tokenizer], kind: str, ids: list[int
     assert text + stream.flush() == whole
 
 
+def first_stop(tokenizer: Tokenizer, ids: list[int], stops: list[str]) -> tuple[str, int | None]:
+    """Text before the first stop to be complete, and the number of ids that complete it; the plain way: each beginning
+    of the ids is decoded anew, as far as the text is sure."""
+    for count in range(len(ids) + 1):
+        text = tokenizer.stream().push(ids[:count])
+        for end in range(len(text) + 1):
+            ended = [stop for stop in stops if text[:end].endswith(stop)]
+            if ended:
+                return text[:end - len(max(ended, key=len))], count
+    text = tokenizer.decode(ids)
+    ends = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
+    return (text[:min(ends)[1]], len(ids)) if ends else (text, None)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "spm"])
+@settings(max_examples=400, deadline=None)
+@given(data=st.data())
+def test_stops(loaded: dict[str, Tokenizer], kind: str, data: st.DataObject) -> None:
+    """Guards stop texts: one that straddles tokens, or pushes; one that begins in another one, or is begun in vain;
+    half a character; anything of it shown. And that cycles of other lengths end at the same token."""
+    tokenizer = loaded[kind]
+    text = data.draw(st.text(st.sampled_from("aab é"), min_size=4, max_size=20))
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if data.draw(st.booleans()):  # not as they are encoded: byte by byte
+        single = {tokenizer.token_bytes(i): i for i in range(tokenizer.vocab_size)}
+        ids = [i for byte in text.encode() if (i := single.get(bytes([byte]))) is not None]
+    ids = ids[:data.draw(st.integers(1, len(ids)))] if ids else ids
+    pieces = st.builds(lambda at, n: text[at % len(text):][:n], st.integers(0, 20), st.integers(1, 5))
+    stops = data.draw(st.lists(pieces | st.sampled_from(["ab", "\ufffd", "aaa", "b a", "zz"]), min_size=1, max_size=3))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(ids)), max_size=5)))
+    stream, shown, (wanted, count) = tokenizer.stream(stops), "", first_stop(tokenizer, ids, stops)
+    for start, end in zip([0, *cuts], [*cuts, len(ids)], strict=True):
+        shown += stream.push(ids[start:end])
+        assert wanted.startswith(shown)
+    assert shown + stream.flush() == wanted == tokenizer.decode(ids, stops)
+    assert stream.stopped == (count is not None) and stream.tokens == (len(ids) if count is None else count)
+
+
+def test_stop_holds_back_no_more_than_it_must(loaded: dict[str, Tokenizer]) -> None:
+    """Guards a stream that shows the beginning of a stop, or that is late with text that cannot become one."""
+    tokenizer = loaded["gpt2"]
+    stream = tokenizer.stream(["\n\nUser:", "END"])
+    shown = [stream.push(tokenizer.encode(piece, False)) for piece in ("Hi E", "N", "T", "\n\n", "Us", "er", ":", "x")]
+    assert shown == ["Hi ", "", "ENT", "", "", "", "", ""] and stream.stopped
+
+
 @pytest.mark.parametrize("kind", [*BYTE_LEVEL, "tiktoken"])
 @settings(max_examples=500, deadline=None)
 @given(ids=STREAMS["ids"])
@@ -512,6 +558,9 @@ def test_template_refuses(byte_level: dict[str, Path], tmp_path: Path) -> None:
         "{{ ('%s' | attr('__class__')).mro() }}",
         "{{ '{0.__class__.__mro__}'.format(messages) }}",
         "{% for i in range(10**9) %}x{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}without end {% endfor %}{% endfor %}",
+        "{{ 'x' * 10**8 }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     ],
 )
 def test_template_is_sandboxed(byte_level: dict[str, Path], tmp_path: Path, template: str) -> None:
@@ -589,6 +638,26 @@ def test_truncated_model_is_named(spm_folder: Path, tiktoken_folder: Path, tmp_p
     (folder / "tokenizer.model").unlink()
     with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json and no tokenizer\.model"):
         Tokenizer(folder)
+
+
+@pytest.mark.parametrize("kind", ["spm", "tiktoken"])
+def test_flipped_bytes(kind: str, spm_folder: Path, tiktoken_folder: Path, tmp_path: Path) -> None:
+    """Guards a tokenizer.model with bytes changed anywhere: an error that names it, or some tokenizer that works."""
+    folder = copy_with({"spm": spm_folder, "tiktoken": tiktoken_folder}[kind], tmp_path / "x")
+    data, draw, named = (folder / "tokenizer.model").read_bytes(), random.Random(0), 0
+    for _ in range(60):
+        broken = bytearray(data)
+        for _ in range(draw.choice((1, 2, 8))):
+            broken[draw.randrange(len(data))] = draw.randrange(256)
+        (folder / "tokenizer.model").write_bytes(broken)
+        try:
+            tokenizer = Tokenizer(folder)
+        except ValueError as error:
+            assert "tokenizer.model" in str(error)
+            named += 1
+        else:
+            tokenizer.decode(tokenizer.encode("Hi, naïve 漢字 😀"))
+    assert 5 < named < 60
 
 
 def test_other_kinds_are_refused(tmp_path: Path, byte_level: dict[str, Path]) -> None:

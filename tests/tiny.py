@@ -5,14 +5,21 @@ as training starts with, would hide a wrong mask or position below any tolerance
 many rows are computed together makes no difference to the tokens.
 """
 import json
+import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer as BPE
+from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor, nn
 
-from draft import EagleHead
+from autotree import NODES
+from draft import CURVE, VOCAB, EagleHead
+from medusa import MedusaHeads, save_medusa
 from model import FORMAT, Config, Llama
+from quantizers import quantize_linears
+from tokenizer_files import CHAR_OF
 
 SHAPE = {"model_type": "llama", "vocab_size": 24, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-5}
@@ -105,6 +112,38 @@ def save_head(eagle: EagleHead, folder: Path, **extra: Tensor) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config_json(eagle.cfg)))
     save_file(published(eagle) | {name: t.contiguous() for name, t in extra.items()}, folder / "model.safetensors")
+    return folder
+
+
+def save_everything(folder: Path) -> Path:
+    """A folder that generate.py runs, of 256 bytes and two special tokens: target, tokenizer with a chat template, and
+    in folders of their own EAGLE head, Medusa heads (both also as pickles), draft model, and the target in int8."""
+    model, eagle = pair(0, 0.3, torch.float32, vocab_size=260)
+    save_target(model, folder)
+    raw = config_json(model.cfg) | {"bos_token_id": 256, "eos_token_id": 257}
+    bpe = BPE(models.BPE({CHAR_OF[i]: i for i in range(256)}, []))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(False, use_regex=False), decoders.ByteLevel()
+    bpe.add_special_tokens(["<|start|>", "<|end|>"])
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|end|>{% endfor %}assistant: "
+    named = {"bos_token": "<|start|>", "eos_token": "<|end|>", "chat_template": template}
+    save_head(eagle, folder / "eagle")
+    curve = {"nodes": NODES, "topk": 10, "gained": [[1, 2, 3] + [3] * 5] * 6}
+    save_medusa(MedusaHeads(model.cfg.hidden_size, 3, vocab_size=260), folder / "medusa")
+    save_target(target(5, torch.float32, vocab_size=260, num_hidden_layers=1), folder / "draft")
+    for copy, file, pickle in (("eagle", "model.safetensors", "pytorch_model.bin"),
+                               ("medusa", "medusa_lm_head.safetensors", "medusa_lm_head.pt")):
+        shutil.copytree(folder / copy, folder / f"{copy}_pickle")
+        torch.save(load_file(folder / copy / file), folder / f"{copy}_pickle" / pickle)
+        (folder / f"{copy}_pickle" / file).unlink()
+    quantize_linears(model, "int8")
+    save_target(model, folder / "int8")
+    save_file(model.state_dict(), folder / "int8/model.safetensors", {"format": FORMAT, "mode": "int8"})
+    for where in (folder, folder / "draft", folder / "int8"):
+        bpe.save(str(where / "tokenizer.json"))
+        (where / "tokenizer_config.json").write_text(json.dumps(named))
+    for name, value in (("config.json", raw), ("generation_config.json", {"eos_token_id": [257], "temperature": 0.6}),
+                        (f"eagle/{VOCAB}", list(range(64, 123)) + [32]), (f"eagle/{CURVE}", curve)):
+        (folder / name).write_text(json.dumps(value))
     return folder
 
 
