@@ -86,11 +86,12 @@ class Terminal:
                                      prompt_continuation="  ")
 
     def read(self, default: str) -> str | None:
-        """What is sent, with `default` to begin with; None: Ctrl-C or Ctrl-D where nothing is written."""
+        """What is sent, with `default` to begin with; None: Ctrl-D. KeyboardInterrupt: Ctrl-C where nothing is
+        written."""
         try:
             print()
             return self.session.prompt(default=default)
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return None
 
     def confirm(self, question: str) -> bool:
@@ -225,8 +226,15 @@ class Chat:
     def run(self, reader: Lines | Terminal) -> None:
         draft = ""
         while not self.leaving:
-            text = reader.read(draft)
-            draft = ""
+            try:
+                text = reader.read(draft)
+            except KeyboardInterrupt:  # perhaps meant for an answer that has just ended
+                if self.ctrl_c.asked:
+                    return
+                self.ctrl_c.asked = True
+                note("[Ctrl-C again leaves]")
+                continue
+            draft, self.ctrl_c.asked = "", False
             if text is None:
                 return
             try:
@@ -383,7 +391,7 @@ class Chat:
     def help(self, _: str) -> None:
         """/help          this list"""
         note("\n".join(command.__doc__ for command in COMMANDS.values()) + "\n"
-             "Enter sends, Alt-Enter begins a new line, Ctrl-C stops an answer and leaves where nothing is written")
+             "Enter sends, Alt-Enter begins a new line; Ctrl-C stops an answer, twice it leaves, as does Ctrl-D")
 
     def exit(self, _: str) -> None:
         """/exit          leave"""

@@ -284,13 +284,14 @@ def test_write_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_terminal(make, tmp_path: Path) -> None:
-    """New lines that send or are lost; a history that does not come back; Ctrl-C on a line that leaves or loses it."""
+    """New lines that send or are lost; a history that does not come back; Ctrl-C on a line that leaves or loses it; one
+    on no line that leaves, though it was meant for the answer that had just ended, or a second one that does not."""
     talk = make()
     at_terminal(talk, "Hi 🍳 é\r", "two\x1b\rlines\r", "\x1b[200~pasted\nlines\x1b[201~!\r", "gone\x03|\x1b[A?\r",
-                "\x03")
-    assert said(talk) == ["Hi 🍳 é", "two\nlines", "pasted\nlines!", "gone?"]
+                "\x03", "still here\r", "\x03", "\x03")
+    assert said(talk) == ["Hi 🍳 é", "two\nlines", "pasted\nlines!", "gone?", "still here"]
     again = make()
-    at_terminal(again, "\x1b[A\x1b[A\x1b[A\r", "/exit\r")
+    at_terminal(again, "\x1b[A\x1b[A\x1b[A\x1b[A\r", "/exit\r")
     assert said(again) == ["pasted\nlines!"]
     assert stat.S_IMODE((tmp_path / "state/eagle2/history").stat().st_mode) == 0o600
     again.leaving = False
