@@ -154,7 +154,8 @@ def test_killed_anywhere(call, words: list[str], tmp_path: Path) -> None:
     asked, output = tmp_path / "asked.jsonl", tmp_path / "answers.jsonl"
     write(asked, PROMPTS)
     long = ("--max_new_tokens", "100")  # so that the kill comes in the midst of an answer
-    run = subprocess.Popen([sys.executable, ROOT / "generate.py", *words, *long], stderr=subprocess.DEVNULL)
+    run = subprocess.Popen([sys.executable, ROOT / "generate.py", *words, *long], stderr=subprocess.DEVNULL,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"})  # as here: an answer says how many
     while run.poll() is None and not (output.is_file() and output.read_bytes().count(b"\n") >= 3):
         time.sleep(0.002)
     run.send_signal(signal.SIGKILL)
@@ -191,11 +192,11 @@ def test_ctrl_c(call, monkeypatch: pytest.MonkeyPatch) -> None:
     """A traceback, or an answer lost, where somebody has seen enough."""
     answer, made = generate.generate, []
 
-    def stops(*inputs: object) -> dict:
+    def stops(*inputs: object, **options: object) -> dict:
         made.append(inputs)
         if len(made) == 3:
             raise KeyboardInterrupt
-        return answer(*inputs)
+        return answer(*inputs, **options)
     monkeypatch.setattr(generate, "generate", stops)
     code, answers, err = call(PROMPTS[:5])
     assert code == 130 and len(answers) == 2 and "2 of 5 prompts are done" in err
@@ -252,9 +253,9 @@ def test_on_the_disk_before_the_next(call, tmp_path: Path, monkeypatch: pytest.M
     """An answer that waits in a buffer while the next prompt, which may be the last for this machine, goes on."""
     events, answer, sync, output = [], generate.generate, os.fsync, tmp_path / "answers.jsonl"
 
-    def generates(*inputs: object) -> dict:
+    def generates(*inputs: object, **options: object) -> dict:
         events.append(("asked", output.read_bytes().count(b"\n")))
-        return answer(*inputs)
+        return answer(*inputs, **options)
     monkeypatch.setattr(generate, "generate", generates)
     monkeypatch.setattr(batch.os, "fsync", lambda fd: sync(fd) or events.append(
         ("disk", output.read_bytes().count(b"\n"))))

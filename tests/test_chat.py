@@ -194,6 +194,20 @@ def test_end_of_answer(make, capsys: pytest.CaptureFixture) -> None:
     assert "ended the answer" not in err and "full" not in err
 
 
+def test_stop(make, capsys: pytest.CaptureFixture) -> None:
+    """A stop text that is printed, kept, or taken for a limit; one that never comes, whose beginning is lost."""
+    plain = make(limit=40)
+    plain.run(Script("Hello"))
+    text = plain.messages[1]["content"]
+    for stop, kept in ((text[9:12], text[:text.index(text[9:12])]), (text[-2:] + "never", text)):
+        capsys.readouterr()
+        talk = make(limit=40, stops=(stop,))
+        talk.run(Script("Hello"))
+        out, err = capsys.readouterr()
+        assert talk.messages[1]["content"] == kept and out == kept + "\n"
+        assert ("ended the answer" in err) == (kept is text)
+
+
 def test_context(make, capsys: pytest.CaptureFixture) -> None:
     """A turn that is cut or refused without a word, dropped turns that nobody agreed to, too few or too many of them,
     a system message that goes with them, and a question that is lost."""

@@ -217,6 +217,19 @@ def test_graph_equals_launching(engines: list[Engine], demo_prompts: list[list[i
         assert list(eagle.generate(ids, 40)) == list(launched.generate(ids, 40))
 
 
+def test_second_turn(engines: list[Engine], demo_prompts: list[list[int]]) -> None:
+    """A chunk that begins anywhere in the caches; a cycle that ran ahead of a text that was left, or that ran when a
+    graph was captured for another sampling, and spoilt what is kept."""
+    for engine in engines:
+        for how in (Sampling(), Sampling(0.9, seed=4)):
+            ids = demo_prompts[2] + sum(itertools.islice(engine.generate(demo_prompts[2], 400), 12), [])
+            for more in (demo_prompts[3], [5] * 1500, [7] * (3199 - len(ids))):
+                second = sum(engine.generate(ids + more, 20, how, reuse=True), [])
+                assert engine.reused >= len(demo_prompts[2])
+                assert second == sum(engine.generate(ids + more, 20, how), [])
+                list(itertools.islice(engine.generate(ids, 100), 3))
+
+
 def test_the_loop_never_waits_nor_allocates(engines: list[Engine], demo_prompts: list[list[int]]) -> None:
     """200 cycles in which any synchronisation but that with the report's event is an error."""
     for with_stops in (engines[0], engines[2], *engines[4:]):

@@ -120,7 +120,7 @@ def test_on_the_command_line(where: str, tmp_path: Path, monkeypatch: pytest.Mon
                              capsys: pytest.CaptureFixture) -> None:
     """Guards every place where memory ends: one line, exit code 2, and in a session that goes on the next run works."""
     folder = tiny.save_everything(tmp_path / "x")
-    owner = {"load_model": "generate", "Llama": "model.Llama", "EagleHead": "draft.EagleHead", "rope_table": "model",
+    owner = {"load_model": "methods", "Llama": "model.Llama", "EagleHead": "draft.EagleHead", "rope_table": "model",
              "Engine": "engine.Engine"}[where.partition(".")[0]]
     words = ["generate.py", "--checkpoint", str(folder), "--eagle2", "--device", "cpu", "--prompt", "x",
              "--max_new_tokens", "8", "--max_seq_len", "64"]
