@@ -10,6 +10,7 @@ Text goes to stdout as it is written, statistics to stderr; with --json the last
 """
 import argparse
 import json
+import os
 import resource
 import sys
 from collections.abc import Sequence
@@ -195,6 +196,13 @@ def main() -> None:
     args = parse_args()
     try:
         work(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # nobody reads on, as behind `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+        sys.exit(141)
     except RuntimeError as e:
         if not memory.exhausted(e):
             raise
@@ -215,6 +223,8 @@ def work(args: argparse.Namespace) -> None:
             return chat(engine, tokenizer, sampling, args.max_new_tokens, args.system, args.stop)
         ids = read_prompt(args, tokenizer)
         engine.check(ids)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as e:
         sys.exit(fail(e))
     engine.warm_up(sampling)

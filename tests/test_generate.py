@@ -3,6 +3,7 @@ import io
 import json
 import pickle
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -112,6 +113,23 @@ def test_stop(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         result = write(fast, "never", stop)
         assert result["stop"] == "string" and result["text"] == text.partition(stop)[0]
         assert result["tokens"] == write(plain, "never", stop)["tokens"] and result["new_tokens"] < 60
+
+
+def test_nobody_reads_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """A traceback behind `| head`, or on Ctrl-C."""
+    folder, pipe = tiny.save_everything(tmp_path / "x"), subprocess.PIPE
+    words = ["generate.py", "--checkpoint", str(folder), "--device", "cpu", "--prompt", "x"]
+    run = subprocess.Popen([sys.executable, *words, "--json"], cwd=ROOT, stdout=pipe, stderr=pipe)
+    run.stdout.close()
+    assert "Traceback" not in run.stderr.read().decode() and run.wait() == 141
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+    monkeypatch.setattr(generate, "run", interrupt)
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit, match="130"):
+        generate.main()
+    assert capsys.readouterr().err.endswith("\ninterrupted\n")
 
 
 def test_context_is_filled_and_named(call, demo: Path) -> None:
