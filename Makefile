@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 DEMO := checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct
 HEAD := heads/SmolLM2-135M-Instruct
-PROMPT ?= Write a Python function that checks whether a word is a palindrome.
+PROMPT ?= Write a Python class for a queue.
 
 .PHONY: demo model test lint
 demo: model

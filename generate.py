@@ -1,7 +1,7 @@
 """Generate text with a Llama, one sequence on one device, as fast as it goes; with EAGLE-2 the same text faster.
 
     python generate.py --checkpoint checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct --eagle2 --compare \\
-        --prompt "Write a Python function that checks whether a word is a palindrome."
+        --prompt "Write a Python class for a queue."
 
 This file is the command line; engine.py decodes. Weights of 8 or 4 bits: --checkpoint DIR/model-int8.safetensors, which
 quantize.py writes, or --quantize int8.
