@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import linears
-from draft import CURVE, Eagle2, EagleHead
+from draft import CURVE, Eagle2, EagleHead, folder_of
 from engine import SPARE, Engine
 from model import Llama
 from timing import device_name, timed, verify_by_rows
@@ -75,7 +75,7 @@ def gained(candidates: Candidates, text: list[int]) -> Tensor:
 
 def curve_path(head: Path) -> Path:
     """Where the curve of a head lies, which is a folder or a file in it."""
-    return (head.parent if head.is_file() else head) / CURVE
+    return folder_of(head) / CURVE
 
 
 def read_curve(head: Path) -> list[list[float]]:

@@ -26,7 +26,7 @@ from prompt_toolkit.shortcuts import confirm
 from engine import Engine
 from sampling import Sampling
 from tokenizer import Tokenizer
-from watch import View, Watch, watch
+from watch import View, Watch, paint, wants_colour, watch
 
 ROOM = 64  # tokens of the context that a turn must leave for its answer
 Messages = list[dict[str, str]]
@@ -188,8 +188,7 @@ def write_messages(path: Path, messages: Messages) -> None:
 
 def note(text: str) -> None:
     """A line that is not the model's: on stderr, dim where there is colour."""
-    colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    print(f"\033[2m{text}\033[0m" if colour else text, file=sys.stderr, flush=True)
+    print(paint(text, "2", wants_colour(sys.stderr)), file=sys.stderr, flush=True)
 
 
 @dataclass

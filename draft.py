@@ -74,10 +74,15 @@ class EagleHead(nn.Module):
         quantize_linears(self, mode, group, device)
 
 
+def folder_of(path: Path) -> Path:
+    """A checkpoint's or a head's folder, be it named itself or by a file in it."""
+    return path.parent if path.is_file() else path
+
+
 def find_head(checkpoint: Path) -> Path:
     """The head that belongs to a checkpoint, a folder or a model file in it: the folder eagle, or what has the file's
     name in there, as model-int8.safetensors has if the head was quantised too."""
-    folder = checkpoint.parent if checkpoint.is_file() else checkpoint
+    folder = folder_of(checkpoint)
     file = folder / "eagle" / checkpoint.name
     return file if checkpoint.is_file() and file.is_file() else folder / "eagle"
 

@@ -20,6 +20,7 @@ import torch
 
 import memory
 from batch import batch
+from draft import folder_of
 from engine import Engine, Sampling, Vanilla
 from methods import DTYPES, add_options, check_engine, context, load_engine, placement
 from model import Config
@@ -206,8 +207,8 @@ def main() -> None:
     except RuntimeError as e:
         if not memory.exhausted(e):
             raise
-        folder = args.checkpoint.parent if args.checkpoint.is_file() else args.checkpoint
-        sys.exit(fail(MemoryError(memory.advice(args, *placement(args), context(args, Config.load(folder))))))
+        slots = context(args, Config.load(folder_of(args.checkpoint)))
+        sys.exit(fail(MemoryError(memory.advice(args, *placement(args), slots))))
 
 
 def work(args: argparse.Namespace) -> None:

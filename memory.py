@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from draft import VOCAB, EagleHead, find_head, read_vocab
+from draft import VOCAB, EagleHead, find_head, folder_of, read_vocab
 from engine import SPARE
 from methods import context, placement
 from model import Config, Llama, read_tensors, stored_mode
@@ -102,7 +102,7 @@ def widest(cfg: Config, dtype: torch.dtype) -> int:
 
 def plan(args: argparse.Namespace, dtype: torch.dtype, max_seq_len: int, mode: str | None) -> Need:
     """Of what generate.py's command line asks for, with this cache and these weights."""
-    folder, group = args.checkpoint.parent if args.checkpoint.is_file() else args.checkpoint, args.group or 128
+    folder, group = folder_of(args.checkpoint), args.group or 128
     cfg, file = Config.load(folder), args.checkpoint if args.checkpoint.is_file() else folder / "model.safetensors"
     tensors, metadata = read_tensors(file)
     stored, stored_group = stored_mode(file, metadata, None)
@@ -110,7 +110,7 @@ def plan(args: argparse.Namespace, dtype: torch.dtype, max_seq_len: int, mode: s
     drafter = 0
     if args.method.startswith("eagle"):
         path = args.draft or find_head(args.checkpoint)
-        head, vocab = path.parent if path.is_file() else path, args.draft_vocab
+        head, vocab = folder_of(path), args.draft_vocab
         listed = vocab != 0 and (head / VOCAB).is_file()
         eagle = Config.load(head, model_type="llama")
         ids = len(read_vocab(head / VOCAB, eagle.vocab_size, vocab)) if listed else None
@@ -161,8 +161,7 @@ def main() -> None:
 
     args = generate.parse_args([*sys.argv[1:], "--prompt", "-"])
     device, dtype = placement(args)
-    folder = args.checkpoint.parent if args.checkpoint.is_file() else args.checkpoint
-    need = plan(args, dtype, context(args, Config.load(folder)), args.quantize)
+    need = plan(args, dtype, context(args, Config.load(folder_of(args.checkpoint))), args.quantize)
     print(", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in need._asdict().items()),
           f"{need.total / 1e9:.2f} GB of {free_bytes(device) / 1e9:.2f} GB free", sep="; ")
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from autotree import curve_path, fit, profile_key, read_curve
-from draft import Eagle1, Eagle2, find_head, load_head
+from draft import Eagle1, Eagle2, find_head, folder_of, load_head
 from drafter import Drafter, Vanilla
 from engine import Engine
 from lookahead import Lookahead
@@ -141,7 +141,7 @@ def load_engine(args: argparse.Namespace, kind: type[Engine] = Engine) -> Engine
     wrong = check_engine(args)
     if wrong:
         raise ValueError(wrong)
-    folder = args.checkpoint.parent if args.checkpoint.is_file() else args.checkpoint
+    folder = folder_of(args.checkpoint)
     model = load_model(args.checkpoint, *placement(args), args.quantize, args.group or 128)
     tokenizer = Tokenizer(folder)
     if tokenizer.vocab_size > model.cfg.vocab_size:
@@ -190,7 +190,7 @@ def checked_draft_model(args: argparse.Namespace, model: Llama) -> Llama:
     """--speculate's model. Where it has a tokenizer, its tokens must have the ids that they have in the target's."""
     path = needed(args.speculate, "--speculate")
     draft = load_draft_model(path, model)
-    ours, theirs = (folder.parent if folder.is_file() else folder for folder in (args.checkpoint, path))
+    ours, theirs = map(folder_of, (args.checkpoint, path))
     if any((theirs / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         known = Tokenizer(ours).bpe.get_vocab()
         wrong = [t for t, i in Tokenizer(theirs).bpe.get_vocab().items() if known.get(t, i) != i]

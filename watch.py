@@ -31,7 +31,7 @@ from drafter import Drafter
 from engine import Engine
 from kernels import TreeMask
 from tokenizer import Tokenizer
-from tree import State, Tree, best_first
+from tree import State, Tree, accept, best_first, build
 
 RING = 4  # rows: the cycle that the host reads, the one that runs meanwhile, and two to spare
 GREY, BLUE, ORANGE = "38;5;245", "1;38;5;32", "1;38;5;172"  # Okabe and Ito's, as plots.py has them, of a terminal's 256
@@ -137,15 +137,9 @@ def watch(engine: Engine, on: bool = True) -> None:
 
 def accepted(tokens: list[int], parents: list[int], chosen: list[int]) -> list[int]:
     """The nodes of tree.accept's path, without the root."""
-    hops = [0] + [-1] * (len(tokens) - 1)  # -1: some node on the path is not the choice made after its parent
-    for node, (token, parent) in enumerate(zip(tokens, parents)):
-        if node and hops[parent] >= 0 and token == chosen[parent]:
-            hops[node] = hops[parent] + 1
-    node, path = hops.index(max(hops)), []  # equal siblings are possible: the deepest path counts, not the first
-    while node:
-        path.insert(0, node)
-        node = parents[node]
-    return path
+    most = len(tokens) - 1
+    path, count, _ = accept(build(torch.tensor(tokens), torch.tensor(parents), most), torch.tensor(chosen), most)
+    return path[1:1 + count].tolist()
 
 
 class View:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from draft import EagleHead, find_head, load_head
+from draft import EagleHead, find_head, folder_of, load_head
 from engine import Engine, Vanilla
 from medusa import MedusaHeads, load_medusa
 from methods import DTYPES
@@ -228,7 +228,7 @@ def load(args: argparse.Namespace, make_prompts: Callable[[Llama, Tokenizer], li
          ) -> tuple[Llama, list[Prompt], frozenset[int]]:
     """Target, prompts and stop ids, all in the ids of the widened model with --shape. args.widening becomes what heads
     need, or None; set it to None again after loading them, for it holds the small model."""
-    tokenizer = Tokenizer(args.checkpoint.parent if args.checkpoint.is_file() else args.checkpoint)
+    tokenizer = Tokenizer(folder_of(args.checkpoint))
     how = (None,) if args.shape else (args.quantize, args.group or 128)
     dtype = torch.float32 if args.shape else DTYPES[args.dtype]  # widening rounds, and once is enough
     model = load_model(args.checkpoint, args.device, dtype, *how)
