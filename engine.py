@@ -23,12 +23,13 @@ from torch import Tensor
 
 from drafter import Drafter, Vanilla, steps
 from kernels import causal_mask, tree_mask
-from linears import linear
+from linears import MAX_ROWS, linear
 from model import Llama
 from sampling import Sampling, gumbel_noise, perturb, process
 from tree import MAX_NODES, State, Tree, build
 
 PREFILL_CHUNK = 512  # prompt tokens a forward
+SHORT_CHUNK = MAX_ROWS  # on a GPU, for what is left of a prompt: it costs what a verification does
 SPARE = 128  # cache slots past max_seq_len, for drafts that reach beyond the last token to be committed
 
 
@@ -88,6 +89,7 @@ class Engine:
         # The host's copies, of the cycle it reads and of the one that runs meanwhile
         self.inbox = torch.zeros(2, rows + 2, dtype=torch.int64, pin_memory=self.cuda)
         self.arrived = [torch.cuda.Event(), torch.cuda.Event()] if self.cuda else None
+        self.short = min(SHORT_CHUNK, max_seq_len)
         self.features = model.embed.weight.new_zeros(min(PREFILL_CHUNK, max_seq_len), model.cfg.hidden_size)
         self.text, self.mark, self.reused = [], None, 0  # see `forget`; prompt tokens that were not processed anew
 
@@ -146,7 +148,8 @@ class Engine:
         self.forget()
         self.state.sampling, self.state.noise = Sampling(), None  # noise reaches no further than a drafter's nodes
         base = self.state.length - 1
-        jobs = [partial(self.drafter.propose, self.state), *(partial(self.verify, base, self.chain(n)) for n in rows)]
+        jobs = [partial(self.drafter.propose, self.state), partial(self.chunk, self.short, self.slots),
+                *(partial(self.verify, base, self.chain(n)) for n in rows)]
         with ThreadPoolExecutor(len(jobs)) as pool:
             futures = [pool.submit(torch.inference_mode()(job)) for job in jobs]
             torch.inference_mode()(self.chunk)(len(self.features), self.slots)  # here: cuBLAS has a workspace a thread
@@ -207,10 +210,12 @@ class Engine:
                 count = min(rows, -(-(n - first) // 16) * 16)  # oneDNN keeps kernels for every shape that it ever saw
                 self.chunk(count, min(-(-(first + count) // 128) * 128, self.slots))
             return first, self.features
-        chunk = self.captured(lambda: self.chunk(rows, self.slots), "chunk")  # one shape for every prompt
-        for first in range(start, n, rows):
-            self.first.fill_(first := min(first, self.slots - rows))
-            chunk()
+        chunks = {size: self.captured(partial(self.chunk, size, self.slots), "chunk", size) for size in (self.short, rows)}
+        while start < n:  # two shapes for every prompt
+            size = self.short if n - start <= 2 * self.short else rows
+            self.first.fill_(first := min(start, self.slots - size))
+            chunks[size]()
+            start += size
         return first, self.features
 
     def chunk(self, rows: int, width: int) -> None:

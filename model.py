@@ -336,9 +336,10 @@ def load_model(path: Path | str, device: torch.device | str = "cpu", dtype: torc
         model = Llama(cfg, qkv_bias="layers.0.wqkv.bias" in tensors)
     if mode:
         quantize_linears(model, mode, stored)
-    if tied and "embed.weight" in tensors:
-        tensors["lm_head.weight"] = tensors["embed.weight"]
-    fill(model, tensors, file, *(("cpu", None) if quantize else (device, dtype)))
+    place = ("cpu", None) if quantize else (device, dtype)
+    if tied and "embed.weight" in tensors:  # moved here, so that `fill` does not make two of it
+        tensors["embed.weight"] = tensors["lm_head.weight"] = tensors["embed.weight"].to(*place)
+    fill(model, tensors, file, *place)
     if quantize:
         quantize_linears(model, quantize, group, device)
         return model.to(device, dtype)

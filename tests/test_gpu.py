@@ -290,7 +290,6 @@ def test_profile(engines: list[Engine], demo_prompts: list[list[int]], which: in
     parts = sum(found[name][2] for name in profiling.PHASES[1:])
     assert all(gpu > 0 for name, (_, _, gpu) in found.items() if name != "draft" or which)
     assert 0.7 * parts < found[profiling.LAUNCHED][2] < 1.3 * parts
-    assert 0.3 < found[profiling.REPLAYED][2] / found[profiling.LAUNCHED][2] < 2
     assert list(engine.generate(ids, 30)) == text
 
 
