@@ -89,8 +89,8 @@ class Engine:
         # The host's copies, of the cycle it reads and of the one that runs meanwhile
         self.inbox = torch.zeros(2, rows + 2, dtype=torch.int64, pin_memory=self.cuda)
         self.arrived = [torch.cuda.Event(), torch.cuda.Event()] if self.cuda else None
-        self.short = min(SHORT_CHUNK, max_seq_len)
         self.features = model.embed.weight.new_zeros(min(PREFILL_CHUNK, max_seq_len), model.cfg.hidden_size)
+        self.short = min(SHORT_CHUNK, len(self.features))
         self.text, self.mark, self.reused = [], None, 0  # see `forget`; prompt tokens that were not processed anew
 
     @classmethod
@@ -210,9 +210,10 @@ class Engine:
                 count = min(rows, -(-(n - first) // 16) * 16)  # oneDNN keeps kernels for every shape that it ever saw
                 self.chunk(count, min(-(-(first + count) // 128) * 128, self.slots))
             return first, self.features
-        chunks = {size: self.captured(partial(self.chunk, size, self.slots), "chunk", size) for size in (self.short, rows)}
+        short = self.short
+        chunks = {size: self.captured(partial(self.chunk, size, self.slots), "chunk", size) for size in (short, rows)}
         while start < n:  # two shapes for every prompt
-            size = self.short if n - start <= 2 * self.short else rows
+            size = short if n - start <= 2 * short else rows
             self.first.fill_(first := min(start, self.slots - size))
             chunks[size]()
             start += size

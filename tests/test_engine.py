@@ -453,13 +453,14 @@ def as_on_a_gpu(engine: Engine) -> Engine:
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 33, 60, 79])
-def test_chunks_of_one_size(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_two_sizes(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Padding that is read, a chunk that begins at another token or reaches past the cache, a feature of the padding
     taken for the prompt's last one."""
     model, head = tiny.pair(3, 0.05)
     ids = tiny.prompt(length, length)
     expected = cycle_by_cycle(Engine(model, Eagle2(head, model, 20, 4, 5), 80), ids, 80 - length, SAMPLINGS[1])
     monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(engine_module, "SHORT_CHUNK", 4)
     monkeypatch.setattr(engine_module, "SPARE", 65)  # slots that chunks do not divide
     engine = as_on_a_gpu(Engine(model, Eagle2(head, model, 20, 4, 5), 80))
     engine.state.tokens.fill_(3)  # an earlier text
