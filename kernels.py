@@ -125,11 +125,12 @@ def attend(q, keys, values, slot, live, seen, d, edge, state, D: tl.constexpr):
 
 
 @triton.jit
-def merged(parts, logs, row, valid, D: tl.constexpr, DP: tl.constexpr, NS: tl.constexpr):
-    """[rows, DP] fp32: the mean of the NS parts of each row [rows] that is `valid`, weighted by their softmax sums
-    (`logs`), in the order of splits."""
-    d = tl.arange(0, DP)
-    mask = valid[:, None] & (d < D)[None, :]
+def merge_kernel(parts, logs, out, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
+                 NS: tl.constexpr, PDL: tl.constexpr):
+    """BM rows of out: the mean of their NS parts, weighted by their softmax sums (`logs`), in the order of splits."""
+    enter(PDL)
+    row, d = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, DP)
+    valid, mask = row < ROWS, (row < ROWS)[:, None] & (d < D)[None, :]
     top = tl.full(row.shape, float("-inf"), tl.float32)
     acc, total = tl.zeros(mask.shape, tl.float32), tl.zeros(row.shape, tl.float32)
     for i in tl.static_range(NS):
@@ -140,17 +141,7 @@ def merged(parts, logs, row, valid, D: tl.constexpr, DP: tl.constexpr, NS: tl.co
         wrote = mask & (weight > 0)[:, None]  # a split without slots wrote no part
         part = tl.load(parts + at[:, None] * D + d[None, :], mask=wrote, other=0.0)
         acc, total = acc + weight[:, None] * part, total + weight
-    return acc / total[:, None]
-
-
-@triton.jit
-def merge_kernel(parts, logs, out, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
-                 NS: tl.constexpr, PDL: tl.constexpr):
-    """BM rows of out."""
-    enter(PDL)
-    row, d = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, DP)
-    y = merged(parts, logs, row, row < ROWS, D, DP, NS)
-    tl.store(out + row[:, None] * D + d[None, :], y, mask=(row < ROWS)[:, None] & (d < D)[None, :])
+    tl.store(out + row[:, None] * D + d[None, :], acc / total[:, None], mask=mask)
 
 
 @triton.jit
@@ -205,48 +196,20 @@ def attention_kernel(q, kv, base, bits, out, parts, logs, S, T: tl.constexpr, H:
         tl.store(parts + at[:, None] * D + d[None, :], acc, mask=mask & (first < stop))
 
 
-class Parts(NamedTuple):
-    """Attention whose slots were split, before the splits are merged."""
-    means: Tensor  # fp32 [T, H, NS, D], of each split
-    logs: Tensor  # fp32 [T, H, NS]: log2 of its softmax sum, -inf where it saw nothing (and wrote no mean)
-    dtype: torch.dtype  # of what they are merged to
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of what they are merged to."""
-        return len(self.means), self.means.shape[1] * self.means.shape[3]
-
-
-def attention_parts(q: Tensor, kv: Tensor, base: Tensor, bits: Tensor | None = None,
-                    config: tuple[int, int, int, int, int] | None = None) -> Tensor | Parts:
-    """`tree_attention` by the kernel, which leaves merging to its reader where the slots were split."""
+def tree_attention_triton(q: Tensor, kv: Tensor, base: Tensor, bits: Tensor | None = None,
+                          config: tuple[int, int, int, int, int] | None = None) -> Tensor:
     (T, H, D), (K, S), (sms, capability) = q.shape, kv.shape[1:3], device_limits(q.device)
     assert q.is_contiguous() and kv.is_contiguous() and (bits is None or bits.is_contiguous())
     BM, BN, NS, warps, stages = config or attention_config(T, H // K, K, D, q.dtype, sms, capability)
-    DP, parts, logs, out, pdl = triton.next_power_of_2(D), None, None, None, capability >= (9, 0)
+    DP, parts, logs, out, pdl = triton.next_power_of_2(D), None, None, q.new_empty(T, H * D), capability >= (9, 0)
     if NS > 1:
-        parts, logs = (torch.empty(T, H, NS, *n, dtype=torch.float32, device=q.device) for n in ((D,), ()))
-    else:
-        out = q.new_empty(T, H * D)
+        parts, logs = (torch.empty(T * H * NS, n, dtype=torch.float32, device=q.device) for n in (D, 1))
     attention_kernel[(triton.cdiv(T * H // K, BM), K, NS)](
         q, kv, base, bits, out, parts, logs, S, T, H, K, D, DP, 0 if bits is None else bits.shape[1], BM, BN, NS, pdl,
         num_warps=warps, num_stages=stages, launch_pdl=pdl)
-    return out if NS == 1 else Parts(parts, logs, q.dtype)
-
-
-def merge(parts: Parts) -> Tensor:
-    """-> [T, H * D]"""
-    T, H, NS, D = parts.means.shape
-    out, pdl = parts.means.new_empty(parts.shape, dtype=parts.dtype), device_limits(parts.means.device)[1] >= (9, 0)
-    merge_kernel[(triton.cdiv(T * H, 2),)](parts.means, parts.logs, out, T * H, D, triton.next_power_of_2(D), 2, NS,
-                                           pdl, num_warps=1, launch_pdl=pdl)
+    if NS > 1:
+        merge_kernel[(triton.cdiv(T * H, 2),)](parts, logs, out, T * H, D, DP, 2, NS, pdl, num_warps=1, launch_pdl=pdl)
     return out
-
-
-def tree_attention_triton(q: Tensor, kv: Tensor, base: Tensor, bits: Tensor | None = None,
-                          config: tuple[int, int, int, int, int] | None = None) -> Tensor:
-    y = attention_parts(q, kv, base, bits, config)
-    return merge(y) if isinstance(y, Parts) else y
 
 
 def tree_attention_torch(q: Tensor, kv: Tensor, base: Tensor, bits: Tensor | None = None) -> Tensor:

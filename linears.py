@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import Parts, device_limits, merge, rope_store
-from qlinears import INTERPRET, Quantized, integer_config, integer_linear, mergeable, quantize_triton
+from kernels import device_limits, rope_store
+from qlinears import INTERPRET, Quantized, integer_config, integer_linear, quantize_triton
 
 try:
     import triton
@@ -52,28 +52,22 @@ class Config(NamedTuple):
     ahead: int = 4  # K blocks prefetched into L2 while the kernel before still runs (Hopper)
 
 
-def linear(x: Tensor | Parts, weight: Tensor | Quantized, bias: Tensor | None = None,
-           norm: tuple[Tensor, float] | None = None, residual: Tensor | None = None, gated: bool = False,
-           heads: tuple[Tensor, Tensor, Tensor] | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """x [..., K], weight [N, K], bias [N], norm (weight [K], eps), residual [..., width] -> [..., width]; attention's
-    parts, which need a residual, are merged by what makes integers of them, if anything does.
+def linear(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None, norm: tuple[Tensor, float] | None = None,
+           residual: Tensor | None = None, gated: bool = False, heads: tuple[Tensor, Tensor, Tensor] | None = None,
+           dtype: torch.dtype | None = None) -> Tensor:
+    """x [..., K], weight [N, K], bias [N], norm (weight [K], eps), residual [..., width] -> [..., width].
 
     gated: the first N / 2 rows of the weights are the gate's, the others up's, and the output is silu(gate) * up.
     heads (rope [2, M, D], cache_pos [M], kv [2, K, S, D]), x [M, K]: the output is queries, keys and values, and goes
     on to kernels.rope_store: rotated queries are returned, [M, H * D], the others are stored in kv.
     dtype of the output, x's by default. fp32 keeps the kernel's sums as they are: bf16 logits near 20 are 0.125 apart.
     """
-    flat = None if residual is None else residual.flatten(0, -2)
-    if isinstance(x, Parts):
-        if isinstance(weight, Quantized) and mergeable(x):
-            return linear_triton(x, weight, bias, norm, flat, gated, heads, dtype).view_as(residual)
-        x = merge(x)
     rows, K = x.numel() // x.shape[-1], x.shape[-1]
     if not x.is_cuda or rows > MAX_ROWS or K % 16 or x.dtype not in (torch.bfloat16, torch.float16):
         y = linear_torch(x, weight, bias, norm, residual, gated)
         return y.to(dtype or y.dtype) if heads is None else rope_store(y, *heads).flatten(1)
-    y = linear_triton(x.reshape(rows, K), weight, bias, norm, flat, gated, heads, dtype)
-    return y.view(*x.shape[:-1], -1) if residual is None else y.view_as(residual)
+    flat = None if residual is None else residual.reshape(rows, -1)
+    return linear_triton(x.reshape(rows, K), weight, bias, norm, flat, gated, heads, dtype).view(*x.shape[:-1], -1)
 
 
 def linear_torch(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None,
@@ -89,14 +83,14 @@ def linear_torch(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = No
     return y if residual is None else residual + y
 
 
-def linear_triton(x: Tensor | Parts, weight: Tensor | Quantized, bias: Tensor | None = None,
+def linear_triton(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None,
                   norm: tuple[Tensor, float] | None = None, residual: Tensor | None = None, gated: bool = False,
                   heads: tuple[Tensor, Tensor, Tensor] | None = None, dtype: torch.dtype | None = None,
                   config: Config | None = None, pdl: bool = True) -> Tensor:
     """`linear` by the kernel. pdl: on Hopper, start while the kernel before drains."""
     (M, K), N, integers = x.shape, weight.shape[0], isinstance(weight, Quantized)
     data, w_scale, group, planes, _ = weight if integers else (weight, None, 0, 0, False)
-    (sms, capability), columns = device_limits(data.device), data.shape[1]  # a column of int4 is two weights
+    (sms, capability), columns = device_limits(x.device), data.shape[1]  # a column of int4 is two weights
     BM, BN, BK, SK, warps, stages, ahead = config or (
         integer_config(M, N, columns, planes, group, sms, capability) if integers else
         linear_config(M, N, K, sms, capability))
@@ -105,10 +99,9 @@ def linear_triton(x: Tensor | Parts, weight: Tensor | Quantized, bias: Tensor | 
     kv_heads, slots, size = kv.shape[1:] if heads else (0, 0, 2)
     assert kv is None or (kv.is_contiguous() and rope.is_contiguous() and not gated)
     assert M <= BM and data.is_contiguous() and (SK == 1 or tiles <= MAX_TILES)
-    residual = None if residual is None else residual.contiguous()
-    out = data.new_empty(M, N - 2 * kv_heads * size if heads else width, dtype=dtype or x.dtype)
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+    out = x.new_empty(M, N - 2 * kv_heads * size if heads else width, dtype=dtype)
     (g, eps), launch, x_scale, sums, groups = norm or (None, 0.0), {"launch_pdl": True} if pdl else {}, None, None, 0
-    x = x if isinstance(x, Parts) else x.contiguous()
     if integers:
         (x, x_scale, sums), g = quantize_triton(x, weight, norm, pdl), None
     elif g is not None and M > NORM_ROWS:
@@ -119,7 +112,7 @@ def linear_triton(x: Tensor | Parts, weight: Tensor | Quantized, bias: Tensor | 
         w_scale, groups = w_scale.view(torch.int32), max(16, triton.next_power_of_2(len(w_scale)))
     partial = out.new_empty(tiles * SK * (BN + 1) * BM, dtype=torch.float32) if SK > 1 else None
     linear_kernel[(tiles * SK,)](
-        x, data, bias, g, eps, residual, out, partial, counters(data.device) if SK > 1 else None, rope, cache_pos, kv,
+        x, data, bias, g, eps, residual, out, partial, counters(x.device) if SK > 1 else None, rope, cache_pos, kv,
         x_scale, sums, w_scale, M, width, K, columns, slots, D=size, KV_HEADS=kv_heads, GATED=gated,
         EVEN_K=K % (2 * BK if group else BK) == 0, BM=BM, BN=BN, BK=BK, SK=SK, STAGES=stages, AHEAD=ahead, PDL=pdl,
         PLANES=planes, GROUP=group, GROUPS=groups, INTERPRET=INTERPRET, num_warps=warps, **launch)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from kernels import Parts, TreeMask, attention_parts, rope_store
+from kernels import TreeMask, rope_store, tree_attention
 from linears import linear
 from quantizers import GROUPS, MODES, quantize_linears
 
@@ -210,11 +210,11 @@ class Layer(nn.Module):
         return apply_rope(q, rope), apply_rope(k, rope), v
 
     def attention(self, x: Tensor, rope: Tensor, kv: Tensor | None, cache_pos: Tensor | None,
-                  mask: Tensor | TreeMask | None) -> Tensor | Parts:
+                  mask: Tensor | TreeMask | None) -> Tensor:
         """What each head read, [B, T, H * D]. Without a cache: causal among the T tokens (training)."""
         if isinstance(mask, TreeMask):
             q = self.project(x[0], (rope, cache_pos, kv[:, 0])).unflatten(-1, (-1, self.head_dim))
-            return attention_parts(q, kv[:, 0], *mask)
+            return tree_attention(q, kv[:, 0], *mask)[None]
         q, k, v = (y.transpose(1, 2) for y in self.qkv(x, rope))  # [B, heads, T, D]
         if kv is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)

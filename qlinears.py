@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import Parts, device_limits, enter, merged
+from kernels import device_limits
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter multiplies no bf16 and runs no assembly
 ROTATION = 16  # columns that are rotated together; K divides by it
@@ -112,30 +112,17 @@ def integer_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> 
     return (y if bias is None else y + bias).to(x.dtype)
 
 
-def mergeable(x: Parts) -> bool:
-    """Whether quantize_triton takes them as they are: heads must lie side by side in blocks of a power of 2."""
-    size = x.means.shape[-1]
-    return x.dtype != torch.float32 and size & (size - 1) == 0
-
-
-def quantize_triton(x: Tensor | Parts, weight: Quantized, norm: tuple[Tensor, float] | None, pdl: bool
+def quantize_triton(x: Tensor, weight: Quantized, norm: tuple[Tensor, float] | None, pdl: bool
                     ) -> tuple[Tensor, Tensor, Tensor | None]:
     """[M, K], normed or not -> its planes, high first, int8 [planes, M, K], scales fp32 [M], and where weights come in
-    groups the sum of each group's integers fp32 [groups, M]. Parts of attention are merged and not rounded."""
+    groups the sum of each group's integers fp32 [groups, M]."""
     (M, K), (g, eps), groups = x.shape, norm or (None, 0.0), len(weight.scale) if weight.group else 0
-    new, pdl = weight.data.new_empty, pdl and device_limits(weight.data.device)[1] >= (9, 0)
-    out, scale = new(weight.planes, M, K, dtype=torch.int8), new(M, dtype=torch.float32)
-    sums = new(groups, M, dtype=torch.float32) if groups else None
-    fixed, launch = (weight.planes, weight.group, weight.rotated, pdl), {"launch_pdl": True} if pdl else {}
-    if isinstance(x, Parts):
-        _, H, NS, D = x.means.shape
-        heads = triton.next_power_of_2(max(H, 512 // D))
-        merge_quantize_kernel[(M,)](x.means, x.logs, out, scale, sums, groups, M, H, D, heads, NS, *fixed,
-                                    num_warps=min(8, heads * D // 512), **launch)
-    else:
-        padded = max(1024, triton.next_power_of_2(K))
-        quantize_kernel[(M,)](x, g, out, scale, sums, groups, eps, M, K, padded, *fixed,
-                              num_warps=min(8, padded // 512), **launch)
+    out, scale = x.new_empty(weight.planes, M, K, dtype=torch.int8), x.new_empty(M, dtype=torch.float32)
+    sums = x.new_empty(groups, M, dtype=torch.float32) if groups else None
+    padded, pdl = max(1024, triton.next_power_of_2(K)), pdl and device_limits(x.device)[1] >= (9, 0)
+    quantize_kernel[(M,)](x, g, out, scale, sums, groups, eps, M, K, padded, weight.planes, weight.group,
+                          weight.rotated, pdl, num_warps=min(8, padded // 512),
+                          **({"launch_pdl": True} if pdl else {}))
     return out, scale, sums
 
 
@@ -193,34 +180,13 @@ if triton is not None:
             y = x * g  # what the norm divides by changes the scale, not the integers
         if ROTATED:
             y = spread(y, PADDED)
+        LIMIT: tl.constexpr = 127.0 if PLANES == 1 else 32512.0
         if norm_ptr is not None:
             top, squares = tl.reduce((tl.abs(y), x * x), 0, top_and_sum)
-            factor = tl.rsqrt(squares / K + eps)
+            tl.store(scale_ptr + row, top / LIMIT * tl.rsqrt(squares / K + eps))
         else:
-            top, factor = tl.max(tl.abs(y), 0), 1.0
-        write(y, top, factor, row, out_ptr, scale_ptr, sums_ptr, groups, M, K, PADDED, PLANES, GROUP)
-
-    @triton.jit(do_not_specialize=["M"])
-    def merge_quantize_kernel(means, logs, out_ptr, scale_ptr, sums_ptr, groups, M, H: tl.constexpr, D: tl.constexpr,
-                              HEADS: tl.constexpr, NS: tl.constexpr, PLANES: tl.constexpr, GROUP: tl.constexpr,
-                              ROTATED: tl.constexpr, PDL: tl.constexpr):
-        """One row of what attention read, H heads of D: its parts merged, then as in quantize_kernel."""
-        enter(PDL)
-        row, head = tl.program_id(0).to(tl.int64), tl.arange(0, HEADS)
-        y = tl.where((head < H)[:, None], merged(means, logs, row * H + head, head < H, D, D, NS), 0.0)
-        y = y.reshape(HEADS * D)
-        if ROTATED:
-            y = spread(y, HEADS * D)
-        write(y, tl.max(tl.abs(y), 0), 1.0, row, out_ptr, scale_ptr, sums_ptr, groups, M, H * D, HEADS * D, PLANES,
-              GROUP)
-
-    @triton.jit
-    def write(y, top, factor, row, out_ptr, scale_ptr, sums_ptr, groups, M, K: tl.constexpr, PADDED: tl.constexpr,
-              PLANES: tl.constexpr, GROUP: tl.constexpr):
-        """The integers of y [PADDED], whose largest value is `top`, and the scale that makes factor * y of them."""
-        LIMIT: tl.constexpr = 127.0 if PLANES == 1 else 32512.0
-        k = tl.arange(0, PADDED)
-        tl.store(scale_ptr + row, top / LIMIT * factor)
+            top = tl.max(tl.abs(y), 0)
+            tl.store(scale_ptr + row, top / LIMIT)
         q = tl.floor(y * (LIMIT / tl.maximum(top, 1e-30)) + 0.5).to(tl.int32)
         if GROUP:
             group = tl.arange(0, PADDED // GROUP)

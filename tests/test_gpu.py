@@ -115,26 +115,6 @@ def test_integer_linear(N: int, K: int, group: int, planes: int, rotated: bool) 
         assert error(gated, torch.nn.functional.silu(gate) * up) < (4e-2 if planes == 1 else 1e-2), M
 
 
-@pytest.mark.parametrize("group, planes, rotated", [(0, 2, False), (0, 1, True), (128, 2, False)])
-@pytest.mark.parametrize("H, K, D", [(32, 32, 128), (32, 8, 128), (40, 40, 128), (9, 3, 64), (6, 6, 96)])
-def test_integers_of_attention(H: int, K: int, D: int, group: int, planes: int, rotated: bool) -> None:
-    """A product that merges what attention's splits read, against one that is given it merged."""
-    N = 512
-    if group:
-        data = pack(torch.randint(-8, 8, (N, H * D), device="cuda"))
-        weight = Quantized(data, randn(data.shape[1] * 2 // group, N, 2) * 1e-3, group, planes)
-    else:
-        data = torch.randint(-127, 128, (N, H * D), device="cuda", dtype=torch.int8)
-        weight = Quantized(data, torch.rand(N, device="cuda") * 1e-3, 0, planes, rotated)
-    for T, base in itertools.product((1, 10, 60), (0, 700)):
-        q, kv, residual = randn(T, H, D), randn(2, K, SLOTS, D), randn(1, T, N)
-        parts = kernels.attention_parts(q, kv, torch.tensor(base, device="cuda"))
-        assert isinstance(parts, kernels.Parts)
-        wanted = linears.linear(kernels.merge(parts), weight, residual=residual)
-        got = linears.linear(parts, weight, residual=residual)
-        assert got.shape == residual.shape and error(got, wanted.double()) < (3e-2 if planes == 1 else 1e-2)
-
-
 @pytest.mark.parametrize("H, K, D, C", [(32, 32, 128, 4096), (32, 8, 128, 4096), (9, 3, 64, 576)])
 @pytest.mark.parametrize("M", [1, 7, 10, 60])
 def test_heads(M: int, H: int, K: int, D: int, C: int) -> None:

@@ -1,7 +1,6 @@
 """qlinears.py: integer weights. Its numerics in Triton's interpreter against float64, its machine code from a compiler
 without a GPU, and what PyTorch's twins compute."""
 import itertools
-import math
 import re
 import subprocess
 import tempfile
@@ -15,7 +14,7 @@ from torch import Tensor
 
 import linears
 import qlinears
-from kernels import Parts, merge, rope_store_torch
+from kernels import rope_store_torch
 from linears import Config, linear_torch
 from qlinears import (
     Quantized,
@@ -197,7 +196,7 @@ def test_rows():
 
 
 def test_splits():
-    in_child("check_splits(); check_quantize(); check_merge_quantize(); check_dequantize()", True, "test_qlinears")
+    in_child("check_splits(); check_quantize(); check_dequantize()", True, "test_qlinears")
 
 
 def test_options():
@@ -254,28 +253,8 @@ def check_compiles(cap: int, some: bool = False) -> None:
         assert compile_kernel(c, True, cap, True, norm=False, heads=True, planes=2)[2] == 0, f"{c} spills with heads"
 
 
-def check_merge_quantize() -> None:
-    """Of attention's parts, some of them of splits that saw nothing: what the two steps make of them."""
-    for (H, D, NS), mode in itertools.product(((9, 64, 4), (3, 32, 8), (32, 16, 2)), MODES.values()):
-        group, planes, rotated = mode
-        K, means, logs = H * D, torch.randn(3, H, NS, D), torch.randn(3, H, NS)
-        logs[0, :, 1], means[0, :, 1], logs[1, 2, 0] = -torch.inf, torch.nan, 30
-        groups = -(-K // 256) * 256 // max(group, 1) if group else 0
-        like, parts = Quantized(means, torch.zeros(groups), group, planes, rotated), Parts(means, logs, torch.float32)
-        weight = torch.softmax(logs * math.log(2), -1)[..., None]
-        exact = (weight * means.nan_to_num()).sum(2).flatten(1)
-        torch.testing.assert_close(merge(parts), exact)
-        for got, wanted in zip(qlinears.quantize_triton(parts, like, None, pdl=False),
-                               qlinears.quantize_triton(exact, like, None, pdl=False)):
-            if wanted is None or wanted.is_floating_point():
-                assert wanted is None or (got - wanted).abs().max() <= 1e-5 * wanted.abs().max() + group
-        got, wanted = (qlinears.quantize_triton(x, like, None, pdl=False)[0].int() for x in (parts, exact))
-        got, wanted = (x[0] if planes == 1 else 256 * x[0] + x[1] for x in (got, wanted))
-        assert (got - wanted).abs().max() <= 1 and (got != wanted).float().mean() < 0.02, (H, D, planes)
-
-
 def check_quantize_compiles(cap: int) -> None:
-    """Rows up to 13B's longest stay in registers, rotated or not; so do attention's parts, merged on the way."""
+    """Rows up to 13B's longest stay in registers, rotated or not."""
     from triton import compile, next_power_of_2
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -291,17 +270,6 @@ def check_quantize_compiles(cap: int) -> None:
                            constexprs={(names.index(n),): value for n, value in fixed.items()})
         compiled = compile(source, target=GPUTarget("cuda", cap, 32), options={"num_warps": min(8, padded // 512)})
         assert compiled.metadata.shared <= LIMIT[cap] and ".local" not in compiled.asm["ptx"], (K, group, rotated)
-    names = qlinears.merge_quantize_kernel.arg_names
-    for (H, D, NS), mode in itertools.product(((9, 64, 8), (32, 128, 4), (40, 128, 8)), MODES.values()):
-        (group, planes, rotated), heads = mode, next_power_of_2(H)
-        fixed = {"H": H, "D": D, "HEADS": heads, "NS": NS, "PLANES": planes, "GROUP": group, "ROTATED": rotated,
-                 "PDL": cap >= 90} | ({} if group else {"sums_ptr": None})
-        types = {"out_ptr": "*i8", "groups": "i32", "M": "i32"}
-        source = ASTSource(fn=qlinears.merge_quantize_kernel,
-                           constexprs={(names.index(n),): x for n, x in fixed.items()},
-                           signature={n: types.get(n, "*fp32") if n not in fixed else "constexpr" for n in names})
-        compiled = compile(source, target=GPUTarget("cuda", cap, 32), options={"num_warps": min(8, heads * D // 512)})
-        assert compiled.metadata.shared <= LIMIT[cap] and ".local" not in compiled.asm["ptx"], (H, group, rotated)
 
 
 def test_compiles_sm90():
