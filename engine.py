@@ -146,6 +146,7 @@ class Engine:
         """Compile the kernels of prefill, drafting, and verifying so many rows, by running each on any tokens in a
         thread of its own: nearly all of the time is spent outside of Python's lock. Commits nothing."""
         self.forget()
+        self.first.zero_()  # from anywhere else a chunk might reach past the caches
         self.state.sampling, self.state.noise = Sampling(), None  # noise reaches no further than a drafter's nodes
         base = self.state.length - 1
         jobs = [partial(self.drafter.propose, self.state), partial(self.chunk, self.short, self.slots),
@@ -211,6 +212,7 @@ class Engine:
                 self.chunk(count, min(-(-(first + count) // 128) * 128, self.slots))
             return first, self.features
         short = self.short
+        self.first.zero_()  # to capture is to run it, see `compile`
         chunks = {size: self.captured(partial(self.chunk, size, self.slots), "chunk", size) for size in (short, rows)}
         while start < n:  # two shapes for every prompt
             size = short if n - start <= 2 * short else rows

@@ -447,7 +447,7 @@ class Event:
 
 
 def as_on_a_gpu(engine: Engine) -> Engine:
-    """The host's side of decoding on a GPU: chunks of one size, and a cycle enqueued before the last one is read."""
+    """The host's side of decoding on a GPU: chunks of two sizes, and a cycle enqueued before the last one is read."""
     engine.cuda, engine.arrived = True, [Event(), Event()]
     return engine
 
@@ -468,6 +468,17 @@ def test_chunks_of_two_sizes(length: int, monkeypatch: pytest.MonkeyPatch) -> No
     plain = Engine(model, Vanilla(), 80)
     write(plain, ids, 1, SAMPLINGS[1])
     assert engine.top2_gap(ids) == pytest.approx(plain.top2_gap(ids))
+
+
+def test_warm_up_after_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large chunk that is compiled or captured where the last one, a small one, began: past the end of the caches."""
+    for name, value in (("PREFILL_CHUNK", 64), ("SHORT_CHUNK", 8), ("SPARE", 30)):
+        monkeypatch.setattr(engine_module, name, value)
+    engine = as_on_a_gpu(Engine(tiny.target(3), Vanilla(), 80))
+    monkeypatch.setattr(engine, "captured", lambda function, *key: function() or function)  # as the first time
+    texts = [write(engine, tiny.prompt(3, 70), 10, SAMPLINGS[0]) for _ in range(2)]
+    engine.warm_up(SAMPLINGS[1])
+    assert texts == [write(engine, tiny.prompt(3, 70), 10, SAMPLINGS[0])] * 2
 
 
 @pytest.mark.parametrize("how", SAMPLINGS)
