@@ -3,11 +3,13 @@
     python plots.py out.json pictures
 
 One panel for each temperature. Colours are Okabe and Ito's, which colour-blind people can tell apart too
-(jfly.uni-koeln.de/color); lines differ by their markers as well. A method has one colour in all pictures.
+(jfly.uni-koeln.de/color); lines differ by their markers as well. A method looks the same in all pictures; there are
+eight colours, and from the ninth method on bars are hatched and lines dashed.
 """
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
@@ -19,17 +21,30 @@ from report import read_result
 
 GREY, BLUE, ORANGE = "#7f7f7f", "#0072B2", "#E69F00"
 COLOURS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")  # vanilla and others: grey
-MARKERS = "osD^vP*X"
+MARKERS = "osD^vP*X<>hp"
 STYLE = {"font.size": 13, "axes.titlesize": 13, "axes.spines.top": False, "axes.spines.right": False,
          "legend.frameon": False, "figure.dpi": 150, "figure.constrained_layout.use": True}
 WIDTH = 1600 / 150  # inches
+
+
+class Look(NamedTuple):
+    colour: str = GREY
+    hatch: str = ""
+    marker: str = ""
+    line: str = "-"
+
+
+def look_of(i: int) -> Look:
+    """Of the i-th method."""
+    again = i >= len(COLOURS)
+    return Look(COLOURS[i % len(COLOURS)], "///" * again, MARKERS[i % len(MARKERS)], "--" if again else "-")
 
 
 def draw(result: dict, folder: Path) -> list[Path]:
     """Write the pictures; returns their paths. One that there is nothing for is left out."""
     folder.mkdir(parents=True, exist_ok=True)
     own = [name for name in result["methods"] if name != "vanilla" and "nodes" in result["methods"][name]]
-    looks = {name: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(own)}
+    looks = {name: look_of(i) for i, name in enumerate(own)}
     pictures = []
     with plt.rc_context(STYLE):
         for name, panel, wanted, across, height in (  # height: of a panel with so many methods
@@ -78,13 +93,13 @@ def speed(ax: Axes, entries: list[dict], result: dict, looks: dict) -> None:
     before = ax.get_xlim()[1]  # panels share it
     for y, e in enumerate(entries):
         s = e["tokens_per_sec"]
-        ax.barh(y, s["median"], 0.7, color=looks.get(e["method"], (GREY,))[0],
+        look = looks.get(e["method"], Look())
+        ax.barh(y, s["median"], 0.7, color=look.colour, hatch=look.hatch, edgecolor="white", lw=0,
                 xerr=[[s["median"] - s["q1"]], [s["q3"] - s["median"]]], error_kw={"lw": 1.5, "capsize": 4})
         times = f"  {s['median'] / base:.2f}x" if base else ""
         ax.annotate(f"{s['median']:.1f}{times}", (s["q3"], y), (9, 0), textcoords="offset points", va="center")
     names(ax, entries)
-    runs = len(entries[0]["runs"])
-    ax.set_xlabel("tokens/s, decoding alone" + (f": median and quartiles of {runs} runs" if runs > 1 else ", one run"))
+    ax.set_xlabel("tokens/s, decoding alone: median and quartiles of the runs")
     ax.set_xlim(0, max(1.22 * max(e["tokens_per_sec"]["q3"] for e in entries), before))
 
 
@@ -97,7 +112,9 @@ def categories(ax: Axes, entries: list[dict], result: dict, looks: dict) -> None
         ratios = [part["tokens_per_sec"]["median"] / (base["by_category"][c]["tokens_per_sec"]["median"] if base else 1)
                   for c, part in e["by_category"].items()]
         places = [x + (i - (len(entries) - 1) / 2) * width for x in range(len(ratios))]
-        ax.bar(places, ratios, 0.9 * width, color=looks[e["method"]][0], label=e["method"])
+        look = looks[e["method"]]
+        ax.bar(places, ratios, 0.9 * width, color=look.colour, hatch=look.hatch, edgecolor="white", lw=0,
+               label=e["method"])
     ax.set_xticks(range(len(entries[0]["by_category"])), entries[0]["by_category"])
     ax.tick_params(axis="x", length=0)
     ax.set_ylabel("speed-up over vanilla" if base else "tokens/s")
@@ -108,9 +125,9 @@ def categories(ax: Axes, entries: list[dict], result: dict, looks: dict) -> None
 def acceptance(ax: Axes, entries: list[dict], result: dict, looks: dict) -> None:
     """The share of cycles whose draft was accepted to a depth or deeper."""
     for e in entries:
-        colour, marker = looks[e["method"]]
-        shares = [100 * share for share in e["accept_by_depth"]]
-        ax.plot(range(1, len(shares) + 1), shares, color=colour, marker=marker, ms=8, lw=2, label=e["method"])
+        look, shares = looks[e["method"]], [100 * share for share in e["accept_by_depth"]]
+        ax.plot(range(1, len(shares) + 1), shares, look.line, color=look.colour, marker=look.marker, ms=8, lw=2,
+                label=e["method"])
     ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     ax.set_xlabel("depth in the draft, tokens")
     ax.set_ylabel("accepted that deep, % of cycles")
