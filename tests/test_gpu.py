@@ -7,6 +7,7 @@ import copy
 import gc
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from engine import Engine, Sampling, Vanilla, capture
 from lookahead import Lookahead
 from lookup import Lookup, Retrieval
 from medusa import Medusa, MedusaHeads
+from methods import METHODS
 from model import load_model
 from qlinears import Quantized, dequantize, pack, quantize_rows, rotate
 from quantizers import MODES
@@ -38,6 +40,7 @@ from tree import State
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SLOTS = 1024 + 128
 HALF = [torch.bfloat16, torch.float16]
+HEADS = Path(__file__).parents[1] / "heads" / "SmolLM2-135M-Instruct"
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -317,6 +320,24 @@ def test_quantized(demo, demo_prompts: list[list[int]], mode: str) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(eagle.graphs) == graphs and variants() == compiled
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_methods_as_they_are_used(demo, demo_prompts: list[list[int]], method: str) -> None:
+    """Each method with the heads that come with this repository, in bfloat16, warmed up again after a long text as
+    bench.py does: its text is vanilla's, but for near-ties and other draws."""
+    given = {"speculate": {"speculate": HEADS / "draft_model"}, "medusa": {"medusa": HEADS / "medusa"}}
+    engine = Engine.load(demo, method, max_seq_len=900, **given.get(method.split("+")[0], {}))
+    vanilla = Engine(engine.model, Vanilla("cuda"), 900, frozenset(engine.stop_ids.tolist()))
+    for how in (Sampling(), Sampling(1.0, seed=3)):
+        for each in (engine, vanilla):
+            each.warm_up(how)
+            assert len(sum(each.generate([5] * 700, 20, how), [])) <= 20
+        for ids in demo_prompts[::3]:
+            a, b = (sum(each.generate(ids, 64, how), []) for each in (vanilla, engine))
+            parts = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
+            assert parts is None or engine.drafter.rejection and how.temperature or (
+                vanilla.top2_gap(ids + a[:parts]) < 0.5), (how, parts)
 
 
 def test_the_tree_that_fits(demo) -> None:
