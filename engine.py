@@ -92,7 +92,8 @@ class Engine:
         self.arrived = [torch.cuda.Event(), torch.cuda.Event()] if self.cuda else None
         self.features = model.embed.weight.new_zeros(min(PREFILL_CHUNK, max_seq_len), model.cfg.hidden_size)
         self.short = min(SHORT_CHUNK, len(self.features))
-        self.shorts = 5 if isinstance(model.lm_head.weight, Quantized) else 2  # that take no longer than a large chunk
+        # So many tokens short chunks process sooner than a large one, which dequantises first (BENCHMARKS.md)
+        self.few = (5 if isinstance(model.lm_head.weight, Quantized) else 2) * self.short
         self.text, self.mark, self.reused = [], None, 0  # see `forget`; prompt tokens that were not processed anew
 
     @classmethod
@@ -217,7 +218,7 @@ class Engine:
         self.first.zero_()  # to capture is to run it, see `compile`
         chunks = {size: self.captured(partial(self.chunk, size, self.slots), "chunk", size) for size in (short, rows)}
         while start < n:  # two shapes for every prompt
-            size = short if n - start <= self.shorts * short else rows
+            size = short if n - start <= self.few else rows
             self.first.fill_(first := min(start, self.slots - size))
             chunks[size]()
             start += size
