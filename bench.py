@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from baselines import gpt_fast_decoder, transformers_decoder
-from engine import SPARE, Engine, Sampling
+from engine import SPARE, Engine, Sampling, parted
 from generate import DTYPES, fail
 from methods import METHODS, add_options, check_options, make_drafter
 from report import against, read_result, report
@@ -169,11 +169,6 @@ def distinct4(texts: list[list[int]]) -> float:
     """The share of 4-grams that a text has not written before: where it is low, drafts are easy and speeds flatter."""
     grams = [[tuple(ids[i:i + 4]) for i in range(len(ids) - 3)] for ids in texts]
     return sum(len(set(each)) for each in grams) / max(1, sum(map(len, grams)))
-
-
-def parted(ids: list[int], base: list[int]) -> int:
-    """The place of the first token that differs; where one text ends before the other, its length."""
-    return next((i for i, (a, b) in enumerate(zip(ids, base)) if a != b), min(len(ids), len(base)))
 
 
 def gap(vanilla: Engine, ids: list[int], sampling: Sampling) -> float:

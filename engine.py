@@ -57,6 +57,11 @@ def graph_memory() -> torch.cuda.CUDAGraph:
     return graph
 
 
+def parted(ids: list[int], others: list[int]) -> int:
+    """The place of the first token that differs; where one text ends before the other, its length."""
+    return next((i for i, (a, b) in enumerate(zip(ids, others)) if a != b), min(len(ids), len(others)))
+
+
 class Engine:
     """A model, a drafter and the state of one sequence. Call `generate` again and again, one at a time: a new one ends
     an older one that has not finished, on this engine or on another that shares the model. To stop early is harmless.
@@ -138,8 +143,7 @@ class Engine:
         the text does not count either. A cycle that ran ahead, or was interrupted, writes to no slot before that."""
         if not self.holds(self.mark):
             return 0
-        same = next((i for i, (a, b) in enumerate(zip(ids, self.text)) if a != b), min(len(ids), len(self.text)))
-        return max(0, min(same - 1, len(self.text) - self.drafter.max_depth - 2))
+        return max(0, min(parted(ids, self.text) - 1, len(self.text) - self.drafter.max_depth - 2))
 
     def chain(self, rows: int) -> Tree:
         """So many nodes, one below the other, of any tokens."""

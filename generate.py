@@ -21,7 +21,7 @@ import torch
 import memory
 from batch import batch
 from draft import folder_of
-from engine import Engine, Sampling, Vanilla
+from engine import Engine, Sampling, Vanilla, parted
 from methods import DTYPES, add_options, check_engine, context, load_engine, placement
 from model import Config
 from profiling import write_trace
@@ -89,7 +89,7 @@ def compare(engine: Engine, vanilla: dict, fast: dict, ids: list[int]) -> str:
     speed_up = fast["tokens_per_sec"] / vanilla["tokens_per_sec"] if vanilla["tokens_per_sec"] else float("nan")
     if a == b:
         return f"{speed_up:.2f}x vanilla, identical tokens"
-    at = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    at = parted(a, b)
     return (f"{speed_up:.2f}x vanilla; the tokens differ from number {at} on, where vanilla's two best tokens are "
             f"{engine.top2_gap(ids + b[:at]):.3g} apart ({vanilla['dtype']} rounding; float32 does not differ)")
 

@@ -111,9 +111,9 @@ def write_trace(engine: Engine, ids: list[int], sampling: Sampling, path: Path) 
             f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB): open it at https://ui.perfetto.dev or chrome://tracing")
 
 
-def means(events: list[dict]) -> dict[str, tuple[int, float, float]]:
-    """Of each named range of a trace: how often it is there, mean ms on the host from its beginning to its end, and
-    mean ms in which the GPU ran any of the kernels that were launched in it."""
+def named_ranges(events: list[dict]) -> dict[str, list[tuple[float, list[tuple[float, float]]]]]:
+    """Of each name, for every range of a trace that has it: us on the host from its beginning to its end, and from when
+    to when, in us, the GPU ran each of the kernels that were launched in it."""
     ranges = [e for e in events if e.get("cat") == "user_annotation" and e["name"] in (*PHASES, LAUNCHED, REPLAYED)]
     launches = [(e["ts"], e["args"]["correlation"]) for e in events
                 if e.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in e.get("args", {})]
@@ -124,8 +124,15 @@ def means(events: list[dict]) -> dict[str, tuple[int, float, float]]:
     found = {}
     for e in ranges:
         own = [span for ts, key in launches if 0 <= ts - e["ts"] <= e["dur"] for span in kernels.get(key, [])]
-        found.setdefault(e["name"], []).append((e["dur"] / 1e3, covered(own) / 1e3))
-    return {name: (len(each), *map(fmean, zip(*each))) for name, each in found.items()}
+        found.setdefault(e["name"], []).append((e["dur"], own))
+    return found
+
+
+def means(events: list[dict]) -> dict[str, tuple[int, float, float]]:
+    """Of each named range of a trace: how often it is there, mean ms on the host, and mean ms in which the GPU ran any
+    of its kernels."""
+    return {name: (len(each), fmean(us for us, _ in each) / 1e3, fmean(covered(own) for _, own in each) / 1e3)
+            for name, each in named_ranges(events).items()}
 
 
 def covered(spans: list[tuple[float, float]]) -> float:

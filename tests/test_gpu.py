@@ -8,6 +8,7 @@ import gc
 import itertools
 import json
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ import sampling
 import tree
 import tree_kernels
 from draft import Eagle1, Eagle2, load_head
-from engine import Engine, Sampling, Vanilla, capture
+from engine import Engine, Sampling, Vanilla, capture, parted
 from lookahead import Lookahead
 from lookup import Lookup, Retrieval
 from medusa import Medusa, MedusaHeads
@@ -270,10 +271,10 @@ def test_graphs_share_memory() -> None:
 
 def test_no_prompt_compiles_anything(engines: list[Engine]) -> None:
     """Prompts of 1 to 3,000 tokens: three graphs an engine, and no kernel that was not there before."""
-    for engine in (engines[0], engines[2], *engines[4:]):
+    for engine in (engines[2], engines[0], *engines[4:]):  # EAGLE-2 first: there is something to count
         list(engine.generate([1, 2, 3], 10))
         graphs, compiled = len(engine.graphs), variants()
-        assert graphs >= 3 and compiled > 5
+        assert graphs >= 3 and compiled > 10
         for length in (1, 2, 31, 64, 65, 128, 129, 511, 512, 513, 1500, 3000):
             assert len(sum(engine.generate([5] * length, 5), [])) <= 5
         assert len(engine.graphs) == graphs and variants() == compiled
@@ -287,12 +288,16 @@ def test_profile(engines: list[Engine], demo_prompts: list[list[int]], which: in
     text = list(engine.generate(ids, 30))
     for _ in range(2):
         shown = profiling.write_trace(engine, ids, Sampling(), tmp_path / "trace.json")
-    found = profiling.means(json.loads((tmp_path / "trace.json").read_text())["traceEvents"])
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    found = profiling.means(events)
     assert found.keys() == {*profiling.PHASES, profiling.LAUNCHED, profiling.REPLAYED} and "GPU busy" in shown
     assert found[profiling.LAUNCHED][0] >= profiling.CYCLES <= found[profiling.REPLAYED][0]
     parts = sum(found[name][2] for name in profiling.PHASES[1:])
     assert all(gpu > 0 for name, (_, _, gpu) in found.items() if name != "draft" or which)
     assert 0.7 * parts < found[profiling.LAUNCHED][2] < 1.3 * parts
+    kernels_of = {name: fmean(len(own) for _, own in each) for name, each in profiling.named_ranges(events).items()}
+    # Not their times, which depend on who else is on the GPU
+    assert 0.9 < kernels_of[profiling.REPLAYED] / kernels_of[profiling.LAUNCHED] < 1.1
     assert list(engine.generate(ids, 30)) == text
 
 
@@ -335,9 +340,8 @@ def test_methods_as_they_are_used(demo, demo_prompts: list[list[int]], method: s
             assert len(sum(each.generate([5] * 700, 20, how), [])) <= 20
         for ids in demo_prompts[::3]:
             a, b = (sum(each.generate(ids, 64, how), []) for each in (vanilla, engine))
-            parts = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
-            assert parts is None or engine.drafter.rejection and how.temperature or (
-                vanilla.top2_gap(ids + a[:parts]) < 0.5), (how, parts)
+            assert a == b or engine.drafter.rejection and how.temperature or (
+                vanilla.top2_gap(ids + a[:parted(a, b)]) < 0.5), (how, parted(a, b))
 
 
 def test_the_tree_that_fits(demo) -> None:
