@@ -48,12 +48,14 @@ def measure(model: Llama, head: EagleHead, max_seq_len: int) -> list[float] | No
     timer = partial(timed, unroll=5, rounds=3, calls=5 if cuda else 1)
     part = partial(timer, device=engine.device)
     with torch.inference_mode():  # not for what is allocated above, which other engines go on with
-        where, hidden, level = drafter.begin(state)
-        draft = part(partial(drafter.begin, state)), part(partial(drafter.expand, state, where, hidden, level, 1))
+        where, onward, level = drafter.begin(state)
+        first, further, last = part(partial(drafter.begin, state)), *(
+            part(partial(drafter.expand, state, where, onward, level, depth)) for depth in (1, LEVELS - 1))
+        first -= further - last  # what the next level reads is made with a level, but counts with the next
         tree = drafter.propose(state)
         rest = part(partial(drafter.rerank, state)) + part(
             partial(engine.commit, where[0, 0], tree, *engine.verify(where[0, 0], tree)))
-    return [*draft, rest, *verify_by_rows(engine, NODES, timer).values()]
+    return [first, further, rest, *verify_by_rows(engine, NODES, timer).values()]
 
 
 def gained(candidates: Candidates, text: list[int]) -> Tensor:

@@ -52,16 +52,19 @@ def bandwidth(device: torch.device) -> dict[str, float]:
 def cycle_parts(engine: Engine) -> list[dict]:
     """The parts of a frozen engine's cycle, in order: ms, and the GB of weights, keys and values that each reads."""
     state, drafter, model, length, parts = engine.state, engine.drafter, engine.model, int(engine.state.length), []
-    draft_gb = gigabytes(drafter.fc, drafter.lm_head, drafter.head.layer) + kv_gigabytes(drafter.head.kv, length)
+    fc_gb, level_gb = gigabytes(drafter.fc), gigabytes(drafter.lm_head, drafter.head.layer) + kv_gigabytes(
+        drafter.head.kv, length)
 
     def part(name: str, gb: float, function: Callable[[], object]) -> object:
         parts.append({"part": name, "ms": timed(function, engine.device), "gb": gb})
         return function()  # what the next part reads, outside of any graph
 
-    where, hidden, level = part(f"draft: extend, {drafter.max_depth + 1} rows", draft_gb, partial(drafter.begin, state))
+    below = [fc_gb] * (drafter.levels - 1) + [0]  # below the last level nothing is drafted
+    where, onward, level = part(f"draft: extend, {drafter.max_depth + 1} rows", fc_gb + level_gb + below[0],
+                                partial(drafter.begin, state))
     for depth in range(1, drafter.levels):
-        hidden, level = part(f"draft: expansion {depth}, {drafter.topk} rows", draft_gb,
-                             partial(drafter.expand, state, where, hidden, level, depth))
+        onward, level = part(f"draft: expansion {depth}, {drafter.topk} rows", level_gb + below[depth],
+                             partial(drafter.expand, state, where, onward, level, depth))
     tree = part("rerank", 0, partial(drafter.rerank, state))
     features, chosen = part(f"verify, {len(tree.tokens)} rows", step_gb(model, length),
                             partial(engine.verify, where[0, 0], tree))

@@ -25,7 +25,7 @@ from kernels import TreeMask, causal_mask, tree_mask
 from linears import linear
 from lookup import Retrieval
 from model import Config, Layer, Llama, fill, read_tensors, rope_table, stored_mode
-from qlinears import Quantized
+from qlinears import Quantized, dequantize
 from quantizers import quantize_linears, quantize_weight
 from tree import MAX_NODES, Level, State, Tree, build, root
 
@@ -164,32 +164,56 @@ def native_names(published: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def rows_of(weight: Tensor | Quantized, rows: Tensor | slice) -> Tensor | Quantized:
+    """Some outputs of a linear layer: bf16, fp16, fp32 or int8."""
+    if not isinstance(weight, Quantized):
+        return weight[rows]
+    return weight._replace(data=weight.data[rows], scale=weight.scale[rows])
+
+
 def drafting_rows(weight: Tensor | Quantized, ids: Tensor | None, quantized: bool) -> Tensor | Quantized:
     """The lm_head's rows of these ids (None: all); int8 for a quantised head, though the target's may not be. Against
     8 bits of x: a draft may be wrong, and nothing is easier to be right about than the best ten."""
-    if not isinstance(weight, Quantized):
-        weight = weight if ids is None else weight[ids]
-        return quantize_weight(weight.detach(), "int8")._replace(planes=1) if quantized else weight
     if ids is not None:
-        weight = weight._replace(data=weight.data[ids], scale=weight.scale[ids])
-    return weight._replace(planes=1)
+        weight = rows_of(weight, ids)
+    if quantized and (ids is not None or not isinstance(weight, Quantized)):  # a copy in any case: rotated, as fc is
+        exact = dequantize(weight, torch.float32) if isinstance(weight, Quantized) else weight.detach()
+        weight = quantize_weight(exact, "int8dyn")
+    return weight._replace(planes=1) if isinstance(weight, Quantized) else weight
+
+
+def stack(above: Tensor | Quantized, below: Tensor | Quantized) -> Tensor | Quantized | None:
+    """Two linear layers of the same input as one, if they are of one kind."""
+    if not isinstance(above, Quantized) and not isinstance(below, Quantized):
+        return torch.cat((above, below))
+    if isinstance(above, Quantized) and isinstance(below, Quantized) and above[2:] == below[2:]:
+        return above._replace(data=torch.cat((above.data, below.data)), scale=torch.cat((above.scale, below.scale)))
+    return None
 
 
 class Eagle(Drafter):
-    """What both drafters share: the head's prefill and its catch-up on accepted tokens."""
+    """What both drafters share: the head's prefill, its catch-up on accepted tokens, and what is made of its features.
+
+    fc of an embedding and a feature is a sum. The embedding's share is a table; the feature's share is computed where
+    its logits are, once for all that may follow it, and with a draft vocabulary by the same product."""
 
     def __init__(self, head: EagleHead, target: Llama, max_depth: int) -> None:
         self.head, self.ids, self.max_depth = head, head.vocab, max_depth
-        self.lm_head = drafting_rows(target.lm_head.weight, self.ids, head.of_embedding is not None)
         device = target.embed.weight.device
         self.steps, self.entries = steps(device), torch.arange(-1, max_depth + 1, device=device)
-        with torch.no_grad():  # fc of an embedding and a feature is a sum; the embedding's share is a table
+        self.lm_head, self.both = drafting_rows(target.lm_head.weight, self.ids, head.of_embedding is not None), None
+        with torch.no_grad():
             if head.of_embedding is None:
                 of_embedding, of_feature = head.fc.weight.chunk(2, dim=1)
                 of_feature = of_feature.contiguous()
             else:
                 of_embedding, of_feature = head.of_embedding, head.fc.weight
             self.fc, self.embedded = of_feature, F.linear(target.embed.weight, of_embedding, head.fc.bias)
+            if self.ids is not None:  # the lm_head's rows are a copy already, and fc's may lie below them
+                self.both = stack(self.lm_head, self.fc)
+        if self.both is not None:
+            count = len(self.ids)
+            self.lm_head, self.fc = (rows_of(self.both, rows) for rows in (slice(count), slice(count, None)))
 
     def allocate(self, slots: int) -> None:
         self.head.allocate_cache(slots)
@@ -198,21 +222,29 @@ class Eagle(Drafter):
         return self.head.kv,
 
     def prefill(self, state: State, features: Tensor, slots: Tensor, mask: Tensor | TreeMask) -> None:
-        self.rows(state.tokens[slots + 1], features, None, slots, slots, mask)
+        self.rows(state.tokens[slots + 1], linear(features, self.fc), None, slots, slots, mask)
 
-    def rows(self, tokens: Tensor, features: Tensor, above: Tensor | None, rope_pos: Tensor, cache_pos: Tensor,
+    def rows(self, tokens: Tensor, onward: Tensor, above: Tensor | None, rope_pos: Tensor, cache_pos: Tensor,
              mask: Tensor | TreeMask) -> Tensor:
-        """The features that follow tokens [T], each after row above[i] of `features` (None: row i), [T, C]."""
-        embedded, features, rope = self.steps.gather(self.embedded, tokens, features, above, self.head.rope, rope_pos)
-        return self.head(linear(features, self.fc, residual=embedded)[None], rope, cache_pos, mask)[0]
+        """The features [T, C] that follow tokens [T], where row above[i] (None: i) of `onward` is what fc makes of the
+        feature before token i."""
+        x, rope = self.steps.gather(self.embedded, tokens, onward, above, self.head.rope, rope_pos)
+        return self.head(x[None], rope, cache_pos, mask)[0]
 
-    def logits(self, hidden: Tensor, state: State, depth: int) -> Tensor:
-        """[N, V] of the tokens below nodes of this depth. The noise that the target's choice there will be made with is
-        known: with the same noise the head guesses what will be sampled, not what may be (BENCHMARKS.md)."""
-        logits = linear(hidden, self.lm_head, dtype=torch.float32)
-        if state.noise is None:
-            return logits
-        return logits + (state.noise[depth] if self.ids is None else state.noise[depth][self.ids])
+    def read(self, hidden: Tensor, state: State, depth: int, last: bool) -> tuple[Tensor, Tensor | None]:
+        """Of features [N, C] that follow nodes of this depth: the logits [N, V] of the tokens below them and, unless
+        that level is the last, what fc makes of them, [N, C]; at least in fp32. The noise that the target's choice
+        there will be made with is known: with the same noise the head guesses what will be sampled, not what may be
+        (BENCHMARKS.md)."""
+        dtype, onward = torch.promote_types(hidden.dtype, torch.float32), None
+        if last or self.both is None:
+            logits = linear(hidden, self.lm_head, dtype=dtype)
+            onward = None if last else linear(hidden, self.fc, dtype=dtype)
+        else:
+            logits, onward = linear(hidden, self.both, dtype=dtype).split((len(self.ids), hidden.shape[1]), -1)
+        if state.noise is not None:
+            logits = logits + (state.noise[depth] if self.ids is None else state.noise[depth][self.ids])
+        return logits, onward
 
     def extend(self, state: State) -> Tensor:
         """Re-run the head over the tokens just committed, now with the target's true features, replacing what
@@ -221,7 +253,7 @@ class Eagle(Drafter):
         places = state.length - state.committed + self.entries  # of the features, and of the last token
         slots = places[:-1]
         mask = causal_mask(slots[0], len(slots), state.width)
-        hidden = self.rows(state.tokens[places[1:]], state.features, None, slots, slots, mask)
+        hidden = self.rows(state.tokens[places[1:]], linear(state.features, self.fc), None, slots, slots, mask)
         return hidden.index_select(0, (state.committed - 1)[None])
 
 
@@ -243,26 +275,28 @@ class Eagle2(Eagle):
         self.start = tree.start(topk, draft_depth, scratch.device, chain and chain + 1)
 
     def propose(self, state: State) -> Tree:
-        where, hidden, level = self.begin(state)
+        where, onward, level = self.begin(state)
         for depth in range(1, self.levels):
-            hidden, level = self.expand(state, where, hidden, level, depth)
+            onward, level = self.expand(state, where, onward, level, depth)
         return self.rerank(state)
 
-    def begin(self, state: State) -> tuple[Tensor, Tensor, Level]:
+    def begin(self, state: State) -> tuple[Tensor, Tensor | None, Level]:
         """Catch up with what was accepted, and choose the first level. Returns where this tree is drafted, and what
         the first `expand` wants."""
         where, hidden, (level, candidates) = state.length + self.where, self.extend(state), self.start
-        return where, hidden, self.steps.grow(self.logits(hidden, state, 0), level, candidates, 0, self.topk, self.ids)
+        logits, onward = self.read(hidden, state, 0, self.levels == 1)
+        return where, onward, self.steps.grow(logits, level, candidates, 0, self.topk, self.ids)
 
-    def expand(self, state: State, where: Tensor, hidden: Tensor, level: Level, depth: int) -> tuple[Tensor, Level]:
-        """Feed the nodes of `level`, `depth` below the root; hidden [any, C] are the features of the rows fed before,
-        where [2, fed nodes] the places and scratch slots of all levels, from the root's on. Returns the features of
+    def expand(self, state: State, where: Tensor, onward: Tensor, level: Level, depth: int
+               ) -> tuple[Tensor | None, Level]:
+        """Feed the nodes of `level`, `depth` below the root; onward [any, C] is what fc made of the rows fed before,
+        where [2, fed nodes] the places and scratch slots of all levels, from the root's on. Returns what it makes of
         these nodes, [k, C], and the next level."""
         places, slots = where[:, (depth - 1) * self.topk:depth * self.topk]
-        hidden = self.rows(level.tokens, hidden, level.rows, places, slots,
+        hidden = self.rows(level.tokens, onward, level.rows, places, slots,
                            tree_mask(where[0, 0], level.bits, state.width))
-        logits = self.logits(hidden, state, depth)
-        return hidden, self.steps.grow(logits, level, self.start[1], depth, self.topk, self.ids)
+        logits, onward = self.read(hidden, state, depth, depth == self.levels - 1)
+        return onward, self.steps.grow(logits, level, self.start[1], depth, self.topk, self.ids)
 
     def rerank(self, state: State) -> Tree:
         if self.retrieval:
@@ -303,12 +337,14 @@ class Eagle1(Eagle):
         return torch.tensor([[fed.index(c[:-1]) for c in children], [c[-1] for c in children]], device=device)
 
     def propose(self, state: State) -> Tree:
-        base, hidden = state.length - 1, self.extend(state)
-        levels = [self.children(self.logits(hidden, state, 0), self.grow[0])]
+        base = state.length - 1
+        logits, onward = self.read(self.extend(state), state, 0, not self.levels)
+        levels = [self.children(logits, self.grow[0])]
         for depth, (fed, parent_rows, bits, slots, places) in enumerate(self.levels, 1):
-            hidden = self.rows(levels[-1][fed], hidden, parent_rows, base + places, base + slots,
+            hidden = self.rows(levels[-1][fed], onward, parent_rows, base + places, base + slots,
                                tree_mask(base, bits, state.width))
-            levels.append(self.children(self.logits(hidden, state, depth), self.grow[depth]))
+            logits, onward = self.read(hidden, state, depth, depth == len(self.levels))
+            levels.append(self.children(logits, self.grow[depth]))
         return self.shape._replace(tokens=torch.cat((root(state), *levels)))
 
     def children(self, logits: Tensor, places: Tensor) -> Tensor:

@@ -72,15 +72,17 @@ def cache_bytes(cfg: Config, max_seq_len: int, dtype: torch.dtype, layers: int |
 
 def eagle_bytes(cfg: Config, target: Config, max_seq_len: int, dtype: torch.dtype, mode: str | None = None,
                 group: int = 128, ids: int | None = None) -> int:
-    """Of a head and of what Eagle makes of it: the embeddings' table, a copy of half of fc, the lm_head's rows that are
-    drafted from where these are not the target's own. `ids`: how many tokens are drafted (None: all)."""
+    """Of a head and of what Eagle makes of it: the embeddings' table; the lm_head's rows that are drafted from, where
+    these are not the target's own; and a copy of half of fc, where it is not read as the head has it. `ids`: how many
+    tokens are drafted (None: all)."""
     with torch.device("meta"):
         head = EagleHead(cfg)
     size, one = cfg.hidden_size, dtype.itemsize
     if mode:
         head.quantize(mode, group)
-    tables = target.vocab_size * size * one + (0 if mode else size * size * one)
-    rows = (ids or 0) * (size + 4 if mode else size * one)
+    row, joined = size + 4 if mode else size * one, not mode or (ids is not None and mode != "int4")
+    tables = target.vocab_size * size * one + joined * size * row
+    rows = (ids or 0) * row
     return nbytes(content(head), dtype) + tables + rows + cache_bytes(cfg, max_seq_len, dtype, 1)
 
 

@@ -59,10 +59,11 @@ def build(tokens: Tensor, parents: Tensor, max_depth: int) -> Tree:
     return Tree(tokens, parents, depth + (torch.arange(len(parents), device=parents.device) > 0), ancestors)
 
 
-def gather(embedded: Tensor, tokens: Tensor, features: Tensor, rows: Tensor | None, rope: Tensor, places: Tensor
-           ) -> tuple[Tensor, Tensor, Tensor]:
-    """What a drafted level is fed: embedded[tokens], features[rows] (None: in order), rope[:, places]."""
-    return embedded[tokens], features[:len(tokens)] if rows is None else features[rows], rope[:, places]
+def gather(embedded: Tensor, tokens: Tensor, onward: Tensor, rows: Tensor | None, rope: Tensor, places: Tensor
+           ) -> tuple[Tensor, Tensor]:
+    """What a drafted level is fed: embedded[tokens] + onward[rows] (None: in order), rounded once, and
+    rope[:, places]."""
+    return (embedded[tokens] + (onward if rows is None else onward[rows])).to(embedded.dtype), rope[:, places]
 
 
 def best_children(logits: Tensor, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

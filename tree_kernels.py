@@ -70,15 +70,15 @@ def noise_kernel(seed, places, out, V, BLOCK: tl.constexpr, PDL: tl.constexpr):
 
 
 @triton.jit
-def gather_kernel(embedded, tokens, features, rows, rope, places, own, above, angles, C, S, D, SIZE: tl.constexpr,
+def gather_kernel(embedded, tokens, onward, stride, rows, rope, places, out, angles, C, S, D, SIZE: tl.constexpr,
                   PDL: tl.constexpr):
     """One row of each output of `gather`."""
     enter(PDL)
     row, i = tl.program_id(0), tl.arange(0, SIZE)
     source = row if rows is None else tl.load(rows + row)
     from_embedded, from_rope = tl.load(tokens + row) * C + i, tl.load(places + row) * D + i
-    tl.store(own + row * C + i, tl.load(embedded + from_embedded, mask=i < C), mask=i < C)
-    tl.store(above + row * C + i, tl.load(features + source * C + i, mask=i < C), mask=i < C)
+    x = tl.load(embedded + from_embedded, mask=i < C).to(tl.float32)
+    tl.store(out + row * C + i, x + tl.load(onward + source * stride + i, mask=i < C).to(tl.float32), mask=i < C)
     for plane in tl.static_range(2):  # cos, sin
         angle = tl.load(rope + plane * S * D + from_rope, mask=i < D)
         tl.store(angles + (plane * tl.num_programs(0) + row) * D + i, angle, mask=i < D)
@@ -258,15 +258,15 @@ def gumbel_noise(seed: Tensor, places: Tensor, vocab_size: int) -> Tensor:
     return out
 
 
-def gather(embedded: Tensor, tokens: Tensor, features: Tensor, rows: Tensor | None, rope: Tensor, places: Tensor
-           ) -> tuple[Tensor, Tensor, Tensor]:
-    """tree.gather; all in one dtype."""
+def gather(embedded: Tensor, tokens: Tensor, onward: Tensor, rows: Tensor | None, rope: Tensor, places: Tensor
+           ) -> tuple[Tensor, Tensor]:
+    """tree.gather. onward [any, C] of any dtype may be some columns of something wider."""
     C, T, (S, D) = embedded.shape[1], len(tokens), rope.shape[1:]
-    assert all(t is None or t.is_contiguous() for t in (embedded, tokens, features, rows, rope, places))
-    own, above, angles = embedded.new_empty(T, C), embedded.new_empty(T, C), rope.new_empty(2, T, D)
-    gather_kernel[T,](embedded, tokens, features, rows, rope, places, own, above, angles, C, S, D,
+    assert all(t is None or t.is_contiguous() for t in (embedded, tokens, rows, rope, places)) and onward.stride(1) == 1
+    out, angles = embedded.new_empty(T, C), rope.new_empty(2, T, D)
+    gather_kernel[T,](embedded, tokens, onward, onward.stride(0), rows, rope, places, out, angles, C, S, D,
                       triton.next_power_of_2(max(C, D)), **overlap(rope.device))
-    return own, above, angles
+    return out, angles
 
 
 def top_children(logits: Tensor, k: int, ids: Tensor | None = None, log_p: bool = True) -> tuple[Tensor, Tensor]:

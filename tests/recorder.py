@@ -11,7 +11,7 @@ from tree import State, Tree
 class Call:
     """One run of the head over some rows."""
     tokens: list[int]
-    features: Tensor  # [rows, C]
+    given: Tensor  # [rows, C]: what fc makes of a token and a feature
     rope_pos: list[int]
     cache_pos: list[int]
     seen: list[set[int]]  # the cache slots that each row attends to
@@ -32,14 +32,13 @@ class Recorder:
         self.original_rows, self.original_propose = drafter.rows, drafter.propose
         drafter.rows, drafter.propose = self.rows, self.propose
 
-    def rows(self, tokens: Tensor, features: Tensor, above: Tensor | None, rope_pos: Tensor, cache_pos: Tensor,
+    def rows(self, tokens: Tensor, onward: Tensor, above: Tensor | None, rope_pos: Tensor, cache_pos: Tensor,
              mask: Tensor) -> Tensor:
         if self.cycles and self.cycles[-1].tree is None:  # within propose, not within prefill
             seen = [set(row.nonzero().flatten().tolist()) for row in mask]
-            self.cycles[-1].calls.append(
-                Call(tokens.tolist(), features.clone() if above is None else features[above], rope_pos.tolist(),
-                     cache_pos.tolist(), seen))
-        return self.original_rows(tokens, features, above, rope_pos, cache_pos, mask)
+            given = self.drafter.embedded[tokens] + (onward if above is None else onward[above])
+            self.cycles[-1].calls.append(Call(tokens.tolist(), given, rope_pos.tolist(), cache_pos.tolist(), seen))
+        return self.original_rows(tokens, onward, above, rope_pos, cache_pos, mask)
 
     def propose(self, state: State) -> Tree:
         self.cycles.append(Cycle(int(state.length), int(state.committed)))

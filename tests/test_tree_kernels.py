@@ -101,7 +101,8 @@ def launch_all() -> None:
             compact(kv, count, path, features, features[:depth + 1])
             gumbel_noise(count, path, vocab)
             for above in (None, level.rows):
-                gather(features, level.tokens, features, above, kv[0, 0], level.index)
+                for onward in (features, torch.zeros(nodes, 3 * 8 * size)[:, 8 * size:16 * size]):
+                    gather(features, level.tokens, onward, above, kv[0, 0], level.index)
 
 
 if __name__ == "__main__":
@@ -350,15 +351,16 @@ def test_best_of_some_tokens() -> None:
 
 @interpreted
 def test_gather() -> None:
-    """A row of another token, sines where cosines belong, a column past the end of a row."""
+    """A row of another token, sines where cosines belong, a column past the end of a row, or of the columns before."""
     random = torch.Generator().manual_seed(0)
-    embedded, features, rope = (torch.randn(*s, generator=random) for s in ((50, 24), (9, 24), (2, 40, 34)))
-    for n in (1, 7):
+    embedded, onward, rope = (torch.randn(*s, generator=random) for s in ((50, 24), (9, 70), (2, 40, 34)))
+    for n, columns in ((1, slice(46, None)), (7, slice(5, 29)), (9, slice(24))):
         tokens, rows, places = (torch.randint(m, (n,), generator=random) for m in (50, 9, 40))
-        for above in (rows, None):
-            wanted = tree.gather(embedded, tokens, features, above, rope, places)
-            for ours, theirs in zip(gather(embedded, tokens, features, above, rope, places), wanted, strict=True):
-                assert torch.equal(ours, theirs)
+        for above, fed in ((rows, onward[:, columns]), (None, onward[:n, columns])):
+            wanted = embedded[tokens] + (fed if above is None else fed[above]), rope[:, places]
+            for steps in (tree.gather, gather):
+                for ours, theirs in zip(steps(embedded, tokens, fed, above, rope, places), wanted, strict=True):
+                    assert torch.equal(ours, theirs)
 
 
 class FusedEagle2(Eagle2):
