@@ -21,7 +21,7 @@ from torch import Tensor
 
 import tree
 from drafter import Drafter, steps
-from kernels import TreeMask, causal_mask, tree_mask
+from kernels import TreeMask, causal_mask, embed, tree_mask
 from linears import linear
 from lookup import Retrieval
 from model import Config, Layer, Llama, fill, read_tensors, rope_table, stored_mode
@@ -199,8 +199,7 @@ class Eagle(Drafter):
 
     def __init__(self, head: EagleHead, target: Llama, max_depth: int) -> None:
         self.head, self.ids, self.max_depth = head, head.vocab, max_depth
-        device = target.embed.weight.device
-        self.steps, self.entries = steps(device), torch.arange(-1, max_depth + 1, device=device)
+        self.steps, self.where = steps(target.embed.weight.device), None  # where a tree's nodes go, of which below
         self.lm_head, self.both = drafting_rows(target.lm_head.weight, self.ids, head.of_embedding is not None), None
         with torch.no_grad():
             if head.of_embedding is None:
@@ -228,33 +227,34 @@ class Eagle(Drafter):
              mask: Tensor | TreeMask) -> Tensor:
         """The features [T, C] that follow tokens [T], where row above[i] (None: i) of `onward` is what fc makes of the
         feature before token i."""
-        x, rope = self.steps.gather(self.embedded, tokens, onward, above, self.head.rope, rope_pos)
+        x, rope = embed(self.embedded, tokens, self.head.rope, rope_pos, onward, above)
         return self.head(x[None], rope, cache_pos, mask)[0]
 
-    def read(self, hidden: Tensor, state: State, depth: int, last: bool) -> tuple[Tensor, Tensor | None]:
-        """Of features [N, C] that follow nodes of this depth: the logits [N, V] of the tokens below them and, unless
-        that level is the last, what fc makes of them, [N, C]; at least in fp32. The noise that the target's choice
-        there will be made with is known: with the same noise the head guesses what will be sampled, not what may be
-        (BENCHMARKS.md)."""
+    def read(self, hidden: Tensor, last: bool) -> tuple[Tensor, Tensor | None]:
+        """Of features [N, C] that follow the nodes of a level: the logits [N, V] of the tokens below them and, unless
+        that level is the last, what fc makes of them, [N, C]; at least in fp32."""
         dtype, onward = torch.promote_types(hidden.dtype, torch.float32), None
         if last or self.both is None:
             logits = linear(hidden, self.lm_head, dtype=dtype)
             onward = None if last else linear(hidden, self.fc, dtype=dtype)
         else:
             logits, onward = linear(hidden, self.both, dtype=dtype).split((len(self.ids), hidden.shape[1]), -1)
-        if state.noise is not None:
-            logits = logits + (state.noise[depth] if self.ids is None else state.noise[depth][self.ids])
         return logits, onward
 
-    def extend(self, state: State) -> Tensor:
+    @staticmethod
+    def noise(state: State, depth: int) -> Tensor | None:
+        """What the target's choices below nodes of this depth will be made with, [V]. It is known: with the same noise
+        the head guesses what will be sampled, not what may be (BENCHMARKS.md)."""
+        return None if state.noise is None else state.noise[depth]
+
+    def extend(self, state: State) -> tuple[Tensor, Tensor]:
         """Re-run the head over the tokens just committed, now with the target's true features, replacing what
         drafting left there. Always max_depth + 1 rows; the spare ones lie past every slot that is read.
-        Returns the feature [1, C] predicted for the root."""
-        places = state.length - state.committed + self.entries  # of the features, and of the last token
-        slots = places[:-1]
+        Returns the feature [1, C] predicted for the root, and where the nodes of this tree go."""
+        tokens, slots, last, where = self.steps.catch_up(state, self.max_depth + 1, self.where)
         mask = causal_mask(slots[0], len(slots), state.width)
-        hidden = self.rows(state.tokens[places[1:]], linear(state.features, self.fc), None, slots, slots, mask)
-        return hidden.index_select(0, (state.committed - 1)[None])
+        hidden = self.rows(tokens, linear(state.features, self.fc), None, slots, slots, mask)
+        return hidden.index_select(0, last), where
 
 
 class Eagle2(Eagle):
@@ -270,7 +270,7 @@ class Eagle2(Eagle):
             raise ValueError(f"a tree takes 2-{MAX_NODES} --draft_tokens, 1-8 --draft_depth and 1-10 --draft_topk")
         self.topk, self.levels, self.retrieval = topk, draft_depth, retrieval
         self.num_nodes = min(draft_tokens, 1 + topk + (draft_depth - 1) * topk * topk)  # no more than candidates
-        scratch = torch.arange((draft_depth - 1) * topk, device=self.entries.device)  # slots for nodes fed
+        scratch = torch.arange((draft_depth - 1) * topk, device=self.embedded.device)  # slots for nodes fed
         self.where = torch.stack((scratch // topk, scratch)) - 1  # siblings share a place, never a slot
         self.start = tree.start(topk, draft_depth, scratch.device, chain and chain + 1)
 
@@ -283,9 +283,10 @@ class Eagle2(Eagle):
     def begin(self, state: State) -> tuple[Tensor, Tensor | None, Level]:
         """Catch up with what was accepted, and choose the first level. Returns where this tree is drafted, and what
         the first `expand` wants."""
-        where, hidden, (level, candidates) = state.length + self.where, self.extend(state), self.start
-        logits, onward = self.read(hidden, state, 0, self.levels == 1)
-        return where, onward, self.steps.grow(logits, level, candidates, 0, self.topk, self.ids)
+        (hidden, where), (level, candidates) = self.extend(state), self.start
+        logits, onward = self.read(hidden, self.levels == 1)
+        level = self.steps.grow(logits, level, candidates, 0, self.topk, self.ids, self.noise(state, 0))
+        return where, onward, level
 
     def expand(self, state: State, where: Tensor, onward: Tensor, level: Level, depth: int
                ) -> tuple[Tensor | None, Level]:
@@ -295,8 +296,9 @@ class Eagle2(Eagle):
         places, slots = where[:, (depth - 1) * self.topk:depth * self.topk]
         hidden = self.rows(level.tokens, onward, level.rows, places, slots,
                            tree_mask(where[0, 0], level.bits, state.width))
-        logits, onward = self.read(hidden, state, depth, depth == self.levels - 1)
-        return onward, self.steps.grow(logits, level, self.start[1], depth, self.topk, self.ids)
+        logits, onward = self.read(hidden, depth == self.levels - 1)
+        return onward, self.steps.grow(logits, level, self.start[1], depth, self.topk, self.ids,
+                                       self.noise(state, depth))
 
     def rerank(self, state: State) -> Tree:
         if self.retrieval:
@@ -316,6 +318,8 @@ class Eagle1(Eagle):
         parents = torch.tensor([0] + [nodes.index(path[:-1]) for path in nodes[1:]], device=device)
         self.shape = build(torch.zeros_like(parents), parents, self.max_depth)
         fed = [path for path in nodes[1:] if any(c[:-1] == path for c in choices)]  # in scratch-slot order
+        self.where = torch.tensor([[len(path) - 2 for path in fed], [slot - 1 for slot in range(len(fed))]],
+                                  dtype=torch.int64, device=device)
         self.levels = []  # for each depth of fed nodes: their tensors, see `propose`
         self.grow = [self.places([c for c in nodes if len(c) == 1], [()], device)]
         for depth in range(1, self.max_depth):
@@ -327,8 +331,7 @@ class Eagle1(Eagle):
                 torch.tensor([above.index(path[:-1]) for path in here], device=device),
                 torch.tensor([[sum(1 << j for j, other in enumerate(fed) if path[:len(other)] == other)]
                               for path in here], device=device),
-                torch.tensor([fed.index(path) for path in here], device=device),
-                torch.tensor([depth - 1 for _ in here], device=device)))
+                slice(fed.index(here[0]), fed.index(here[-1]) + 1)))
             self.grow.append(self.places([c for c in nodes if len(c) == depth + 1], here, device))
 
     @staticmethod
@@ -337,15 +340,18 @@ class Eagle1(Eagle):
         return torch.tensor([[fed.index(c[:-1]) for c in children], [c[-1] for c in children]], device=device)
 
     def propose(self, state: State) -> Tree:
-        base = state.length - 1
-        logits, onward = self.read(self.extend(state), state, 0, not self.levels)
-        levels = [self.children(logits, self.grow[0])]
-        for depth, (fed, parent_rows, bits, slots, places) in enumerate(self.levels, 1):
-            hidden = self.rows(levels[-1][fed], onward, parent_rows, base + places, base + slots,
-                               tree_mask(base, bits, state.width))
-            logits, onward = self.read(hidden, state, depth, depth == len(self.levels))
-            levels.append(self.children(logits, self.grow[depth]))
+        hidden, where = self.extend(state)
+        logits, onward = self.read(hidden, not self.levels)
+        levels = [self.children(logits, state, 0)]
+        for depth, (fed, parent_rows, bits, at) in enumerate(self.levels, 1):
+            places, slots = where[:, at]
+            hidden = self.rows(levels[-1][fed], onward, parent_rows, places, slots,
+                               tree_mask(where[0, 0], bits, state.width))
+            logits, onward = self.read(hidden, depth == len(self.levels))
+            levels.append(self.children(logits, state, depth))
         return self.shape._replace(tokens=torch.cat((root(state), *levels)))
 
-    def children(self, logits: Tensor, places: Tensor) -> Tensor:
-        return self.steps.best_tokens(logits, min(10, logits.shape[-1]), self.ids)[places[0], places[1]]
+    def children(self, logits: Tensor, state: State, depth: int) -> Tensor:
+        rows, ranks = self.grow[depth]
+        best = self.steps.best_tokens(logits, min(10, logits.shape[-1]), self.ids, self.noise(state, depth))
+        return best[rows, ranks]

@@ -1,4 +1,5 @@
-"""Triton kernels of a decoding step beside its matrix products: tree attention, RoPE with the cache write.
+"""Triton kernels of a decoding step beside its matrix products: what it starts with, tree attention, RoPE with the
+cache write.
 
 A decoding step is one captured CUDA graph: what changes from step to step, the used length of the cache above all,
 is read from device memory, and the grids are static. Sums have a fixed order: the same input gives the same bits.
@@ -228,6 +229,51 @@ def tree_attention_torch(q: Tensor, kv: Tensor, base: Tensor, bits: Tensor | Non
 
 
 @triton.jit
+def embed_kernel(table, tokens, rope, places, onward, stride, rows, x, angles, C, S, D, T, SIZE: tl.constexpr,
+                 PDL: tl.constexpr):
+    """One row of x, and of the first T the angles."""
+    enter(PDL)
+    row, i = tl.program_id(0), tl.arange(0, SIZE)
+    out = tl.load(table + tl.load(tokens + row) * C + i, mask=i < C)
+    if onward is not None:
+        source = row if rows is None else tl.load(rows + row)
+        out = out.to(tl.float32) + tl.load(onward + source * stride + i, mask=i < C).to(tl.float32)
+    tl.store(x + row * C + i, out, mask=i < C)
+    if row < T:
+        from_rope = tl.load(places + row) * D + i
+        for plane in tl.static_range(2):  # cos, sin
+            angle = tl.load(rope + plane * S * D + from_rope, mask=i < D)
+            tl.store(angles + (plane * T + row) * D + i, angle, mask=i < D)
+
+
+def embed_triton(table: Tensor, tokens: Tensor, rope: Tensor, places: Tensor, onward: Tensor | None = None,
+                 rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    C, T, (S, D), pdl = table.shape[1], len(places), rope.shape[1:], device_limits(table.device)[1] >= (9, 0)
+    tokens = tokens.contiguous()
+    assert all(t is None or t.is_contiguous() for t in (table, rope, places, rows))
+    assert onward is None or onward.stride(1) == 1
+    x, angles, size = table.new_empty(*tokens.shape, C), rope.new_empty(2, T, D), triton.next_power_of_2(max(C, D))
+    embed_kernel[tokens.numel(),](table, tokens, rope, places, onward, 0 if onward is None else onward.stride(0), rows,
+                                  x, angles, C, S, D, T, size, pdl, num_warps=min(8, max(1, size // 256)),
+                                  launch_pdl=pdl)
+    return x, angles
+
+
+def embed_torch(table: Tensor, tokens: Tensor, rope: Tensor, places: Tensor, onward: Tensor | None = None,
+                rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What a forward starts with: table[tokens] [..., T, C], and the angles of their places, rope[:, places] [2, T, D].
+
+    table [V, C], tokens [..., T] int64, rope [2, S, D], places [T] int64. To the rows of a draft head, tokens [T],
+    onward[rows] is added ([any, C], of any dtype, perhaps columns of something wider; rows None: in order), and the sum
+    is rounded once.
+    """
+    x = F.embedding(tokens, table)
+    if onward is not None:
+        x = (x + (onward if rows is None else onward[rows])).to(table.dtype)
+    return x, rope.index_select(1, places)
+
+
+@triton.jit
 def rope_store_kernel(qkv, rope, cache_pos, kv, q_norm, k_norm, out, eps, S, H: tl.constexpr,
                       K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BH: tl.constexpr, PDL: tl.constexpr):
     """Program (token, BH of its H + 2K heads). Values turn by angle 0: cos 1 and sin 0 leave them exact."""
@@ -286,5 +332,6 @@ def rope_store_torch(qkv: Tensor, rope: Tensor, cache_pos: Tensor, kv: Tensor,
     return q
 
 
+embed = either(embed_triton, embed_torch)
 tree_attention = either(tree_attention_triton, tree_attention_torch)
 rope_store = either(rope_store_triton, rope_store_torch)

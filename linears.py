@@ -105,9 +105,7 @@ def linear_triton(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = N
     if integers:
         (x, x_scale, sums), g = quantize_triton(x, weight, norm, pdl), None
     elif g is not None and M > NORM_ROWS:
-        row = triton.next_power_of_2(K)
-        norm_kernel[(M,)](x, g, normed := torch.empty_like(x), eps, K, row, pdl, num_warps=8, **launch)
-        x, g = normed, None
+        x, g = norm_triton(x, g, eps, pdl), None
     if group:  # scale and offset of a group are one word
         w_scale, groups = w_scale.view(torch.int32), max(16, triton.next_power_of_2(len(w_scale)))
     partial = out.new_empty(tiles * SK * (BN + 1) * BM, dtype=torch.float32) if SK > 1 else None
@@ -116,6 +114,21 @@ def linear_triton(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = N
         x_scale, sums, w_scale, M, width, K, columns, slots, D=size, KV_HEADS=kv_heads, GATED=gated,
         EVEN_K=K % (2 * BK if group else BK) == 0, BM=BM, BN=BN, BK=BK, SK=SK, STAGES=stages, AHEAD=ahead, PDL=pdl,
         PLANES=planes, GROUP=group, GROUPS=groups, INTERPRET=INTERPRET, num_warps=warps, **launch)
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """F.rms_norm of x [..., K], by the kernel that `linear` has for its own norms."""
+    if not x.is_cuda:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return norm_triton(x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
+
+
+def norm_triton(x: Tensor, weight: Tensor, eps: float, pdl: bool = True) -> Tensor:
+    """x [M, K], contiguous."""
+    (M, K), pdl, out = x.shape, pdl and device_limits(x.device)[1] >= (9, 0), torch.empty_like(x)
+    norm_kernel[(M,)](x, weight, out, eps, K, triton.next_power_of_2(K), pdl, num_warps=8,
+                      **({"launch_pdl": True} if pdl else {}))
     return out
 
 

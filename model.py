@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from kernels import TreeMask, rope_store, tree_attention
-from linears import linear
+from kernels import TreeMask, embed, rope_store, tree_attention
+from linears import linear, rms_norm
 from quantizers import GROUPS, MODES, quantize_linears
 
 FORMAT = "eagle2-native-1"  # the safetensors metadata entry that tells a converted file from any other
@@ -261,10 +261,10 @@ class Llama(nn.Module):
         after the write. On a GPU with B = 1 rather a TreeMask, which our own attention kernel reads.
         cache_pos=None, mask=None: no cache, causal among the T tokens.
         """
-        x, rope = self.embed(tokens), self.rope.index_select(1, rope_pos)
+        x, rope = embed(self.embed.weight, tokens, self.rope, rope_pos)
         for i, layer in enumerate(self.layers):
             x = layer(x, rope, None if cache_pos is None else self.kv[i], cache_pos, mask)
-        return self.norm(x)
+        return rms_norm(x, self.norm.weight, self.norm.eps)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -59,11 +59,12 @@ def build(tokens: Tensor, parents: Tensor, max_depth: int) -> Tree:
     return Tree(tokens, parents, depth + (torch.arange(len(parents), device=parents.device) > 0), ancestors)
 
 
-def gather(embedded: Tensor, tokens: Tensor, onward: Tensor, rows: Tensor | None, rope: Tensor, places: Tensor
-           ) -> tuple[Tensor, Tensor]:
-    """What a drafted level is fed: embedded[tokens] + onward[rows] (None: in order), rounded once, and
-    rope[:, places]."""
-    return (embedded[tokens] + (onward if rows is None else onward[rows])).to(embedded.dtype), rope[:, places]
+def catch_up(state: State, n: int, where: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a drafter that reads features begins with. Of the n places from the first of the features that verification
+    has just left: the tokens that follow [n], the places [n], and [1] which of these is the last that counts. And
+    `where` [2, any], which counts from the end of the text, as places."""
+    places = state.length - state.committed - 1 + torch.arange(n, device=where.device)
+    return state.tokens[places + 1], places, (state.committed - 1)[None], state.length + where
 
 
 def best_children(logits: Tensor, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -77,6 +78,10 @@ def best_children(logits: Tensor, scores: Tensor, k: int) -> tuple[Tensor, Tenso
     top, tokens = logits.topk(k, dim=-1)
     log_p = (top - logits.logsumexp(-1, keepdim=True)).clamp(max=0)
     return tokens, scores[:, None] + log_p
+
+
+def noisy(logits: Tensor, ids: Tensor | None, noise: Tensor | None) -> Tensor:
+    return logits if noise is None else logits + (noise if ids is None else noise[ids])
 
 
 def best_first(scores: Tensor, n: int) -> Tensor:
@@ -110,11 +115,12 @@ def start(k: int, max_depth: int, device: torch.device, chain: int = 0) -> tuple
     return Level(zero, zero.float(), zero - 1, zero, zero.new_zeros(1, 2)), Candidates(tokens, scores, parents)
 
 
-def grow(logits: Tensor, level: Level, candidates: Candidates, depth: int, k: int, ids: Tensor | None = None) -> Level:
+def grow(logits: Tensor, level: Level, candidates: Candidates, depth: int, k: int, ids: Tensor | None = None,
+         noise: Tensor | None = None) -> Level:
     """Give each fed node its k best continuations, add them to `candidates`, and choose the k best to be fed next.
     logits [N, V] of the nodes of `level`, `depth` below the root, of tokens `ids` [V] (None: of all); at depth 0
-    `level` is the root, see `start`."""
-    tokens, scores = (x.flatten() for x in best_children(logits, level.scores, k))
+    `level` is the root, see `start`. noise [all tokens] is added to each node's logits."""
+    tokens, scores = (x.flatten() for x in best_children(noisy(logits, ids, noise), level.scores, k))
     tokens = tokens if ids is None else ids[tokens]
     first = k + (depth - 1) * k * k if depth else 0
     here = slice(first, first + len(tokens))
@@ -190,9 +196,9 @@ def compact(kv: Tensor, base: Tensor, path: Tensor, features: Tensor, kept: Tens
     kept.copy_(features[path])
 
 
-def best_tokens(logits: Tensor, k: int, ids: Tensor | None = None) -> Tensor:
-    """The k most probable tokens of each of logits [N, V], best first, [N, k] int64; `ids` as in `grow`."""
-    best = logits.topk(k).indices
+def best_tokens(logits: Tensor, k: int, ids: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
+    """The k most probable tokens of each of logits [N, V], best first, [N, k] int64; ids and noise as in `grow`."""
+    best = noisy(logits, ids, noise).topk(k).indices
     return best if ids is None else ids[best]
 
 

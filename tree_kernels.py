@@ -4,7 +4,7 @@ Between two forwards a cycle does little work in many steps: some 300 kernels of
 operations. Here the host reads nothing, grids are static, every sum has a fixed order, and state changes in place.
 
   gumbel_noise          sampling.gumbel_noise
-  gather                what a drafted level is fed
+  catch_up              tree.catch_up
   top_children, argmax  tree.best_children without scores, logits.argmax(-1)
   grow                  one level of Eagle2.propose: children, candidates, and which of them are fed next
   rerank                tree.rerank
@@ -70,29 +70,31 @@ def noise_kernel(seed, places, out, V, BLOCK: tl.constexpr, PDL: tl.constexpr):
 
 
 @triton.jit
-def gather_kernel(embedded, tokens, onward, stride, rows, rope, places, out, angles, C, S, D, SIZE: tl.constexpr,
-                  PDL: tl.constexpr):
-    """One row of each output of `gather`."""
+def catch_up_kernel(text, length, committed, where, tokens, places, last, here, N, W, SIZE: tl.constexpr,
+                    PDL: tl.constexpr):
+    """See `catch_up`. One program."""
     enter(PDL)
-    row, i = tl.program_id(0), tl.arange(0, SIZE)
-    source = row if rows is None else tl.load(rows + row)
-    from_embedded, from_rope = tl.load(tokens + row) * C + i, tl.load(places + row) * D + i
-    x = tl.load(embedded + from_embedded, mask=i < C).to(tl.float32)
-    tl.store(out + row * C + i, x + tl.load(onward + source * stride + i, mask=i < C).to(tl.float32), mask=i < C)
-    for plane in tl.static_range(2):  # cos, sin
-        angle = tl.load(rope + plane * S * D + from_rope, mask=i < D)
-        tl.store(angles + (plane * tl.num_programs(0) + row) * D + i, angle, mask=i < D)
+    i = tl.arange(0, SIZE)
+    end, new = tl.load(length), tl.load(committed)
+    place = end - new - 1 + i
+    tl.store(tokens + i, tl.load(text + place + 1, mask=i < N), mask=i < N)
+    tl.store(places + i, place, mask=i < N)
+    tl.store(last, new - 1)
+    tl.store(here + i, end + tl.load(where + i, mask=i < W), mask=i < W)
 
 
 @triton.jit
-def partial_kernel(logits, keys, peaks, sums, V, stride, K: tl.constexpr, BLOCK: tl.constexpr, SUM: tl.constexpr,
-                   PDL: tl.constexpr):
+def partial_kernel(logits, noise, ids, keys, peaks, sums, V, stride, K: tl.constexpr, BLOCK: tl.constexpr,
+                   SUM: tl.constexpr, PDL: tl.constexpr):
     """One block of one row's tokens: the K best keys, and the block's share of the row's log-sum-exp."""
     enter(PDL)
     row, block = tl.program_id(0), tl.program_id(1)
     at = row * tl.num_programs(1) + block
     token = block * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(logits + row * stride + token, mask=token < V, other=-float("inf")).to(tl.float32)
+    if noise is not None:
+        own = token if ids is None else tl.load(ids + token, mask=token < V, other=0)
+        x += tl.load(noise + own, mask=token < V, other=0.0)
     if SUM:
         peak = tl.max(x, 0)
         tl.store(peaks + at, peak)
@@ -258,38 +260,39 @@ def gumbel_noise(seed: Tensor, places: Tensor, vocab_size: int) -> Tensor:
     return out
 
 
-def gather(embedded: Tensor, tokens: Tensor, onward: Tensor, rows: Tensor | None, rope: Tensor, places: Tensor
-           ) -> tuple[Tensor, Tensor]:
-    """tree.gather. onward [any, C] of any dtype may be some columns of something wider."""
-    C, T, (S, D) = embedded.shape[1], len(tokens), rope.shape[1:]
-    assert all(t is None or t.is_contiguous() for t in (embedded, tokens, rows, rope, places)) and onward.stride(1) == 1
-    out, angles = embedded.new_empty(T, C), rope.new_empty(2, T, D)
-    gather_kernel[T,](embedded, tokens, onward, onward.stride(0), rows, rope, places, out, angles, C, S, D,
-                      triton.next_power_of_2(max(C, D)), **overlap(rope.device))
-    return out, angles
+def catch_up(state: State, n: int, where: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """tree.catch_up."""
+    tokens, places = where.new_empty(2, n)
+    last, here = where.new_empty(1), torch.empty_like(where)
+    catch_up_kernel[1,](state.tokens, state.length, state.committed, where, tokens, places, last, here, n,
+                        where.numel(), triton.next_power_of_2(max(n, where.numel())), num_warps=1,
+                        **overlap(where.device))
+    return tokens, places, last, here
 
 
-def top_children(logits: Tensor, k: int, ids: Tensor | None = None, log_p: bool = True) -> tuple[Tensor, Tensor]:
+def top_children(logits: Tensor, k: int, ids: Tensor | None = None, noise: Tensor | None = None, log_p: bool = True
+                 ) -> tuple[Tensor, Tensor]:
     """The k <= 10 most probable tokens of logits [N, V], best first, the first at a tie: tokens [N, k] int64, read from
-    `ids` [V] if given, and log-probabilities [N, k] fp32, at most 0 (without `log_p` not computed). In blocks of a
-    row, at most 64: enough programs for a large GPU even if N is 1."""
+    `ids` [V] if given, and log-probabilities [N, k] fp32, at most 0 (without `log_p` not computed). noise [all tokens]
+    fp32 is added first. In blocks of a row, at most 64: enough programs for a large GPU even if N is 1."""
     (rows, vocab), device = logits.shape, logits.device
     block = max(1024, triton.next_power_of_2(triton.cdiv(vocab, 64)))  # 2048 for Llama-3
     blocks = triton.cdiv(vocab, block)
     keys = torch.empty(rows, blocks, k, dtype=torch.int64, device=device)
     peaks, sums = torch.empty(2, rows if log_p else 0, blocks, device=device)
     tokens, logs = keys.new_empty(rows, k), peaks.new_empty(rows, k)
-    partial_kernel[rows, blocks](logits, keys, peaks, sums, vocab, logits.stride(0), k, block, log_p,
-                                 num_warps=4 if block == 1024 else 2, **overlap(device))
+    partial_kernel[rows, blocks](logits, noise, None if noise is None else ids, keys, peaks, sums, vocab,
+                                 logits.stride(0), k, block, log_p, num_warps=4 if block == 1024 else 2,
+                                 **overlap(device))
     size = triton.next_power_of_2(blocks * k)
     merge_kernel[rows,](keys, peaks, sums, ids, tokens, logs, blocks, k, size, triton.next_power_of_2(blocks), log_p,
                         num_warps=max(1, size // 256), **overlap(device))
     return tokens, logs
 
 
-def best_tokens(logits: Tensor, k: int, ids: Tensor | None = None) -> Tensor:
+def best_tokens(logits: Tensor, k: int, ids: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
     """tree.best_tokens; the first at a tie."""
-    return top_children(logits, k, ids, log_p=False)[0]
+    return top_children(logits, k, ids, noise, log_p=False)[0]
 
 
 def argmax(logits: Tensor) -> Tensor:
@@ -297,9 +300,10 @@ def argmax(logits: Tensor) -> Tensor:
     return best_tokens(logits, 1).flatten()
 
 
-def grow(logits: Tensor, level: Level, candidates: Candidates, depth: int, k: int, ids: Tensor | None = None) -> Level:
+def grow(logits: Tensor, level: Level, candidates: Candidates, depth: int, k: int, ids: Tensor | None = None,
+         noise: Tensor | None = None) -> Level:
     """tree.grow."""
-    children, logs = top_children(logits, k, ids)
+    children, logs = top_children(logits, k, ids, noise)
     new = children.new_empty
     following = Level(new(k), logs.new_empty(k), new(k), new(k), new(k, 2))
     grow_kernel[1,](children, logs, level.scores, level.index, level.bits, *candidates, *following, len(logits), depth,

@@ -144,15 +144,33 @@ def test_tree_steps(vocab: int, k: int, depth: int) -> None:
             logits = 3 * torch.randn(k if j else 1, vocab, generator=random)
             level = steps.grow(logits.to(device), level, candidates, j, k)
         zero = torch.zeros((), dtype=torch.int64, device=device)
-        state = State(torch.arange(80, device=device), zero + 20, torch.zeros(1), zero + 1, zero > 0, 0)
+        state = State(torch.arange(80, device=device), zero + 20, torch.zeros(1), zero + 3, zero > 0, 0)
+        begun = steps.catch_up(state, depth + 1, torch.arange(2 * (depth - 1) * k, device=device).view(2, -1))
+        noise, ids = torch.randn(vocab, generator=random).to(device), torch.arange(2, vocab, 3, device=device)
+        best = steps.best_tokens(logits.to(device)[:, :len(ids)], k, ids, noise)
         made = steps.rerank(state, candidates, min(59, len(candidates.tokens)), depth)
         chosen = steps.argmax(torch.randn(len(made.tokens), vocab, generator=random).to(device))
         chosen[:1] = made.tokens[1]
         report = torch.zeros(depth + 3, dtype=torch.int64, device=device)
         path = steps.accept_commit(made, chosen, state, chosen[:0], zero + 60, depth, report)
-        results.append([t.cpu() for t in (*candidates, *made, chosen, path, state.length, state.done, report[:4])])
+        results.append([t.cpu() for t in (*candidates, *made, *begun, best, chosen, path, state.length, state.done,
+                                          report[:4])])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("T, C, D", [(1, 576, 64), (10, 4096, 128), (64, 5120, 128), (512, 8192, 128)])
+def test_beginning_and_end(T: int, C: int, D: int) -> None:
+    """What a forward starts with, a draft head's too, and its last norm."""
+    table, rope, onward = randn(300, C), randn(2, 90, D), randn(70, C + 32, dtype=torch.float32)[:, 32:]
+    tokens, places, rows = (torch.randint(n, (T,), device="cuda") for n in (300, 90, 70))
+    for args in ((), (onward, rows), *([(onward[:T],)] if T <= 70 else [])):
+        for ours, theirs in zip(kernels.embed(table, tokens, rope, places, *args),
+                                kernels.embed_torch(table, tokens, rope, places, *args), strict=True):
+            assert torch.equal(ours, theirs)
+    x, weight = randn(2, T, C), randn(C)
+    exact = torch.nn.functional.rms_norm(x.double(), (C,), weight.double(), 1e-5)
+    assert error(linears.rms_norm(x, weight, 1e-5), exact) < 1e-2
 
 
 @pytest.mark.parametrize("rule", lookup.RULES)
@@ -301,20 +319,34 @@ def test_profile(engines: list[Engine], demo_prompts: list[list[int]], which: in
     assert list(engine.generate(ids, 30)) == text
 
 
+def ties(vanilla: Engine, ids: list[int], text: list[int]) -> list[int]:
+    """The places of `text` that plain decoding, given all that comes before them, would have filled otherwise."""
+    places, done = [], 0
+    while done < len(text):
+        own = sum(vanilla.generate(ids + text[:done], len(text) - done), [])
+        if own == text[done:]:
+            break
+        places.append(done + parted(own, text[done:]))
+        done = places[-1] + 1
+    return places
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_quantized(demo, demo_prompts: list[list[int]], mode: str) -> None:
-    """EAGLE-2's text is that of the same quantised model, but for near-ties; its cycles neither wait nor allocate, and
-    no later prompt compiles anything."""
+    """EAGLE-2's text is that of the same quantised model to its last token, but for near-ties, of which 8 bits of an
+    activation make some more: where it changes in the last place, all of its row may. Its cycles neither wait nor
+    allocate, and no later prompt compiles anything."""
     model = load_model(demo, "cuda", torch.bfloat16, mode)
     head = load_head(demo / "eagle", model, None, mode)
-    drafters, same = (Vanilla("cuda"), Eagle2(head, model)), 0
+    drafters, tied, total = (Vanilla("cuda"), Eagle2(head, model)), 0, 0
     vanilla, eagle = (Engine(model, drafter, 3200, frozenset([2])) for drafter in drafters)
     for ids in demo_prompts:
-        a, b = (sum(engine.generate(ids, 64), []) for engine in (vanilla, eagle))
-        parts = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
-        same += parts is None
-        assert parts is None or vanilla.top2_gap(ids + a[:parts]) < 0.5, (mode, parts)
-    assert same >= len(demo_prompts) // 4
+        text = sum(eagle.generate(ids, 64), [])
+        places = ties(vanilla, ids, text)
+        tied, total = tied + len(places), total + len(text)
+        assert not places or vanilla.top2_gap(ids + text[:places[0]]) < 0.5, (mode, places)
+    print(f"{mode}: {tied} of {total} tokens are near-ties")
+    assert tied <= total // 16
     graphs, compiled = len(eagle.graphs), variants()
     list(eagle.generate([5] * 1500, 5))
     cycles = eagle.generate(demo_prompts[0], 60)

@@ -179,6 +179,24 @@ def test_rope_store(implementation, dtype, T, H, K, D, norm):
     assert torch.equal(kv[1], expected[1])  # values are copied
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_embed(implementation):
+    """A row of another token, sines where cosines belong, a column past the end of a row, or of the columns before."""
+    table, onward, rope = torch.randn(50, 24), torch.randn(9, 70), torch.randn(2, 40, 34)
+    embed = getattr(kernels, f"embed_{implementation}")
+    for n, columns in ((1, slice(46, None)), (7, slice(5, 29)), (9, slice(24))):
+        tokens, rows, places = (torch.randint(m, (n,)) for m in (50, 9, 40))
+        for above, fed in ((None, None), (rows, onward[:, columns]), (None, onward[:n, columns])):
+            x, angles = embed(table, tokens, rope, places, fed, above)
+            assert torch.equal(x, table[tokens] + (0 if fed is None else fed if above is None else fed[above]))
+            assert torch.equal(angles, rope[:, places])
+        batch = torch.randint(50, (3, n + 2))[:, 1:-1]
+        x, angles = embed(table, batch, rope, places)
+        assert torch.equal(x, table[batch]) and torch.equal(angles, rope[:, places])
+    x, _ = embed(table.half(), tokens, rope, places, onward[:, columns], rows)
+    assert torch.equal(x, (table.half()[tokens].float() + onward[rows, columns]).half())  # rounded once
+
+
 def test_tensors_on_a_cpu_go_to_the_twins():
     """Triton has no CPU backend: a launch would fail."""
     q, kv, base = torch.randn(3, 2, 8), torch.randn(2, 1, 9, 8), torch.tensor(4)

@@ -110,7 +110,8 @@ def test_no_other_config_is_ever_returned():
 
 @pytest.mark.parametrize("arch", [86, 90])
 def test_the_other_kernels(arch):
-    types = {"cache_pos": "*i64", "eps": "fp32", "S": "i32", "parts": "*fp32", "logs": "*fp32"}
+    types = {"cache_pos": "*i64", "eps": "fp32", "S": "i32", "parts": "*fp32", "logs": "*fp32", "tokens": "*i64",
+             "places": "*i64", "rows": "*i64", "onward": "*fp32", **dict.fromkeys(("stride", "C", "T"), "i32")}
 
     def check(kernel, warps: int, **constants) -> None:
         """All other arguments point to bf16."""
@@ -120,3 +121,5 @@ def test_the_other_kernels(arch):
     check(kernels.rope_store_kernel, 1, H=32, K=8, D=128, DP=128, BH=4)
     check(kernels.rope_store_kernel, 1, H=32, K=32, D=80, DP=128, BH=4, q_norm=None, k_norm=None)
     check(kernels.merge_kernel, 1, ROWS=1920, D=128, DP=128, BM=2, NS=16)
+    check(kernels.embed_kernel, 8, D=128, SIZE=8192)
+    check(kernels.embed_kernel, 8, D=128, SIZE=8192, onward=None, rows=None, stride=0)

@@ -280,11 +280,11 @@ def test_draft_head(mode: str, group: int, folder: Path) -> None:
     off = plain(after.fc, 64) - before.fc.float()
     assert off.norm() < (0.12 if mode == "int4" else 0.01) * before.fc.float().norm()
     assert (after.both is None) == (mode == "int4")  # int8 and int4 are no one product
-    hidden, state = random(3, 64, seed=5), SimpleNamespace(noise=None)
-    for found, weight in zip(after.read(hidden, state, 0, False), (after.lm_head, after.fc), strict=True):
+    hidden = random(3, 64, seed=5)
+    for found, weight in zip(after.read(hidden, False), (after.lm_head, after.fc), strict=True):
         exact = hidden @ plain(weight, 64).mT
         assert (found - exact).norm() < 0.03 * exact.norm()
-    logits, nothing = after.read(hidden, state, 0, True)
+    logits, nothing = after.read(hidden, True)
     assert nothing is None and logits.shape == (3, 12)
     quantize_linears(target, mode, group)
     rows, wanted = plain(Eagle2(head, target).lm_head, 64), dequantize(target.lm_head.weight, torch.float32)[ids]

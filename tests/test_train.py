@@ -238,10 +238,11 @@ def drafted(head: EagleHead, model: Llama, ids: list[int], place: int, depth: in
     if place:
         slots, mask = torch.arange(place), causal_mask(torch.tensor(0), place, place)
         drafter.prefill(state, features[:place], slots, mask)
-    guesses = [drafter.extend(state)]
+    guesses = [drafter.extend(state)[0]]
     for level in range(1, depth):
         slot = torch.tensor([place + level])  # of the chain's node `level`, which sees all of the chain up to itself
-        guesses.append(drafter.rows(tokens[slot + 1], guesses[-1], None, slot, slot, causal_mask(slot[0], 1, 64)))
+        guesses.append(drafter.rows(tokens[slot + 1], drafter.read(guesses[-1], False)[1], None, slot, slot,
+                                    causal_mask(slot[0], 1, 64)))
     return torch.cat(guesses)
 
 

@@ -30,7 +30,7 @@ if __name__ != "__main__":
 from draft import Eagle1, Eagle2
 from engine import Engine
 from tree import Candidates, Level, State, Tree, accept, best_first, build, start
-from tree_kernels import accept_commit, argmax, compact, gather, grow, gumbel_noise, rerank, top_children
+from tree_kernels import accept_commit, argmax, catch_up, compact, grow, gumbel_noise, rerank, top_children
 
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 CPU = torch.device("cpu")
@@ -90,7 +90,8 @@ def launch_all() -> None:
         root, candidates = start(k, depth, CPU)
         level = grow(torch.zeros(1, vocab, dtype=dtype), root, candidates, 0, k)
         grow(torch.zeros(k, vocab, dtype=dtype), level, candidates, 1, k)
-        grow(torch.zeros(k, vocab, dtype=dtype), level, candidates, 1, k, torch.arange(vocab))
+        for noise in (None, torch.zeros(vocab)):
+            grow(torch.zeros(k, vocab, dtype=dtype), level, candidates, 1, k, torch.arange(vocab), noise)
         made = rerank(state, candidates, nodes - 1, depth)
         tokens, _ = top_children(torch.zeros(k, vocab, dtype=dtype), k)
         chosen = argmax(torch.zeros(nodes, vocab, dtype=dtype))
@@ -100,9 +101,7 @@ def launch_all() -> None:
             kv, features = torch.zeros(2, 2, 2, 100, size, dtype=dtype), torch.zeros(nodes, 8 * size, dtype=dtype)
             compact(kv, count, path, features, features[:depth + 1])
             gumbel_noise(count, path, vocab)
-            for above in (None, level.rows):
-                for onward in (features, torch.zeros(nodes, 3 * 8 * size)[:, 8 * size:16 * size]):
-                    gather(features, level.tokens, onward, above, kv[0, 0], level.index)
+        catch_up(state, depth + 1, torch.zeros(2, (depth - 1) * k, dtype=torch.int64))
 
 
 if __name__ == "__main__":
@@ -338,29 +337,35 @@ def test_gumbel_noise(seed: int) -> None:
 def test_best_of_some_tokens() -> None:
     """A place in the draft's vocabulary taken for a token."""
     logits, ids = rows("random", 5, 1100), torch.randperm(5000)[:1100].sort().values
-    assert torch.equal(tree_kernels.best_tokens(logits, 4, ids), tree.best_tokens(logits, 4, ids))
-    assert torch.equal(tree.best_tokens(logits, 4, ids), ids[logits.topk(4).indices])
-    trees = []
-    for steps in (tree, tree_kernels):
-        level, candidates = start(4, 2, CPU)
-        level = steps.grow(logits[:1], level, candidates, 0, 4, ids)
-        trees.append((steps.grow(logits[1:], level, candidates, 1, 4, ids).tokens, candidates.tokens))
-    for ours, theirs in zip(*trees, strict=True):
-        assert torch.equal(ours, theirs) and torch.isin(ours, ids).all()
+    noise = torch.randn(5000)
+    for given, shifted in ((None, logits), (noise, logits + noise[ids])):
+        assert torch.equal(tree_kernels.best_tokens(logits, 4, ids, given), tree.best_tokens(logits, 4, ids, given))
+        assert torch.equal(tree.best_tokens(logits, 4, ids, given), ids[shifted.topk(4).indices])
+        trees = []
+        for steps in (tree, tree_kernels):
+            level, candidates = start(4, 2, CPU)
+            level = steps.grow(logits[:1], level, candidates, 0, 4, ids, given)
+            trees.append((steps.grow(logits[1:], level, candidates, 1, 4, ids, given).tokens, candidates.tokens))
+        for ours, theirs in zip(*trees, strict=True):
+            assert torch.equal(ours, theirs) and torch.isin(ours, ids).all()
+    every = rows("random", 5, 5000)  # of all tokens: noise needs no list
+    assert torch.equal(tree_kernels.best_tokens(every, 4, None, noise), (every + noise).topk(4).indices)
 
 
 @interpreted
-def test_gather() -> None:
-    """A row of another token, sines where cosines belong, a column past the end of a row, or of the columns before."""
+def test_catch_up() -> None:
+    """A place or a token off by one, a slot of another tree's node."""
     random = torch.Generator().manual_seed(0)
-    embedded, onward, rope = (torch.randn(*s, generator=random) for s in ((50, 24), (9, 70), (2, 40, 34)))
-    for n, columns in ((1, slice(46, None)), (7, slice(5, 29)), (9, slice(24))):
-        tokens, rows, places = (torch.randint(m, (n,), generator=random) for m in (50, 9, 40))
-        for above, fed in ((rows, onward[:, columns]), (None, onward[:n, columns])):
-            wanted = embedded[tokens] + (fed if above is None else fed[above]), rope[:, places]
-            for steps in (tree.gather, gather):
-                for ours, theirs in zip(steps(embedded, tokens, fed, above, rope, places), wanted, strict=True):
-                    assert torch.equal(ours, theirs)
+    for n, fed in ((1, 0), (7, 3), (9, 50)):
+        length, committed = torch.tensor(60 - n), torch.tensor(max(1, n - 2))
+        state = State(torch.randint(99, (61,), generator=random), length, torch.zeros(1), committed, length > 99, 0)
+        where = torch.randint(40, (2, fed), generator=random)
+        first = int(length - committed) - 1
+        wanted = (state.tokens[first + 1:first + 1 + n], torch.arange(first, first + n), committed[None] - 1,
+                  length + where)
+        for step in (tree.catch_up, catch_up):
+            for ours, theirs in zip(step(state, n, where), wanted, strict=True):
+                assert torch.equal(ours, theirs)
 
 
 class FusedEagle2(Eagle2):
