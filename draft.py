@@ -199,7 +199,8 @@ class Eagle(Drafter):
 
     def __init__(self, head: EagleHead, target: Llama, max_depth: int) -> None:
         self.head, self.ids, self.max_depth = head, head.vocab, max_depth
-        self.steps, self.where = steps(target.embed.weight.device), None  # where a tree's nodes go, of which below
+        self.steps = steps(target.embed.weight.device)
+        self.where: Tensor | None = None  # [2, fed nodes] int64: places and scratch slots, from the end of the text on
         self.lm_head, self.both = drafting_rows(target.lm_head.weight, self.ids, head.of_embedding is not None), None
         with torch.no_grad():
             if head.of_embedding is None:
