@@ -80,8 +80,8 @@ def eagle_bytes(cfg: Config, target: Config, max_seq_len: int, dtype: torch.dtyp
     size, one = cfg.hidden_size, dtype.itemsize
     if mode:
         head.quantize(mode, group)
-    row, joined = size + 4 if mode else size * one, not mode or (ids is not None and mode != "int4")
-    tables = target.vocab_size * size * one + joined * size * row
+    row, copied = size + 4 if mode else size * one, not mode or (ids is not None and mode != "int4")
+    tables = target.vocab_size * size * one + copied * size * row
     rows = (ids or 0) * row
     return nbytes(content(head), dtype) + tables + rows + cache_bytes(cfg, max_seq_len, dtype, 1)
 
