@@ -26,7 +26,7 @@ from linears import linear
 from lookup import Retrieval
 from model import Config, Layer, Llama, fill, read_tensors, rope_table, stored_mode
 from qlinears import Quantized, dequantize
-from quantizers import quantize_linears, quantize_weight
+from quantizers import quantize_linears, quantize_weight, rows_of, stack
 from tree import MAX_NODES, Level, State, Tree, build, root
 
 VOCAB = "draft_vocab.json"  # the target's most frequent tokens, most frequent first
@@ -164,13 +164,6 @@ def native_names(published: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def rows_of(weight: Tensor | Quantized, rows: Tensor | slice) -> Tensor | Quantized:
-    """Some outputs of a linear layer: bf16, fp16, fp32 or int8."""
-    if not isinstance(weight, Quantized):
-        return weight[rows]
-    return weight._replace(data=weight.data[rows], scale=weight.scale[rows])
-
-
 def drafting_rows(weight: Tensor | Quantized, ids: Tensor | None, quantized: bool) -> Tensor | Quantized:
     """The lm_head's rows of these ids (None: all); int8 for a quantised head, though the target's may not be. Against
     8 bits of x: a draft may be wrong, and nothing is easier to be right about than the best ten."""
@@ -180,15 +173,6 @@ def drafting_rows(weight: Tensor | Quantized, ids: Tensor | None, quantized: boo
         exact = dequantize(weight, torch.float32) if isinstance(weight, Quantized) else weight.detach()
         weight = quantize_weight(exact, "int8dyn")
     return weight._replace(planes=1) if isinstance(weight, Quantized) else weight
-
-
-def stack(above: Tensor | Quantized, below: Tensor | Quantized) -> Tensor | Quantized | None:
-    """Two linear layers of the same input as one, if they are of one kind."""
-    if not isinstance(above, Quantized) and not isinstance(below, Quantized):
-        return torch.cat((above, below))
-    if isinstance(above, Quantized) and isinstance(below, Quantized) and above[2:] == below[2:]:
-        return above._replace(data=torch.cat((above.data, below.data)), scale=torch.cat((above.scale, below.scale)))
-    return None
 
 
 class Eagle(Drafter):
@@ -234,13 +218,12 @@ class Eagle(Drafter):
     def read(self, hidden: Tensor, last: bool) -> tuple[Tensor, Tensor | None]:
         """Of features [N, C] that follow the nodes of a level: the logits [N, V] of the tokens below them and, unless
         that level is the last, what fc makes of them, [N, C]; at least in fp32."""
-        dtype, onward = torch.promote_types(hidden.dtype, torch.float32), None
-        if last or self.both is None:
-            logits = linear(hidden, self.lm_head, dtype=dtype)
-            onward = None if last else linear(hidden, self.fc, dtype=dtype)
-        else:
-            logits, onward = linear(hidden, self.both, dtype=dtype).split((len(self.ids), hidden.shape[1]), -1)
-        return logits, onward
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        if last:
+            return linear(hidden, self.lm_head, dtype=dtype), None
+        if self.both is None:
+            return linear(hidden, self.lm_head, dtype=dtype), linear(hidden, self.fc, dtype=dtype)
+        return linear(hidden, self.both, dtype=dtype).split((len(self.ids), hidden.shape[1]), -1)
 
     @staticmethod
     def noise(state: State, depth: int) -> Tensor | None:

@@ -127,8 +127,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def norm_triton(x: Tensor, weight: Tensor, eps: float, pdl: bool = True) -> Tensor:
     """x [M, K], contiguous."""
     (M, K), pdl, out = x.shape, pdl and device_limits(x.device)[1] >= (9, 0), torch.empty_like(x)
-    norm_kernel[(M,)](x, weight, out, eps, K, triton.next_power_of_2(K), pdl, num_warps=8,
-                      **({"launch_pdl": True} if pdl else {}))
+    norm_kernel[(M,)](x, weight, out, eps, K, triton.next_power_of_2(K), pdl, num_warps=8, launch_pdl=pdl)
     return out
 
 

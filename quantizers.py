@@ -139,6 +139,22 @@ def gptq(w: Tensor, scale: Tensor, offset: Tensor, group: int, hessian: Tensor, 
     return q[order.argsort()].T.contiguous()
 
 
+def rows_of(weight: Tensor | Quantized, rows: Tensor | slice) -> Tensor | Quantized:
+    """Some outputs of a linear layer, of 8 bits or not quantised."""
+    if not isinstance(weight, Quantized):
+        return weight[rows]
+    return weight._replace(data=weight.data[rows], scale=weight.scale[rows])
+
+
+def stack(above: Tensor | Quantized, below: Tensor | Quantized) -> Tensor | Quantized | None:
+    """Two linear layers of the same input as one, where they are of one kind and not of 4 bits."""
+    if not isinstance(above, Quantized) and not isinstance(below, Quantized):
+        return torch.cat((above, below))
+    if isinstance(above, Quantized) and isinstance(below, Quantized) and above[2:] == below[2:] and not above.group:
+        return above._replace(data=torch.cat((above.data, below.data)), scale=torch.cat((above.scale, below.scale)))
+    return None
+
+
 class QuantizedLinear(nn.Module):
     """In place of nn.Linear: its `weight` is Quantized, made of buffers, which move and are saved as weights are."""
 

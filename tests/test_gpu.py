@@ -334,19 +334,19 @@ def ties(vanilla: Engine, ids: list[int], text: list[int]) -> list[int]:
 @pytest.mark.parametrize("mode", MODES)
 def test_quantized(demo, demo_prompts: list[list[int]], mode: str) -> None:
     """EAGLE-2's text is that of the same quantised model to its last token, but for near-ties, of which 8 bits of an
-    activation make some more: where it changes in the last place, all of its row may. Its cycles neither wait nor
+    activation make more than 16 do (BENCHMARKS.md): int8dyn's whole texts are not counted. Its cycles neither wait nor
     allocate, and no later prompt compiles anything."""
     model = load_model(demo, "cuda", torch.bfloat16, mode)
     head = load_head(demo / "eagle", model, None, mode)
-    drafters, tied, total = (Vanilla("cuda"), Eagle2(head, model)), 0, 0
+    drafters, same, tied, total = (Vanilla("cuda"), Eagle2(head, model)), 0, 0, 0
     vanilla, eagle = (Engine(model, drafter, 3200, frozenset([2])) for drafter in drafters)
     for ids in demo_prompts:
         text = sum(eagle.generate(ids, 64), [])
         places = ties(vanilla, ids, text)
-        tied, total = tied + len(places), total + len(text)
+        same, tied, total = same + (not places), tied + len(places), total + len(text)
         assert not places or vanilla.top2_gap(ids + text[:places[0]]) < 0.5, (mode, places)
     print(f"{mode}: {tied} of {total} tokens are near-ties")
-    assert tied <= total // 16
+    assert tied <= total // 16 and (same >= len(demo_prompts) // 4 or mode == "int8dyn")
     graphs, compiled = len(eagle.graphs), variants()
     list(eagle.generate([5] * 1500, 5))
     cycles = eagle.generate(demo_prompts[0], 60)
