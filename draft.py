@@ -11,32 +11,78 @@ costs no correctness, only acceptance, which is why acceptance has tests of its 
 
 What a drafter is: drafter.py.
 """
-import json
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+import ops.tree
 import tree
-from drafter import Drafter, steps
-from kernels import TreeMask, causal_mask, embed, tree_mask
-from linears import linear
-from lookup import Retrieval
-from model import Config, Layer, Llama, fill, read_tensors, rope_table, stored_mode
-from qlinears import Quantized, dequantize
-from quantizers import quantize_linears, quantize_weight, rows_of, stack
-from tree import MAX_NODES, Level, State, Tree, build, root
+from formats.config import Config
+from formats.eagle import VOCAB, native_names, read_vocab
+from formats.weights import fill, read_tensors
+from model import Layer, Llama, rope_table
+from ops.attention import TreeMask, causal_mask, tree_mask
+from ops.embed_rope import embed
+from ops.linear import linear
+from ops.quantized import Quantized, dequantize
+from quant.linear import quantize_linears, quantize_weight, rows_of, stack, stored_mode
+from tree import MAX_NODES, Level, State, Tree, root
 
-VOCAB = "draft_vocab.json"  # the target's most frequent tokens, most frequent first
-CURVE = "acceptance.json"  # what trees of each size gain a cycle, see autotree.py
 
-# The EAGLE authors' fixed tree `mc_sim_7b_63` (their repository, eagle/model/choices.py): 25 drafted nodes,
-# each the path of ranks that leads to it. (0, 1) is the second-best token after the best one.
-EAGLE1_TREE = [(0,), (1,), (2,), (3,), (0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0),
-               (0, 0, 0), (0, 0, 1), (0, 0, 2), (0, 1, 0), (0, 1, 1), (0, 2, 0), (0, 2, 1), (1, 0, 0),
-               (0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 0, 2), (0, 0, 0, 0, 0), (0, 0, 0, 0, 1)]
+def tree_ops(device: torch.device) -> ModuleType:
+    """tree.py's functions, or on a GPU the kernels of ops/tree.py, under the same names."""
+    return ops.tree if device.type == "cuda" else tree
+
+
+class Drafter:
+    """To make one: set `num_nodes` and `max_depth`, write `propose`, and of the rest whatever it needs."""
+    num_nodes = 1  # of each tree, the root included; at most tree.MAX_NODES
+    max_depth = 0  # of the nodes that may be accepted
+    deepest: int | None = None  # of all nodes, where some lie deeper than that
+    blanks = False  # whether there are nodes that must never be accepted: one of token t holds ~t, which is below 0
+    rejection = False  # whether `choose` takes the place of sampling with noise that belongs to the place in the text
+
+    def allocate(self, slots: int) -> None:
+        """Make room for a context of so many slots. Engines may share a drafter: keep what is large enough."""
+
+    def caches(self) -> tuple[Tensor, ...]:
+        """What `allocate` may replace: graphs that were captured with others are thrown away."""
+        return ()
+
+    def reset(self, state: State) -> None:
+        """A new text: state.tokens up to state.length are the prompt, which goes through `prefill` next."""
+
+    def prefill(self, state: State, features: Tensor, slots: Tensor, mask: Tensor | TreeMask) -> None:
+        """A chunk of the prompt: features [T, C] of the tokens in `slots` [T] of state.tokens, which see each other as
+        `mask` says. What lies past the prompt's end is anything."""
+
+    def propose(self, state: State) -> Tree:
+        """The tree to verify. Node 0 is the root, the newest committed token."""
+        raise NotImplementedError
+
+    def learn(self, state: State, tree: Tree, next_tokens: Tensor) -> None:
+        """After verification, before anything is committed: next_tokens [T] are the target's choices after each node,
+        whether it will be accepted or not."""
+
+    def choose(self, state: State, tree: Tree, logits: Tensor) -> Tensor:
+        """With `rejection`, when sampling: the choice after each node, [T] int64, of logits [T, V] fp32 of the
+        distribution to sample from."""
+        raise NotImplementedError
+
+
+class Vanilla(Drafter):
+    """No draft: the root alone."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        zero = torch.zeros(1, dtype=torch.int64, device=device)
+        self.shape = Tree(zero, zero, zero, zero + 1)
+
+    def propose(self, state: State) -> Tree:
+        return self.shape._replace(tokens=root(state))
 
 
 class EagleHead(nn.Module):
@@ -72,19 +118,6 @@ class EagleHead(nn.Module):
         of_embedding, of_feature = self.fc.weight.detach().chunk(2, dim=1)
         self.of_embedding, self.fc.weight = (nn.Parameter(t, False) for t in (of_embedding, of_feature))
         quantize_linears(self, mode, group, device)
-
-
-def folder_of(path: Path) -> Path:
-    """A checkpoint's or a head's folder, be it named itself or by a file in it."""
-    return path.parent if path.is_file() else path
-
-
-def find_head(checkpoint: Path) -> Path:
-    """The head that belongs to a checkpoint, a folder or a model file in it: the folder eagle, or what has the file's
-    name in there, as model-int8.safetensors has if the head was quantised too."""
-    folder = folder_of(checkpoint)
-    file = folder / "eagle" / checkpoint.name
-    return file if checkpoint.is_file() and file.is_file() else folder / "eagle"
 
 
 def load_head(folder: Path | str, target: Llama, vocab: int | None = None, quantize: str | None = None,
@@ -128,42 +161,6 @@ def load_head(folder: Path | str, target: Llama, vocab: int | None = None, quant
     return head
 
 
-def read_vocab(path: Path, vocab_size: int, limit: int | None) -> Tensor:
-    """The first `limit` (None: all) ids of a list of the most frequent ones, ascending, [at least 10] int64."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not there; train.py --draft_vocab makes it")
-    try:
-        ids = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        ids = None
-    if not (isinstance(ids, list) and all(type(i) is int and 0 <= i < vocab_size for i in ids)
-            and len(ids) == len(set(ids)) >= 10):
-        raise ValueError(f"{path}: should be a list of 10 or more different ids below {vocab_size}")
-    if limit and not 10 <= limit <= len(ids):
-        raise ValueError(f"{path} lists {len(ids)} tokens: --draft_vocab takes 10 to {len(ids)}, or 0 for all tokens")
-    return torch.tensor(sorted(ids[:limit]))
-
-
-def native_names(published: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Published tensors under this file's names, q/k/v and gate/up fused. The names we do not know stay, and
-    `fill` refuses them."""
-    tensors = {name: t for name, t in published.items()
-               if name != "embed_tokens.weight" and not name.endswith("rotary_emb.inv_freq")}
-    fused = {"layer.wqkv.weight": [f"layers.0.self_attn.{x}_proj.weight" for x in "qkv"],
-             "layer.wqkv.bias": [f"layers.0.self_attn.{x}_proj.bias" for x in "qkv"],
-             "layer.wo.weight": ["layers.0.self_attn.o_proj.weight"],
-             "layer.mlp_norm.weight": ["layers.0.post_attention_layernorm.weight"],
-             "layer.w13.weight": ["layers.0.mlp.gate_proj.weight", "layers.0.mlp.up_proj.weight"],
-             "layer.w2.weight": ["layers.0.mlp.down_proj.weight"]}
-    for name, parts in fused.items():
-        found = [tensors.pop(part) for part in parts if part in tensors]
-        if len({t.shape[1:] for t in found}) > 1 or len(found) not in (0, len(parts)):
-            raise ValueError(f"{path}: {', '.join(parts)} do not fit together")
-        if found:
-            tensors[name] = torch.cat(found) if len(found) > 1 else found[0]
-    return tensors
-
-
 def drafting_rows(weight: Tensor | Quantized, ids: Tensor | None, quantized: bool) -> Tensor | Quantized:
     """The lm_head's rows of these ids (None: all); int8 for a quantised head, though the target's may not be. Against
     8 bits of x: a draft may be wrong, and nothing is easier to be right about than the best ten."""
@@ -183,7 +180,7 @@ class Eagle(Drafter):
 
     def __init__(self, head: EagleHead, target: Llama, max_depth: int) -> None:
         self.head, self.ids, self.max_depth = head, head.vocab, max_depth
-        self.steps = steps(target.embed.weight.device)
+        self.steps = tree_ops(target.embed.weight.device)
         self.where: Tensor | None = None  # [2, fed nodes] int64: places and scratch slots, from the end of the text on
         self.lm_head, self.both = drafting_rows(target.lm_head.weight, self.ids, head.of_embedding is not None), None
         with torch.no_grad():
@@ -247,7 +244,7 @@ class Eagle2(Eagle):
     With `retrieval`, a chain from the text itself competes with what the head drafts, node by node."""
 
     def __init__(self, head: EagleHead, target: Llama, draft_tokens: int = 60, draft_depth: int = 6,
-                 topk: int = 10, retrieval: Retrieval | None = None) -> None:
+                 topk: int = 10, retrieval: Drafter | None = None) -> None:
         chain = retrieval.length if retrieval else 0
         super().__init__(head, target, max(draft_depth, chain))
         if not (2 <= draft_tokens <= MAX_NODES and 1 <= draft_depth <= 8 and 1 <= topk <= 10):
@@ -289,53 +286,3 @@ class Eagle2(Eagle):
             (tokens, scores, _), chain = self.start[1], self.retrieval.length
             self.retrieval.write(state, tokens[-chain - 1:], scores[-chain:])
         return self.steps.rerank(state, self.start[1], self.num_nodes - 1, self.max_depth)
-
-
-class Eagle1(Eagle):
-    """EAGLE's fixed tree: which nodes exist and which are fed is known in advance, only the tokens are not."""
-
-    def __init__(self, head: EagleHead, target: Llama, choices: list[tuple[int, ...]] = EAGLE1_TREE) -> None:
-        super().__init__(head, target, max(map(len, choices)))
-        device = target.embed.weight.device
-        nodes = sorted([(), *choices], key=lambda path: (len(path), path))  # level order, the root first
-        self.num_nodes = len(nodes)
-        parents = torch.tensor([0] + [nodes.index(path[:-1]) for path in nodes[1:]], device=device)
-        self.shape = build(torch.zeros_like(parents), parents, self.max_depth)
-        fed = [path for path in nodes[1:] if any(c[:-1] == path for c in choices)]  # in scratch-slot order
-        self.where = torch.tensor([[len(path) - 2 for path in fed], [slot - 1 for slot in range(len(fed))]],
-                                  dtype=torch.int64, device=device)
-        self.levels = []  # for each depth of fed nodes: their tensors, see `propose`
-        self.grow = [self.places([c for c in nodes if len(c) == 1], [()], device)]
-        for depth in range(1, self.max_depth):
-            here = [path for path in fed if len(path) == depth]
-            above = [path for path in fed if len(path) == depth - 1] or [()]
-            at_depth = [path for path in nodes if len(path) == depth]
-            self.levels.append((
-                torch.tensor([at_depth.index(path) for path in here], device=device),
-                torch.tensor([above.index(path[:-1]) for path in here], device=device),
-                torch.tensor([[sum(1 << j for j, other in enumerate(fed) if path[:len(other)] == other)]
-                              for path in here], device=device),
-                slice(fed.index(here[0]), fed.index(here[-1]) + 1)))
-            self.grow.append(self.places([c for c in nodes if len(c) == depth + 1], here, device))
-
-    @staticmethod
-    def places(children: list[tuple[int, ...]], fed: list[tuple[int, ...]], device: torch.device) -> Tensor:
-        """[2, children]: the row of each child's parent among the fed nodes, and the child's rank."""
-        return torch.tensor([[fed.index(c[:-1]) for c in children], [c[-1] for c in children]], device=device)
-
-    def propose(self, state: State) -> Tree:
-        hidden, where = self.extend(state)
-        logits, onward = self.read(hidden, not self.levels)
-        levels = [self.children(logits, state, 0)]
-        for depth, (fed, parent_rows, bits, at) in enumerate(self.levels, 1):
-            places, slots = where[:, at]
-            hidden = self.rows(levels[-1][fed], onward, parent_rows, places, slots,
-                               tree_mask(where[0, 0], bits, state.width))
-            logits, onward = self.read(hidden, depth == len(self.levels))
-            levels.append(self.children(logits, state, depth))
-        return self.shape._replace(tokens=torch.cat((root(state), *levels)))
-
-    def children(self, logits: Tensor, state: State, depth: int) -> Tensor:
-        rows, ranks = self.grow[depth]
-        best = self.steps.best_tokens(logits, min(10, logits.shape[-1]), self.ids, self.noise(state, depth))
-        return best[rows, ranks]

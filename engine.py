@@ -15,46 +15,24 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from drafter import Drafter, Vanilla, steps
-from kernels import causal_mask, tree_mask
-from linears import MAX_ROWS, linear
+from draft import Drafter, Vanilla, tree_ops
 from model import Llama
-from qlinears import Quantized
+from ops.attention import causal_mask, tree_mask
+from ops.graphs import capture
+from ops.linear import MAX_ROWS, linear
+from ops.quantized import Quantized
 from sampling import Sampling, gumbel_noise, perturb, process
 from tree import MAX_NODES, State, Tree, build
 
 PREFILL_CHUNK = 512  # prompt tokens a forward
 SHORT_CHUNK = MAX_ROWS  # on a GPU, for what is left of a prompt: it costs what a verification does
 SPARE = 128  # cache slots past max_seq_len, for drafts that reach beyond the last token to be committed
-
-
-def capture(function: Callable[[], object], unroll: int = 1) -> Callable[[], None]:
-    """`unroll` calls of `function` as a CUDA graph; calling the result replays them. Runs it twice before, which
-    compiles its kernels. What a graph leaves in its temporary memory, the next one that is replayed may overwrite."""
-    for _ in range(2):
-        function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=graph_memory().pool()):
-        for _ in range(unroll):
-            function()
-    return graph.replay
-
-
-@cache
-def graph_memory() -> torch.cuda.CUDAGraph:
-    """Whose memory all graphs take for their temporary tensors: no two are replayed at once. This one never is; it
-    keeps that memory when an engine goes with the last of the others."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        torch.zeros(1, device="cuda")
-    return graph
 
 
 def parted(ids: list[int], others: list[int]) -> int:
@@ -69,8 +47,6 @@ class Engine:
     On a GPU a cycle is one CUDA graph: the host enqueues the next replay before it reads what the last one
     committed, so the GPU never waits for Python. `compiled=False` launches every kernel from Python instead,
     which is slow but can be stepped through."""
-    tokenizer = None  # the checkpoint's, where `load` made the engine
-
     def __init__(self, model: Llama, drafter: Drafter, max_seq_len: int,
                  stop_ids: frozenset[int] = frozenset(), compiled: bool = True) -> None:
         self.model, self.drafter, self.max_seq_len = model, drafter, max_seq_len
@@ -81,7 +57,7 @@ class Engine:
             model.allocate_cache(max_seq_len, SPARE)
         drafter.allocate(self.slots)
         self.cuda = device.type == "cuda"
-        self.steps = steps(device)
+        self.steps = tree_ops(device)
         self.graphs, self.caches = {} if self.cuda and compiled else None, []
         rows, self.deepest = drafter.max_depth + 1, drafter.deepest or drafter.max_depth
         zero = torch.zeros((), dtype=torch.int64, device=device)
@@ -100,22 +76,6 @@ class Engine:
         # So many tokens short chunks process sooner than a large one, which dequantises first (BENCHMARKS.md)
         self.few = (5 if isinstance(model.lm_head.weight, Quantized) else 2) * self.short
         self.text, self.mark, self.reused = [], None, 0  # see `forget`; prompt tokens that were not processed anew
-
-    @classmethod
-    def load(cls, checkpoint: Path | str, draft: str = "vanilla", *, device: str | None = None,
-             dtype: torch.dtype | str | None = None, max_seq_len: int | None = None, compiled: bool = True,
-             **options: object) -> "Engine":
-        """The engine that generate.py makes of the same options: `draft` is one of methods.METHODS, `head` is --draft,
-        all others are called as there (draft_tokens=16, quantize="int8", medusa=DIR). With engine.tokenizer.
-
-        Raises TypeError for an option that there is not, ValueError or OSError with the line that generate.py shows.
-        """
-        from methods import engine_args, load_engine  # here: the drafters that it imports, import this file
-        args = engine_args(options)
-        args.checkpoint, args.method, args.max_seq_len = Path(checkpoint), draft, max_seq_len
-        args.no_compile, args.device = not compiled, device and str(device)
-        args.dtype = dtype and str(dtype).removeprefix("torch.")
-        return load_engine(args, cls)
 
     def check(self, ids: list[int]) -> None:
         if not ids:
@@ -341,3 +301,40 @@ class Engine:
         self.draw_noise()
         best, second = self.scores(features[len(ids) - 1 - first][None], self.nodes[:1]).topk(2).values[0].tolist()
         return best - second
+
+
+class Run(NamedTuple):
+    """One generation. The first token, which prefill chose, counts in `tokens` alone."""
+    tokens: list[int]  # up to the stop id, if there is one
+    gained: list[int]  # tokens committed by each cycle
+    prefill_s: float  # until the first token is there
+    decode_s: float  # from then on
+
+
+def run(engine: Engine, ids: list[int], new_tokens: int, sampling: Sampling = Sampling(),
+        show: Callable[[list[int]], bool | None] = lambda new: None) -> Run:
+    """`show` gets the tokens as they come, and ends the text by saying True."""
+    tokens, gained = [], []
+    if engine.cuda:
+        torch.cuda.synchronize()  # the cycle that ran ahead of the last text's end
+    start = time.perf_counter()
+    for new in engine.generate(ids, new_tokens, sampling):
+        if tokens:
+            gained.append(len(new))
+        else:
+            first = time.perf_counter()  # reading `new` back waited for the device
+        tokens += new
+        if show(new):
+            break
+    return Run(tokens, gained, first - start, time.perf_counter() - first)
+
+
+def freeze(engine: Engine, ids: list[int], new_tokens: int, sampling: Sampling = Sampling()) -> int:
+    """Continue the prompt by some `new_tokens`, then call it done: from here on a cycle does all its work and commits
+    nothing. (It moves features all the same: drafts become bad ones, which cost as much.) Returns the text's length."""
+    for new in engine.generate(ids, len(engine.state.tokens), sampling):
+        new_tokens -= len(new)
+        if new_tokens <= 0:
+            break
+    engine.state.done.fill_(True)
+    return int(engine.state.length)

@@ -11,87 +11,21 @@ Text goes to stdout as it is written, statistics to stderr; with --json the last
 import argparse
 import json
 import os
-import resource
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-import memory
-from batch import batch
-from draft import folder_of
-from engine import Engine, Sampling, Vanilla, parted
-from methods import DTYPES, add_options, check_engine, context, load_engine, placement
-from model import Config
-from profiling import write_trace
-from timing import device_name, run
+from app import memory
+from app.answer import compare, generate, report
+from app.batch import batch
+from app.draw_tree import page
+from app.options import DTYPES, Engine, add_options, check_engine, context, fail, load_engine, placement
+from app.trace import write_trace
+from app.watch import View, Watch, watch
+from draft import Vanilla
+from formats.config import Config
+from formats.eagle import folder_of
+from sampling import Sampling
 from tokenizer import Tokenizer
-from watch import View, Watch, page, watch
-
-
-def generate(engine: Engine, ids: list[int], max_new_tokens: int, sampling: Sampling, tokenizer: Tokenizer,
-             method: str = "vanilla", show: bool = False, stops: Sequence[str] = (), view: View | None = None) -> dict:
-    """One generation, timed, to the first of the texts `stops` at most. Returns the object that --json prints; `show`
-    streams the text to stdout; `view`, of an engine whose drafter is watched, takes every cycle's tree."""
-    stream = tokenizer.stream(stops)
-
-    def take(new: list[int]) -> bool:
-        if view:
-            view.push(new)
-        text = stream.push(new) if show or stops else ""
-        if show:
-            print(text, end="", flush=True)
-        return stream.stopped
-
-    tokens, gained, prefill_s, decode_s = run(engine, ids, max_new_tokens, sampling, take)
-    rest = stream.flush()
-    if view:
-        view.finish()
-    if show:
-        print(rest, flush=True)
-    if stream.stopped and len(tokens) > stream.tokens:  # the rest of a cycle
-        gained[-1] -= len(tokens) - stream.tokens
-        tokens = tokens[:stream.tokens]
-    cuda = engine.device.type == "cuda"
-    if stream.stopped:
-        stop = "string"
-    elif tokens[-1] in tokenizer.stop_ids:
-        stop = "eos"
-    else:
-        stop = "length" if len(tokens) == max_new_tokens else "context"
-    depths = range(1, engine.drafter.max_depth + 1)
-    return {
-        "method": method, "text": tokenizer.decode(tokens, stops), "tokens": tokens,
-        "prompt_tokens": len(ids), "new_tokens": len(tokens), "cycles": len(gained), "gained": gained,
-        "mean_gained": sum(gained) / len(gained) if gained else 0.0,
-        "accept_by_depth": [sum(g > d for g in gained) / max(len(gained), 1) for d in depths],
-        "prefill_s": prefill_s, "decode_s": decode_s,
-        "tokens_per_sec": (len(tokens) - 1) / decode_s if gained else 0.0, "compile_s": engine.compile_s,
-        "memory_gb": (torch.cuda.max_memory_allocated() if cuda else
-                      1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1e9,
-        "device": device_name(engine.device),
-        "dtype": str(engine.model.embed.weight.dtype).removeprefix("torch."), "torch": torch.__version__,
-        "seed": sampling.seed, "stop": stop} | ({"trees": view.record()} if view else {})
-
-
-def report(result: dict) -> str:
-    tree = "" if result["method"] == "vanilla" else (
-        f", {result['mean_gained']:.2f} tokens a cycle; accepted by depth "
-        + " ".join(f"{share:.0%}" for share in result["accept_by_depth"]))
-    return (f"{result['method']}: {result['tokens_per_sec']:.1f} tokens/s ({result['new_tokens']} tokens, "
-            f"{result['decode_s']:.2f} s{tree}); prompt of {result['prompt_tokens']} in {result['prefill_s']:.2f} s")
-
-
-def compare(engine: Engine, vanilla: dict, fast: dict, ids: list[int]) -> str:
-    """One line: the speed-up, and whether the tokens are the same; if not, how near a tie the first difference is."""
-    a, b = fast["tokens"], vanilla["tokens"]
-    speed_up = fast["tokens_per_sec"] / vanilla["tokens_per_sec"] if vanilla["tokens_per_sec"] else float("nan")
-    if a == b:
-        return f"{speed_up:.2f}x vanilla, identical tokens"
-    at = parted(a, b)
-    return (f"{speed_up:.2f}x vanilla; the tokens differ from number {at} on, where vanilla's two best tokens are "
-            f"{engine.top2_gap(ids + b[:at]):.3g} apart ({vanilla['dtype']} rounding; float32 does not differ)")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -175,12 +109,6 @@ def check_run(args: argparse.Namespace) -> str | None:
     return None
 
 
-def load(args: argparse.Namespace) -> tuple[Engine, Tokenizer]:
-    """The engine that the command line describes. Raises ValueError or OSError with one line to show."""
-    engine = load_engine(args)
-    return engine, engine.tokenizer
-
-
 def read_prompt(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
     if args.prompt.startswith("@"):
         text = Path(args.prompt[1:]).read_text(encoding="utf-8")
@@ -215,12 +143,13 @@ def work(args: argparse.Namespace) -> None:
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
     try:
         if args.prompt_file:
-            sys.exit(batch(args, sampling, load, generate))
-        engine, tokenizer = load(args)
+            sys.exit(batch(args, sampling))
+        engine = load_engine(args)
+        tokenizer = engine.tokenizer
         if args.show_tree or args.tree_html:
             watch(engine)
         if args.interactive:
-            from chat import chat  # prompt_toolkit takes its time to load
+            from app.chat import chat  # prompt_toolkit takes its time to load
             return chat(engine, tokenizer, sampling, args.max_new_tokens, args.system, args.stop)
         ids = read_prompt(args, tokenizer)
         engine.check(ids)
@@ -249,12 +178,6 @@ def work(args: argparse.Namespace) -> None:
             print(write_trace(engine, ids, sampling, args.profile), file=sys.stderr)
     except OSError as e:
         sys.exit(fail(e))
-
-
-def fail(error: Exception) -> int:
-    """One line on stderr; the exit code for bad input is 2."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""Write a quantised model file beside a converted checkpoint's own, or measure what quantising costs in quality.
+"""Write a quantised model file beside a converted checkpoint's own.
 
     python quantize.py --checkpoint checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct --mode int8
     python quantize.py --checkpoint checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct --mode int8 --draft
     python generate.py --checkpoint checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct/model-int8.safetensors --eagle2 ...
-    python quantize.py --checkpoint checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct --quality TEXT_FILE
 
 int8 and int8dyn take one tensor at a time. int4 wants to know what the layers' inputs look like, and asks the model: it
 writes some thousand words of its own, beginning from nothing, and these run through the layers one after the other. Two
@@ -13,8 +12,6 @@ text. Then GPTQ (quantizers.py). The embedding, norms and biases stay as they ar
 """
 import argparse
 import copy
-import json
-import math
 import os
 import sys
 import time
@@ -25,19 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from app.options import fail
 from draft import load_head
-from engine import Engine, Vanilla
-from generate import fail
-from linears import linear
-from model import FORMAT, Layer, Llama, load_model, read_tensors, rope_table, stored_mode
-from qlinears import Quantized
-from quantizers import GROUPS, MODES, QuantizedLinear, mode_of, quantize_linears, quantize_weight
-from tensor_files import write_file
+from formats.weights import FORMAT, read_tensors, write_file
+from model import Layer, Llama, load_model, rope_table
+from ops.linear import linear
+from ops.quantized import Quantized
+from quant.linear import GROUPS, MODES, QuantizedLinear, mode_of, quantize_linears, quantize_weight, stored_mode
 from tokenizer import Tokenizer
-from workload import gigabytes
 
 TEXTS, LENGTH, TOGETHER = 32, 512, 8  # that the model writes, tokens of each, how many are written or read at once
-QUESTIONS = Path(__file__).parent / "bench_questions.jsonl"
 
 
 def quantize_checkpoint(folder: Path, mode: str, group: int, device: str) -> Path:
@@ -186,94 +180,23 @@ def inputs(layer: Layer, name: str, x: Tensor, rope: Tensor) -> Tensor:
     return linear(x, layer.w13.weight, norm=(layer.mlp_norm.weight, layer.mlp_norm.eps), gated=True)
 
 
-@torch.inference_mode()
-def perplexity(model: Llama, ids: Tensor) -> float:
-    """Of text ids [chunks, T], each chunk for itself."""
-    loss = 0.0
-    for chunk in ids:
-        hidden = model(chunk[None], torch.arange(len(chunk), device=ids.device))[0, :-1]
-        logits = linear(hidden, model.lm_head.weight, dtype=torch.float32)
-        loss += F.cross_entropy(logits, chunk[1:], reduction="sum").item()
-    return math.exp(loss / (ids.numel() - len(ids)))
-
-
-@torch.inference_mode()
-def kept(model: Llama, prompts: list[list[int]], texts: list[list[int]]) -> float:
-    """The share of tokens that the model would have chosen too, after a prompt and what of its text stands before."""
-    same = 0
-    for prompt, text in zip(prompts, texts):
-        ids = torch.tensor(prompt + text, device=model.embed.weight.device)
-        hidden = model(ids[None, :-1], torch.arange(len(ids) - 1, device=ids.device))[0, len(prompt) - 1:]
-        same += int((linear(hidden, model.lm_head.weight).argmax(-1) == ids[len(prompt):]).sum())
-    return same / sum(map(len, texts))
-
-
-def variants(folder: Path, group: int, device: str) -> Iterator[tuple[str, Llama]]:
-    """The model as it is, in each mode as quantised on load, and each quantised file that is there."""
-    yield "bf16", load_model(folder)
-    for name, mode, how in (("int8", "int8", {}), ("int8dyn", "int8dyn", {}),
-                            (f"int4 of {group}, nearest", "int4", {"shrink": (1,)}), (f"int4 of {group}", "int4", {})):
-        model = load_model(folder)
-        quantize_linears(model, mode, group, device, **how)
-        yield name, model
-    for file in sorted(folder.glob("model-int*.safetensors")):
-        yield file.name, load_model(file)
-
-
-def quality(folder: Path, files: list[Path], asked: Path, tokens: int, new_tokens: int, group: int, device: str
-            ) -> None:
-    """Print the table: perplexity, how far that is above bf16's, the share of bf16's greedy tokens kept, what a step
-    reads."""
-    tokenizer, dtype = Tokenizer(folder), torch.bfloat16 if device == "cuda" else torch.float32
-    ids = [i for file in files for i in tokenizer.encode(file.read_text(encoding="utf-8"))][:tokens]
-    if len(ids) < LENGTH:
-        raise ValueError(f"--quality wants {LENGTH} tokens of text or more, not {len(ids)}")
-    chunks = torch.tensor(ids[:len(ids) // LENGTH * LENGTH], device=device).view(-1, LENGTH)
-    questions = [json.loads(line)["turns"][0] for line in asked.read_text(encoding="utf-8").splitlines()]
-    prompts = [tokenizer.chat([{"role": "user", "content": q}]) if tokenizer.has_chat_template else tokenizer.encode(q)
-               for q in questions]
-    print(f"| {chunks.numel()} tokens of text | perplexity | over bf16 | greedy tokens kept | GB a step |")
-    print("|---|---|---|---|---|")
-    texts, base = [], 0.0
-    for name, model in variants(folder, group, device):
-        size = gigabytes(model.layers, model.lm_head)
-        model.to(device, dtype)
-        model.allocate_cache(max(LENGTH, max(map(len, prompts)) + new_tokens), 128)
-        if not texts:
-            engine = Engine(model, Vanilla(device), model.kv.shape[4] - 128, tokenizer.stop_ids)
-            texts = [[i for new in engine.generate(ids, new_tokens) for i in new] for ids in prompts]
-        score = perplexity(model, chunks)
-        base = base or score
-        print(f"| {name} | {score:.3f} | {score / base - 1:+.2%} | {kept(model, prompts, texts):.1%} | "
-              f"{size:.3f} |", flush=True)
-
-
 def main() -> None:
     p = argparse.ArgumentParser(description="Quantise a converted checkpoint, or its draft head.")
     p.add_argument("--checkpoint", type=Path, required=True, help="converted folder")
-    p.add_argument("--mode", choices=MODES)
+    p.add_argument("--mode", choices=MODES, required=True)
     p.add_argument("--group", type=int, choices=GROUPS, help="columns that share a scale, with int4 (default: 128)")
     p.add_argument("--draft", type=Path, nargs="?", const=True,
                    help="the draft head in this folder instead (default: <checkpoint>/eagle)")
-    p.add_argument("--quality", type=Path, nargs="+", metavar="TEXT_FILE", help="measure all modes on these texts")
-    p.add_argument("--tokens", type=int, default=4096, help="of the texts, with --quality")
-    p.add_argument("--questions", type=Path, default=QUESTIONS, help="with --quality: .jsonl, turns[0] of each")
-    p.add_argument("--new_tokens", type=int, default=64, help="of the answer to each question, with --quality")
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args()
     for wrong, message in (
-            ((args.mode is None) == (args.quality is None), "either --mode or --quality"),
             (args.group and args.mode in ("int8", "int8dyn"), "--group is for int4"),
-            (args.draft is not None and args.quality, "--draft goes with --mode"),
-            (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda, but torch finds no CUDA device"),
-            (args.new_tokens < 1, "--new_tokens must be at least 1")):
+            (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda, but torch finds no CUDA device")):
         if wrong:
             p.error(message)
     group = args.group or 128
     try:
-        if args.quality:
-            quality(args.checkpoint, args.quality, args.questions, args.tokens, args.new_tokens, group, args.device)
-        elif args.draft is not None:
+        if args.draft is not None:
             head = args.checkpoint / "eagle" if args.draft is True else args.draft
             print(quantize_draft(head, args.checkpoint, args.mode, group))
         else:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import tree_kernels
+from ops import tree as tree_kernels
 
 
 @dataclass(frozen=True)

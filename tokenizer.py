@@ -5,7 +5,6 @@ wherever it is, so a stream remembers nothing but the unfinished UTF-8 character
 
     python -c "from tokenizer import Tokenizer; print(Tokenizer('checkpoints/ORG/NAME').encode('Hello'))"
 """
-
 import codecs
 import re
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from tokenizers import decoders
 
-from tokenizer_files import BYTE_OF, clear_error, load_bpe, load_template, read_json
+from formats.tokenizer_files import BYTE_OF, clear_error, load_bpe, load_template, read_json
 
 
 class Tokenizer:

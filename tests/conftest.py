@@ -9,8 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from hypothesis import settings
+
+import generate
+from drafters.medusa import MedusaHeads, save_medusa
+from model import Llama
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts are flat files, not a package
@@ -100,3 +105,29 @@ def demo_runs(demo_model, demo_head, demo_prompts):
             cycles = list(engine.generate(ids, 64))
             runs.append((cycles, ids + sum(cycles, []), recorder))
     return runs
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> tuple[Path, Llama]:
+    """A target with an EAGLE head, Medusa heads, and itself as draft model."""
+    model, head = tiny.pair(0, 0.1, torch.float32)
+    folder = tiny.save_target(model, tmp_path / "target")
+    tiny.save_head(head, folder / "eagle")
+    save_medusa(MedusaHeads(model.cfg.hidden_size, 4), folder / "medusa")
+    return folder, model
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, words)])
+        code = 0
+        try:
+            with all_cores():
+                generate.main()
+        except SystemExit as e:
+            code = e.code if isinstance(e.code, int) else 1
+        out, err = capsys.readouterr()
+        return code, out, err
+    return call

@@ -3,7 +3,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from draft import Eagle1, Eagle2
+from draft import Eagle2
+from drafters.eagle1 import Eagle1
 from tree import State, Tree
 
 

@@ -16,8 +16,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are flat files, not a package
 
 import generate
+from app import options
+from drafters.methods import make_drafter
 from engine import Engine
-from methods import make_drafter
 from sampling import Sampling
 
 
@@ -59,7 +60,8 @@ def main() -> None:
     prompts = int(sys.argv[at + 1]) if at else 500
     words = sys.argv[1:at] + sys.argv[at + 2:] if at else sys.argv[1:]
     args = generate.parse_args([*words, "--prompt", "-"])
-    engine, tokenizer = generate.load(args)
+    engine = options.load_engine(args)
+    tokenizer = engine.tokenizer
     model, slots, stops, start = engine.model, engine.max_seq_len, tokenizer.stop_ids, time.perf_counter()
 
     def make() -> Engine:

@@ -12,22 +12,27 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from test_cycle import SHAPE, operations, tiny_checkpoint
+from helpers import SHAPE, operations, tiny_checkpoint
 
 import bench
-import methods
-import timing
-import workload
-from baselines import gpt_fast_decoder, transformers_decoder
-from bench import Method, Run
-from engine import Engine, Sampling, Vanilla
-from medusa import MedusaHeads
-from report import against, read_result, report
-from sampling import gumbel_noise
-from speculate import Speculate, load_draft_model
+import engine
+from benchmarks import race, workload
+from benchmarks.engines import gpt_fast_decoder, transformers_decoder
+from benchmarks.race import Method
+from benchmarks.race import race as take_turns
+from benchmarks.report import against, read_result, report
+from benchmarks.widen import SHAPES
+from benchmarks.workload import Prompt
+from draft import Vanilla
+from drafters import methods
+from drafters.medusa import MedusaHeads
+from drafters.speculate import Speculate, load_draft_model
+from engine import Engine, Run
+from formats.questions import Question, read_questions
+from model import load_model
+from ops import graphs
+from sampling import Sampling, gumbel_noise
 from tokenizer import Tokenizer
-from widen import SHAPES
-from workload import Prompt, Question
 
 QUESTIONS = [{"question_id": 81, "category": "chat", "turns": ["How old is the moon?", "And the sun?"]},
              {"question_id": "b", "category": "coding", "turns": ["Sort a list."]}]
@@ -138,16 +143,16 @@ def clockwork(order: list, *, fails: str = "", stops: int = 10**9, seconds: floa
 PROMPTS = [Prompt("1", 1, "x", [7]), Prompt("2", 1, "y", [8])]
 
 
-def race(*, runs: int = 2, **how) -> tuple[list, dict, dict]:
+def run_race(*, runs: int = 2, **how) -> tuple[list, dict, dict]:
     order, result = [], {"failed": {}}
     args = argparse.Namespace(runs=runs, temperature=[0.0, 1.0], max_new_tokens=9)
-    return order, result, bench.race(clockwork(order, **how), PROMPTS, args, result)
+    return order, result, take_turns(clockwork(order, **how), PROMPTS, args, result)
 
 
 def test_methods_take_turns() -> None:
     """One method's runs all in a row, so that it alone has a cool GPU; another seed for each method or run; greedy
     engines asked to sample."""
-    order, result, runs = race()
+    order, result, runs = run_race()
     once = [(name, t, prompt, seed) for t in (0.0, 1.0) for name in ("vanilla", "b", "other")
             for seed, prompt in enumerate((7, 8)) if name != "other" or t == 0]
     assert order == once * 2 and result == {"failed": {}}
@@ -157,7 +162,7 @@ def test_methods_take_turns() -> None:
 
 def test_a_method_that_fails_leaves_the_others(capsys) -> None:
     """A traceback after an hour; a text of two prompts counted as one of all."""
-    order, result, runs = race(fails="b")
+    order, result, runs = run_race(fails="b")
     assert [name for name, *_ in order].count("b") == 1 and result["failed"] == {"b": "out of memory"}
     assert list(runs[0.0]) == ["vanilla", "other"] and len(runs[1.0]["vanilla"]) == 2
     assert capsys.readouterr().err.splitlines() == ["b failed, the others go on: out of memory"]
@@ -165,7 +170,7 @@ def test_a_method_that_fails_leaves_the_others(capsys) -> None:
 
 def test_interrupted() -> None:
     """All lost, or a half-measured method in the tables beside the others' whole runs."""
-    order, result, runs = race(runs=3, stops=10 + 3)  # in the second run, at b's second prompt
+    order, result, runs = run_race(runs=3, stops=10 + 3)  # in the second run, at b's second prompt
     assert [len(group) for part in runs.values() for group in part.values()] == [1] * 5
     assert result["interrupted"].startswith("run 2 of 3 at temperature 0 and all")
     assert [len(result["unfinished"][name]) for name in ("vanilla", "b")] == [2, 1]
@@ -175,20 +180,20 @@ def test_speeds() -> None:
     """The token of prefill counted as decoded, means of ratios, prefill where it does not belong, cycles of one run
     divided into seconds of all."""
     runs = [[Run([1, 2, 3, 4], [3], 1.0, s), Run([5, 6, 7], [1, 1], 2.0, s)] for s in (0.5, 2.0, 1.0)]
-    numbers = bench.speeds(runs)
+    numbers = race.speeds(runs)
     assert numbers["tokens_per_sec"] == {"median": 2.5, "q1": 1.875, "q3": 3.75, "runs": [5.0, 1.25, 2.5]}
     assert numbers["with_prefill"]["runs"] == [7 / 4, 1.0, 7 / 5] and numbers["prefill_ms"] == 1500
     assert numbers["mean_gained"] == 5 / 3 and numbers["cycle_ms"] == pytest.approx(2000 / 3)
     assert numbers["histogram"] == [0, 2, 0, 1]
-    assert bench.spread([3.0]) == {"median": 3.0, "q1": 3.0, "q3": 3.0, "runs": [3.0]}
-    nothing = bench.speeds([[Run([1], [], 1.0, 0.0)]])  # a text of one token: prefill's
+    assert race.spread([3.0]) == {"median": 3.0, "q1": 3.0, "q3": 3.0, "runs": [3.0]}
+    nothing = race.speeds([[Run([1], [], 1.0, 0.0)]])  # a text of one token: prefill's
     assert nothing["tokens_per_sec"]["median"] == nothing["mean_gained"] == 0
 
 
 def test_distinct4() -> None:
     """Repetition that is not noticed, or found between two texts."""
-    assert bench.distinct4([[1, 2, 3, 4, 5], [1, 2, 3, 4], [7]]) == 1
-    assert bench.distinct4([[1] * 13]) == 0.1 and bench.distinct4([[1]]) == 0
+    assert race.distinct4([[1, 2, 3, 4, 5], [1, 2, 3, 4], [7]]) == 1
+    assert race.distinct4([[1] * 13]) == 0.1 and race.distinct4([[1]]) == 0
 
 
 @pytest.mark.parametrize("t", [0.0, 1.0])
@@ -196,13 +201,13 @@ def test_gap_where_texts_part(t: float) -> None:
     """The gap is that of vanilla's scores after the last token that both wrote, with that text's own noise."""
     model, prompts = tiny.target(3), [Prompt("1", 1, "x", tiny.prompt(4, 12)), Prompt("2", 1, "y", tiny.prompt(5, 12))]
     vanilla = Engine(model, Vanilla(), 64)
-    base = [timing.run(vanilla, p.ids, 12, Sampling(t, seed=i)) for i, p in enumerate(prompts)]
+    base = [engine.run(vanilla, p.ids, 12, Sampling(t, seed=i)) for i, p in enumerate(prompts)]
     other = [base[0], base[1]._replace(tokens=[*base[1].tokens[:3], base[1].tokens[3] ^ 1, *base[1].tokens[4:]],
                                        gained=[3, 1, 3, 4])]
     vanilla.state.seed.fill_(99)
     vanilla.state.sampling = Sampling(1 - t)  # what another method left behind
     known = {"max_depth": 3, "rejection": False, "split_ms": {str(t): "split"}}
-    entry = bench.summary("x", t, {"vanilla": [base] * 2, "x": [other] * 2}, prompts, vanilla, known)
+    entry = race.summary("x", t, {"vanilla": [base] * 2, "x": [other] * 2}, prompts, vanilla, known)
     logits = tiny.logits(model, prompts[1].ids + base[1].tokens[:3])[-1:].float()
     if t:
         logits = logits + gumbel_noise(torch.tensor(1), torch.tensor([15]), model.cfg.vocab_size)
@@ -211,16 +216,16 @@ def test_gap_where_texts_part(t: float) -> None:
     assert (entry["same"], entry["steady"], entry["split_ms"]) == (1, True, "split")
     assert entry["by_category"]["y"]["mean_gained"] == 11 / 4 and entry["by_category"]["x"]["mean_gained"] == 1
     assert entry["accept_by_depth"] == [3 / 15, 3 / 15, 1 / 15] and entry["mean_gained"] == 22 / 15
-    unsteady = bench.summary("x", t, {"vanilla": [base] * 2, "x": [base, other]}, prompts, vanilla, known)
+    unsteady = race.summary("x", t, {"vanilla": [base] * 2, "x": [base, other]}, prompts, vanilla, known)
     assert not unsteady["steady"] and unsteady["same"] == 2
-    own = bench.summary("x", t, {"vanilla": [base], "x": [other]}, prompts, vanilla, known | {"rejection": True})
+    own = race.summary("x", t, {"vanilla": [base], "x": [other]}, prompts, vanilla, known | {"rejection": True})
     assert own["same"] == (None if t else 1), "one that draws otherwise is compared where nobody draws"
 
 
 def test_second_turns(checkpoint: Path, tmp_path: Path) -> None:
     """A second question asked without the first answer, or with another one than plain decoding's; turns of one
     question in another's; a category lost."""
-    tokenizer, model = Tokenizer(checkpoint), workload.load_model(checkpoint, "cpu", torch.float32)
+    tokenizer, model = Tokenizer(checkpoint), load_model(checkpoint, "cpu", torch.float32)
     questions = [Question("81", "chat", ["One?", "Two?", "Three?"]), Question("b", "all", ["Four?"])]
     prompts = workload.ask(model, tokenizer, questions, 10)
     assert [(p.question, p.turn, p.category) for p in prompts] == [
@@ -243,13 +248,13 @@ def test_questions_of_another_form(tmp_path: Path) -> None:
     for text in ("What?", '{"turn": "What?"}', '{"turns": []}', "[1]", '{"turns": "What?"}', '{"turns": [1]}'):
         path.write_text('{"turns": ["Why?"]}\n' + text)
         with pytest.raises(ValueError, match='asked.jsonl: each line should be .* with "turns".*line 2 is not'):
-            workload.read_questions(path)
+            read_questions(path)
     path.write_text("")
     with pytest.raises(ValueError, match="no questions"):
-        workload.read_questions(path)
+        read_questions(path)
     path.write_text('{"turns": ["Why?"]}\n{"question_id": 7, "category": "qa", "turns": ["a", "b"]}')
-    assert workload.read_questions(path) == [("1", "all", ["Why?"]), ("7", "qa", ["a", "b"])]
-    assert len({q.category for q in workload.read_questions(bench.QUESTIONS)}) == 6, "the default file"
+    assert read_questions(path) == [("1", "all", ["Why?"]), ("7", "qa", ["a", "b"])]
+    assert len({q.category for q in read_questions(bench.QUESTIONS)}) == 6, "the default file"
 
 
 @pytest.mark.parametrize("shape", [(), ("--shape", "tiny")])
@@ -257,7 +262,7 @@ def test_command_line(shape: tuple, arguments, gpt_fast: Path, tmp_path: Path, c
                       ) -> None:
     """Everything at once: all write one text, at both temperatures and in the wide model; the numbers in the file are
     those of the texts in it; what is missing is said and stops nobody; and nothing changed against the same file."""
-    monkeypatch.setattr(timing, "elapsed", operations)
+    monkeypatch.setattr(graphs, "elapsed", operations)
     out, both = tmp_path / "out.json", ("--methods", "eagle,medusa,eagle2", "--runs", 2, "--temperature", 0, 1, *shape)
     arguments(*both, "--transformers", "--gpt_fast", gpt_fast, "--json", out)
     assert bench.main() == 0
@@ -291,7 +296,7 @@ def test_command_line(shape: tuple, arguments, gpt_fast: Path, tmp_path: Path, c
 @pytest.mark.parametrize("shape", [(), ("--shape", "tiny")])
 def test_quantized(shape: tuple, arguments, monkeypatch: pytest.MonkeyPatch) -> None:
     """A head of other weights than the target it reads, or a result that does not say what it is of."""
-    monkeypatch.setattr(timing, "elapsed", operations)
+    monkeypatch.setattr(graphs, "elapsed", operations)
     args, result = arguments("--methods", "eagle2", "--quantize", "int8", "--runs", 1, *shape), {}
     bench.bench(args, result)
     assert [e["same"] for e in result["measured"]] == [3, 3] and "weights int8" in result["note"]
@@ -300,8 +305,8 @@ def test_quantized(shape: tuple, arguments, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_interrupted_command_line(arguments, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C that loses the complete runs, the file or the exit code."""
-    monkeypatch.setattr(timing, "elapsed", operations)
-    original, calls = bench.run, []
+    monkeypatch.setattr(graphs, "elapsed", operations)
+    original, calls = engine.run, []
 
     def interrupted(*inputs) -> Run:
         calls.append(inputs)
@@ -309,7 +314,7 @@ def test_interrupted_command_line(arguments, tmp_path: Path, capsys, monkeypatch
             raise KeyboardInterrupt
         return original(*inputs)
 
-    monkeypatch.setattr(bench, "run", interrupted)
+    monkeypatch.setattr(engine, "run", interrupted)
     stop = 1
     arguments("--methods", "eagle", "--json", tmp_path / "out.json")
     assert bench.main() == 130 and "interrupted; missing: all of it" in capsys.readouterr().err
@@ -324,8 +329,8 @@ def test_interrupted_command_line(arguments, tmp_path: Path, capsys, monkeypatch
 def test_against() -> None:
     """A change within the noise called one, or one beyond it overlooked; a difference of settings kept quiet."""
     def result(speeds: list[float], device: str, nodes: int) -> dict:
-        entries = [{"method": "vanilla", "temperature": 0.0, "tokens_per_sec": bench.spread([10.0, 11.0])},
-                   {"method": "eagle2", "temperature": 0.0, "tokens_per_sec": bench.spread(speeds)}]
+        entries = [{"method": "vanilla", "temperature": 0.0, "tokens_per_sec": race.spread([10.0, 11.0])},
+                   {"method": "eagle2", "temperature": 0.0, "tokens_per_sec": race.spread(speeds)}]
         return {"measured": entries, "prompts": [{"ids": [1]}], "settings": {"runs": "2"},
                 "before": {"device": device, "date": device}, "methods": {"eagle2": {"nodes": nodes, "max_depth": 3}}}
 
@@ -335,7 +340,7 @@ def test_against() -> None:
         "", "device differs: A -> B", "eagle2: nodes differs: 8 -> 9"]
     old = result([20.0, 24.0], "A", 8)
     assert "yes" not in against(old, result([23.0, 30.0], "A", 8))
-    old["measured"].append({"method": "gone", "temperature": 1.0, "tokens_per_sec": bench.spread([5.0])})
+    old["measured"].append({"method": "gone", "temperature": 1.0, "tokens_per_sec": race.spread([5.0])})
     old["methods"]["gone"] = {"nodes": 4, "max_depth": 3}
     lines = against(old, result([23.0, 30.0], "A", 8)).splitlines()
     assert lines[4].split("|")[1:4] == [" gone    ", " 1           ", " 5.0          "] and len(lines) == 5
@@ -345,8 +350,8 @@ def test_pictures(tmp_path: Path) -> None:
     """A picture that fails for want of plain decoding, categories, drafts or a second temperature; of another width
     than a README's."""
     pytest.importorskip("matplotlib")
-    from plots import draw
-    numbers = bench.speeds([[Run([1, 2, 3], [2], 1.0, 1.0)]] * 2)
+    from benchmarks.plots import draw
+    numbers = race.speeds([[Run([1, 2, 3], [2], 1.0, 1.0)]] * 2)
     entry = {**numbers, "by_category": {"x": numbers, "y": numbers}, "accept_by_depth": [0.5, 0.2], "runs": [1, 1],
              "split_ms": {"draft": 1.0, "verify": 2.0, "other": -0.1, "cycle": 2.9}}
     plain = entry | {"accept_by_depth": [], "by_category": {"x": numbers}}
@@ -367,7 +372,7 @@ def test_pictures(tmp_path: Path) -> None:
 
 def wide_and_small(arguments, *words: object) -> tuple[argparse.Namespace, torch.nn.Module, list[Prompt]]:
     args = arguments("--shape", "tiny", *words)
-    questions = workload.read_questions(args.questions)
+    questions = read_questions(args.questions)
     return args, *workload.load(args, lambda model, tokenizer: workload.ask(model, tokenizer, questions, 12))[:2]
 
 
@@ -399,7 +404,7 @@ def test_widened_draft_model(checkpoint: Path, arguments, monkeypatch: pytest.Mo
         args, model, prompts = wide_and_small(arguments, "--speculate", checkpoint, "--methods", "speculate")
         parts = workload.widened_parts("speculate", args)
         assert list(parts) == ["speculate"] and parts["speculate"].cfg.vocab_size == vocab_size
-        runs = [timing.run(Engine(model, Speculate(parts["speculate"], model), 300), p.ids, 30) for p in prompts]
+        runs = [engine.run(Engine(model, Speculate(parts["speculate"], model), 300), p.ids, 30) for p in prompts]
         assert sum(sum(r.gained) for r in runs) / sum(len(r.gained) for r in runs) > 4
     assert load_draft_model(checkpoint, args.widening.small).cfg.vocab_size == 300
     assert workload.widened_parts("lookup", args) == {}

@@ -28,7 +28,9 @@ from tokenizers import pre_tokenizers
 
 import convert_hf_checkpoint
 from convert_hf_checkpoint import add_eagle, convert, main
-from model import FORMAT, Config, load_model
+from formats.config import Config
+from formats.weights import FORMAT
+from model import load_model
 from tokenizer import Tokenizer
 
 torch.set_num_threads(1)
@@ -299,7 +301,7 @@ def test_interrupted_conversion_leaves_nothing_that_loads(failure, tmp_path, mon
             if len(calls) == 7:
                 raise failure
 
-    monkeypatch.setattr("tensor_files.tqdm", Bar)
+    monkeypatch.setattr("formats.weights.tqdm", Bar)
     with pytest.raises(KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else ValueError):
         convert(tmp_path / "hf", tmp_path / "out")
     assert len(calls) == 7

@@ -13,14 +13,18 @@ import tiny
 import torch
 import torch.nn.functional as F
 from conftest import all_cores
+from helpers import Payload
 from recorder import Cycle, Recorder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from draft import EAGLE1_TREE, VOCAB, Eagle1, Eagle2, EagleHead, find_head, load_head
-from engine import Engine, Sampling, Vanilla
-from model import Config, Llama
-from sampling import gumbel_noise
+from draft import Eagle2, EagleHead, Vanilla, load_head
+from drafters.eagle1 import EAGLE1_TREE, Eagle1
+from engine import Engine
+from formats.config import Config
+from formats.eagle import VOCAB, find_head
+from model import Llama
+from sampling import Sampling, gumbel_noise
 from tree import Tree
 
 MARGIN = 1e-4  # log-probabilities: closer calls than this may go either way by rounding
@@ -412,16 +416,6 @@ def test_load_head_takes_the_targets_dtype(tmp_path: Path) -> None:
     head = load_head(folder, tiny.target(dtype=torch.float32))
     assert {p.dtype for p in head.parameters()} == {torch.float32}
     assert torch.equal(head.fc.weight, wanted.fc.weight.bfloat16().float())
-
-
-class Payload:
-    """What a hostile pickle looks like: unpickling it creates a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
 
 def rewrite(folder: Path, how: str) -> None:

@@ -9,69 +9,19 @@ import pytest
 import tiny
 import torch
 from conftest import all_cores
+from helpers import GREEDY, SAMPLINGS, Scripted, as_on_a_gpu, cycle_by_cycle, vanilla, write
 from scipy import stats
 from soak import soak
 from torch import Tensor
 
 import engine as engine_module
-from draft import Eagle1, Eagle2
-from engine import Engine, Sampling, Vanilla
-from kernels import causal_mask
+from draft import Eagle2, Vanilla
+from drafters.eagle1 import Eagle1
+from engine import Engine
 from model import Llama
-from sampling import gumbel_noise, process
+from ops.attention import causal_mask
+from sampling import Sampling, gumbel_noise, process
 from tree import State, Tree, build
-
-GREEDY = Sampling()
-SAMPLINGS = [GREEDY, Sampling(temperature=0.7, top_p=0.9, seed=1), Sampling(temperature=1.0, top_p=0.9, seed=-5),
-             Sampling(temperature=1.0, top_k=5, seed=2**40), Sampling(temperature=1.3, min_p=0.05, seed=3),
-             Sampling(temperature=0.8, top_k=12, top_p=0.95, min_p=0.02, seed=4), Sampling(temperature=2.0, seed=5)]
-
-
-def cycle_by_cycle(engine: Engine, ids: list[int], count: int, sampling: Sampling = GREEDY) -> list[list[int]]:
-    """What prefill and each cycle after it committed."""
-    cycles = []
-    for new in engine.generate(ids, count, sampling):
-        assert new, "a cycle that commits nothing"  # it would go on for ever
-        cycles.append(new)
-    return cycles
-
-
-def write(engine: Engine, ids: list[int], count: int, sampling: Sampling = GREEDY) -> list[int]:
-    return sum(cycle_by_cycle(engine, ids, count, sampling), [])
-
-
-def vanilla(model: Llama, ids: list[int], count: int, sampling: Sampling = GREEDY, max_seq_len: int = 256,
-            stop_ids: frozenset[int] = frozenset()) -> list[int]:
-    return write(Engine(model, Vanilla(), max_seq_len, stop_ids), ids, count, sampling)
-
-
-class Scripted(Vanilla):
-    """Drafts a tree of a random shape every cycle, knowing the text that is to come: along one path the tokens are
-    right, down to a random depth, and `gains` lists what each cycle must therefore commit. All other nodes are wrong
-    somewhere on their path, though often right by themselves."""
-
-    def __init__(self, text: list[int], size: int, max_depth: int, seed: int, vocab_size: int = 24) -> None:
-        self.text, self.num_nodes, self.max_depth, self.vocab_size = text, size, max_depth, vocab_size
-        self.random, self.gains = random.Random(seed), []
-
-    def propose(self, state: State) -> Tree:
-        length, parents, depth = int(state.length), [0], [0]
-        while len(parents) < self.num_nodes:
-            shallow = [i for i, d in enumerate(depth) if d < self.max_depth]
-            parents.append(self.random.choice(shallow[-4:] if self.random.random() < 0.5 else shallow))
-            depth.append(depth[parents[-1]] + 1)
-        tokens, right = [int(state.tokens[length - 1])] + [-1] * (self.num_nodes - 1), {0}
-        for node in range(self.num_nodes):
-            children = [i for i in range(node + 1, self.num_nodes) if parents[i] == node]
-            due = self.text[length + depth[node]] if length + depth[node] < len(self.text) else 0
-            lucky = self.random.choice(children) if children and self.random.random() < 0.8 else None
-            wrong = self.random.sample([t for t in range(self.vocab_size) if t != due], min(len(children), 23))
-            for child in children:
-                tokens[child] = due if child == lucky else wrong.pop() if wrong else due
-                if node in right and tokens[child] == due:
-                    right.add(child)
-        self.gains.append(1 + max(depth[node] for node in right))
-        return build(torch.tensor(tokens), torch.tensor(parents), self.max_depth)
 
 
 class Chain(Vanilla):
@@ -436,20 +386,6 @@ def test_demo_acceptance(demo_runs) -> None:
 
 
 # ----- What a GPU does differently -------------------------------------------------------------------------------
-
-
-class Event:
-    def record(self) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
-
-
-def as_on_a_gpu(engine: Engine) -> Engine:
-    """The host's side of decoding on a GPU: chunks of two sizes, and a cycle enqueued before the last one is read."""
-    engine.cuda, engine.arrived = True, [Event(), Event()]
-    return engine
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 33, 60, 79])

@@ -12,30 +12,12 @@ import pytest
 import tiny
 import torch
 from conftest import DEMO, ROOT, all_cores
+from helpers import KEYS
 
-import autotree
 import generate
-import methods
+from app import answer, options
+from drafters import methods, tree_size
 from sampling import Sampling
-
-KEYS = {"method", "text", "tokens", "prompt_tokens", "new_tokens", "cycles", "gained", "mean_gained", "accept_by_depth",
-        "prefill_s", "decode_s", "tokens_per_sec", "compile_s", "memory_gb", "device", "dtype", "torch", "seed", "stop"}
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    """Run the command line in this process: (exit code, stdout, stderr)."""
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, words)])
-        code = 0
-        try:
-            with all_cores():
-                generate.main()
-        except SystemExit as e:
-            code = e.code if isinstance(e.code, int) else 1
-        out, err = capsys.readouterr()
-        return code, out, err
-    return call
 
 
 @pytest.fixture
@@ -95,11 +77,12 @@ def test_stop(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
              "--max_seq_len", "128", "--prompt", "Count", "--stop", "never", "--stop", "ever"]
     args = generate.parse_args([*words, "--eagle2", "--draft_vocab", "0"])
     assert args.stop == ["never", "ever"]
-    (fast, tokenizer), (plain, _) = generate.load(args), generate.load(generate.parse_args(words))
+    fast, plain = options.load_engine(args), options.load_engine(generate.parse_args(words))
+    tokenizer = fast.tokenizer
     ids = generate.read_prompt(args, tokenizer)
 
     def write(engine, *stops: str) -> dict:
-        result = generate.generate(engine, ids, 60, Sampling(), tokenizer, "any", True, stops)
+        result = answer.generate(engine, ids, 60, Sampling(), tokenizer, "any", True, stops)
         assert capsys.readouterr().out == result["text"] + "\n"
         assert result["new_tokens"] == len(result["tokens"]) == 1 + sum(result["gained"])
         assert all(0 < gained <= 4 for gained in result["gained"])
@@ -203,9 +186,9 @@ def test_tree_that_fits(call, copy: Path, tmp_path: Path, monkeypatch: pytest.Mo
     for more in (["--draft_tokens", "auto"], ["--tree_table"]):
         code, out, err = call(*words, *more)
         assert code == 2 and err.count("\n") == 1 and "acceptance.json" in err and "train.py" in err and out == ""
-    curve.write_text(json.dumps({"nodes": autotree.NODES, "topk": 10, "gained": [[1, 2, 3] + [3] * 5] * 6}))
+    curve.write_text(json.dumps({"nodes": tree_size.NODES, "topk": 10, "gained": [[1, 2, 3] + [3] * 5] * 6}))
     measured = []
-    monkeypatch.setattr(autotree, "measure", lambda *inputs: measured.append(inputs) or [1.0] * 9)
+    monkeypatch.setattr(tree_size, "measure", lambda *inputs: measured.append(inputs) or [1.0] * 9)
     _, out, err = call(*words, "--tree_table")
     assert "*600.0" in err and len(json.loads(out.splitlines()[-1])["accept_by_depth"]) == 3
     _, out, err = call(*words, "--draft_tokens", "auto")
@@ -232,7 +215,8 @@ def test_which_tree(words: tuple, cuda: bool, tree: tuple | str, tmp_path: Path,
     if "auto" not in words:
         without = methods.tree_shape(args, model, None, tmp_path, 64)
         assert without == tree or (without, tree) == (methods.GPU_TREE, "fit")
-    autotree.curve_path(tmp_path).write_text(json.dumps({"nodes": autotree.NODES, "topk": 10, "gained": [[2] * 8] * 6}))
+    curve = {"nodes": tree_size.NODES, "topk": 10, "gained": [[2] * 8] * 6}
+    tree_size.curve_path(tmp_path).write_text(json.dumps(curve))
     assert methods.tree_shape(args, model, None, tmp_path, 64) == (found["fit"] if tree == "fit" else tree)
     found["fit"] = None
     default = methods.GPU_TREE if cuda else methods.CPU_TREE

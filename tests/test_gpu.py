@@ -15,27 +15,27 @@ import torch
 from soak import soak
 from torch import Tensor
 
-import autotree
 import generate
-import kernels
-import linears
-import lookup
-import memory
-import profiling
-import qlinears
 import sampling
 import tree
-import tree_kernels
-from draft import Eagle1, Eagle2, load_head
-from engine import Engine, Sampling, Vanilla, capture, parted
-from lookahead import Lookahead
-from lookup import Lookup, Retrieval
-from medusa import Medusa, MedusaHeads
-from methods import METHODS
+from app import memory, trace
+from app.options import Engine
+from draft import Eagle2, Vanilla, load_head
+from drafters import lookup, tree_size
+from drafters.eagle1 import Eagle1
+from drafters.lookahead import Lookahead
+from drafters.lookup import Lookup, Retrieval
+from drafters.medusa import Medusa, MedusaHeads
+from drafters.methods import METHODS
+from drafters.speculate import Speculate
+from engine import parted
 from model import load_model
-from qlinears import Quantized, dequantize, pack, quantize_rows, rotate
-from quantizers import MODES
-from speculate import Speculate
+from ops import attention, embed_rope, linear, quantized
+from ops import tree as tree_kernels
+from ops.graphs import capture
+from ops.quantized import Quantized, dequantize, pack, quantize_rows, rotate
+from quant.linear import MODES
+from sampling import Sampling
 from tree import State
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -63,16 +63,16 @@ def test_attention(T: int, H: int, K: int, D: int) -> None:
         for seen, dtype in ((bits, torch.bfloat16), (None, torch.float16), (bits, torch.float32)):
             q, kv = randn(T, H, D, dtype=dtype), randn(2, K, SLOTS, D, dtype=dtype)
             base_ = torch.tensor(base, device="cuda")
-            exact = kernels.tree_attention_torch(q.double(), kv.double(), base_, seen)
+            exact = attention.tree_attention_torch(q.double(), kv.double(), base_, seen)
             limit = 1e-5 if dtype == torch.float32 else 1e-2
-            assert error(kernels.tree_attention(q, kv, base_, seen), exact) < limit, (base, dtype)
+            assert error(attention.tree_attention(q, kv, base_, seen), exact) < limit, (base, dtype)
 
 
 def test_attention_of_a_prefill() -> None:
     for base in (0, 100, SLOTS - 512):
         q, kv, base_ = randn(512, 9, 64), randn(2, 3, SLOTS, 64), torch.tensor(base, device="cuda")
-        exact = kernels.tree_attention_torch(q.double(), kv.double(), base_, None)
-        assert error(kernels.tree_attention(q, kv, base_), exact) < 1e-2
+        exact = attention.tree_attention_torch(q.double(), kv.double(), base_, None)
+        assert error(attention.tree_attention(q, kv, base_), exact) < 1e-2
 
 
 @pytest.mark.parametrize("N, K", [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (32000, 4096), (960, 576),
@@ -85,11 +85,11 @@ def test_linear(M: int, N: int, K: int) -> None:
     x, weight, norm, residual = randn(M, K), randn(N, K) * K**-0.5, (randn(K) * 0.1 + 1, 1e-5), randn(M, N)
     for args in ((x, weight), (x, weight, None, norm), (x, weight, None, None, residual),
                  (x, weight, None, norm, None, True)):
-        outs = [linears.linear(*args) for _ in range(5)]
+        outs = [linear.linear(*args) for _ in range(5)]
         assert all(torch.equal(out, outs[0]) for out in outs)
         doubles = [tuple(a.double() if isinstance(a, Tensor) else a for a in arg) if isinstance(arg, tuple) else
                    arg.double() if isinstance(arg, Tensor) else arg for arg in args]
-        assert error(outs[0], linears.linear_torch(*doubles)) < 1e-2
+        assert error(outs[0], linear.linear_torch(*doubles)) < 1e-2
 
 
 @pytest.mark.parametrize("group, planes, rotated", [(0, 2, False), (0, 1, True), (128, 2, False), (64, 2, False)])
@@ -106,14 +106,14 @@ def test_integer_linear(N: int, K: int, group: int, planes: int, rotated: bool) 
         data = torch.randint(-127, 128, (N, K), device="cuda", dtype=torch.int8)
         weight = Quantized(data, torch.rand(N, device="cuda") * 1e-3, 0, planes, rotated)
     full = dequantize(weight, torch.float32)[:, :K].double()
-    assert full.equal(qlinears.dequantize_torch(weight, torch.float32)[:, :K].double())
+    assert full.equal(quantized.dequantize_torch(weight, torch.float32)[:, :K].double())
     for M in (1, 2, 7, 10, 16, 24, 32, 48, 60, 64):
         x, norm = randn(M, K), (randn(K) * 0.1 + 1, 1e-5)
         q, scale = quantize_rows(x, planes, rotated)
-        outs = [linears.linear(x, weight, dtype=torch.float32) for _ in range(5)]
+        outs = [linear.linear(x, weight, dtype=torch.float32) for _ in range(5)]
         assert all(torch.equal(out, outs[0]) for out in outs)
         assert error(outs[0], (q.double() * scale) @ full.T) < 2e-3 / 30**(planes - 1), M  # a step of 8 bits may differ
-        gated = linears.linear(x, weight, None, norm, gated=True)
+        gated = linear.linear(x, weight, None, norm, gated=True)
         gate, up = (torch.nn.functional.rms_norm(x.double(), (K,), norm[0].double(), norm[1]) @ (
             full if not rotated else rotate(full).double()).T).chunk(2, 1)
         assert error(gated, torch.nn.functional.silu(gate) * up) < (4e-2 if planes == 1 else 1e-2), M
@@ -127,9 +127,9 @@ def test_heads(M: int, H: int, K: int, D: int, C: int) -> None:
     angles, slots = torch.rand(M, D // 2, device="cuda").repeat(1, 2) * 6, torch.randperm(100, device="cuda")[:M]
     rope, kv = torch.stack((angles.cos(), angles.sin())).bfloat16(), randn(2, K, 100, D)
     exact = kv.double()
-    projected = linears.linear_torch(x.double(), weight.double(), None, (norm[0].double(), norm[1]))
-    q = kernels.rope_store_torch(projected, rope.double(), slots, exact)
-    assert error(linears.linear(x, weight, None, norm, heads=(rope, slots, kv)), q.flatten(1)) < 1e-2
+    projected = linear.linear_torch(x.double(), weight.double(), None, (norm[0].double(), norm[1]))
+    q = embed_rope.rope_store_torch(projected, rope.double(), slots, exact)
+    assert error(linear.linear(x, weight, None, norm, heads=(rope, slots, kv)), q.flatten(1)) < 1e-2
     assert error(kv, exact) < 1e-2
 
 
@@ -165,12 +165,12 @@ def test_beginning_and_end(T: int, C: int, D: int) -> None:
     table, rope, onward = randn(300, C), randn(2, 90, D), randn(70, C + 32, dtype=torch.float32)[:, 32:]
     tokens, places, rows = (torch.randint(n, (T,), device="cuda") for n in (300, 90, 70))
     for args in ((), (onward, rows), *([(onward[:T],)] if T <= 70 else [])):
-        for ours, theirs in zip(kernels.embed(table, tokens, rope, places, *args),
-                                kernels.embed_torch(table, tokens, rope, places, *args), strict=True):
+        for ours, theirs in zip(embed_rope.embed(table, tokens, rope, places, *args),
+                                embed_rope.embed_torch(table, tokens, rope, places, *args), strict=True):
             assert torch.equal(ours, theirs)
     x, weight = randn(2, T, C), randn(C)
     exact = torch.nn.functional.rms_norm(x.double(), (C,), weight.double(), 1e-5)
-    assert error(linears.rms_norm(x, weight, 1e-5), exact) < 1e-2
+    assert error(linear.rms_norm(x, weight, 1e-5), exact) < 1e-2
 
 
 @pytest.mark.parametrize("rule", lookup.RULES)
@@ -271,7 +271,7 @@ def test_the_loop_never_waits_nor_allocates(engines: list[Engine], demo_prompts:
 
 def variants() -> int:
     """How many kernels Triton has compiled or loaded in this process."""
-    modules = (kernels, linears, lookup, qlinears, tree_kernels)
+    modules = (attention, embed_rope, linear, lookup, quantized, tree_kernels)
     functions = [f for module in modules for f in vars(module).values() if hasattr(f, "device_caches")]
     return sum(len(caches[0]) for f in functions for caches in f.device_caches.values())
 
@@ -305,17 +305,17 @@ def test_profile(engines: list[Engine], demo_prompts: list[list[int]], which: in
     engine, ids = engines[which], demo_prompts[0]
     text = list(engine.generate(ids, 30))
     for _ in range(2):
-        shown = profiling.write_trace(engine, ids, Sampling(), tmp_path / "trace.json")
+        shown = trace.write_trace(engine, ids, Sampling(), tmp_path / "trace.json")
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    found = profiling.means(events)
-    assert found.keys() == {*profiling.PHASES, profiling.LAUNCHED, profiling.REPLAYED} and "GPU busy" in shown
-    assert found[profiling.LAUNCHED][0] >= profiling.CYCLES <= found[profiling.REPLAYED][0]
-    parts = sum(found[name][2] for name in profiling.PHASES[1:])
+    found = trace.means(events)
+    assert found.keys() == {*trace.PHASES, trace.LAUNCHED, trace.REPLAYED} and "GPU busy" in shown
+    assert found[trace.LAUNCHED][0] >= trace.CYCLES <= found[trace.REPLAYED][0]
+    parts = sum(found[name][2] for name in trace.PHASES[1:])
     assert all(gpu > 0 for name, (_, _, gpu) in found.items() if name != "draft" or which)
-    assert 0.7 * parts < found[profiling.LAUNCHED][2] < 1.3 * parts
-    kernels_of = {name: fmean(len(own) for _, own in each) for name, each in profiling.named_ranges(events).items()}
+    assert 0.7 * parts < found[trace.LAUNCHED][2] < 1.3 * parts
+    kernels_of = {name: fmean(len(own) for _, own in each) for name, each in trace.named_ranges(events).items()}
     # Not their times, which depend on who else is on the GPU
-    assert 0.9 < kernels_of[profiling.REPLAYED] / kernels_of[profiling.LAUNCHED] < 1.1
+    assert 0.9 < kernels_of[trace.REPLAYED] / kernels_of[trace.LAUNCHED] < 1.1
     assert list(engine.generate(ids, 30)) == text
 
 
@@ -380,10 +380,10 @@ def test_the_tree_that_fits(demo) -> None:
     """Times that make sense, whatever was measured before; and that measuring leaves the model usable."""
     model = load_model(demo, "cuda", torch.bfloat16)
     head = load_head(demo / "eagle", model)
-    first, further, rest, *verify = autotree.measure(model, head, 1024)
+    first, further, rest, *verify = tree_size.measure(model, head, 1024)
     assert 0 < further < 5 * first and 0 < rest < verify[0] and verify[0] < 1.5 * verify[-1]
-    nodes, levels, topk = autotree.fit(model, head, autotree.read_curve(demo / "eagle"), 1024)
-    assert nodes in autotree.NODES and 1 <= levels <= autotree.LEVELS
+    nodes, levels, topk = tree_size.fit(model, head, tree_size.read_curve(demo / "eagle"), 1024)
+    assert nodes in tree_size.NODES and 1 <= levels <= tree_size.LEVELS
     engines = [Engine(model, drafter, 1024) for drafter in (Vanilla("cuda"), Eagle2(head, model, nodes, levels, topk))]
     a, b = (sum(engine.generate([5] * 20, 12), []) for engine in engines)
     assert len(a) == len(b) == 12

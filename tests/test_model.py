@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from convert_hf_checkpoint import convert
-from model import FORMAT, Config, Llama, load_model, rope_table
+from formats.config import Config
+from formats.weights import FORMAT
+from model import Llama, load_model, rope_table
 from tokenizer import Tokenizer
 
 LLAMA31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -5,17 +5,16 @@ from collections.abc import Callable
 import pytest
 import tiny
 import torch
-from test_engine import GREEDY, SAMPLINGS, as_on_a_gpu, cycle_by_cycle, write
-from test_methods import FLAGS, arguments
+from helpers import FLAGS, GREEDY, SAMPLINGS, arguments, as_on_a_gpu, cycle_by_cycle, write
 
 import engine as engine_module
 import generate
-from draft import Eagle2
-from drafter import Drafter, Vanilla
-from engine import Engine, Sampling
-from medusa import MedusaHeads, save_medusa
-from methods import METHODS, make_drafter
+from draft import Drafter, Eagle2, Vanilla
+from drafters.medusa import MedusaHeads, save_medusa
+from drafters.methods import METHODS, make_drafter
+from engine import Engine
 from model import Llama
+from sampling import Sampling
 
 SLOTS = 160
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import sampling
-from kernels import causal_mask, tree_mask
+from ops.attention import causal_mask, tree_mask
 from sampling import gumbel_noise, perturb, process
 from tree import Candidates, State, Tree, accept, best_children, best_first, build, rerank
 

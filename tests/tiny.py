@@ -14,12 +14,15 @@ from tokenizers import Tokenizer as BPE
 from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor, nn
 
-from autotree import NODES
-from draft import CURVE, VOCAB, EagleHead
-from medusa import MedusaHeads, save_medusa
-from model import FORMAT, Config, Llama
-from quantizers import quantize_linears
-from tokenizer_files import CHAR_OF
+from draft import EagleHead
+from drafters.medusa import MedusaHeads, save_medusa
+from drafters.tree_size import NODES
+from formats.config import Config
+from formats.eagle import CURVE, VOCAB
+from formats.tokenizer_files import CHAR_OF
+from formats.weights import FORMAT
+from model import Llama
+from quant.linear import quantize_linears
 
 SHAPE = {"model_type": "llama", "vocab_size": 24, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-5}

@@ -1,0 +1,1 @@
+"""What generate.py does with an engine: options, answers, chat, many prompts, watching, memory, traces."""

@@ -1,0 +1,112 @@
+"""What quantising costs in quality: perplexity on a text, and how many of bfloat16's greedy tokens are kept.
+
+    python -m benchmarks.quality --checkpoint checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct TEXT_FILE
+"""
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from app.options import fail
+from benchmarks.workload import gigabytes
+from draft import Vanilla
+from engine import Engine
+from model import Llama, load_model
+from ops.linear import linear
+from quant.linear import GROUPS, quantize_linears
+from tokenizer import Tokenizer
+
+LENGTH = 512  # tokens of a chunk of text
+QUESTIONS = Path(__file__).parent / "cycle_questions.jsonl"
+
+
+@torch.inference_mode()
+def perplexity(model: Llama, ids: Tensor) -> float:
+    """Of text ids [chunks, T], each chunk for itself."""
+    loss = 0.0
+    for chunk in ids:
+        hidden = model(chunk[None], torch.arange(len(chunk), device=ids.device))[0, :-1]
+        logits = linear(hidden, model.lm_head.weight, dtype=torch.float32)
+        loss += F.cross_entropy(logits, chunk[1:], reduction="sum").item()
+    return math.exp(loss / (ids.numel() - len(ids)))
+
+
+@torch.inference_mode()
+def kept(model: Llama, prompts: list[list[int]], texts: list[list[int]]) -> float:
+    """The share of tokens that the model would have chosen too, after a prompt and what of its text stands before."""
+    same = 0
+    for prompt, text in zip(prompts, texts):
+        ids = torch.tensor(prompt + text, device=model.embed.weight.device)
+        hidden = model(ids[None, :-1], torch.arange(len(ids) - 1, device=ids.device))[0, len(prompt) - 1:]
+        same += int((linear(hidden, model.lm_head.weight).argmax(-1) == ids[len(prompt):]).sum())
+    return same / sum(map(len, texts))
+
+
+def variants(folder: Path, group: int, device: str) -> Iterator[tuple[str, Llama]]:
+    """The model as it is, in each mode as quantised on load, and each quantised file that is there."""
+    yield "bf16", load_model(folder)
+    for name, mode, how in (("int8", "int8", {}), ("int8dyn", "int8dyn", {}),
+                            (f"int4 of {group}, nearest", "int4", {"shrink": (1,)}), (f"int4 of {group}", "int4", {})):
+        model = load_model(folder)
+        quantize_linears(model, mode, group, device, **how)
+        yield name, model
+    for file in sorted(folder.glob("model-int*.safetensors")):
+        yield file.name, load_model(file)
+
+
+def quality(folder: Path, files: list[Path], asked: Path, tokens: int, new_tokens: int, group: int, device: str
+            ) -> None:
+    """Print the table: perplexity, how far that is above bf16's, the share of bf16's greedy tokens kept, what a step
+    reads."""
+    tokenizer, dtype = Tokenizer(folder), torch.bfloat16 if device == "cuda" else torch.float32
+    ids = [i for file in files for i in tokenizer.encode(file.read_text(encoding="utf-8"))][:tokens]
+    if len(ids) < LENGTH:
+        raise ValueError(f"the texts should have {LENGTH} tokens or more, not {len(ids)}")
+    chunks = torch.tensor(ids[:len(ids) // LENGTH * LENGTH], device=device).view(-1, LENGTH)
+    questions = [json.loads(line)["turns"][0] for line in asked.read_text(encoding="utf-8").splitlines()]
+    prompts = [tokenizer.chat([{"role": "user", "content": q}]) if tokenizer.has_chat_template else tokenizer.encode(q)
+               for q in questions]
+    print(f"| {chunks.numel()} tokens of text | perplexity | over bf16 | greedy tokens kept | GB a step |")
+    print("|---|---|---|---|---|")
+    texts, base = [], 0.0
+    for name, model in variants(folder, group, device):
+        size = gigabytes(model.layers, model.lm_head)
+        model.to(device, dtype)
+        model.allocate_cache(max(LENGTH, max(map(len, prompts)) + new_tokens), 128)
+        if not texts:
+            engine = Engine(model, Vanilla(device), model.kv.shape[4] - 128, tokenizer.stop_ids)
+            texts = [[i for new in engine.generate(ids, new_tokens) for i in new] for ids in prompts]
+        score = perplexity(model, chunks)
+        base = base or score
+        print(f"| {name} | {score:.3f} | {score / base - 1:+.2%} | {kept(model, prompts, texts):.1%} | "
+              f"{size:.3f} |", flush=True)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description="Measure what each quantisation mode costs in quality.")
+    p.add_argument("--checkpoint", type=Path, required=True, help="converted folder")
+    p.add_argument("texts", type=Path, nargs="+", metavar="TEXT_FILE", help="texts to measure perplexity on")
+    p.add_argument("--group", type=int, choices=GROUPS, default=128, help="columns that share an int4 scale")
+    p.add_argument("--tokens", type=int, default=4096, help="how many tokens of the texts to use")
+    p.add_argument("--questions", type=Path, default=QUESTIONS, help="JSON lines with turns; the first is asked")
+    p.add_argument("--new_tokens", type=int, default=64, help="length of the answer to each question")
+    p.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    args = p.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        p.error("--device cuda, but torch finds no CUDA device")
+    if args.new_tokens < 1:
+        p.error("--new_tokens must be at least 1")
+    try:
+        quality(args.checkpoint, args.texts, args.questions, args.tokens, args.new_tokens, args.group, args.device)
+    except (ValueError, OSError) as e:
+        sys.exit(fail(e))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""What bench.py and cycle.py measure: a checkpoint with its draft heads, as it is or in a large shape, and prompts.
+
+A widened model whose vocabulary is smaller than the checkpoint's (Llama-2 has 32,000 ids) keeps the ids that matter:
+those of the prompts, of the template, of the stops, and of what the checkpoint itself answers. So prompts come first,
+second turns with the answers to the first among them, and are then moved to the ids of the wide model.
+"""
+import argparse
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from app.options import DTYPES
+from benchmarks.widen import Widening
+from draft import EagleHead, Vanilla, load_head
+from drafters.medusa import load_medusa
+from drafters.speculate import load_draft_model
+from engine import Engine
+from formats.eagle import find_head, folder_of
+from formats.questions import Question
+from model import Llama, load_model
+from ops.quantized import Quantized
+from tokenizer import Tokenizer
+
+
+class Prompt(NamedTuple):
+    question: str
+    turn: int  # from 1
+    category: str
+    ids: list[int]
+
+
+def subject(args: argparse.Namespace) -> str:
+    """What numbers are of: dtype, weights, and whose text and cost."""
+    weights = args.quantize or (args.checkpoint.stem if args.checkpoint.is_file() else "")
+    text = f"{args.dtype}{weights and ', weights ' + weights}."
+    return text if args.shape is None else (
+        f"{text} {args.shape} is a shape: its cost, with the text and acceptance of {args.checkpoint.name}.")
+
+
+def gigabytes(*parts: nn.Module | Tensor | Quantized) -> float:
+    """Of all weights, their scales included."""
+    tensors = [t for part in parts for t in (
+        (*part.parameters(), *part.buffers()) if isinstance(part, nn.Module) else
+        (part.data, part.scale) if isinstance(part, Quantized) else (part,))]
+    return sum(t.nbytes for t in tensors) / 1e9
+
+
+def kv_gigabytes(kv: Tensor, length: int) -> float:
+    """Of the first `length` slots of a cache [..., S, D]."""
+    return kv.nbytes / 1e9 * length / kv.shape[-2]
+
+
+def step_gb(model: Llama, length: int) -> float:
+    """What one forward of the model reads after a text of this length."""
+    return gigabytes(model.layers, model.lm_head) + kv_gigabytes(model.kv, length)
+
+
+def wrapped(tokenizer: Tokenizer, texts: list[str]) -> list[int]:
+    """A dialogue whose turns are the user's and the assistant's in turn, up to where the next answer starts."""
+    if not tokenizer.has_chat_template:
+        return tokenizer.encode("\n\n".join(texts))
+    return tokenizer.chat([{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)])
+
+
+def ask(model: Llama, tokenizer: Tokenizer, questions: list[Question], new_tokens: int) -> list[Prompt]:
+    """A prompt for each turn: later ones hold the earlier questions and the model's own greedy answers, so that all
+    who are measured answer the same. ValueError names a question whose answer would not fit the model's context."""
+    cfg, prompts, engine = model.cfg, [], None
+    most = min(cfg.max_position_embeddings, cfg.sliding_window or cfg.max_position_embeddings)
+    slots = min(most, max(len(wrapped(tokenizer, q.turns)) + 2 * len(q.turns) * new_tokens for q in questions))
+    for question in questions:
+        texts = []
+        for turn, text in enumerate(question.turns, 1):
+            ids = wrapped(tokenizer, texts + [text])
+            if len(ids) + new_tokens > most:
+                raise ValueError(f"question {question.name}, turn {turn}: its {len(ids)} tokens and --max_new_tokens "
+                                 f"{new_tokens} do not fit the model's context of {most}: leave it out")
+            prompts.append(Prompt(question.name, turn, question.category, ids))
+            if turn < len(question.turns):
+                engine = engine or Engine(model, Vanilla(model.embed.weight.device), slots, tokenizer.stop_ids)
+                texts += [text, tokenizer.decode(sum(engine.generate(ids, new_tokens), []))]
+    return prompts
+
+
+def fill_context(tokenizer: Tokenizer, questions: list[str], length: int) -> list[list[int]]:
+    """A prompt of exactly `length` tokens for each question: in one turn of the user the other questions, as often as
+    it takes, then this one. (What is repeated is easy to draft: give a long context many questions.) 0: this one."""
+    def wrap(text: str) -> list[int]:
+        return wrapped(tokenizer, [text])
+
+    if not length:
+        return [wrap(text) for text in questions]
+    one, other = wrap("X"), wrap("7")
+    before = next(i for i, (a, b) in enumerate(zip(one, other)) if a != b)
+    after = one[before + 1:]
+    room, prompts = length - before - len(after), []
+    if room < 1:
+        raise ValueError(f"--contexts {length}: the chat template alone takes {before + len(after)} tokens")
+    for i in range(len(questions)):
+        text = "\n\n".join(["", *questions[i + 1:], *questions[:i + 1]])
+        ids = wrap(text)
+        ids = ids[before:len(ids) - len(after)]
+        prompts.append(one[:before] + (ids * (room // len(ids) + 1))[-room:] + after)
+    return prompts
+
+
+def widened_parts(method: str, args: argparse.Namespace) -> dict[str, nn.Module]:
+    """With --shape: what methods.make_drafter would load for `method`, for the wide model."""
+    wide, name = args.widening, method.partition("+")[0]
+    if wide is None:
+        return {}
+    if name == "medusa" and args.medusa:
+        return {name: wide.medusa(load_medusa(args.medusa, wide.small))}
+    if name == "speculate" and args.speculate:
+        return {name: wide.draft_model(load_draft_model(args.speculate, wide.small))}
+    return {"eagle": load_eagle(args, wide.model)} if name.startswith("eagle") else {}
+
+
+def load(args: argparse.Namespace, make_prompts: Callable[[Llama, Tokenizer], list[Prompt]]
+         ) -> tuple[Llama, list[Prompt], frozenset[int]]:
+    """Target, prompts and stop ids, all in the ids of the widened model with --shape. args.widening becomes what heads
+    need, or None; set it to None again after loading them, for it holds the small model."""
+    tokenizer = Tokenizer(folder_of(args.checkpoint))
+    how = (None,) if args.shape else (args.quantize, args.group or 128)
+    dtype = torch.float32 if args.shape else DTYPES[args.dtype]  # widening rounds, and once is enough
+    model = load_model(args.checkpoint, args.device, dtype, *how)
+    prompts, stop, args.widening = make_prompts(model, tokenizer), tokenizer.stop_ids, None
+    if args.shape is None:
+        model.kv = None  # of answers to first turns: an engine has its own size
+        return model, prompts, stop
+    wide = args.widening = Widening(args, model, [p.ids for p in prompts], stop)
+    return wide.model, [p._replace(ids=wide.ids(p.ids)) for p in prompts], frozenset(wide.ids(sorted(stop)))
+
+
+def load_eagle(args: argparse.Namespace, model: Llama) -> EagleHead:
+    """EAGLE's head for the model that `load` made."""
+    wide, draft = args.widening, args.draft or find_head(args.checkpoint)
+    if wide:
+        return wide.head(load_head(draft, wide.small, args.draft_vocab))
+    return load_head(draft, model, args.draft_vocab, args.quantize, args.group or 128)

@@ -1,0 +1,1 @@
+"""Files on disk: names, bytes and metadata. Knows no module."""

@@ -1,0 +1,503 @@
+"""The chat: what is kept of a conversation, at a scripted terminal and through a pipe; that Ctrl-C loses nothing."""
+import io
+import json
+import os
+import random
+import re
+import signal
+import stat
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
+
+import generate
+from app import chat, line_editor
+from app.chat import Chat, read_messages, write_messages
+from app.line_editor import Lines, Terminal
+from draft import Eagle2, Vanilla
+from engine import Engine
+from formats.tokenizer_files import CHAR_OF
+from sampling import Sampling
+from tokenizer import Tokenizer
+
+TEMPLATE = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+SLOTS, LIMIT = 512, 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that a user could name: tiny, with an EAGLE head and a token for every byte."""
+    model, head = tiny.pair(3, 0.1, torch.float32, vocab_size=258)
+    folder = tiny.save_target(model, tmp_path_factory.mktemp("chat"))
+    tiny.save_head(head, folder / "eagle")
+    marks = [{"id": 256 + i, "content": f"<|im_{name}|>", "single_word": False, "lstrip": False, "rstrip": False,
+              "normalized": False, "special": True} for i, name in enumerate(("start", "end"))]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    bpe = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+           "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "merges": [],
+           "vocab": {char: byte for byte, char in CHAR_OF.items()}}
+    (folder / "tokenizer.json").write_text(json.dumps({
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": marks, "normalizer": None,
+        "pre_tokenizer": level, "post_processor": None, "decoder": level, "model": bpe}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE, "eos_token": "<|im_end|>"}))
+    return folder
+
+
+@pytest.fixture
+def make(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., Chat]]:
+    """A chat with Ctrl-C in its hands, and a home of its own."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    model, head = tiny.pair(3, 0.1, torch.float32, vocab_size=258)
+    tokenizer, before = Tokenizer(folder), signal.getsignal(signal.SIGINT)
+
+    def make(slots: int = SLOTS, limit: int = LIMIT, stop: frozenset[int] = frozenset([257]), **more: object) -> Chat:
+        tokenizer.stop_ids = stop
+        engine = Engine(model, Eagle2(head, model, 12, 3, 3), slots, stop)
+        made = Chat(engine, tokenizer, more.pop("sampling", Sampling()), limit, **more)
+        made.ctrl_c.__enter__()
+        return made
+    yield make
+    signal.signal(signal.SIGINT, before)
+
+
+class Script(Lines):
+    """What is said, line by line; as if at a terminal that answers every question with `yes`."""
+
+    def __init__(self, *lines: str, terminal: bool = True, yes: bool = True) -> None:
+        self.lines, self.terminal, self.yes, self.asked, self.drafts = list(lines), terminal, yes, [], []
+
+    def read(self, default: str) -> str | None:
+        self.drafts.append(default)
+        return self.lines.pop(0) if self.lines else None
+
+    def confirm(self, question: str) -> bool:
+        self.asked.append(question)
+        return self.yes
+
+
+def at_terminal(talk: Chat, *lines: str) -> None:
+    """Run with these lines typed, keys and all, each once it is awaited; "|" is a moment in which nothing is typed. The
+    last must leave, for reading past it would wait for ever."""
+    with create_pipe_input() as keyboard, create_app_session(input=keyboard, output=DummyOutput()):
+        class Typist(Terminal):
+            def read(self, default: str) -> str | None:
+                for number, keys in enumerate(waiting.pop(0).split("|")):
+                    threading.Timer(0.15 + 0.15 * number, keyboard.send_text, [keys]).start()
+                return super().read(default)
+        waiting = list(lines)
+        talk.run(Typist())
+    assert not waiting
+
+
+def spy(talk: Chat, seen: Callable[[list[int]], object]) -> None:
+    """Call `seen` with what each cycle commits, before the chat gets it."""
+    generate = talk.engine.generate
+
+    def spied(*inputs: object, **options: object) -> Iterator[list[int]]:
+        for new in generate(*inputs, **options):
+            seen(new)
+            yield new
+    talk.engine.generate = spied
+
+
+def said(talk: Chat) -> list[str]:
+    return [message["content"] for message in talk.messages[talk.head()::2]]
+
+
+# ----- Conversations ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [Sampling(), Sampling(temperature=1.0, seed=7)])
+def test_turns(how: Sampling, make, capsys: pytest.CaptureFixture) -> None:
+    """Answers that depend on reused caches, a turn that does not see the ones before, text that is not on stdout, or
+    statistics that are; a prompt processed anew each time."""
+    talk = make(sampling=how)
+    talk.run(Script("Hello", "And you?", "  \n", "Why?"))
+    out, err = capsys.readouterr()
+    questions, expected = ["Hello", "And you?", "Why?"], []
+    for question in questions:
+        expected.append({"role": "user", "content": question})
+        fresh = Engine(talk.engine.model, talk.engine.drafter, SLOTS, frozenset([257]))
+        tokens = sum(fresh.generate(talk.tokenizer.chat(expected), LIMIT, how), [])
+        expected.append({"role": "assistant", "content": talk.tokenizer.stream().push(tokens)})
+    assert talk.messages == expected
+    assert out == "".join(message["content"] + "\n" for message in expected[1::2])
+    assert err.count("tokens/s") == 3 and err.count("--max_new_tokens 12 ended") == 3 and "\033" not in err
+    assert talk.answers[0].reused == 0
+    for before, after in zip(talk.answers, talk.answers[1:]):
+        assert before.prompt_tokens <= after.reused + 12 and after.reused < after.prompt_tokens
+        assert f"{after.reused} of {after.prompt_tokens} prompt tokens reused" in err
+        assert 1 + sum(after.gained) == after.tokens == LIMIT
+
+
+def test_commands(make, capsys: pytest.CaptureFixture) -> None:
+    """A command sent to the model, or one that takes back, clears or shows too much or too little."""
+    talk = make(system="Be brief.")
+    talk.run(Script("a", "b", "/undo", "/nonsense", "/usr/bin is what?", "/", "/help", " /c", "/stats", "/tree"))
+    err = capsys.readouterr().err
+    assert said(talk) == ["a", " /c"] and talk.messages[0] == {"role": "system", "content": "Be brief."}
+    assert err.count("is no command and was not sent") == 3 and "[taken back: b]" in err and "are drawn" in err
+    assert all(f"/{name}" in err for name in chat.COMMANDS) and "4 messages" not in err and "5 messages" in err
+    talk.run(Script("/undo", "/undo", "/undo", "/system", "/system Be long.", "/exit", "not sent"))
+    err = capsys.readouterr().err
+    assert talk.messages == [{"role": "system", "content": "Be long."}]
+    assert err.count("[taken back") == 2 and "nothing to take back" in err and "message: Be brief." in err
+    talk.leaving = False
+    talk.run(Script("x", "/reset", "/system"))
+    assert talk.messages == [{"role": "system", "content": "Be long."}]
+
+
+def test_watch(make, capsys: pytest.CaptureFixture) -> None:
+    """Trees that are drawn though nobody asked, of another answer, that change it or what is reused, or for a model
+    that drafts none."""
+    lines, plain, talk = ("a", "b", "c"), make(), make()
+    plain.run(Script(*lines))
+    capsys.readouterr()
+    talk.run(Script("a", "/tree", "b", "/tree", "c"))
+    out, err = capsys.readouterr()
+    assert "trees are drawn" in err and "trees are not drawn" in err
+    cycles = [int(number) for number in re.findall(r"^cycle (\d+):", out, re.M)]
+    assert cycles == [*range(1, len(talk.answers[1].gained) + 1)]
+    assert talk.messages == plain.messages
+    assert [answer.reused for answer in talk.answers] == [answer.reused for answer in plain.answers]
+    talk.engine.drafter = Vanilla()
+    talk.run(Script("/tree"))
+    assert "drafts no trees" in capsys.readouterr().err and isinstance(talk.engine.drafter, Vanilla)
+
+
+def test_end_of_answer(make, capsys: pytest.CaptureFixture) -> None:
+    """A stop token taken for a limit; half a character printed where an answer is cut within one, or left out where
+    the model itself ended so."""
+    tokens = []
+    talk = make(limit=40)
+    spy(talk, tokens.extend)
+    talk.run(Script("Hello"))
+    talk.tokenizer.stop_ids = frozenset()
+    for count in range(1, 30):
+        whole = talk.tokenizer.stream().push(tokens[:count])
+        cut = make(limit=count, stop=frozenset())
+        cut.run(Script("Hello"))
+        assert cut.messages[1]["content"] == whole and f"--max_new_tokens {count} ended" in capsys.readouterr().err
+    stop = next(token for token in tokens[5:] if token not in tokens[:5])
+    ended = make(limit=40, stop=frozenset([stop]))
+    ended.run(Script("Hello"))
+    out, err = capsys.readouterr()
+    assert ended.messages[1]["content"] == ended.tokenizer.decode(tokens[:tokens.index(stop) + 1]) == out[:-1]
+    assert "ended the answer" not in err and "full" not in err
+
+
+def test_stop(make, capsys: pytest.CaptureFixture) -> None:
+    """A stop text that is printed, kept, or taken for a limit; one that never comes, whose beginning is lost."""
+    plain = make(limit=40)
+    plain.run(Script("Hello"))
+    text = plain.messages[1]["content"]
+    for stop, kept in ((text[9:12], text[:text.index(text[9:12])]), (text[-2:] + "never", text)):
+        capsys.readouterr()
+        talk = make(limit=40, stops=(stop,))
+        talk.run(Script("Hello"))
+        out, err = capsys.readouterr()
+        assert talk.messages[1]["content"] == kept and out == kept + "\n"
+        assert ("ended the answer" in err) == (kept is text)
+
+
+def test_context(make, capsys: pytest.CaptureFixture) -> None:
+    """A turn that is cut or refused without a word, dropped turns that nobody agreed to, too few or too many of them,
+    a system message that goes with them, and a question that is lost."""
+    talk = make(slots=200, limit=30, system="Be brief.")
+    script = Script("one", "two", "three", "four")
+    talk.run(script)
+    assert len(script.asked) == 2
+    assert re.search(r"has \d+ tokens, the context 200 .*an answer wants 30. Drop the oldest turn\?", script.asked[0])
+    assert said(talk) == ["three", "four"] and talk.messages[0]["content"] == "Be brief."
+    no = Script("five", yes=False)
+    talk.run(no)
+    assert said(talk) == ["three", "four"] and no.drafts == ["", "five"]
+    capsys.readouterr()
+    long = Script("x" * 150, terminal=True)
+    talk.run(long)
+    assert "too long even without" in capsys.readouterr().err and long.asked == [] and long.drafts == ["", ""]
+    with pytest.raises(ValueError, match="the context 200"):
+        talk.run(Script("six", terminal=False))
+    assert said(talk) == ["three", "four"]
+    talk.limit = 1000
+    talk.messages = []
+    talk.run(Script("y" * 60))
+    assert "the context of 200 tokens is full" in capsys.readouterr().err
+    assert talk.answers[-1].prompt_tokens + talk.answers[-1].tokens == 200
+
+
+# ----- Files -----------------------------------------------------------------------------------------------------
+
+
+def test_save_and_load(make, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A conversation that comes back changed, a file half written or written over something else, a broken one that
+    costs the conversation there is."""
+    talk, file = make(system="Sé breve 🍳"), tmp_path / "talk 1.json"
+    talk.run(Script("Hello \u2028 é", f"/save {file}", "more", f"/save {file}", "/reset", f"/load {file}", "/undo"))
+    kept = json.loads(file.read_text(encoding="utf-8"))["messages"]
+    assert talk.messages == kept[:3] and said(talk) == ["Hello \u2028 é"] and len(kept) == 5
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [file.name]
+    talk.run(Script("/save", "/load", f"/load {tmp_path}/none", f"/save {tmp_path}/no/such", f"/load {tmp_path}"))
+    err = capsys.readouterr().err
+    assert err.count("error: ") == 5 and err.count("name of the file is missing") == 2 and "Traceback" not in err
+    other = tmp_path / "notes.json"
+    other.write_text('{"mine": 1}')
+    link = tmp_path / "link.json"
+    link.symlink_to(file)
+    talk.run(Script(f"/save {other}", f"/save {link}"))
+    assert other.read_text() == '{"mine": 1}' and "choose another name" in capsys.readouterr().err
+    assert link.is_symlink() and len(read_messages(file)) == 3
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "not a JSON file"), ("[" * 100000, "not a JSON file"), ('[{"role": "user"}]', "not a conversation"),
+    ('{"messages": 1}', "not a conversation"), ('{"messages": [1]}', "message 1 should be"),
+    ('{"messages": [{"role": "assistant", "content": "x"}]}', 'message 1 should be .*"user"'),
+    ('{"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": 3}]}', "message 2 should be"),
+    ('{"messages": [{"role": "user", "content": "x"}]}', "no answer"),
+    ('{"messages": [{"role": "system", "content": "x"}, {"role": "system", "content": "x"}]}', "message 2"),
+    ('{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": ""}]}', "lone surrogate"),
+])
+def test_load_says_what_is_wrong(text: str, message: str, tmp_path: Path, make, capsys: pytest.CaptureFixture) -> None:
+    """A file that is taken as it is, and fails in the template three turns later."""
+    (tmp_path / "talk.json").write_text(text)
+    talk = make()
+    talk.messages = before = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    talk.run(Script(f"/load {tmp_path}/talk.json"))
+    err = capsys.readouterr().err
+    assert re.search(f"error: .*talk.json: .*{message}", err) and err.count("\n") == 1 and talk.messages is before
+
+
+def test_write_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk that costs what was saved before."""
+    file, messages = tmp_path / "a.json", [{"role": "system", "content": "x"}]
+    write_messages(file, messages)
+    before = file.stat().st_ino
+    write_messages(file, messages)
+    assert file.stat().st_ino != before  # another file took its place
+
+    def full(self: Path, text: str, **how: object) -> None:
+        with self.open("w") as f:
+            f.write(text[:5])
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        write_messages(file, [])
+    assert read_messages(file) == messages and list(tmp_path.iterdir()) == [file]
+
+
+# ----- Terminals and pipes ---------------------------------------------------------------------------------------
+
+
+def test_terminal(make, tmp_path: Path) -> None:
+    """New lines that send or are lost; a history that does not come back; Ctrl-C on a line that leaves or loses it; one
+    on no line that leaves, though it was meant for the answer that had just ended, or a second one that does not."""
+    talk = make()
+    at_terminal(talk, "Hi 🍳 é\r", "two\x1b\rlines\r", "\x1b[200~pasted\nlines\x1b[201~!\r", "gone\x03|\x1b[A?\r",
+                "\x03", "still here\r", "\x03", "\x03")
+    assert said(talk) == ["Hi 🍳 é", "two\nlines", "pasted\nlines!", "gone?", "still here"]
+    again = make()
+    at_terminal(again, "\x1b[A\x1b[A\x1b[A\x1b[A\r", "/exit\r")
+    assert said(again) == ["pasted\nlines!"]
+    assert stat.S_IMODE((tmp_path / "state/eagle2/history").stat().st_mode) == 0o600
+    again.leaving = False
+    at_terminal(again, "/x\r", "\x12pasted|\r|\r", "\x04")  # Ctrl-R: Enter ends the search, then sends; Ctrl-D
+    assert said(again) == ["pasted\nlines!"] * 2
+
+
+def test_terminal_asks(make) -> None:
+    """Turns dropped without a yes; a refused question that is not there to be shortened."""
+    talk = make(slots=200, limit=30)
+    at_terminal(talk, "one\r", "two\r", "three\r|n", "\x7f\x7f\r|y", "/exit\r")
+    assert said(talk) == ["two", "thr"]
+
+
+def test_history_that_cannot_be_written(make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chat that ends because a file is where the folder should be, or the disk is full, or half a character typed."""
+    (tmp_path / "state").write_text("")
+    at_terminal(make(), "one\r", "/exit\r")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "other"))
+    history = line_editor.open_history()
+    history.store_string("\udc80")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(line_editor.FileHistory, "store_string", full)
+    talk = make()
+    at_terminal(talk, "one\r", "\x1b[A\r", "/exit\r")
+    assert said(talk) == ["one", "one"]
+
+
+@pytest.fixture
+def call(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """The command line with a text piped into it: (exit code, stdout, stderr)."""
+    def call(text: str, *words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["generate.py", "--checkpoint", str(folder), "--device", "cpu",
+                                          *map(str, words)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(os.fsencode(text)), "utf-8"))
+        code, before = 0, signal.getsignal(signal.SIGINT)
+        try:
+            generate.main()
+        except SystemExit as e:
+            code = e.code
+        assert signal.getsignal(signal.SIGINT) is before  # Ctrl-C means what it did
+        return code, *capsys.readouterr()
+    return call
+
+
+def test_pipe(call, tmp_path: Path) -> None:
+    """Another conversation than at a terminal; a last line without an end that is lost."""
+    words = ("--interactive", "--eagle2", "--max_new_tokens", 9, "--system", "Hm.")
+    code, out, err = call(f"one\n\n/save {tmp_path}/a\ntwo\n/what\nthree\n/save {tmp_path}/b", *words)
+    messages = read_messages(tmp_path / "b")
+    assert code == 0 and [m["content"] for m in messages[::2]][1:] == [m["content"] for m in messages[2::2]]
+    assert out == "".join(m["content"] + "\n" for m in messages[2::2]) and err.count("tokens/s") == 3
+    assert [m["content"] for m in messages[:6:2]] == ["Hm.", messages[2]["content"], messages[4]["content"]]
+    assert [m["content"] for m in messages[1::2]] == ["one", "two", "three"] and len(read_messages(tmp_path / "a")) == 3
+
+
+@pytest.mark.parametrize("text, words, message", [
+    ("x", (), "--prompt --interactive"), ("x", ("--interactive", "--prompt", "x"), "not allowed with"),
+    ("x", ("--interactive", "--raw"), "without --raw"), ("x", ("--interactive", "--json"), "--json"),
+    ("x", ("--prompt", "x", "--system", "y"), "--system is for"),
+    ("x" * 300, ("--interactive", "--max_seq_len", "200"), "has 3.. tokens, the context 200"),
+    ("\udcff\n", ("--interactive",), "not valid UTF-8"),
+])
+def test_refused(text: str, words: tuple, message: str, call) -> None:
+    """A traceback, or exit code 0, where a script has to be told."""
+    code, out, err = call(text, *words)
+    assert code == 2 and re.search(message, err) and "Traceback" not in err and out == ""
+
+
+def test_no_chat_template(call, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template made up, or a traceback from jinja, for a model that has none; one that refuses a system message."""
+    real = Tokenizer.render
+    monkeypatch.setattr(Tokenizer, "has_chat_template", property(lambda self: False, lambda *_: None), raising=False)
+    code, out, err = call("x\n", "--interactive")
+    assert code == 2 and err == "error: this model has no chat template, so it cannot --interactive: use --prompt " \
+        "TEXT --raw\n" and out == ""
+    monkeypatch.undo()
+
+    def refuse(self: Tokenizer, messages: chat.Messages, *rest: bool) -> str:
+        if messages[0]["role"] == "system":
+            raise ValueError("the chat template failed: no system role")
+        return real(self, messages, *rest)
+    monkeypatch.setattr(Tokenizer, "render", refuse)
+    talk = Chat(type("E", (), {"max_seq_len": 9}), Tokenizer(folder), Sampling(), 5)
+    with pytest.raises(ValueError, match="no system role"):
+        talk.set_system("x")
+    assert talk.messages == []
+
+
+def test_colour(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Escape codes in a file, or for those who asked for none."""
+    for tty, variables, dim in ((True, {}, True), (True, {"NO_COLOR": "1"}, False), (True, {"TERM": "dumb"}, False),
+                                (False, {}, False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.stderr, "isatty", lambda tty=tty: tty)
+            patch.setenv("TERM", "xterm")
+            patch.delenv("NO_COLOR", raising=False)
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            chat.note("x")
+        assert capsys.readouterr().err == ("\033[2mx\033[0m\n" if dim else "x\n")
+
+
+# ----- Ctrl-C ----------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_at_random(make, capsys: pytest.CaptureFixture) -> None:
+    """50 interrupted answers: a traceback, text that was shown and is not kept or the reverse, half a character, a
+    cache that the next answer trips over."""
+    dice, turns, timers, kept = random.Random(0), 50, [], []
+    talk = make(slots=1500, limit=60)
+
+    class Interrupting(Script):
+        def read(self, default: str) -> str | None:
+            for timer in timers:
+                timer.join()
+            if len(talk.messages) >= 10 or len(timers) == turns:  # before the context is full
+                kept.extend(talk.messages)
+                talk.messages = []
+            if len(timers) == turns:
+                return None
+            timers.append(threading.Timer(dice.random() ** 2 * 0.15, os.kill, (os.getpid(), signal.SIGINT)))
+            timers[-1].start()
+            return default or f"question {len(timers)}"
+    talk.run(Interrupting())
+    out, err = capsys.readouterr()
+    assert len(timers) == turns and "error" not in err
+    questions = [m["content"] for m in kept[::2]]
+    assert [m["role"] for m in kept] == ["user", "assistant"] * len(questions)
+    assert out == "".join(m["content"] + "\n" for m in kept[1::2])
+    assert len(questions) == len(set(questions)) == len(talk.answers) == turns - err.count("before the first word")
+    assert err.count("[stopped; ") > 5
+    talk.messages = kept[-4:]
+    fresh = Engine(talk.engine.model, talk.engine.drafter, 1500, frozenset([257]))
+    ids = talk.tokenizer.chat([*talk.messages, {"role": "user", "content": "And now?"}])
+    talk.limit = 20
+    talk.run(Script("And now?"))
+    tokens = sum(fresh.generate(ids, 20), [])
+    assert talk.messages[-1]["content"] == talk.tokenizer.stream().push(tokens, tokens[-1] == 257)
+    assert talk.answers[-1].reused > 0
+
+
+def test_ctrl_c_in_prefill(make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """A long prompt that cannot be stopped, or whose question is lost; a second Ctrl-C that hits the chat itself."""
+    talk, kill = make(), lambda *_: os.kill(os.getpid(), signal.SIGINT)
+    script = Script("a", "b", "c")
+    with monkeypatch.context() as patch:
+        patch.setattr(talk.engine.drafter, "reset", kill)  # called before the prompt is processed
+        talk.run(script)
+        kill()
+    out, err = capsys.readouterr()
+    assert talk.messages == [] and out == "" and err.count("before the first word") == 3
+    assert script.drafts == ["", "a", "b", "c"]
+    talk.run(Script("a"))
+    assert len(talk.messages) == 2
+
+
+def test_ctrl_c_between(make) -> None:
+    """One that arrives when an answer has just ended must not leave; in an answer it stops that one alone; and where a
+    line is awaited it leaves."""
+    talk = make()
+    talk.ctrl_c.handle()
+    talk.run(Script("a"))
+    assert len(talk.answers) == 1 and talk.answers[0].tokens == LIMIT
+
+    second, third = 2, 4  # messages there are while these answers are written
+    spy(talk, lambda new: len(talk.messages) in (second, third) and not talk.ctrl_c.raises and os.kill(
+        os.getpid(), signal.SIGINT))
+    talk.run(Script("b"))
+    assert len(talk.answers[1].gained) == 1 and len(talk.messages) == 4
+    at_terminal(talk, "c\r", "d\r", "/exit\r")  # the line editor has a Ctrl-C of its own
+    assert len(talk.answers) == 4 and len(talk.answers[2].gained) == 1 and talk.answers[3].tokens == LIMIT
+    lines = Lines(talk.ctrl_c)
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    reading, writing = os.pipe()
+    with os.fdopen(reading) as talk_in, os.fdopen(writing, "w"):
+        before, sys.stdin = sys.stdin, talk_in
+        try:
+            assert lines.read("") is None
+        finally:
+            sys.stdin = before
+
+
+@pytest.mark.xdist_group("demo")
+def test_demo_reuses_nearly_all(demo: Path, demo_model, demo_head, capsys: pytest.CaptureFixture) -> None:
+    """A template or a tokenizer that makes other ids of an answer than the model wrote: correct, but slow."""
+    tokenizer = Tokenizer(demo)
+    engine = Engine(demo_model, Eagle2(demo_head, demo_model, 8, 3, 3), 512, tokenizer.stop_ids)
+    talk = Chat(engine, tokenizer, Sampling(), 16)
+    talk.run(Script("Name two animals that live in the sea.", "Write a line of Python that prints 'é'."))
+    first, second = talk.answers
+    assert second.reused >= first.prompt_tokens + first.tokens - 3 - 2 - 1

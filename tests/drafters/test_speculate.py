@@ -1,0 +1,183 @@
+"""speculate.py: the text with either rule, what is drafted, and the staged chain."""
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import save_file
+from scipy import stats
+
+from draft import Vanilla
+from drafters.lookup import Retrieval
+from drafters.speculate import Speculate, load_draft_model
+from engine import Engine
+from formats.weights import FORMAT
+from model import Llama
+from sampling import Sampling, gumbel_noise, process
+
+SAMPLINGS = [Sampling(), Sampling(0.7, top_p=0.9, seed=1), Sampling(1.0, seed=-5), Sampling(1.3, top_k=7, seed=2)]
+
+
+def models(seed: int, apart: float = 0.05) -> tuple[Llama, Llama]:
+    """A target and a draft model that is often right."""
+    model, draft = tiny.pair(seed, 0.15)[0], tiny.pair(seed, 0.15)[0]
+    for weight in draft.layers.parameters():
+        weight.data += apart * torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)).to(weight) * (
+            weight.abs().mean())
+    return model, draft
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_text_is_vanillas(seed: int) -> None:
+    """A draft token fed at another place than its own, noise of another place, a blank node accepted: alone and staged,
+    with a stop id and to the end of the context; and drafts must be accepted, or nothing is tested."""
+    model, draft = models(seed)
+    ids, gained = tiny.prompt(seed, 2 + 5 * seed), []
+    drafters = [Speculate(draft, model, length) for length in (1, 5, 16)] + [
+        Speculate(draft, model, 8, False, Retrieval(chain), rounds) for chain, rounds in ((1, 4), (3, 4), (4, 9))]
+    for how in SAMPLINGS:
+        wanted = sum(Engine(model, Vanilla(), 90, frozenset([3])).generate(ids, 80, how), [])
+        for drafter in drafters:
+            cycles = list(Engine(model, drafter, 90, frozenset([3])).generate(ids, 80, how))
+            assert sum(cycles, []) == wanted
+            gained += map(len, cycles[1:-1])
+    assert sum(gained) > 1.5 * len(gained)
+
+
+@pytest.mark.parametrize("length", [1, 5, 9])
+def test_a_draft_model_that_knows_gains_everything(length: int) -> None:
+    """A chain that is not fed to its end: after a chain accepted as a whole, its last token is missing in the draft
+    model's cache, and the next cycle drafts nonsense."""
+    model, same = tiny.pair(2, 0.3)[0], tiny.pair(2, 0.3)[0]
+    for how in (Sampling(), Sampling(1.0, seed=2)):
+        for rejection in (False, True):
+            drafter = Speculate(same, model, length, rejection)
+            cycles = list(Engine(model, drafter, 200).generate(tiny.prompt(0, 7), 1 + 6 * (length + 1), how))
+            assert [len(cycle) for cycle in cycles] == [1] + [length + 1] * 6
+
+
+@pytest.mark.parametrize("how", SAMPLINGS)
+def test_chain_is_what_the_draft_model_writes(how: Sampling) -> None:
+    """Drafts of something else than the draft model's own choices, staged or not; and the staged one as long as what
+    was found in the text allows: at least one token a round."""
+    model, draft = models(4)
+    ids, longest = tiny.prompt(3, 30), 0
+    for retrieval, rounds, length in ((None, 5, 5), (Retrieval(3), 4, 12), (Retrieval(1), 3, 6)):
+        drafter = Speculate(draft, model, length, False, retrieval, rounds)
+        engine = Engine(model, drafter, 128)
+        state = engine.prefill(ids, 60, how)
+        while not state.done:
+            n = int(state.length)
+            text = state.tokens[:n].tolist()
+            wanted = plain_chain(draft, text, length, how)
+            engine.draw_noise()
+            tree = drafter.propose(state)
+            drafted = [t for t in tree.tokens[1:].tolist() if t >= 0]
+            assert drafted == wanted[:len(drafted)] and len(drafted) >= min(rounds, length)
+            assert tree.tokens[0] == text[-1] and all(t < 0 for t in tree.tokens[1 + len(drafted):])
+            longest = max(longest, len(drafted) - rounds) if retrieval else longest
+            engine.cycle()
+    assert longest > 1, "no stage has ever helped"
+
+
+def plain_chain(draft: Llama, text: list[int], length: int, how: Sampling) -> list[int]:
+    """By whole forwards, with the noise of each place."""
+    text, n = list(text), len(text)
+    for place in range(n, n + length):
+        logits = tiny.logits(draft, text)[-1:]
+        if how.temperature:
+            noise = gumbel_noise(torch.tensor(how.seed), torch.tensor([place]), logits.shape[1])
+            logits = process(logits, how.temperature, how.top_k, how.top_p, how.min_p) + noise
+        text.append(int(logits.argmax()))
+    return text[n:]
+
+
+@pytest.mark.parametrize("how, staged", [(Sampling(1.0), False), (Sampling(1.5, top_k=5), True),
+                                         (Sampling(0.8, top_p=0.9), False)])
+def test_rejection_keeps_the_distribution(how: Sampling, staged: bool) -> None:
+    """Chi-square of three tokens in a row against the target's exact distribution, over 1,200 seeds: q taken for p, the
+    rest not subtracted, a blank node treated as rejected."""
+    model, draft = (tiny.target(seed, vocab_size=8, num_hidden_layers=1) for seed in (0, 1))
+    ids = tiny.prompt(5, 6, 8)
+    drafter = Speculate(draft, model, 2, True, Retrieval(1), 1) if staged else Speculate(draft, model, 2, True)
+    engine, counts = Engine(model, drafter, 32), {}
+    for seed in range(1200):
+        state = engine.prefill(ids, 3, Sampling(how.temperature, how.top_k, how.top_p, how.min_p, seed))
+        while not state.done:
+            engine.cycle()
+        text = tuple(state.tokens[len(ids):len(ids) + 3].tolist())
+        counts[text] = counts.get(text, 0) + 1
+    seen, expected = [], []
+    for text, p in texts(model, ids, 3, how):
+        seen.append(counts.pop(text, 0))
+        expected.append(1200 * p)
+    assert not counts, f"texts that the target never writes: {counts}"
+    order = sorted(range(len(expected)), key=lambda i: -expected[i])
+    groups, total = [[0.0, 0.0]], 0.0  # joined until each group expects ten
+    for i in order:
+        if groups[-1][1] >= 10:
+            groups.append([0.0, 0.0])
+        groups[-1][0] += seen[i]
+        groups[-1][1] += expected[i]
+        total += expected[i]
+    assert total == pytest.approx(1200, rel=1e-3)
+    if groups[-1][1] < 10:
+        last = groups.pop()
+        groups[-1] = [a + b for a, b in zip(groups[-1], last)]
+    statistic = sum((a - b)**2 / b for a, b in groups)
+    assert stats.chi2.sf(statistic, len(groups) - 1) > 1e-4
+
+
+@torch.no_grad()
+def test_three_streams_of_noise() -> None:
+    """One stream used for two of drafting, accepting and choosing: the choices after 32,000 nodes with one p and q."""
+    model, p, q = tiny.target(0, vocab_size=6), *torch.tensor([[[2.0, 1, 0, 0, 1, -1]], [[0.0, 1, 2, 1, 0, 0]]])
+    drafter, counts = Speculate(tiny.target(0, vocab_size=6), model, 16, True), torch.zeros(6)
+    engine = Engine(model, drafter, 64)
+    state = engine.state
+    state.sampling = Sampling(1.0)
+    for length in range(100, 100 + 2000 * 17, 17):
+        state.length.fill_(length)
+        engine.draw_noise()
+        drafted = drafter.pick(state, q.expand(16, -1), 0)
+        tree = drafter.shape._replace(tokens=torch.cat((drafted[:1], drafted)))
+        counts += drafter.choose(state, tree, p.expand(17, -1))[:16].bincount(minlength=6)
+    assert stats.chisquare(counts.numpy(), 32000 * p.softmax(-1)[0].numpy()).pvalue > 1e-4
+
+
+def texts(model: Llama, ids: list[int], length: int, how: Sampling, odds: float = 1.0) -> list[tuple[tuple, float]]:
+    """Every continuation and its probability."""
+    if not length:
+        return [((), odds)]
+    p = process(tiny.logits(model, ids)[-1:], how.temperature, how.top_k, how.top_p, how.min_p).softmax(-1)[0].tolist()
+    return [((token, *rest), q) for token, each in enumerate(p) if each
+            for rest, q in texts(model, [*ids, token], length - 1, how, odds * each)]
+
+
+def test_more_is_accepted_by_rejection() -> None:
+    """With drafts that are far off, the rule of the papers accepts more than equal choices do: sum of min(p, q)."""
+    model, draft = models(1, 0.5)
+    cycles = [sum(len(list(Engine(model, Speculate(draft, model, 3, rejection), 400).generate([1, 2], 300, Sampling(
+        1.0, seed=seed)))) for seed in range(4)) for rejection in (True, False)]
+    assert cycles[0] < 0.97 * cycles[1]
+
+
+def test_load(tmp_path: Path) -> None:
+    """A file without embedding whose layers land elsewhere, or whose target is another."""
+    model = tiny.target(0, torch.float32)
+    draft = tiny.target(1, torch.float32, num_hidden_layers=1)
+    rest = {k: v for k, v in draft.state_dict().items() if not k.startswith(("embed.", "lm_head."))}
+    save_file(rest, tmp_path / "model.safetensors", {"format": FORMAT, "embedding": "target"})
+    (tmp_path / "config.json").write_text(json.dumps(tiny.SHAPE | {"num_hidden_layers": 1}))
+    loaded = load_draft_model(tmp_path, model)
+    draft.embed, draft.lm_head = model.embed, model.lm_head
+    assert torch.equal(tiny.logits(loaded, [1, 2, 3]), tiny.logits(draft, [1, 2, 3]))
+    for other, message in (({"vocab_size": 25}, "same tokenizer"), ({"hidden_size": 64}, "hidden size")):
+        with pytest.raises(ValueError, match=message):
+            load_draft_model(tmp_path, tiny.target(0, **other))
+    with pytest.raises(FileNotFoundError, match="nowhere: no draft model"):
+        load_draft_model(tmp_path / "nowhere", model)
+    for size in (0, 17):
+        with pytest.raises(ValueError, match="1 to 16"):
+            Speculate(draft, model, size)

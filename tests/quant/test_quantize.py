@@ -1,0 +1,413 @@
+"""quantizers.py and quantize.py: integers that mean the weights, files that load as they were written, text that does
+not depend on the draft, and refusals. (What the kernels make of the integers is tested where the kernels are.)
+"""
+import gc
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+import quantize
+from benchmarks.quality import kept, perplexity
+from benchmarks.workload import gigabytes
+from convert_hf_checkpoint import staged
+from draft import Eagle2, Vanilla, load_head
+from drafters.eagle1 import Eagle1
+from engine import Engine
+from formats import weights
+from formats.eagle import VOCAB
+from model import load_model
+from ops.linear import linear
+from ops.quantized import Quantized, dequantize, pack, rotate, unpack
+from quant.int4 import SHRINK, nearest, search
+from quant.linear import GROUPS, MODES, QuantizedLinear, quantize_linears, quantize_weight
+from quantize import quantize_checkpoint, quantize_draft, quantize_layer, write_text
+from sampling import Sampling
+
+FORMATS = [("int8", 128), ("int8dyn", 128), ("int4", 128), ("int4", 64)]
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def plain(weight: Quantized, K: int) -> Tensor:
+    """The weights that integers stand for, fp32 [N, K], rotated back."""
+    w = dequantize(weight, torch.float32)[:, :K]
+    return rotate(w) if weight.rotated else w
+
+
+def correlated(K: int, rows: int = 4096) -> Tensor:
+    """Inputs that go together, of very different sizes, and far from zero in the mean."""
+    return random(rows, K // 4, seed=1) @ random(K // 4, K, seed=2) / 8 + random(K, seed=3).exp() * (
+        random(rows, K, seed=4) / 4 + 0.3)
+
+
+def modes_of(model: nn.Module) -> list[tuple[int, int, bool]]:
+    return [tuple(m.how) for m in model.modules() if isinstance(m, QuantizedLinear)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny checkpoint with a draft head, bf16 as converted ones are."""
+    model = tiny.target(5, torch.bfloat16, hidden_size=64, intermediate_size=192, vocab_size=40)
+    tiny.save_head(tiny.head(model), tiny.save_target(model, tmp_path / "ck") / "eagle")
+    return tmp_path / "ck"
+
+
+@pytest.fixture
+def tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The little that quantize.py asks of a tokenizer, and fewer texts."""
+    bpe = SimpleNamespace(token_to_id=lambda token: None)
+    monkeypatch.setattr(quantize, "Tokenizer", lambda folder: SimpleNamespace(bpe=bpe, bos_id=3, stop_ids={5}))
+    monkeypatch.setattr(quantize, "LENGTH", 64)
+
+
+def test_pack() -> None:
+    """Guards the place of each column: in the byte of k, or in the high half of the byte of k - K / 2."""
+    q = torch.arange(3 * 512).view(3, 512) * 7 % 16 - 8
+    data = pack(q)
+    assert data.shape == (3, 256) and data.dtype == torch.int8
+    assert torch.equal(unpack(Quantized(data, torch.ones(4, 3, 2), 128, 2)), q.to(torch.int8))
+    assert data[1, 5] & 15 == q[1, 5] & 15 and data[1, 5] >> 4 == q[1, 5 + 256]
+    assert pack(q[:, :300]).shape == (3, 256), "filled up to a multiple of 256"
+
+
+@pytest.mark.parametrize("mode, group", FORMATS)
+@pytest.mark.parametrize("K", [64, 576, 256])
+def test_error(mode: str, group: int, K: int) -> None:
+    """Guards scales, offsets and rotation: a step of the wrong size, a group shifted by one, a row scaled by another's.
+    Half a step is the most a weight may be off, and the layer is that of the integers' weights, in float64."""
+    w, x, bias = random(96, K) * random(96, 1, seed=1).exp(), random(7, K, seed=2), random(96, seed=3)
+    weight = quantize_weight(w, mode, group)
+    assert (weight.group, weight.planes, weight.rotated) == {
+        "int8": (0, 2, False), "int8dyn": (0, 1, True), "int4": (group, 2, False)}[mode]
+    kept_w = plain(weight, K)
+    if mode == "int4":  # the shrunken range of an outlier may clip it
+        step = 16 * weight.scale[:-(-K // group), :, 0].float().T.repeat_interleave(group, 1)[:, :K]
+        assert ((kept_w - w).abs() <= step * 0.53).float().mean() > 0.98
+        assert (kept_w - w).norm() < {64: 0.1, 128: 0.12}[group] * w.norm()
+    else:
+        back = rotate(kept_w) - rotate(w) if weight.rotated else kept_w - w
+        assert (back.abs() <= weight.scale[:, None] * 0.501).all()
+    y = linear(x, weight, bias)
+    exact = x.double() @ kept_w.double().T + bias.double()
+    assert (y - exact).abs().max() < (0.02 if mode == "int8dyn" else 1e-5) * exact.abs().max()
+    assert torch.equal(linear(x, weight, bias), QuantizedLinear(weight, nn.Parameter(bias))(x))
+
+
+def test_rows_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the loop over blocks of rows: a block written in the place of another, or the last rows forgotten."""
+    w = random(100, 192)
+    whole = [quantize_weight(w, *how) for how in FORMATS]
+    monkeypatch.setattr("quant.linear.ROWS", 48)
+    for how, before in zip(FORMATS, whole):
+        assert all(torch.equal(a, b) for a, b in zip(quantize_weight(w, *how)[:2], before[:2]))
+
+
+@pytest.mark.parametrize("hessian", [False, True])
+def test_zeros_stay(hessian: bool) -> None:
+    """Guards what widen.py leaves dead: zeros beside other weights in a group, an offset that is nearly a multiple of
+    the scale, a group of nothing but zeros divided by its range."""
+    w = random(64, 512)
+    w[:, 64:100] = w[:, 128:256] = w[:, 300:510] = 0
+    x = correlated(512)
+    x[:, 64:70] = 0  # never seen
+    weight = quantize_weight(w, "int4", 128, None if not hessian else x.T @ x / len(x))
+    again = plain(weight, 512)
+    assert again.isfinite().all()
+    dead = (w == 0).all(0)
+    assert (again[:, 128:256].abs() < 1e-28).all() and (hessian or (again[:, dead].abs() < 1e-28).all())
+
+
+def test_gptq_beats_search_beats_nearest() -> None:
+    """Guards what int4 is worth: scales that ignore the inputs, errors that are fed on with the wrong sign, to columns
+    that are done, or in another order than the Hessian's."""
+    K = 320  # 2.5 groups
+    w, x, errors = random(128, K), correlated(K) * random(K, seed=20).mul(1.5).exp(), {}
+    w *= 1 + 4 * (random(128, K, seed=9) > 2)  # a few outliers
+    hessian = x.T @ x / len(x)
+    for name, how in {"nearest": dict(shrink=(1,)), "search": {}, "gptq": dict(hessian=hessian)}.items():
+        again = plain(quantize_weight(w, "int4", 128, **how), K)
+        errors[name] = float(((again - w) @ x.T).norm()), float((again - w).pow(4).sum())
+    assert errors["gptq"][0] < 0.25 * min(errors["search"][0], errors["nearest"][0]), "0.3 in the order of columns"
+    assert errors["search"][1] < errors["nearest"][1]
+
+
+def test_scales_know_the_inputs() -> None:
+    """Guards the search for scales: of the error that inputs of different sizes see it must leave less than a search
+    that takes all inputs for equal, and less than the whole range."""
+    w, weight, error = random(64, 200), random(200, seed=1).mul(2).exp(), []
+    for how, shrink in ((torch.ones(200), SHRINK), (weight, (1,)), (weight, SHRINK)):
+        scale, offset = search(w, 64, how, shrink)
+        q = nearest(w, scale, offset, 64)
+        s, o = (t.T.repeat_interleave(64, 1)[:, :200] for t in (scale, offset))
+        error.append(float(((q * s + o - w).square() * weight).sum()))
+        assert torch.equal(scale, scale.bfloat16().float()) and torch.equal(offset, offset.bfloat16().float())
+    assert error[2] < 0.6 * error[0] and error[2] < 0.9 * error[1], "0.77 without regression"
+
+
+def test_gptq_is_the_plain_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the lazy updates: blocks of columns of any size give what one column at a time gives."""
+    w, x = random(32, 192), correlated(192)
+    hessian, data = x.T @ x / len(x), []
+    for columns in (1, 50, 128, 1000):
+        monkeypatch.setattr("quant.int4.COLUMNS", columns)
+        data.append(unpack(quantize_weight(w, "int4", 64, hessian)))
+    assert all((data[0] != d).float().mean() < 0.01 for d in data[1:])  # ties that fp32 decides
+
+
+@pytest.mark.parametrize("mode, group", FORMATS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_file(mode: str, group: int, tied: bool, tmp_path: Path, tokenizer) -> None:
+    """Guards names, shapes, dtypes and metadata: a file loads as exactly what was written, lm_head int8 in any mode,
+    the rest untouched, though embeddings are tied."""
+    model = tiny.target(2, torch.bfloat16, hidden_size=64, vocab_size=40, tie_word_embeddings=tied)
+    source = tiny.save_target(model, tmp_path)
+    path = quantize_checkpoint(source, mode, group, "cpu")
+    assert path.name == f"model-{mode}.safetensors" and sorted(p.name for p in tmp_path.iterdir()) == [
+        "config.json", path.name, "model.safetensors"]
+    with safe_open(path, "pt") as f:
+        metadata, names = f.metadata(), set(f.keys())
+    assert metadata["mode"] == mode and metadata["group"] == str(group if mode == "int4" else 0)
+    assert {"lm_head.data", "lm_head.scale", "embed.weight"} <= names and "lm_head.weight" not in names
+    again, on_load = load_model(path, dtype=torch.float32), load_model(source, "cpu", torch.float32, mode, group)
+    assert modes_of(again) == modes_of(on_load) and len(modes_of(again)) == 4 * 2 + 1
+    assert tuple(again.lm_head.how) == (0, 2, False)
+    assert again.embed.weight.dtype == torch.float32 and torch.equal(again.embed.weight, model.embed.weight.float())
+    for (name, a), b in zip(again.state_dict().items(), on_load.state_dict().values(), strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        if mode != "int4" or "lm_head" in name:  # a file's int4 has seen a text
+            assert torch.equal(a, b), name
+    ids = tiny.prompt(0, 30, 40)
+    with torch.inference_mode():
+        off = (tiny.logits(again, ids) - tiny.logits(model.float(), ids)).norm() / tiny.logits(model, ids).norm()
+    assert off < (0.8 if mode == "int4" else 0.2), "attention is sharp in a tiny model"
+
+
+def test_one_tensor_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the memory of a 13B: integers must be gone when the next tensor's are made."""
+    alive, write = [], weights.write_file
+
+    def integers() -> int:
+        return sum(type(o) is Tensor and o.dtype == torch.int8 and not o.is_meta for o in gc.get_objects())
+
+    def counting(path, like, pieces, *rest) -> None:
+        def watched():
+            for piece in pieces:
+                gc.collect()
+                alive.append(integers())
+                yield piece
+                del piece
+        write(path, like, watched(), *rest)
+
+    gc.collect()
+    before = integers()
+    monkeypatch.setattr(quantize, "write_file", counting)
+    quantize_checkpoint(folder, "int8", 128, "cpu")
+    assert len(alive) > 20 and max(alive) <= before + 1
+
+
+@torch.inference_mode()
+def test_layers_run_as_quantised_so_far(folder: Path) -> None:
+    """Guards calibration: the next layer must be given what this one's new weights make of the quantised text, and
+    beside it what the old ones make of the original; and new weights must make up for some of what is off."""
+    model = load_model(folder, dtype=torch.float32)
+    model.allocate_cache(64)
+    layer, rope = model.layers[0], model.rope[:, :48]
+    y = random(24, 48, 64)
+    x = y + 0.3 * random(24, 48, 64, seed=1)
+    now, meant = x.clone(), y.clone()
+    made = dict(zip(("wqkv", "wo", "w13", "w2"), quantize_layer(layer, now, meant, rope, 64)))
+    assert torch.allclose(layer(y, rope, None, None, None), meant, atol=1e-4)
+    for name, weight in made.items():
+        assert isinstance(getattr(layer, name), nn.Linear), "the old layer is as it was"
+        setattr(layer, name, QuantizedLinear(weight))
+    assert torch.allclose(layer(x, rope, None, None, None), now, atol=1e-4)
+    layer, never, other = load_model(folder, dtype=torch.float32).layers[0], x.clone(), y.clone()
+    for _ in quantize_layer(layer, never, other, rope, 64, share=0):
+        pass
+    assert torch.equal(other, meant)
+    assert (now - meant).norm() < 0.83 * (never - meant).norm(), "0.84 without what skips the linear"
+
+
+def test_the_model_writes_the_text(folder: Path) -> None:
+    """Guards the text that int4 learns from: sampled from the model's own distribution, one seed, not all alike."""
+    model = load_model(folder, dtype=torch.float32)
+    text = write_text(model, 3, 16, 70, 1)
+    assert text.shape == (16, 70) and (text[:, 0] == 3).all() and torch.equal(text, write_text(model, 3, 16, 70, 1))
+    assert len({tuple(row) for row in text.tolist()}) == 16
+    own, other = (perplexity(model, t) for t in (text, torch.randint(40, text.shape)))
+    assert own < 0.8 * other
+
+
+@pytest.mark.parametrize("mode, group", FORMATS)
+@pytest.mark.parametrize("draft_mode", ["same", "none"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_lossless(mode: str, group: int, draft_mode: str, temperature: float) -> None:
+    """Guards speculation with integers: the text must be vanilla's with the same target, whatever drafts it."""
+    model, head = tiny.pair(7, 0.1, torch.float32, vocab_size=40, hidden_size=64)
+    quantize_linears(model, mode, group)
+    if draft_mode == "same":
+        head.quantize(mode, group)
+        head.vocab = torch.arange(0, 40, 2)
+    sampling, ids, gained = Sampling(temperature, seed=4), tiny.prompt(3, 12, 40), []
+    want = sum(Engine(model, Vanilla(), 128).generate(ids, 80, sampling), [])
+    for drafter in (Eagle2(head, model, 16, 4, 4), Eagle1(head, model)):
+        cycles = list(Engine(model, drafter, 128).generate(ids, 80, sampling))
+        assert sum(cycles, []) == want
+        gained.append(len(want) / len(cycles))
+    assert len(want) == 80 and (max(gained) > 1.3 or temperature or draft_mode == "same"), "nothing was drafted"
+
+
+@pytest.mark.parametrize("mode, group", FORMATS)
+def test_draft_head(mode: str, group: int, folder: Path) -> None:
+    """Guards the head's file: fc cut in two, the embedding's half exact for its table, the other and the layer
+    integers, and the list of frequent tokens read beside it."""
+    target, ids = load_model(folder), list(range(1, 37, 3))
+    (folder / "eagle" / VOCAB).write_text(json.dumps(ids))
+    before = Eagle2(load_head(folder / "eagle", target), target)
+    path = quantize_draft(folder / "eagle", folder, mode, group)
+    assert path == folder / "eagle" / f"model-{mode}.safetensors"
+    head, on_load = load_head(path, target), load_head(folder / "eagle", target, None, mode, group)
+    assert modes_of(head) == modes_of(on_load) and len(modes_of(head)) == 5
+    tensors = on_load.state_dict()
+    assert head.state_dict().keys() == tensors.keys()
+    assert all(torch.equal(t, tensors[name]) for name, t in head.state_dict().items())
+    after = Eagle2(head, target)
+    assert torch.equal(after.embedded, before.embedded) and isinstance(after.fc, Quantized)
+    assert isinstance(after.lm_head, Quantized) and after.lm_head.shape == (12, 64)
+    off = plain(after.fc, 64) - before.fc.float()
+    assert off.norm() < (0.12 if mode == "int4" else 0.01) * before.fc.float().norm()
+    assert (after.both is None) == (mode == "int4")  # int8 and int4 are no one product
+    hidden = random(3, 64, seed=5)
+    for found, weight in zip(after.read(hidden, False), (after.lm_head, after.fc), strict=True):
+        exact = hidden @ plain(weight, 64).mT
+        assert (found - exact).norm() < 0.03 * exact.norm()
+    logits, nothing = after.read(hidden, True)
+    assert nothing is None and logits.shape == (3, 12)
+    quantize_linears(target, mode, group)
+    rows, wanted = plain(Eagle2(head, target).lm_head, 64), dequantize(target.lm_head.weight, torch.float32)[ids]
+    assert (rows - wanted).norm() < 0.01 * wanted.norm()
+
+
+def test_moves_and_bytes() -> None:
+    """Guards .to(dtype), which must leave integers and scales alone, and the bytes that bench.py divides by."""
+    for mode, group, size in (("int8", 128, 32 * 512 + 32 * 4), ("int4", 64, 32 * 256 + 8 * 32 * 4)):
+        quantized = nn.ModuleDict({"a": nn.Linear(512, 32), "lm_head": nn.Linear(512, 8, bias=False)})
+        quantize_linears(quantized, mode, group)
+        before = quantized["a"].weight
+        quantized.to(torch.float16)
+        weight = quantized["a"].weight
+        assert all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(weight[:2], before[:2]))
+        assert quantized["a"].bias.dtype == torch.float16
+        assert gigabytes(weight) == pytest.approx(size * 1e-9)
+        assert gigabytes(quantized) == pytest.approx((size + 32 * 2 + 8 * 512 + 8 * 4) * 1e-9)
+
+
+def test_quality_numbers(folder: Path) -> None:
+    """Guards the table: a model keeps all of its own text, a broken one little of it; perplexity counts each token but
+    the first of a chunk once."""
+    model = load_model(folder, dtype=torch.float32)
+    prompts = [tiny.prompt(i, 10 + i, 40) for i in range(3)]
+    texts = [sum(Engine(model, Vanilla(), 64).generate(ids, 30), []) for ids in prompts]
+    assert kept(model, prompts, texts) == 1
+    chunks = torch.tensor([tiny.prompt(9, 32, 40), tiny.prompt(8, 32, 40)])
+    with torch.inference_mode():
+        losses = [-tiny.logits(model, row).log_softmax(-1)[i, row[i + 1]] for row in chunks.tolist() for i in range(31)]
+    assert perplexity(model, chunks) == pytest.approx(float(torch.stack(losses).mean().exp()), rel=1e-5)
+    model.layers[0].w2.weight.data.mul_(-1)
+    assert kept(model, prompts, texts) < 0.9
+
+
+def write(path: Path, change) -> None:
+    """The file with its tensors and metadata changed."""
+    from safetensors.torch import save_file
+    with safe_open(path, "pt") as f:
+        tensors, metadata = {name: f.get_tensor(name).clone() for name in f.keys()}, f.metadata()
+    change(tensors, metadata)
+    save_file(tensors, path, metadata)
+
+
+@pytest.mark.parametrize("wrong, words", [
+    ("twice", "holds int8 already"), ("on load", "holds int8 already"), ("another mode", "holds int8 already"),
+    ("group", "in the file's mode"), ("mode", "int3 in groups"), ("no mode", "lacks"), ("truncated", "damaged"),
+    ("unknown group", "groups of 32"), ("floats", "torch.int8"), ("head twice", "holds int8 already"),
+    ("not converted", "not a conv")])
+def test_refusals(wrong: str, words: str, folder: Path) -> None:
+    """Guards against integers that are read with another meaning: one line names the file and what to do."""
+    path = quantize_checkpoint(folder, "int8", 128, "cpu")
+    head = quantize_draft(folder / "eagle", folder, "int8", 128)
+    names = {"mode": lambda t, m: m.update(mode="int3"), "no mode": lambda t, m: m.pop("mode"),
+             "floats": lambda t, m: t.update({"lm_head.data": t["lm_head.data"].float()}),
+             "not converted": lambda t, m: m.pop("format"),
+             "unknown group": lambda t, m: m.update(mode="int4", group="32"),
+             "group": lambda t, m: m.update(mode="int4", group="64")}
+    if wrong in names:
+        write(path, names[wrong])
+    elif wrong == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=words) as error:
+        if wrong == "twice":
+            quantize_checkpoint(path, "int8", 128, "cpu")
+        elif wrong == "on load":
+            load_model(path, quantize="int8dyn")
+        elif wrong == "another mode":
+            quantize_checkpoint(path, "int4", 64, "cpu")
+        elif wrong == "head twice":
+            load_head(head, load_model(folder), None, "int4")
+        else:
+            load_model(path)
+    assert "\n" not in str(error.value)
+    assert str(head if wrong == "head twice" else path) in str(error.value)
+
+
+def test_other_modes_and_groups() -> None:
+    """Guards against a typing error that ends in some default."""
+    for mode, group in (("int5", 128), ("int4", 96), ("int4", 0)):
+        with pytest.raises(ValueError, match="int5|96|groups of 0"):
+            quantize_weight(random(4, 256), mode, group)
+    assert MODES == ("int8", "int8dyn", "int4") and GROUPS == (64, 128)
+
+
+def test_nothing_is_left_behind(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Guards a half-written file that looks like a model, and one that outlives the model it was made from."""
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(sys, "argv", ["quantize.py", "--checkpoint", str(folder), "--mode", "int8"])
+    with pytest.raises(SystemExit) as stop:
+        quantize.main()
+    assert stop.value.code == 2 and not list(folder.glob("model-int8*"))
+    monkeypatch.undo()
+    full, calls = OSError(28, "No space left on device"), []
+
+    def failing(*args) -> Quantized:
+        calls.append(args)
+        if len(calls) == 3:
+            raise full
+        return quantize_weight(*args)
+
+    monkeypatch.setattr(quantize, "quantize_weight", failing)
+    with pytest.raises(OSError, match="No space"):
+        quantize_checkpoint(folder, "int8", 128, "cpu")
+    assert not list(folder.glob("model-int8*"))
+    monkeypatch.undo()
+    path = quantize_checkpoint(folder, "int8", 128, "cpu")
+    with staged(folder, folder):
+        pass
+    assert not path.exists(), "of a model that is no longer here"
+
+
+@pytest.mark.parametrize("quantize", [None, "int8dyn"])
+def test_old_device(folder: Path, monkeypatch: pytest.MonkeyPatch, quantize: str | None) -> None:
+    """One line before anything is loaded, not an error of the compiler after."""
+    if quantize is None:
+        folder = quantize_checkpoint(folder, "int8", 128, "cpu")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(ValueError, match="compute capability 8.0"):
+        load_model(folder, "cuda", torch.float16, quantize)

@@ -1,0 +1,1 @@
+"""Training draft heads from the dialogues that a model writes itself."""
