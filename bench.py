@@ -25,15 +25,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from app.options import DTYPES, add_options, check_options, fail
+from app.answer import Run, run
+from app.options import DTYPES, add_method_options, check_methods, fail
 from benchmarks.engines import gpt_fast_decoder, transformers_decoder
 from benchmarks.environment import environment
 from benchmarks.race import FAILURES, Method, complain, race, split_cycle, summary
 from benchmarks.report import against, read_result, report
 from benchmarks.widen import SHAPES
-from benchmarks.workload import Prompt, ask, load, subject, widened_parts
-from drafters.methods import METHODS, make_drafter
-from engine import SPARE, Engine, Run, run
+from benchmarks.workload import Prompt, Subject, ask, describe_subject, load, load_weights
+from drafters.methods import BASELINE, METHODS, make_drafter
+from engine import SPARE, Engine
 from formats.questions import read_questions
 from ops.device import peak_gb
 from sampling import Sampling
@@ -46,12 +47,13 @@ NO_SETTINGS = ("methods", "temperature", "json", "against", "plots")  # which --
 def prepare(args: argparse.Namespace, result: dict) -> tuple[dict[str, Method], list[Prompt]]:
     """Load everything, and let happen what happens once: compilation, capture. A method that fails is left out."""
     new_tokens, questions = args.max_new_tokens, read_questions(args.questions)
-    model, prompts, stop = load(args, lambda model, tokenizer: ask(model, tokenizer, questions, new_tokens))
+    subject = load(args, lambda model, tokenizer: ask(model, tokenizer, questions, new_tokens))
+    model, prompts, stop = subject[:3]
     result["prompts"] = [p._asdict() for p in prompts]
     longest = max((p.ids for p in prompts), key=len)
     slots = len(longest) + new_tokens
     model.allocate_cache(slots, SPARE)  # the target's: nobody's own memory
-    makers = {name: partial(our_method, name, args, model, slots, stop) for name in args.methods}
+    makers = {name: partial(our_method, name, args, subject, slots) for name in args.methods}
     makers |= {f"transformers, {cache} cache (greedy)": lambda cache=cache: other_method(
         transformers_decoder(model, stop, cache)) for cache in ("dynamic", "static") if args.transformers}
     if args.gpt_fast:
@@ -69,21 +71,21 @@ def prepare(args: argparse.Namespace, result: dict) -> tuple[dict[str, Method], 
             known = {"prepare_s": time.perf_counter() - start}
             if method.engine:
                 drafter, own = method.engine.drafter, torch.cuda.memory_allocated() - before
-                known |= {"nodes": drafter.num_nodes, "max_depth": drafter.max_depth, "rejection": drafter.rejection,
-                          "own_gb": own / 1e9 or None, "split_ms": {
+                known |= {"nodes": drafter.num_nodes, "max_depth": drafter.max_depth,
+                          "rejection": drafter.rejection_sampling, "own_gb": own / 1e9 or None, "split_ms": {
                               str(t): split_cycle(method.engine, prompts[0].ids, new_tokens, t) for t in temperatures}}
             methods[name], result["methods"][name] = method, known
         except FAILURES as error:
             complain(result, name, error)
-    if "vanilla" not in methods:
-        raise ValueError(f"vanilla, which all are compared with, failed: {result['failed']['vanilla']}")
-    args.widening = None  # and with it the small model
+    if BASELINE not in methods:
+        raise ValueError(f"vanilla, which all are compared with, failed: {result['failed'][BASELINE]}")
     return methods, prompts
 
 
-def our_method(name: str, args: argparse.Namespace, model: torch.nn.Module, slots: int, stop: frozenset[int]) -> Method:
+def our_method(name: str, args: argparse.Namespace, subject: Subject, slots: int) -> Method:
     """With weights of its own, even where another method drafts with the same: so it is known what each takes."""
-    engine = Engine(model, make_drafter(name, args, model, slots, widened_parts(name, args)), slots, stop)
+    drafter = make_drafter(name, args, subject.model, slots, load_weights(name, args, subject))
+    engine = Engine(subject.model, drafter, slots, subject.stop_ids)
     return Method(partial(run, engine), engine)
 
 
@@ -95,11 +97,11 @@ def bench(args: argparse.Namespace, result: dict) -> None:
     """Measure and fill `result`."""
     device = torch.device(args.device)
     result |= {"command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-               "note": f"{args.checkpoint.name}, batch 1, {subject(args)}",
+               "note": f"{args.checkpoint.name}, batch 1, {describe_subject(args)}",
                "settings": {k: str(v) for k, v in vars(args).items() if k not in NO_SETTINGS},
                "methods": {}, "failed": {}, "measured": [], "before": environment(device)}
     methods, prompts = prepare(args, result)
-    vanilla = methods["vanilla"].engine
+    vanilla = methods[BASELINE].engine
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # with --shape, loading takes more than all the rest
     result["before"] = environment(device)  # the clocks of a warm GPU
@@ -114,9 +116,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--checkpoint", type=Path, required=True, help="converted folder, or a model file in it")
     p.add_argument("--methods", type=lambda text: text.split(","), default=DEFAULT, metavar="A,B",
                    help=f"vanilla, which always runs, and any of {', '.join(METHODS)} (default: {','.join(DEFAULT)})")
-    add_options(p)
-    p.add_argument("--medusa", type=Path, metavar="DIR", help="the heads that the method medusa drafts with")
-    p.add_argument("--speculate", type=Path, metavar="DIR", help="the model that speculate and its kin draft with")
+    add_method_options(p)
     p.add_argument("--temperature", type=float, nargs="+", default=[0.0], help="one or more; 0: greedy (the default)")
     p.add_argument("--runs", type=int, default=5, help="how often the methods take turns (default: 5)")
     p.add_argument("--questions", type=Path, default=QUESTIONS,
@@ -132,11 +132,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--plots", type=Path, metavar="DIR", help="draw pictures into this folder")
     args = p.parse_args(argv)
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
-    args.methods, args.temperature = (list(dict.fromkeys(x)) for x in (["vanilla", *args.methods], args.temperature))
-    unknown = [name for name in args.methods if name not in METHODS]
-    others, of_methods = args.transformers or args.gpt_fast, check_options(args, args.methods)
+    args.methods = list(dict.fromkeys([BASELINE, *args.methods]))
+    args.temperature = list(dict.fromkeys(args.temperature))
+    others = args.transformers or args.gpt_fast
+    of_methods = check_methods(args, args.methods)
     for wrong, message in (
-            (unknown, f"--methods: no {' and no '.join(unknown)}; there are {', '.join(METHODS)}"),
             (args.max_new_tokens < 2 or args.runs < 1, "--max_new_tokens must be 2 or more, --runs 1 or more"),
             (not all(0 <= t < float("inf") for t in args.temperature), "--temperature must be 0 or more"),
             (of_methods, of_methods),

@@ -1,15 +1,15 @@
-"""The EAGLE draft head and the two ways of growing a tree with it.
+"""What a drafter is, the EAGLE draft head, and EAGLE-2's dynamic tree.
 
-The head (arXiv 2401.15077) guesses the target's next *feature*, its last hidden state after the final norm,
-from the present one and the token that followed it: fc([embedding(t_{i+1}); f_i]), then one decoder layer
-without an input norm. The target's own lm_head turns the guess into tokens. Entry i of the head pairs
-feature i with token i + 1 and takes RoPE position i, the feature's place, not the token's: off by one here
-costs no correctness, only acceptance, which is why acceptance has tests of its own.
+Once a cycle a drafter proposes a tree of continuations. The engine verifies it, and verification alone decides the
+text: a drafter can be slow or wrong, but it can never change what is written.
 
-  Eagle2   grows the tree where the head is confident (arXiv 2406.16858)
-  Eagle1   fills a fixed tree
+The EAGLE head (arXiv 2401.15077) guesses the target's next *feature*, its hidden state after the final norm, from the
+present feature and the token that followed it: fc([embedding(t_{i+1}); f_i]), then one decoder layer without an input
+norm. The target's own lm_head turns the guess into tokens. Row i of the head pairs feature i with token i + 1 and has
+RoPE position i, the feature's, not the token's. An error of one there costs acceptance, never correctness: that is why
+acceptance has tests of its own.
 
-What a drafter is: drafter.py.
+EAGLE-2 (arXiv 2406.16858) grows its tree where the head is confident. The other ways to draft are in drafters/.
 """
 from pathlib import Path
 from types import ModuleType
@@ -30,129 +30,147 @@ from ops.embed_rope import embed
 from ops.linear import linear
 from ops.quantized import Quantized, dequantize
 from quant.linear import quantize_linears, quantize_weight, rows_of, stack, stored_mode
-from tree import MAX_NODES, Level, State, Tree, root
+from tree import MAX_NODES, Candidates, Level, State, Tree, root_token, start_tree
 
 
 def tree_ops(device: torch.device) -> ModuleType:
-    """tree.py's functions, or on a GPU the kernels of ops/tree.py, under the same names."""
+    """tree.py's functions, or on a GPU the kernels of ops/tree.py, which have the same names."""
     return ops.tree if device.type == "cuda" else tree
 
 
+# ----- What a drafter is -------------------------------------------------------------------------------------------
+
+
 class Drafter:
-    """To make one: set `num_nodes` and `max_depth`, write `propose`, and of the rest whatever it needs."""
-    num_nodes = 1  # of each tree, the root included; at most tree.MAX_NODES
-    max_depth = 0  # of the nodes that may be accepted
-    deepest: int | None = None  # of all nodes, where some lie deeper than that
-    blanks = False  # whether there are nodes that must never be accepted: one of token t holds ~t, which is below 0
-    rejection = False  # whether `choose` takes the place of sampling with noise that belongs to the place in the text
+    """To write one: set `num_nodes` and `max_depth`, implement `propose`, and override what else it needs.
+
+    On a GPU a whole cycle is one CUDA graph. So `propose` and `learn` work on tensors of static shape, change tensors
+    in place, and never read a value on the host.
+    """
+    num_nodes = 1  # nodes of each tree, the root included; at most tree.MAX_NODES
+    max_depth = 0  # depth of the deepest node that may be accepted
+    noise_depth: int | None = None  # depth of the deepest node of all, where that is more than max_depth
+    has_blocked_nodes = False  # True if some nodes must never be accepted; such a node of token t stores ~t, below 0
+    rejection_sampling = False  # True if the drafter accepts by `choose` instead of by position-keyed noise
 
     def allocate(self, slots: int) -> None:
-        """Make room for a context of so many slots. Engines may share a drafter: keep what is large enough."""
+        """Make room for `slots` cache slots. Engines may share a drafter: keep what is large enough."""
 
     def caches(self) -> tuple[Tensor, ...]:
-        """What `allocate` may replace: graphs that were captured with others are thrown away."""
+        """Tensors that `allocate` may replace. CUDA graphs that were captured with other ones are thrown away."""
         return ()
 
     def reset(self, state: State) -> None:
-        """A new text: state.tokens up to state.length are the prompt, which goes through `prefill` next."""
+        """A new text begins: state.tokens up to state.length are the prompt, which goes through `prefill` next."""
 
     def prefill(self, state: State, features: Tensor, slots: Tensor, mask: Tensor | TreeMask) -> None:
-        """A chunk of the prompt: features [T, C] of the tokens in `slots` [T] of state.tokens, which see each other as
-        `mask` says. What lies past the prompt's end is anything."""
+        """Process a chunk of the prompt: features [T, C] of the tokens in `slots` [T] of state.tokens, which see each
+        other as `mask` says. Rows past the end of the prompt hold arbitrary tokens."""
 
     def propose(self, state: State) -> Tree:
         """The tree to verify. Node 0 is the root, the newest committed token."""
         raise NotImplementedError
 
     def learn(self, state: State, tree: Tree, next_tokens: Tensor) -> None:
-        """After verification, before anything is committed: next_tokens [T] are the target's choices after each node,
-        whether it will be accepted or not."""
+        """Called after verification and before the commit. next_tokens [T] int64 are the target's choices after every
+        node, accepted or not."""
 
     def choose(self, state: State, tree: Tree, logits: Tensor) -> Tensor:
-        """With `rejection`, when sampling: the choice after each node, [T] int64, of logits [T, V] fp32 of the
-        distribution to sample from."""
+        """With `rejection_sampling` and a temperature: the choice after each node, [T] int64. logits [T, V] fp32 are
+        of the distribution to sample from (sampling.process)."""
         raise NotImplementedError
+
+    def scores(self) -> Candidates | None:
+        """All nodes considered for the last tree, with their log-probabilities, if the drafter has them."""
+        return None
 
 
 class Vanilla(Drafter):
-    """No draft: the root alone."""
+    """Plain decoding: a tree of the root alone."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         zero = torch.zeros(1, dtype=torch.int64, device=device)
         self.shape = Tree(zero, zero, zero, zero + 1)
 
     def propose(self, state: State) -> Tree:
-        return self.shape._replace(tokens=root(state))
+        return self.shape._replace(tokens=root_token(state))
+
+
+# ----- The EAGLE head ----------------------------------------------------------------------------------------------
 
 
 class EagleHead(nn.Module):
-    """fc and one decoder layer, with its own KV cache. Shapes come from the head's own config."""
+    """fc and one decoder layer, with a KV cache of its own. Sizes come from the head's own config."""
 
     def __init__(self, cfg: Config, *, fc_bias: bool = False, qkv_bias: bool = False) -> None:
         super().__init__()
         self.cfg = cfg
         self.fc = nn.Linear(2 * cfg.hidden_size, cfg.hidden_size, bias=fc_bias)
-        self.of_embedding = None  # once quantised: the columns of fc that read embeddings, [C, C]
+        self.of_embedding: nn.Parameter | None = None  # [C, C], once quantised: fc's columns for the embedding
         self.layer = Layer(cfg, qkv_bias=qkv_bias, norm_input=False)
-        self.kv = self.rope = self.vocab = None
+        self.vocab: Tensor | None = None  # [draft tokens] int64, ascending: the only tokens that are drafted
+        self.kv: Tensor | None = None  # [2, 1, K, S, D]
+        self.rope: Tensor | None = None  # [2, S, D]
 
     def allocate_cache(self, slots: int) -> None:
-        """Sized by the engine's context, never by the head's config: published heads say 2048."""
-        cfg, like = self.cfg, self.layer.mlp_norm.weight
+        """The size is the engine's, not that of the head's config: published heads say 2048."""
         if self.kv is not None and self.kv.shape[3] >= slots:
             return  # engines may share a head, as they share a model
-        kv = like.new_zeros(2, 1, cfg.num_kv_heads, slots, cfg.head_dim)
-        self.rope = rope_table(cfg, slots, like.device).to(like.dtype)
+        cfg, weight = self.cfg, self.layer.mlp_norm.weight
+        kv = weight.new_zeros(2, 1, cfg.num_kv_heads, slots, cfg.head_dim)
+        self.rope = rope_table(cfg, slots, weight.device).to(weight.dtype)
         self.kv = kv  # last, as in Llama.allocate_cache
 
     def forward(self, x: Tensor, rope: Tensor, cache_pos: Tensor | None = None,
                 mask: Tensor | TreeMask | None = None) -> Tensor:
-        """x [B, T, C], what fc made; rope [2, T, D] of each row's place; the rest as in Llama.forward. Returns
-        predicted features [B, T, C]."""
+        """Predicted features [B, T, C]. x [B, T, C] is fc's output, rope [2, T, D] the angles of each row's position;
+        cache_pos and mask as in Llama.forward."""
         return self.layer(x, rope, None if cache_pos is None else self.kv, cache_pos, mask)
 
     def quantize(self, mode: str, group: int = 128, device: torch.device | str | None = None) -> None:
-        """All but what reads embeddings, which becomes a table and then is no longer needed. int8 is int8dyn: with
-        8 bits of x, drafts are as good (BENCHMARKS.md) and faster."""
+        """Quantise all linears except fc's columns for the embedding, which are needed once, to make a table. int8
+        means int8dyn here: with 8-bit activations drafts are as good and faster (docs/quantization.md)."""
         mode = "int8dyn" if mode == "int8" else mode
-        of_embedding, of_feature = self.fc.weight.detach().chunk(2, dim=1)
-        self.of_embedding, self.fc.weight = (nn.Parameter(t, False) for t in (of_embedding, of_feature))
+        for_embedding, for_feature = self.fc.weight.detach().chunk(2, dim=1)
+        self.of_embedding = nn.Parameter(for_embedding, False)
+        self.fc.weight = nn.Parameter(for_feature, False)
         quantize_linears(self, mode, group, device)
 
 
-def load_head(folder: Path | str, target: Llama, vocab: int | None = None, quantize: str | None = None,
+def load_head(path: Path | str, target: Llama, vocab: int | None = None, quantize: str | None = None,
               group: int = 128) -> EagleHead:
-    """An EAGLE-1/2 head as published: config.json and model.safetensors or pytorch_model.bin. draft_vocab.json may
-    lie beside them, which train.py makes: the tokens worth drafting. `vocab`: only so many of these; 0: any token.
-    Or one file of such a folder, such as quantize.py writes. quantize: to this mode.
+    """Load an EAGLE-1/2 head as published: a folder with config.json and model.safetensors or pytorch_model.bin, or one
+    file of such a folder, for example what quantize.py writes.
 
-    The file decides whether there are biases (configs have been wrong); its copy of the embedding is ignored.
-    Raises FileNotFoundError, or ValueError where the head is damaged, of another kind, or of another model.
+    vocab: draft only so many of the most frequent tokens, which draft_vocab.json beside the weights lists (train.py
+    makes it); None: all that it lists, 0: every token. quantize: convert to this mode while loading.
+    The tensors decide whether there are biases, since configs have been wrong; a copy of the embedding is ignored.
+    Raises FileNotFoundError, or ValueError where the head is damaged, of another kind, or made for another model.
     """
-    folder, weight, path = Path(folder), target.embed.weight, None
-    if folder.is_file():
-        folder, path = folder.parent, folder
+    path, weight = Path(path), target.embed.weight
+    folder = path.parent if path.is_file() else path
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no draft head there; fetch one with `convert_hf_checkpoint.py ... "
                                 "--eagle ID`, train one with train.py, or name its folder with --draft")
     cfg = Config.load(folder, model_type="llama")
-    path = path or next((p for p in (folder / "model.safetensors", folder / "pytorch_model.bin") if p.is_file()), None)
-    if path is None:
+    files = [path] if path.is_file() else [folder / "model.safetensors", folder / "pytorch_model.bin"]
+    file = next((f for f in files if f.is_file()), None)
+    if file is None:
         raise FileNotFoundError(f"{folder}: neither model.safetensors nor pytorch_model.bin is there")
-    published, metadata = read_tensors(path)
-    mode, stored = stored_mode(path, metadata, quantize)
+    published, metadata = read_tensors(file)
+    mode, stored_group = stored_mode(file, metadata, quantize)
     if any(name.startswith("midlayer.") or name == "d2t" for name in published):
-        raise ValueError(f"{path}: this is an EAGLE-3 head; only EAGLE-1/2 heads are implemented")
+        raise ValueError(f"{file}: this is an EAGLE-3 head; only EAGLE-1/2 heads are implemented")
     if cfg.hidden_size != target.cfg.hidden_size or cfg.vocab_size != target.cfg.vocab_size or (
             "embed_tokens.weight" in published and published["embed_tokens.weight"].shape != weight.shape):
         raise ValueError(f"{folder}: a head for hidden size {cfg.hidden_size} and {cfg.vocab_size} tokens, but the "
                          f"target has {target.cfg.hidden_size} and {target.cfg.vocab_size}: another model's")
-    tensors = native_names(published, path)
+    tensors = native_names(published, file)
     with torch.device("meta"):
         head = EagleHead(cfg, fc_bias="fc.bias" in tensors, qkv_bias="layer.wqkv.bias" in tensors)
     if mode:
-        head.quantize(mode, stored)
-    fill(head, tensors, path, *(("cpu", None) if quantize else (weight.device, weight.dtype)))
+        head.quantize(mode, stored_group)
+    fill(head, tensors, file, *(("cpu", None) if quantize else (weight.device, weight.dtype)))
     if quantize:
         head.quantize(quantize, group, weight.device)
         head.to(weight.device, weight.dtype)
@@ -162,127 +180,140 @@ def load_head(folder: Path | str, target: Llama, vocab: int | None = None, quant
 
 
 def drafting_rows(weight: Tensor | Quantized, ids: Tensor | None, quantized: bool) -> Tensor | Quantized:
-    """The lm_head's rows of these ids (None: all); int8 for a quantised head, though the target's may not be. Against
-    8 bits of x: a draft may be wrong, and nothing is easier to be right about than the best ten."""
+    """The rows of the lm_head that are drafted from: those of `ids`, or all. For a quantised head they are int8, even
+    where the target's are not. Activations have 8 bits here: a draft need not be exact, and the best ten rarely
+    change."""
     if ids is not None:
         weight = rows_of(weight, ids)
-    if quantized and (ids is not None or not isinstance(weight, Quantized)):  # a copy in any case: rotated, as fc is
+    if quantized and (ids is not None or not isinstance(weight, Quantized)):  # a copy anyway: rotate it, as fc is
         exact = dequantize(weight, torch.float32) if isinstance(weight, Quantized) else weight.detach()
         weight = quantize_weight(exact, "int8dyn")
     return weight._replace(planes=1) if isinstance(weight, Quantized) else weight
 
 
-class Eagle(Drafter):
-    """What both drafters share: the head's prefill, its catch-up on accepted tokens, and what is made of its features.
+# ----- Drafting with it --------------------------------------------------------------------------------------------
 
-    fc of an embedding and a feature is a sum. The embedding's share is a table; the feature's share is computed where
-    its logits are, once for all that may follow it, and with a draft vocabulary by the same product."""
+
+class Eagle(Drafter):
+    """What EAGLE-1 and EAGLE-2 share: the head's prefill, its catch-up on committed tokens, and its logits.
+
+    fc of an embedding and a feature is a sum of two products. The embedding's share is looked up in a table, fc applied
+    to every token once. The feature's share is computed together with the feature's logits, once for all children, and
+    with a draft vocabulary in the same matrix product.
+    """
 
     def __init__(self, head: EagleHead, target: Llama, max_depth: int) -> None:
         self.head, self.ids, self.max_depth = head, head.vocab, max_depth
-        self.steps = tree_ops(target.embed.weight.device)
-        self.where: Tensor | None = None  # [2, fed nodes] int64: places and scratch slots, from the end of the text on
-        self.lm_head, self.both = drafting_rows(target.lm_head.weight, self.ids, head.of_embedding is not None), None
+        self.tree_ops = tree_ops(target.embed.weight.device)
+        self.scratch: Tensor | None = None  # [2, fed nodes]: RoPE positions and slots, relative to the text's length
+        self.lm_head = drafting_rows(target.lm_head.weight, self.ids, head.of_embedding is not None)
         with torch.no_grad():
             if head.of_embedding is None:
-                of_embedding, of_feature = head.fc.weight.chunk(2, dim=1)
-                of_feature = of_feature.contiguous()
+                for_embedding, for_feature = head.fc.weight.chunk(2, dim=1)
+                self.fc = for_feature.contiguous()
             else:
-                of_embedding, of_feature = head.of_embedding, head.fc.weight
-            self.fc, self.embedded = of_feature, F.linear(target.embed.weight, of_embedding, head.fc.bias)
-            if self.ids is not None:  # the lm_head's rows are a copy already, and fc's may lie below them
-                self.both = stack(self.lm_head, self.fc)
-        if self.both is not None:
+                for_embedding, self.fc = head.of_embedding, head.fc.weight
+            self.fc_of_token = F.linear(target.embed.weight, for_embedding, head.fc.bias)  # [V, C]
+            # The lm_head's rows of a draft vocabulary are a copy, and fc's rows may lie below them.
+            self.lm_head_and_fc = None if self.ids is None else stack(self.lm_head, self.fc)
+        if self.lm_head_and_fc is not None:
             count = len(self.ids)
-            self.lm_head, self.fc = (rows_of(self.both, rows) for rows in (slice(count), slice(count, None)))
+            self.lm_head = rows_of(self.lm_head_and_fc, slice(count))
+            self.fc = rows_of(self.lm_head_and_fc, slice(count, None))
 
     def allocate(self, slots: int) -> None:
         self.head.allocate_cache(slots)
 
     def caches(self) -> tuple[Tensor, ...]:
-        return self.head.kv,
+        return (self.head.kv,)
 
     def prefill(self, state: State, features: Tensor, slots: Tensor, mask: Tensor | TreeMask) -> None:
-        self.rows(state.tokens[slots + 1], linear(features, self.fc), None, slots, slots, mask)
+        self.run_head(state.tokens[slots + 1], linear(features, self.fc), None, slots, slots, mask)
 
-    def rows(self, tokens: Tensor, onward: Tensor, above: Tensor | None, rope_pos: Tensor, cache_pos: Tensor,
-             mask: Tensor | TreeMask) -> Tensor:
-        """The features [T, C] that follow tokens [T], where row above[i] (None: i) of `onward` is what fc makes of the
-        feature before token i."""
-        x, rope = embed(self.embedded, tokens, self.head.rope, rope_pos, onward, above)
+    def run_head(self, tokens: Tensor, fc_of_feature: Tensor, parent_rows: Tensor | None, rope_pos: Tensor,
+                 cache_pos: Tensor, mask: Tensor | TreeMask) -> Tensor:
+        """The features [T, C] predicted after tokens [T]. Row parent_rows[i] of fc_of_feature [any, C] (without
+        parent_rows: row i) is fc's share of the feature before token i."""
+        x, rope = embed(self.fc_of_token, tokens, self.head.rope, rope_pos, fc_of_feature, parent_rows)
         return self.head(x[None], rope, cache_pos, mask)[0]
 
-    def read(self, hidden: Tensor, last: bool) -> tuple[Tensor, Tensor | None]:
-        """Of features [N, C] that follow the nodes of a level: the logits [N, V] of the tokens below them and, unless
-        that level is the last, what fc makes of them, [N, C]; at least in fp32."""
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
+    def read_logits(self, features: Tensor, last: bool) -> tuple[Tensor, Tensor | None]:
+        """Of predicted features [N, C]: the logits [N, V] of the tokens below them and, unless the level is the last,
+        fc's share of them [N, C]. At least fp32."""
+        dtype = torch.promote_types(features.dtype, torch.float32)
         if last:
-            return linear(hidden, self.lm_head, dtype=dtype), None
-        if self.both is None:
-            return linear(hidden, self.lm_head, dtype=dtype), linear(hidden, self.fc, dtype=dtype)
-        return linear(hidden, self.both, dtype=dtype).split((len(self.ids), hidden.shape[1]), -1)
+            return linear(features, self.lm_head, dtype=dtype), None
+        if self.lm_head_and_fc is None:
+            return linear(features, self.lm_head, dtype=dtype), linear(features, self.fc, dtype=dtype)
+        return linear(features, self.lm_head_and_fc, dtype=dtype).split((len(self.ids), features.shape[1]), -1)
 
     @staticmethod
     def noise(state: State, depth: int) -> Tensor | None:
-        """What the target's choices below nodes of this depth will be made with, [V]. It is known: with the same noise
-        the head guesses what will be sampled, not what may be (BENCHMARKS.md)."""
+        """The noise [V] that the target will choose with below nodes of this depth. It is known in advance: added to
+        the head's logits, it makes the head guess what will be sampled, not what might be (docs/experiments.md)."""
         return None if state.noise is None else state.noise[depth]
 
     def extend(self, state: State) -> tuple[Tensor, Tensor]:
-        """Re-run the head over the tokens just committed, now with the target's true features, replacing what
-        drafting left there. Always max_depth + 1 rows; the spare ones lie past every slot that is read.
-        Returns the feature [1, C] predicted for the root, and where the nodes of this tree go."""
-        tokens, slots, last, where = self.steps.catch_up(state, self.max_depth + 1, self.where)
+        """Run the head over the tokens just committed, now with the target's true features, and so replace what
+        drafting left in its cache. Always max_depth + 1 rows: spare rows lie past every slot that is read.
+
+        Returns the feature [1, C] predicted after the root, and the absolute positions and slots of `scratch`."""
+        tokens, slots, last_row, scratch = self.tree_ops.catch_up(state, self.max_depth + 1, self.scratch)
         mask = causal_mask(slots[0], len(slots), state.width)
-        hidden = self.rows(tokens, linear(state.features, self.fc), None, slots, slots, mask)
-        return hidden.index_select(0, last), where
+        predicted = self.run_head(tokens, linear(state.features, self.fc), None, slots, slots, mask)
+        return predicted.index_select(0, last_row), scratch
 
 
 class Eagle2(Eagle):
-    """EAGLE-2's dynamic tree. `draft_tokens` counts the root; `draft_depth` levels of drafted tokens; each of
-    the `topk` nodes of a level is given its `topk` best continuations, of all of which the best `topk` go on.
-    With `retrieval`, a chain from the text itself competes with what the head drafts, node by node."""
+    """EAGLE-2's dynamic tree of `draft_tokens` nodes, the root included, and `draft_depth` levels below the root.
+
+    Each of the `topk` nodes of a level gets its `topk` best continuations; the best `topk` of all of them are fed next.
+    With `retrieval` (drafters/lookup.py) a chain found in the text competes with the drafted nodes, node by node.
+    """
 
     def __init__(self, head: EagleHead, target: Llama, draft_tokens: int = 60, draft_depth: int = 6,
-                 topk: int = 10, retrieval: Drafter | None = None) -> None:
-        chain = retrieval.length if retrieval else 0
-        super().__init__(head, target, max(draft_depth, chain))
+                 topk: int = 10, retrieval=None) -> None:
         if not (2 <= draft_tokens <= MAX_NODES and 1 <= draft_depth <= 8 and 1 <= topk <= 10):
             raise ValueError(f"a tree takes 2-{MAX_NODES} --draft_tokens, 1-8 --draft_depth and 1-10 --draft_topk")
+        chain = retrieval.length if retrieval else 0
+        super().__init__(head, target, max(draft_depth, chain))
         self.topk, self.levels, self.retrieval = topk, draft_depth, retrieval
-        self.num_nodes = min(draft_tokens, 1 + topk + (draft_depth - 1) * topk * topk)  # no more than candidates
-        scratch = torch.arange((draft_depth - 1) * topk, device=self.embedded.device)  # slots for nodes fed
-        self.where = torch.stack((scratch // topk, scratch)) - 1  # siblings share a place, never a slot
-        self.start = tree.start(topk, draft_depth, scratch.device, chain and chain + 1)
+        self.num_nodes = min(draft_tokens, 1 + topk + (draft_depth - 1) * topk * topk)  # no more than there are drafted
+        fed = torch.arange((draft_depth - 1) * topk, device=self.fc_of_token.device)
+        self.scratch = torch.stack((fed // topk, fed)) - 1  # siblings share a position, never a slot
+        self.root_level, self.candidates = start_tree(topk, draft_depth, fed.device, chain and chain + 1)
 
     def propose(self, state: State) -> Tree:
-        where, onward, level = self.begin(state)
+        scratch, fc_of_feature, level = self.begin(state)
         for depth in range(1, self.levels):
-            onward, level = self.expand(state, where, onward, level, depth)
+            fc_of_feature, level = self.expand(state, scratch, fc_of_feature, level, depth)
         return self.rerank(state)
 
     def begin(self, state: State) -> tuple[Tensor, Tensor | None, Level]:
-        """Catch up with what was accepted, and choose the first level. Returns where this tree is drafted, and what
-        the first `expand` wants."""
-        (hidden, where), (level, candidates) = self.extend(state), self.start
-        logits, onward = self.read(hidden, self.levels == 1)
-        level = self.steps.grow(logits, level, candidates, 0, self.topk, self.ids, self.noise(state, 0))
-        return where, onward, level
+        """Catch up with what was committed and draft the first level. Returns what `expand` needs: the positions and
+        slots of all levels, fc's share of the root's feature, and the level."""
+        predicted, scratch = self.extend(state)
+        logits, fc_of_feature = self.read_logits(predicted, self.levels == 1)
+        return scratch, fc_of_feature, self.grow(state, logits, self.root_level, 0)
 
-    def expand(self, state: State, where: Tensor, onward: Tensor, level: Level, depth: int
+    def expand(self, state: State, scratch: Tensor, fc_of_feature: Tensor, level: Level, depth: int
                ) -> tuple[Tensor | None, Level]:
-        """Feed the nodes of `level`, `depth` below the root; onward [any, C] is what fc made of the rows fed before,
-        where [2, fed nodes] the places and scratch slots of all levels, from the root's on. Returns what it makes of
-        these nodes, [k, C], and the next level."""
-        places, slots = where[:, (depth - 1) * self.topk:depth * self.topk]
-        hidden = self.rows(level.tokens, onward, level.rows, places, slots,
-                           tree_mask(where[0, 0], level.bits, state.width))
-        logits, onward = self.read(hidden, depth == self.levels - 1)
-        return onward, self.steps.grow(logits, level, self.start[1], depth, self.topk, self.ids,
-                                       self.noise(state, depth))
+        """Feed the nodes of `level`, which lie `depth` below the root, and draft the next level. fc_of_feature [any, C]
+        is of the rows fed before. Returns it for these rows [k, C], and the next level."""
+        positions, slots = scratch[:, (depth - 1) * self.topk:depth * self.topk]
+        mask = tree_mask(scratch[0, 0], level.visible, state.width)
+        predicted = self.run_head(level.tokens, fc_of_feature, level.parent_rows, positions, slots, mask)
+        logits, fc_of_feature = self.read_logits(predicted, depth == self.levels - 1)
+        return fc_of_feature, self.grow(state, logits, level, depth)
+
+    def grow(self, state: State, logits: Tensor, level: Level, depth: int) -> Level:
+        return self.tree_ops.grow(logits, level, self.candidates, depth, self.topk, self.ids, self.noise(state, depth))
 
     def rerank(self, state: State) -> Tree:
         if self.retrieval:
-            (tokens, scores, _), chain = self.start[1], self.retrieval.length
-            self.retrieval.write(state, tokens[-chain - 1:], scores[-chain:])
-        return self.steps.rerank(state, self.start[1], self.num_nodes - 1, self.max_depth)
+            chain = self.retrieval.length
+            self.retrieval.write(state, self.candidates.tokens[-chain - 1:], self.candidates.scores[-chain:])
+        return self.tree_ops.rerank(state, self.candidates, self.num_nodes - 1, self.max_depth)
+
+    def scores(self) -> Candidates:
+        return self.candidates

@@ -1,15 +1,15 @@
-"""The Llama family, small enough to read: config, RoPE, attention over a static KV cache, one forward.
+"""The Llama family, small enough to read: RoPE, one decoder layer, a static KV cache, one forward.
 
-Runs Llama 1-3.2, Vicuna, TinyLlama, SmolLM2, Mistral, Qwen2/2.5 and Qwen3 from `config.json` and the one
-`model.safetensors` that convert_hf_checkpoint.py writes. What it does not implement it refuses by name.
+Runs Llama 1 to 3.2, Vicuna, TinyLlama, SmolLM2, Mistral, Qwen2, Qwen2.5 and Qwen3, from the folder that
+convert_hf_checkpoint.py writes. What config.json may ask for, and what is refused by name: formats/config.py.
 
-The one thing tree verification asks of a model: `forward` takes three separate things where an ordinary
-model needs one. `rope_pos` is a token's place in the text, `cache_pos` the slot its key and value are
-written to, and `mask` which slots it sees. Two drafts of the same next token share a place, never a slot.
+Verifying a tree needs one thing of a model: `forward` takes three separate inputs where plain decoding has one number.
+`rope_pos` is a token's position in the text, `cache_pos` is the slot that its key and value are written to, and `mask`
+says which slots it sees. Two drafts of the same next token share a position, never a slot.
 
-Legend for the shapes at line ends:
-  B batch   T tokens of this call   W cache slots looked at   S cache slots   L layers
-  C hidden size   I intermediate size   V vocabulary   H query heads   K key/value heads   D head dim
+Shapes at line ends:
+  B batch   T tokens of this call   W cache slots that are read   S cache slots   L layers
+  C hidden size   I intermediate size   V vocabulary   H query heads   K key/value heads   D head size
 
     python -c "import model; print(model.load_model('checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct'))"
 """
@@ -30,16 +30,16 @@ from quant.linear import quantize_linears, stored_mode
 
 
 def rope_table(cfg: Config, length: int, device: torch.device | None = None) -> Tensor:
-    """cos and sin of every position, fp32 [2, length, D]: both halves of D hold the same D/2 angles.
+    """cos and sin of every position, fp32 [2, length, D]; both halves of D hold the same D/2 angles.
 
-    Llama 3.1's scaling: wavelengths beyond the old context are slowed by `factor`, short ones kept, and
-    those between blended (transformers, modeling_rope_utils.py, _compute_llama3_parameters).
+    Llama 3.1's scaling: wavelengths beyond the old context are slowed down by `factor`, short ones are kept, and those
+    between are blended (transformers, modeling_rope_utils.py, _compute_llama3_parameters).
     """
     inv_freq = cfg.rope_theta ** -(torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device=device) / cfg.head_dim)
     if cfg.rope_scaling:
-        factor, low, high, context = (cfg.rope_scaling[k] for k in (
+        factor, low, high, context = (cfg.rope_scaling[key] for key in (
             "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
-        turns = context * inv_freq / (2 * math.pi)  # how often a frequency turns within the old context
+        turns = context * inv_freq / (2 * math.pi)  # full turns of each frequency within the old context
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         inv_freq = keep * inv_freq + (1 - keep) * inv_freq / factor
     angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * inv_freq  # [length, D/2]
@@ -64,26 +64,28 @@ class RMSNorm(nn.Module):
 
 
 class Layer(nn.Module):
-    """One decoder layer. `norm_input=False` is the EAGLE head's: its input is normed features already."""
+    """One decoder layer. The EAGLE head's has norm_input=False, since its input is made of normed features."""
 
     def __init__(self, cfg: Config, *, qkv_bias: bool = False, norm_input: bool = True) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+        self.num_heads = cfg.num_heads
+        self.num_kv_heads = cfg.num_kv_heads
+        self.head_dim = cfg.head_dim
         self.attn_norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps) if norm_input else None
         self.wqkv = nn.Linear(cfg.hidden_size, (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim, bias=qkv_bias)
         self.q_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps) if cfg.qk_norm else None
         self.k_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps) if cfg.qk_norm else None
         self.wo = nn.Linear(cfg.num_heads * cfg.head_dim, cfg.hidden_size, bias=False)
         self.mlp_norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        self.w13 = nn.Linear(cfg.hidden_size, 2 * cfg.intermediate_size, bias=False)
+        self.w13 = nn.Linear(cfg.hidden_size, 2 * cfg.intermediate_size, bias=False)  # gate and up, one below the other
         self.w2 = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rope: Tensor, kv: Tensor | None, cache_pos: Tensor | None,
                 mask: Tensor | TreeMask | None) -> Tensor:
         """x [B, T, C], rope [2, T, D], kv [2, B, K, S, D], cache_pos [T], mask [T, W] -> [B, T, C].
 
-        Six kernels on a GPU, eight above 16 rows: RoPE, gates and residuals, and for few rows the norms, happen
-        within the matrix products beside them."""
+        Six kernels on a GPU, eight above 16 rows: RoPE, the gate, the residuals and, for few rows, the norms are done
+        inside the matrix products beside them."""
         x = linear(self.attention(x, rope, kv, cache_pos, mask), self.wo.weight, residual=x)
         return self.mlp(x)
 
@@ -92,27 +94,10 @@ class Layer(nn.Module):
         gated = linear(x, self.w13.weight, norm=(self.mlp_norm.weight, self.mlp_norm.eps), gated=True)
         return linear(gated, self.w2.weight, residual=x)
 
-    def project(self, x: Tensor, heads: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
-        """x [..., C] -> queries, keys and values side by side, [..., (H + 2K) D]; the norm comes first. With `heads`,
-        see `linear`: rotated queries alone, [T, H * D]."""
-        norm = None if self.attn_norm is None else (self.attn_norm.weight, self.attn_norm.eps)
-        if heads is None or self.q_norm is None:
-            return linear(x, self.wqkv.weight, self.wqkv.bias, norm, heads=heads)
-        norms = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
-        return rope_store(linear(x, self.wqkv.weight, self.wqkv.bias, norm), *heads, *norms).flatten(1)
-
-    def qkv(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated q [B, T, H, D], rotated k [B, T, K, D] and v [B, T, K, D] of x [B, T, C]."""
-        heads, kv_heads = self.num_heads, self.num_kv_heads
-        q, k, v = self.project(x).unflatten(-1, (-1, self.head_dim)).split((heads, kv_heads, kv_heads), dim=2)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return apply_rope(q, rope), apply_rope(k, rope), v
-
     def attention(self, x: Tensor, rope: Tensor, kv: Tensor | None, cache_pos: Tensor | None,
                   mask: Tensor | TreeMask | None) -> Tensor:
-        """What each head read, [B, T, H * D]. Without a cache: causal among the T tokens (training)."""
-        if isinstance(mask, TreeMask):
+        """What the heads read, [B, T, H * D]. Without a cache: causal among the T tokens, for training."""
+        if isinstance(mask, TreeMask):  # on a GPU: our kernels store keys and values and read the mask as bits
             q = self.project(x[0], (rope, cache_pos, kv[:, 0])).unflatten(-1, (-1, self.head_dim))
             return tree_attention(q, kv[:, 0], *mask)[None]
         q, k, v = (y.transpose(1, 2) for y in self.qkv(x, rope))  # [B, heads, T, D]
@@ -121,14 +106,35 @@ class Layer(nn.Module):
         else:
             kv.index_copy_(3, cache_pos, torch.stack((k, v)))
             k, v = kv[:, :, :, :mask.shape[-1]].unbind(0)  # [B, K, W, D]
-            # The H/K query heads that share a key become rows of one matrix: no key is ever repeated.
+            # The H/K query heads that share a key become rows of one matrix, so that no key is repeated.
             q = q.reshape(q.shape[0], self.num_kv_heads, -1, self.head_dim)  # [B, K, H/K * T, D]
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(self.num_heads // self.num_kv_heads, 1))
             y = y.reshape(y.shape[0], self.num_heads, -1, self.head_dim)
         return y.transpose(1, 2).flatten(2)
 
+    def qkv(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated q [B, T, H, D], rotated k [B, T, K, D] and v [B, T, K, D] of x [B, T, C]."""
+        sizes = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        q, k, v = self.project(x).unflatten(-1, (-1, self.head_dim)).split(sizes, dim=2)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return apply_rope(q, rope), apply_rope(k, rope), v
+
+    def project(self, x: Tensor, heads: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
+        """Norm x [..., C] and project it to queries, keys and values side by side, [..., (H + 2K) D].
+
+        With `heads` (rope, cache_pos, kv: see ops.linear.linear) keys and values go to the cache, and only the rotated
+        queries are returned, [T, H * D]."""
+        norm = None if self.attn_norm is None else (self.attn_norm.weight, self.attn_norm.eps)
+        if heads is None or self.q_norm is None:
+            return linear(x, self.wqkv.weight, self.wqkv.bias, norm, heads=heads)
+        qk_norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+        return rope_store(linear(x, self.wqkv.weight, self.wqkv.bias, norm), *heads, *qk_norms).flatten(1)
+
 
 class Llama(nn.Module):
+    """The target model and its KV cache. Several engines may share it; one of them writes a sequence at a time."""
+
     def __init__(self, cfg: Config, *, qkv_bias: bool = False) -> None:
         super().__init__()
         self.cfg = cfg
@@ -138,28 +144,39 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
         if cfg.tie_word_embeddings:
             self.lm_head.weight = self.embed.weight
-        self.kv = self.rope = None
+        self.kv: Tensor | None = None  # [L, 2, B, K, S, D]
+        self.rope: Tensor | None = None  # [2, S, D]
+        self.sequence: object = None  # marks the sequence in the cache; an engine sets it when it begins one
 
     def allocate_cache(self, max_seq_len: int, spare: int = 0, batch: int = 1) -> None:
-        """The static KV cache [L, 2, B, K, S, D] and the RoPE table, S = max_seq_len + spare: once, whatever
-        prompts follow. The spare slots hold drafts that reach beyond the last token that may be committed."""
-        cfg, like = self.cfg, self.embed.weight
+        """Allocate the KV cache and the RoPE table for max_seq_len + spare slots, once for all prompts that follow. The
+        spare slots hold drafts that reach beyond the last token that may be committed."""
+        cfg, weight = self.cfg, self.embed.weight
         if cfg.sliding_window and max_seq_len > cfg.sliding_window:
             raise ValueError(f"this model's sliding window of {cfg.sliding_window} tokens is not implemented: "
                              f"use --max_seq_len {cfg.sliding_window} or less, where it makes no difference")
         slots = max_seq_len + spare
-        kv = like.new_zeros(cfg.num_layers, 2, batch, cfg.num_kv_heads, slots, cfg.head_dim)
-        self.rope = rope_table(cfg, slots, like.device).to(like.dtype)
-        self.kv = kv  # last: where memory ran out in between, there are slots for no more than were there before
+        kv = weight.new_zeros(cfg.num_layers, 2, batch, cfg.num_kv_heads, slots, cfg.head_dim)
+        self.allocate_rope(slots)
+        self.kv = kv  # last: if memory runs out before, the old cache and its size stay valid
+        self.sequence = None
+
+    def allocate_rope(self, length: int) -> None:
+        """All that a forward without a cache needs, of texts up to this length."""
+        weight = self.embed.weight
+        self.rope = rope_table(self.cfg, length, weight.device).to(weight.dtype)
+
+    def free_cache(self) -> None:
+        self.kv = self.sequence = None
 
     def forward(self, tokens: Tensor, rope_pos: Tensor, cache_pos: Tensor | None = None,
                 mask: Tensor | TreeMask | None = None) -> Tensor:
-        """Hidden states after the final norm, [B, T, C]: what the lm_head reads and EAGLE calls features.
+        """The features, [B, T, C]: hidden states after the final norm, which the lm_head reads.
 
-        tokens [B, T] int64; rope_pos [T] int64 places in the text; cache_pos [T] int64 distinct slots to
-        write; mask [T, W] bool, or additive in the weights' dtype: which of the first W slots a row sees,
-        after the write. On a GPU with B = 1 rather a TreeMask, which our own attention kernel reads.
-        cache_pos=None, mask=None: no cache, causal among the T tokens.
+        tokens [B, T] int64; rope_pos [T] int64, positions in the text; cache_pos [T] int64, distinct slots to write;
+        mask [T, W] bool, or additive in the weights' dtype: which of the first W slots each row sees after the write.
+        On a GPU with B = 1 better a TreeMask, which our attention kernel reads as it is.
+        Without cache_pos and mask: no cache, causal among the T tokens.
         """
         x, rope = embed(self.embed.weight, tokens, self.rope, rope_pos)
         for i, layer in enumerate(self.layers):
@@ -169,10 +186,10 @@ class Llama(nn.Module):
 
 def load_model(path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
                quantize: str | None = None, group: int = 128) -> Llama:
-    """A converted checkpoint: its folder, or one model file in it, such as quantize.py writes. dtype None keeps the
-    file's. quantize: to this mode, one tensor at a time, so that no more than the result need fit `device`.
+    """Load a converted checkpoint: its folder, or one model file in it, such as quantize.py writes.
 
-    Raises FileNotFoundError or ValueError with one line that says what to do.
+    dtype None keeps the file's. quantize: convert to this mode while loading, one tensor at a time, so that `device`
+    needs room for the result only. Raises FileNotFoundError or ValueError with one line that says what to do.
     """
     path = Path(path)
     if not path.exists():
@@ -183,22 +200,27 @@ def load_model(path: Path | str, device: torch.device | str = "cpu", dtype: torc
     tensors, metadata = read_tensors(file)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{file}: not a converted checkpoint; run `python convert_hf_checkpoint.py {file.parent}`")
-    mode, stored = stored_mode(file, metadata, quantize)
-    if (mode or quantize) and torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        raise ValueError(f"{mode or quantize} needs a GPU that multiplies matrices of integers as ours are (compute "
-                         "capability 8.0 or more): leave the weights as they are, or take --device cpu")
-    tied = cfg.tie_word_embeddings and mode is None
+    mode, stored_group = stored_mode(file, metadata, quantize)
+    check_integer_support(mode or quantize, torch.device(device))
     with torch.device("meta"):
         model = Llama(cfg, qkv_bias="layers.0.wqkv.bias" in tensors)
     if mode:
-        quantize_linears(model, mode, stored)
-    place = ("cpu", None) if quantize else (device, dtype)
-    if tied and "embed.weight" in tensors:  # moved here, so that `fill` does not make two of it
-        tensors["embed.weight"] = tensors["lm_head.weight"] = tensors["embed.weight"].to(*place)
-    fill(model, tensors, file, *place)
+        quantize_linears(model, mode, stored_group)
+    tied = cfg.tie_word_embeddings and mode is None
+    placement = ("cpu", None) if quantize else (device, dtype)
+    if tied and "embed.weight" in tensors:  # moved once here: `fill` would make two tensors of it
+        tensors["embed.weight"] = tensors["lm_head.weight"] = tensors["embed.weight"].to(*placement)
+    fill(model, tensors, file, *placement)
     if quantize:
         quantize_linears(model, quantize, group, device)
         return model.to(device, dtype)
     if tied:
-        model.lm_head.weight = model.embed.weight  # assign=True made two parameters of one tensor
+        model.lm_head.weight = model.embed.weight  # `fill` made two parameters of the one tensor
     return model
+
+
+def check_integer_support(mode: str | None, device: torch.device) -> None:
+    """ValueError where our integer kernels cannot run."""
+    if mode and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        raise ValueError(f"{mode} needs a GPU of compute capability 8.0 or more, whose tensor cores multiply integers: "
+                         "leave the weights unquantised, or use --device cpu")

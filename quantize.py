@@ -122,7 +122,7 @@ def first_token(tokenizer: Tokenizer) -> int:
 def write_text(model: Llama, first: int, rows: int, length: int, seed: int) -> Tensor:
     """[rows, length] ids, sampled as the model has them, at temperature 1."""
     device = model.embed.weight.device
-    model.kv = None  # of another text: it is large
+    model.free_cache()  # of another text: it is large
     model.allocate_cache(length, -length % 64, rows)
     random, text = torch.Generator(device).manual_seed(seed), torch.full((rows, length), first, device=device)
     for i in range(length - 1):

@@ -1,6 +1,10 @@
-"""From logits to tokens: temperature and its kin, and noise that belongs to the place in the text.
+"""From logits to tokens: temperature, top-k, top-p, min-p, and noise that is keyed by the position in the text.
 
-Functions of static shape, as in tree.py: they run unchanged on a CPU, on a GPU and inside a CUDA graph.
+Every function has static shapes, as in tree.py, and runs on a CPU, on a GPU and inside a CUDA graph.
+
+Lossless sampling: argmax(logits / temperature + Gumbel noise) is a sample of softmax(logits / temperature). Our noise
+is a hash of (seed, position, token) alone. So the token chosen at a position does not depend on how many drafts were
+verified beside it: for one seed, sampled text is the same with and without drafting (the idea: arXiv 2408.07978).
 """
 from dataclasses import dataclass
 
@@ -12,8 +16,8 @@ from ops import tree as tree_kernels
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. The same seed gives the same text,
-    whatever the drafter."""
+    """How tokens are chosen. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 are off. The same seed gives the same
+    text with any drafter that keeps position-keyed noise."""
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -22,11 +26,14 @@ class Sampling:
 
 
 def process(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
-    """logits [T, V] -> fp32 logits of the distribution to sample from; excluded tokens are -inf.
-    Order and meaning of transformers' warpers: temperature, top-k, top-p, min-p. Off: 0, 1 and 0."""
+    """The logits of the distribution to sample from: logits [T, V] -> fp32 [T, V], excluded tokens -inf.
+
+    Order and meaning are those of transformers' logits warpers: temperature, top-k, top-p, min-p. Off: 0, 1, 0.
+    """
     logits = logits.float() / temperature
     if top_k:
-        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p < 1:
         ordered, order = logits.sort(stable=True)  # ascending, as transformers sorts: ties go the same way
         outside = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
@@ -38,36 +45,37 @@ def process(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1
     return logits
 
 
-def gumbel_noise(seed: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """Gumbel(0, 1) noise [N, V] fp32 that depends on (seed, position, token) alone. seed 0-d, positions [N].
+def perturb(logits: Tensor, noise: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0,
+            min_p: float = 0.0) -> Tensor:
+    """What to take the argmax of, to sample after each row: logits [T, V] -> [T, V].
 
-    argmax(logits + noise) samples the softmax. Because the noise belongs to the place in the text, not to the
-    call, the token chosen there is the same however many drafts were verified along with it: for one seed,
-    sampled text is the same with and without speculation (the idea: arXiv 2408.07978).
+    noise [T, V] fp32 is the temperature times `gumbel_noise`: adding it to the raw logits ranks tokens as adding the
+    plain noise to logits / temperature does, and a drafter can add it to its own logits too.
     """
+    if top_k or top_p < 1 or min_p:
+        logits = temperature * process(logits, temperature, top_k, top_p, min_p)
+    return logits + noise
+
+
+def gumbel_noise(seed: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    """Gumbel(0, 1) noise that depends on seed, position and token alone: [N, V] fp32. seed 0-d int64, positions [N]
+    int64."""
     if positions.is_cuda:
         return tree_kernels.gumbel_noise(seed, positions, vocab_size)
     token = torch.arange(vocab_size, device=positions.device)
-    h = mix32(mix32(seed & 0xFFFFFFFF) ^ mix32((seed >> 32) & 0xFFFFFFFF ^ 0x5BD1E995))
-    h = mix32(h + positions)[:, None]  # [N, 1]
-    h = mix32(mix32(h ^ token))  # [N, V]
-    # -log(-log(1 - u)) with u near 0 for the winners: fp32 resolves u to 2^-32 there, and only 2^-24 near 1
-    u = ((h.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)  # never 1: an infinite loser ties with the excluded
+    key = mix32(mix32(seed & 0xFFFFFFFF) ^ mix32((seed >> 32) & 0xFFFFFFFF ^ 0x5BD1E995))
+    key = mix32(key + positions)[:, None]  # [N, 1]
+    word = mix32(mix32(key ^ token))  # [N, V]
+    # -log(-log(1 - u)), so that the winners have u near 0: there fp32 resolves u to 2^-32, near 1 only to 2^-24.
+    # u is never 1: a loser at -inf would tie with the excluded tokens.
+    u = ((word.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
     return -torch.log(-torch.log1p(-u))
 
 
 def mix32(x: Tensor) -> Tensor:
-    """A bijection of 32-bit words that avalanches (constants of Chris Wellons' lowbias32), held in int64."""
+    """A bijection of 32-bit words, held in int64, that mixes every bit into all others (constants: Chris Wellons'
+    lowbias32)."""
     x = x & 0xFFFFFFFF
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
     return x ^ (x >> 16)
-
-
-def perturb(logits: Tensor, noise: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0,
-            min_p: float = 0.0) -> Tensor:
-    """What to take the argmax of for a sample after each row of logits [T, V]. noise [T, V]: the temperature times
-    `gumbel_noise`."""
-    if top_k or top_p < 1 or min_p:
-        logits = temperature * process(logits, temperature, top_k, top_p, min_p)
-    return logits + noise

@@ -36,7 +36,7 @@ def evaluate(model: Llama, out: Path, prompts: list[list[int]], stop_ids: frozen
              new_tokens: int = 128) -> float:
     """Mean tokens gained a cycle, EAGLE-2's default tree: all tokens committed after prefill / all cycles."""
     longest = max(map(len, prompts), default=0) + new_tokens
-    model.kv = None
+    model.free_cache()
     engine = Engine(model, Eagle2(load_head(out, model), model), longest, stop_ids)
     gained = [len(new) for ids in prompts for new in
               list(engine.generate(ids, new_tokens, Sampling(temperature=temperature)))[1:]]
@@ -47,7 +47,7 @@ def save_curve(model: Llama, out: Path, prompts: list[list[int]], stop_ids: froz
                new_tokens: int = 128) -> None:
     """What every tree would have gained a cycle where the largest one was drafted, greedily, beside the head."""
     longest = max(map(len, prompts), default=0) + new_tokens
-    model.kv = None
+    model.free_cache()
     engine = Engine(model, Eagle2(load_head(out, model), model, MAX_NODES, LEVELS, TOPK), longest, stop_ids)
     cycle, gains = engine.captured(engine.cycle, "cycle"), []
     for ids in prompts:
@@ -55,7 +55,7 @@ def save_curve(model: Llama, out: Path, prompts: list[list[int]], stop_ids: froz
         while not state.done:
             length = int(state.length)
             cycle()
-            drafted.append((length, Candidates(*(t.to("cpu", copy=True) for t in engine.drafter.start[1]))))
+            drafted.append((length, Candidates(*(t.to("cpu", copy=True) for t in engine.drafter.scores()[:3]))))
         text = state.tokens[:int(state.length)].tolist()  # more of it than was accepted: others might have kept that
         gains += [gained(candidates, text[length:]) for length, candidates in drafted]
     mean = torch.stack(gains).double().mean(0) if gains else torch.ones(len(NODES), LEVELS)

@@ -1,20 +1,52 @@
 """One timed answer, and the lines that are printed about it."""
-import resource
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
 from app.watch import View
-from engine import Engine, parted, run
-from ops.device import device_name
+from drafters.methods import BASELINE
+from engine import Engine, first_difference
+from ops.device import device_name, peak_gb
 from sampling import Sampling
 from tokenizer import Tokenizer
 
 
+class Run(NamedTuple):
+    """One timed generation."""
+    tokens: list[int]  # up to the stop id, if there was one
+    gained: list[int]  # tokens that each cycle committed; the first token, which prefill chose, is not among them
+    prefill_s: float  # until the first token was there
+    decode_s: float  # from then on
+
+
+def run(engine: Engine, ids: list[int], new_tokens: int, sampling: Sampling = Sampling(),
+        show: Callable[[list[int]], bool | None] = lambda new: None) -> Run:
+    """Generate and time it. `show` is given the tokens as they come and ends the text by returning True."""
+    tokens: list[int] = []
+    gained = []
+    if engine.cuda:
+        torch.cuda.synchronize()  # a cycle may still run ahead of the end of the last text
+    start = time.perf_counter()
+    for new in engine.generate(ids, new_tokens, sampling):
+        if tokens:
+            gained.append(len(new))
+        else:
+            first = time.perf_counter()  # reading `new` back has waited for the device
+        tokens += new
+        if show(new):
+            break
+    return Run(tokens, gained, first - start, time.perf_counter() - first)
+
+
 def generate(engine: Engine, ids: list[int], max_new_tokens: int, sampling: Sampling, tokenizer: Tokenizer,
-             method: str = "vanilla", show: bool = False, stops: Sequence[str] = (), view: View | None = None) -> dict:
-    """One generation, timed, to the first of the texts `stops` at most. Returns the object that --json prints; `show`
-    streams the text to stdout; `view`, of an engine whose drafter is watched, takes every cycle's tree."""
+             method: str = BASELINE, show: bool = False, stops: Sequence[str] = (), view: View | None = None) -> dict:
+    """Answer one prompt and return the object that --json prints.
+
+    show: stream the text to stdout. stops: end before the first of these texts. view: give it every cycle's tree; the
+    engine's drafter must be watched then (app/watch.py).
+    """
     stream = tokenizer.stream(stops)
 
     def take(new: list[int]) -> bool:
@@ -31,10 +63,9 @@ def generate(engine: Engine, ids: list[int], max_new_tokens: int, sampling: Samp
         view.finish()
     if show:
         print(rest, flush=True)
-    if stream.stopped and len(tokens) > stream.tokens:  # the rest of a cycle
+    if stream.stopped and len(tokens) > stream.tokens:  # the cycle wrote beyond the stop text
         gained[-1] -= len(tokens) - stream.tokens
         tokens = tokens[:stream.tokens]
-    cuda = engine.device.type == "cuda"
     if stream.stopped:
         stop = "string"
     elif tokens[-1] in tokenizer.stop_ids:
@@ -42,34 +73,37 @@ def generate(engine: Engine, ids: list[int], max_new_tokens: int, sampling: Samp
     else:
         stop = "length" if len(tokens) == max_new_tokens else "context"
     depths = range(1, engine.drafter.max_depth + 1)
-    return {
+    result = {
         "method": method, "text": tokenizer.decode(tokens, stops), "tokens": tokens,
         "prompt_tokens": len(ids), "new_tokens": len(tokens), "cycles": len(gained), "gained": gained,
         "mean_gained": sum(gained) / len(gained) if gained else 0.0,
-        "accept_by_depth": [sum(g > d for g in gained) / max(len(gained), 1) for d in depths],
+        "accept_by_depth": [sum(g > depth for g in gained) / max(len(gained), 1) for depth in depths],
         "prefill_s": prefill_s, "decode_s": decode_s,
         "tokens_per_sec": (len(tokens) - 1) / decode_s if gained else 0.0, "compile_s": engine.compile_s,
-        "memory_gb": (torch.cuda.max_memory_allocated() if cuda else
-                      1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1e9,
-        "device": device_name(engine.device),
+        "memory_gb": peak_gb(engine.device), "device": device_name(engine.device),
         "dtype": str(engine.model.embed.weight.dtype).removeprefix("torch."), "torch": torch.__version__,
-        "seed": sampling.seed, "stop": stop} | ({"trees": view.record()} if view else {})
+        "seed": sampling.seed, "stop": stop}
+    return result | ({"trees": view.record()} if view else {})
 
 
 def report(result: dict) -> str:
-    tree = "" if result["method"] == "vanilla" else (
-        f", {result['mean_gained']:.2f} tokens a cycle; accepted by depth "
+    """One line: speed, tokens per step, and how often drafts were accepted to each depth."""
+    drafting = "" if result["method"] == BASELINE else (
+        f", {result['mean_gained']:.2f} tokens per step; accepted by depth "
         + " ".join(f"{share:.0%}" for share in result["accept_by_depth"]))
     return (f"{result['method']}: {result['tokens_per_sec']:.1f} tokens/s ({result['new_tokens']} tokens, "
-            f"{result['decode_s']:.2f} s{tree}); prompt of {result['prompt_tokens']} in {result['prefill_s']:.2f} s")
+            f"{result['decode_s']:.2f} s{drafting}); prompt of {result['prompt_tokens']} in "
+            f"{result['prefill_s']:.2f} s")
 
 
-def compare(engine: Engine, vanilla: dict, fast: dict, ids: list[int]) -> str:
-    """One line: the speed-up, and whether the tokens are the same; if not, how near a tie the first difference is."""
+def compare(engine: Engine, vanilla: dict, fast: dict, ids: list[int], sampling: Sampling) -> str:
+    """One line: the speed-up, and whether the tokens are the same. If they differ, how near a tie the difference is:
+    `engine` decodes plainly."""
     a, b = fast["tokens"], vanilla["tokens"]
     speed_up = fast["tokens_per_sec"] / vanilla["tokens_per_sec"] if vanilla["tokens_per_sec"] else float("nan")
     if a == b:
         return f"{speed_up:.2f}x vanilla, identical tokens"
-    at = parted(a, b)
-    return (f"{speed_up:.2f}x vanilla; the tokens differ from number {at} on, where vanilla's two best tokens are "
-            f"{engine.top2_gap(ids + b[:at]):.3g} apart ({vanilla['dtype']} rounding; float32 does not differ)")
+    at = first_difference(a, b)
+    gap = engine.top2_gap(ids + b[:at], sampling)
+    return (f"{speed_up:.2f}x vanilla; differs at token {at}, where vanilla's two best scores are {gap:.3g} apart "
+            f"({vanilla['dtype']} rounding; float32 does not differ)")

@@ -1,29 +1,28 @@
-"""How many bytes a model, its cache and its drafter take, and what to do where a device has not as many.
+"""How many bytes a model, its cache and its drafter take, and what to do where a device has fewer.
 
-The arithmetic is that of the loaders, on the meta device: the same modules with nothing in them. Exact for weights,
-cache and EAGLE head; for what kernels and graphs need beside them a bound.
+Weights, cache and drafter are built on PyTorch's meta device, which has shapes but no memory, and their bytes are added
+up: exact, and right for a new drafter too. For what kernels and graphs need besides there is an upper bound.
 
-    python memory.py --checkpoint checkpoints/ORG/NAME --eagle2 --quantize int8 --max_seq_len 4096
+    python generate.py --checkpoint checkpoints/ORG/NAME --eagle2 --quantize int8 --max_seq_len 4096 --memory
 """
 import argparse
 import os
-import sys
-from collections.abc import Iterable
+from collections.abc import Iterator
+from types import FunctionType, ModuleType
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from app.options import context, placement
-from draft import EagleHead
+from drafters.methods import make_drafter
 from engine import SPARE
 from formats.config import Config
-from formats.eagle import VOCAB, find_head, folder_of, read_vocab
+from formats.eagle import folder_of
 from formats.weights import read_tensors
 from model import Llama
 from quant.linear import ROWS, quantize_linears, stored_mode
 
-OVERHEAD = 0.5e9  # cuBLAS, graphs, the activations of a prefill's chunk
+OVERHEAD = 0.5e9  # cuBLAS, CUDA graphs, the activations of a chunk of the prompt
 
 
 class Need(NamedTuple):
@@ -48,57 +47,70 @@ def exhausted(error: BaseException) -> bool:
         behind is not None and exhausted(behind))
 
 
-def nbytes(tensors: Iterable[Tensor], dtype: torch.dtype) -> int:
-    """Of distinct tensors: floating-point parameters as `dtype`, all else as it is."""
-    return sum(t.numel() * dtype.itemsize if isinstance(t, nn.Parameter) else t.nbytes for t in tensors)
+def storages(thing: object, seen: set[int] | None = None) -> Iterator[tuple[int, int]]:
+    """(identity, bytes) of the storage of every tensor that an object, its attributes and their items hold."""
+    seen = set() if seen is None else seen
+    if id(thing) in seen or isinstance(thing, (type, ModuleType, FunctionType, str)):
+        return
+    seen.add(id(thing))
+    if isinstance(thing, Tensor):
+        storage = thing.untyped_storage()
+        yield storage._cdata, storage.nbytes()
+    elif isinstance(thing, dict):
+        for value in thing.values():
+            yield from storages(value, seen)
+    elif isinstance(thing, (list, tuple)):
+        for value in thing:
+            yield from storages(value, seen)
+    elif hasattr(thing, "__dict__"):
+        yield from storages(vars(thing), seen)
 
 
-def content(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
+def total_bytes(thing: object, besides: object = None) -> int:
+    """Bytes of the distinct storages in `thing` that `besides` does not hold too."""
+    found = dict(storages(thing))
+    for identity, _ in storages(besides):
+        found.pop(identity, None)
+    return sum(found.values())
 
 
-def weight_bytes(cfg: Config, dtype: torch.dtype, mode: str | None = None, group: int = 128, qkv_bias: bool = False
-                 ) -> int:
-    """Of a target as load_model leaves it. A tied lm_head is quantised on its own, and takes bytes of its own then."""
+def empty_model(cfg: Config, dtype: torch.dtype, mode: str | None = None, group: int = 128, qkv_bias: bool = False
+                ) -> Llama:
+    """A target as load_model leaves it, on the meta device. A tied lm_head is quantised on its own and
+    takes bytes of its own then."""
     with torch.device("meta"):
         model = Llama(cfg, qkv_bias=qkv_bias)
     if mode:
         quantize_linears(model, mode, group)
-    return nbytes(content(model), dtype)
+    return model.to(dtype)
 
 
-def cache_bytes(cfg: Config, max_seq_len: int, dtype: torch.dtype, layers: int | None = None) -> int:
-    """Keys and values, and the table of RoPE, of all slots."""
-    of_keys = (cfg.num_layers if layers is None else layers) * cfg.num_kv_heads
-    return 2 * (max_seq_len + SPARE) * (of_keys + 1) * cfg.head_dim * dtype.itemsize
+def cache_bytes(cfg: Config, max_seq_len: int, dtype: torch.dtype) -> int:
+    """Keys, values and the RoPE table of all slots."""
+    planes = cfg.num_layers * cfg.num_kv_heads + 1
+    return 2 * (max_seq_len + SPARE) * planes * cfg.head_dim * dtype.itemsize
 
 
-def eagle_bytes(cfg: Config, target: Config, max_seq_len: int, dtype: torch.dtype, mode: str | None = None,
-                group: int = 128, ids: int | None = None) -> int:
-    """Of a head and of what Eagle makes of it: the embeddings' table; the lm_head's rows that are drafted from, where
-    these are not the target's own; and a copy of half of fc, where it is not read as the head has it. `ids`: how many
-    tokens are drafted (None: all)."""
-    with torch.device("meta"):
-        head = EagleHead(cfg)
-    size, one = cfg.hidden_size, dtype.itemsize
-    if mode:
-        head.quantize(mode, group)
-    row, copied = size + 4 if mode else size * one, not mode or (ids is not None and mode != "int4")
-    tables = target.vocab_size * size * one + copied * size * row
-    rows = (ids or 0) * row
-    return nbytes(content(head), dtype) + tables + rows + cache_bytes(cfg, max_seq_len, dtype, 1)
+def drafter_bytes(args: argparse.Namespace, model: Llama, max_seq_len: int, mode: str | None = None) -> int:
+    """What --method's drafter takes besides the target: its weights, its cache and what it makes of them."""
+    tree = None if args.draft_tokens == "auto" else args.draft_tokens  # to choose one is to measure
+    asked = {**vars(args), "quantize": mode, "draft_tokens": tree, "tree_table": None}
+    drafter = make_drafter(args.method, argparse.Namespace(**asked), model, max_seq_len)
+    drafter.allocate(max_seq_len + SPARE)
+    return total_bytes(drafter, besides=model)
 
 
 def passing(cfg: Config, dtype: torch.dtype, mode: str | None) -> int:
-    """The widest matrix of a quantised model for prefill, no longer quantised, and OVERHEAD."""
+    """What a prefill needs for a while: the widest matrix of a quantised model, dequantised, and OVERHEAD."""
     return int(OVERHEAD) + (widest(cfg, dtype) if mode else 0)
 
 
 def loading(cfg: Config, dtype: torch.dtype, mode: str | None) -> int:
-    """A matrix, and ROWS rows of the deepest one in fp32, as often as quantizers.py holds them at once: 3 times, and
-    5 times where int4 is searched for."""
+    """What quantising on load needs for a while: the widest matrix, and ROWS rows of the deepest one in fp32, 4 times
+    at once, 6 times where int4 scales are searched for (quant/linear.py)."""
     deepest = max(cfg.intermediate_size, cfg.num_heads * cfg.head_dim, cfg.hidden_size)
-    return ({"int4": 6}.get(mode, 4) * 4 * ROWS * deepest + widest(cfg, dtype)) if mode else 0
+    copies = 6 if mode == "int4" else 4
+    return copies * 4 * ROWS * deepest + widest(cfg, dtype) if mode else 0
 
 
 def widest(cfg: Config, dtype: torch.dtype) -> int:
@@ -106,26 +118,18 @@ def widest(cfg: Config, dtype: torch.dtype) -> int:
 
 
 def plan(args: argparse.Namespace, dtype: torch.dtype, max_seq_len: int, mode: str | None) -> Need:
-    """Of what generate.py's command line asks for, with this cache and these weights."""
-    folder, group = folder_of(args.checkpoint), args.group or 128
-    cfg, file = Config.load(folder), args.checkpoint if args.checkpoint.is_file() else folder / "model.safetensors"
+    """What generate.py's options need, with this cache and quantised to this mode on load."""
+    folder = folder_of(args.checkpoint)
+    cfg = Config.load(folder)
+    file = args.checkpoint if args.checkpoint.is_file() else folder / "model.safetensors"
     tensors, metadata = read_tensors(file)
     stored, stored_group = stored_mode(file, metadata, None)
-    mode, group = (stored, stored_group or 128) if stored else (mode, group)
-    drafter = 0
-    if args.method.startswith("eagle"):
-        path = args.draft or find_head(args.checkpoint)
-        head, vocab = folder_of(path), args.draft_vocab
-        listed = vocab != 0 and (head / VOCAB).is_file()
-        eagle = Config.load(head, model_type="llama")
-        ids = len(read_vocab(head / VOCAB, eagle.vocab_size, vocab)) if listed else None
-        drafter = eagle_bytes(eagle, cfg, max_seq_len, dtype, mode, group, ids)
-    elif given := args.medusa or args.speculate:
-        drafter = given.stat().st_size if given.is_file() else max(
-            (file.stat().st_size for file in given.iterdir() if file.suffix in (".safetensors", ".pt")), default=0)
-    return Need(weight_bytes(cfg, dtype, mode, group, "layers.0.wqkv.bias" in tensors),
-                cache_bytes(cfg, max_seq_len, dtype), drafter, passing(cfg, dtype, mode),
-                loading(cfg, dtype, None if stored else mode))
+    group = (stored_group if stored else args.group) or 128
+    model = empty_model(cfg, dtype, stored or mode, group, "layers.0.wqkv.bias" in tensors)
+    on_load = None if stored else mode
+    return Need(total_bytes(model), cache_bytes(cfg, max_seq_len, dtype),
+                drafter_bytes(args, model, max_seq_len, on_load), passing(cfg, dtype, stored or mode),
+                loading(cfg, dtype, on_load))
 
 
 def free_bytes(device: str) -> int:
@@ -161,15 +165,8 @@ def advice(args: argparse.Namespace, device: str, dtype: torch.dtype, max_seq_le
                 "a smaller model would fit" if need.total > free else "something else took it meanwhile")))
 
 
-def main() -> None:
-    import generate  # which imports this file
-
-    args = generate.parse_args([*sys.argv[1:], "--prompt", "-"])
-    device, dtype = placement(args)
-    need = plan(args, dtype, context(args, Config.load(folder_of(args.checkpoint))), args.quantize)
-    print(", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in need._asdict().items()),
-          f"{need.total / 1e9:.2f} GB of {free_bytes(device) / 1e9:.2f} GB free", sep="; ")
-
-
-if __name__ == "__main__":
-    main()
+def summary(args: argparse.Namespace, device: str, dtype: torch.dtype, max_seq_len: int) -> str:
+    """One line for --memory."""
+    need = plan(args, dtype, max_seq_len, args.quantize)
+    parts = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in need._asdict().items())
+    return f"{parts}; {need.total / 1e9:.2f} GB of {free_bytes(device) / 1e9:.2f} GB free"

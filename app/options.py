@@ -1,4 +1,4 @@
-"""Options of generate.py and bench.py, and the engine that they describe."""
+"""Options of the command line, built from the table of methods, and the engine that they describe."""
 import argparse
 import sys
 from pathlib import Path
@@ -7,8 +7,7 @@ from typing import NoReturn
 import torch
 
 import engine
-from drafters.lookup import RULES
-from drafters.methods import METHODS, make_drafter
+from drafters.methods import BASELINE, METHODS, OPTIONS, make_drafter
 from formats.config import Config
 from formats.eagle import folder_of
 from model import load_model
@@ -16,42 +15,77 @@ from quant.linear import GROUPS, MODES
 from tokenizer import Tokenizer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+EXTRAS = tuple(dict.fromkeys(part for name in METHODS for part in name.split("+")[1:]))  # what is added to a method
 
 
-def nodes(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+# ----- Adding options ----------------------------------------------------------------------------------------------
 
 
-def add_options(p: argparse.ArgumentParser) -> None:
-    """What the methods draft with, and how much."""
-    p.add_argument("--draft", type=Path, help="EAGLE head: its folder, or a file in it (default: <checkpoint>/eagle, "
-                   "of which the file with the name of the model's)")
-    p.add_argument("--draft_vocab", type=int, help="EAGLE drafts only so many of the head's frequent tokens; 0: all")
+def add_method_flags(p: argparse.ArgumentParser) -> None:
+    """--eagle2, --lookup, --medusa DIR ...: a flag for each part of a method's name, and --method NAME for any."""
+    p.add_argument("--method", choices=METHODS, metavar="NAME", help=f"one of {', '.join(METHODS)}")
+    group = p.add_mutually_exclusive_group()
+    for name, row in METHODS.items():
+        if "+" in name or name in (BASELINE, *EXTRAS):
+            continue
+        if row.weights and row.weights.option == name:
+            group.add_argument(f"--{name}", **OPTIONS[name] | {"help": row.help})
+        else:
+            group.add_argument(f"--{name}", action="store_true", help=row.help)
+    for extra in EXTRAS:
+        rows = [f"with --{name.split('+')[0]}: {row.help}" for name, row in METHODS.items()
+                if name.endswith(f"+{extra}")]
+        alone = [METHODS[extra].help] if extra in METHODS else []
+        p.add_argument(f"--{extra}", action="store_true", help="; ".join(alone + rows))
+
+
+def flagged_method(args: argparse.Namespace) -> str:
+    """The method that the flags of add_method_flags name. ValueError where they name two."""
+    parts = dict.fromkeys(part for name in METHODS for part in name.split("+") if part not in EXTRAS)
+    given = [name for name in (*parts, *EXTRAS) if getattr(args, name, None)]
+    flagged = "+".join(given) or BASELINE
+    if args.method is None:
+        return flagged
+    weights = METHODS[args.method].weights
+    if flagged not in (args.method, BASELINE) and not (weights and given == [weights.option]):
+        raise ValueError(f"--method {args.method} and {' '.join(f'--{name}' for name in given)} name two methods")
+    return args.method
+
+
+def add_method_options(p: argparse.ArgumentParser, besides: tuple[str, ...] = ()) -> None:
+    """What shapes the methods, and how weights are quantised. `besides`: options that are there already."""
+    for name, how in OPTIONS.items():
+        if name not in besides:
+            p.add_argument(f"--{name}", **how)
     p.add_argument("--quantize", choices=MODES, help="quantise target and EAGLE head on load (better: quantize.py)")
     p.add_argument("--group", type=int, choices=GROUPS, help="columns that share a scale, with int4 (default: 128)")
-    p.add_argument("--draft_tokens", type=nodes, help="EAGLE-2: nodes of the tree, the root included; auto: as many, "
-                   "and levels, as are fastest with this head on this device (default on a GPU, if the head says what "
-                   "it gains)")
-    p.add_argument("--draft_depth", type=int, help="EAGLE-2: levels of drafted tokens")
-    p.add_argument("--draft_topk", type=int, help="EAGLE-2: nodes fed a level, and continuations of each")
-    p.add_argument("--chain", type=int, help="tokens that are looked up, or written by a draft model (default: 10, 5, "
-                   "both together 8)")
-    p.add_argument("--lookup_rule", choices=RULES, default="longest", help="which match is continued (lookup.py)")
-    p.add_argument("--window", type=int, nargs=3, default=(7, 5, 7), metavar=("W", "N", "G"),
-                   help="Lookahead: window, n-gram, guesses (default: 7 5 7)")
+    p.set_defaults(no_compile=False)
 
 
-def check_options(args: argparse.Namespace, methods: list[str]) -> str | None:
+def add_device_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 where the device is fast at it")
+    p.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
+    p.add_argument("--max_seq_len", type=int, help="cache slots (default: the model's context, at most 4096)")
+
+
+# ----- Checking them -----------------------------------------------------------------------------------------------
+
+
+def check_methods(args: argparse.Namespace, methods: list[str]) -> str | None:
     """What is wrong with the options for these methods, if anything."""
-    tree, shape = any(m.startswith("eagle2") for m in methods), (args.draft_tokens, args.draft_depth, args.draft_topk)
-    eagle = any(m.startswith("eagle") for m in methods)
-    chain = any("lookup" in m or m.startswith("speculate") for m in methods)
+    for name in methods:
+        if name not in METHODS:
+            return f"{name} is no method: there are {', '.join(METHODS)}"
+    for option in OPTIONS:
+        takers = [name for name, row in METHODS.items() if option in row.options or (
+            row.weights and row.weights.option == option)]
+        if getattr(args, option) is not None and not set(takers) & set(methods):
+            return f"--{option} is for the method{'s' * (len(takers) > 1)} {', '.join(takers)}"
+    auto = args.draft_tokens == "auto" or args.tree_table
     for wrong, message in (
-            (any(shape) and not tree, "--draft_tokens, --draft_depth and --draft_topk shape --eagle2's tree"),
-            (args.chain is not None and not chain, "--chain is for --lookup and --speculate"),
-            (args.draft_tokens == "auto" and any(shape[1:]), "--draft_tokens auto chooses depth and top-k too"),
-            ((args.draft or args.draft_vocab is not None) and not eagle,
-             "--draft and --draft_vocab need --eagle2 or --eagle"),
+            (args.tree_table and args.draft_tokens not in (None, "auto"), "--tree_table is for --draft_tokens auto"),
+            (auto and (args.draft_depth is not None or args.draft_topk is not None),
+             "--draft_tokens auto and --tree_table choose depth and top-k too"),
             ((args.draft_vocab or 0) < 0, "--draft_vocab must be 0 or more"),
             (args.group and args.quantize != "int4", "--group is for --quantize int4; a quantised file has its own")):
         if wrong:
@@ -61,15 +95,8 @@ def check_options(args: argparse.Namespace, methods: list[str]) -> str | None:
 
 def check_engine(args: argparse.Namespace) -> str | None:
     """What is wrong with the engine that is asked for, if anything."""
-    eagle2 = args.method.startswith("eagle2")
     for wrong, message in (
-            (args.method not in METHODS, f"{args.method} is no method: there are {', '.join(METHODS)}"),
-            (args.medusa and args.method != "medusa", "--medusa is for the method medusa"),
-            (args.speculate and not args.method.startswith("speculate"), "--speculate is for the method speculate"),
-            (args.tree_table and not eagle2, "--tree_table is for --eagle2"),
-            (args.tree_table and args.draft_tokens not in (None, "auto"), "--tree_table is for --draft_tokens auto"),
-            (args.tree_table and (args.draft_depth or args.draft_topk), "--tree_table chooses depth and top-k too"),
-            (args.max_seq_len is not None and not 2 <= args.max_seq_len <= 2**24,  # fp32 counts places no further
+            (args.max_seq_len is not None and not 2 <= args.max_seq_len <= 2**24,  # fp32 counts positions no further
              "--max_seq_len must be 2 to 16777216"),
             (args.dtype not in (None, *DTYPES), f"--dtype must be one of {', '.join(DTYPES)}"),
             (args.device not in (None, "cuda", "cpu"), "--device must be cuda or cpu"),
@@ -77,49 +104,34 @@ def check_engine(args: argparse.Namespace) -> str | None:
              "--device cuda, but torch finds no CUDA device (torch.cuda.is_available() is false)")):
         if wrong:
             return message
-    return check_options(args, [args.method])
+    return check_methods(args, [args.method])
 
 
-class Options(argparse.ArgumentParser):
-    """Options that a program gives instead of a person: what is wrong with them is a ValueError."""
+def fail(error: Exception) -> int:
+    """One line on stderr; the exit code for bad input is 2."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
 
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
 
-
-def engine_args(options: dict[str, object]) -> argparse.Namespace:
-    """What the command line makes of these options. TypeError for one that there is not, ValueError with the command
-    line's own words for a value that makes no sense."""
-    parser = Options(add_help=False)
-    add_options(parser)
-    parser.add_argument("--medusa", type=Path)
-    parser.add_argument("--speculate", type=Path)
-    parser.add_argument("--tree_table", action="store_true")
-    known, words = vars(parser.parse_args([])).keys() - {"draft"} | {"head"}, []  # `draft` is the method's name here
-    for name, value in options.items():
-        if name not in known:
-            raise TypeError(f"Engine.load has no option {name!r}: there are {', '.join(sorted(known))}")
-        name = "--draft" if name == "head" else f"--{name}"
-        if isinstance(value, (list, tuple)):
-            words += [name, *map(str, value)]
-        elif value is not None and value is not False:
-            words.append(name if value is True else f"{name}={value}")
-    return parser.parse_args(words)
+# ----- The engine --------------------------------------------------------------------------------------------------
 
 
 def placement(args: argparse.Namespace) -> tuple[str, torch.dtype]:
     """Device and dtype."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    # bf16 halves the bytes; a CPU without instructions for it (x86: AVX512-BF16 or AMX) emulates it slowly
-    fast_bf16 = torch.cuda.is_bf16_supported() if device == "cuda" else (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    default = "bfloat16" if fast_bf16 else "float16" if device == "cuda" else "float32"
+    if device == "cuda":
+        default = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    else:  # bf16 halves the bytes, but a CPU without instructions for it (x86: AVX512-BF16 or AMX) emulates it slowly
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        default = "bfloat16" if fast else "float32"
     return device, DTYPES[args.dtype or default]
 
 
 def context(args: argparse.Namespace, cfg: Config) -> int:
     """How many slots the cache has."""
-    return args.max_seq_len or min(cfg.max_position_embeddings, cfg.sliding_window or 4096, 4096)
+    if args.max_seq_len is not None:
+        return args.max_seq_len
+    return min(cfg.max_position_embeddings, cfg.sliding_window or 4096, 4096)
 
 
 class Engine(engine.Engine):
@@ -127,23 +139,27 @@ class Engine(engine.Engine):
     tokenizer: Tokenizer
 
     @classmethod
-    def load(cls, checkpoint: Path | str, draft: str = "vanilla", *, device: str | None = None,
+    def load(cls, checkpoint: Path | str, draft: str = BASELINE, *, device: str | None = None,
              dtype: torch.dtype | str | None = None, max_seq_len: int | None = None, compiled: bool = True,
              **options: object) -> "Engine":
-        """The engine that generate.py makes of the same options: `draft` is one of methods.METHODS, `head` is --draft,
-        all others are called as there (draft_tokens=16, quantize="int8", medusa=DIR). With engine.tokenizer.
+        """The engine that generate.py makes of the same options. draft: a row of the table of methods
+        (drafters/methods.py). head: what --draft is on the command line. All other options are called as there, for
+        example draft_tokens=16, quantize="int8", medusa=DIR.
 
-        Raises TypeError for an option that there is not, ValueError or OSError with the line that generate.py shows.
+        Raises TypeError for an unknown option; ValueError or OSError with the line that generate.py would show.
         """
-        args = engine_args(options)
-        args.checkpoint, args.method, args.max_seq_len = Path(checkpoint), draft, max_seq_len
-        args.no_compile, args.device = not compiled, device and str(device)
+        args = parse_options(options)
+        args.checkpoint = Path(checkpoint)
+        args.method = draft
+        args.max_seq_len = max_seq_len
+        args.no_compile = not compiled
+        args.device = device and str(device)
         args.dtype = dtype and str(dtype).removeprefix("torch.")
-        return load_engine(args)
+        return load_engine(args, cls)
 
 
-def load_engine(args: argparse.Namespace) -> Engine:
-    """The engine that the options describe, with its tokenizer. Raises ValueError or OSError with one line to show."""
+def load_engine(args: argparse.Namespace, kind: type[Engine] = Engine) -> Engine:
+    """The engine that the options describe. Raises ValueError or OSError with one line to show."""
     wrong = check_engine(args)
     if wrong:
         raise ValueError(wrong)
@@ -154,12 +170,31 @@ def load_engine(args: argparse.Namespace) -> Engine:
         raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.cfg.vocab_size}")
     max_seq_len = context(args, model.cfg)
     drafter = make_drafter(args.method, args, model, max_seq_len)
-    loaded = Engine(model, drafter, max_seq_len, tokenizer.stop_ids, not args.no_compile)
-    loaded.tokenizer = tokenizer
-    return loaded
+    made = kind(model, drafter, max_seq_len, tokenizer.stop_ids, not args.no_compile)
+    made.tokenizer = tokenizer
+    return made
 
 
-def fail(error: Exception) -> int:
-    """One line on stderr; the exit code for bad input is 2."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
+class OptionParser(argparse.ArgumentParser):
+    """For options that a program gives instead of a person: an error is a ValueError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def parse_options(options: dict[str, object]) -> argparse.Namespace:
+    """What the command line would make of these options. TypeError for one that does not exist, ValueError with the
+    command line's own words for a bad value."""
+    parser = OptionParser(add_help=False)
+    add_method_options(parser)
+    known = vars(parser.parse_args([])).keys() - {"draft", "no_compile"} | {"head"}  # `draft` is the method's name here
+    words = []
+    for name, value in options.items():
+        if name not in known:
+            raise TypeError(f"Engine.load has no option {name!r}: there are {', '.join(sorted(known))}")
+        flag = "--draft" if name == "head" else f"--{name}"
+        if isinstance(value, (list, tuple)):
+            words += [flag, *map(str, value)]
+        elif value is not None and value is not False:
+            words.append(flag if value is True else f"{flag}={value}")
+    return parser.parse_args(words)

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from app.draw_tree import MARKS, SHARES, answer, page, token_text, tree_lines, wants_colour
-from draft import Drafter, Eagle2
+from draft import Drafter
 from engine import Engine
 from ops.attention import TreeMask
 from tokenizer import Tokenizer
-from tree import State, Tree, accept, best_first, build
+from tree import Candidates, State, Tree, accept, best_first, build_tree
 
 RING = 4  # rows: the cycle that the host reads, the one that runs meanwhile, and two to spare
 
@@ -39,7 +39,9 @@ class Watch(Drafter):
 
     def __init__(self, drafter: Drafter, device: torch.device | str = "cpu") -> None:
         self.drafter, self.num_nodes, self.max_depth = drafter, drafter.num_nodes, drafter.max_depth
-        self.deepest, self.blanks, self.rejection = drafter.deepest, drafter.blanks, drafter.rejection
+        self.noise_depth = drafter.noise_depth
+        self.has_blocked_nodes = drafter.has_blocked_nodes
+        self.rejection_sampling = drafter.rejection_sampling
         # A row: its number, the length of the text before, and for each node token, parent, depth, the target's choice
         # after it, the bits of its fp32 score, and which candidate it was
         self.ring = torch.zeros(RING, 2 + 6 * self.num_nodes, dtype=torch.int64, device=device)
@@ -65,12 +67,15 @@ class Watch(Drafter):
     def choose(self, state: State, tree: Tree, logits: Tensor) -> Tensor:
         return self.drafter.choose(state, tree, logits)
 
+    def scores(self) -> Candidates | None:
+        return self.drafter.scores()
+
     def propose(self, state: State) -> Tree:
         tree = self.drafter.propose(state)
-        if isinstance(self.drafter, Eagle2):  # as rerank chose: the root's score is 0
-            scores = self.drafter.start[1].scores
-            kept = best_first(scores, self.num_nodes - 1).sort().values
-            self.ranked[0, 1:] = scores[kept].view(torch.int32)
+        candidates = self.drafter.scores()
+        if candidates:  # as rerank chose: the root's score is 0
+            kept = best_first(candidates.scores, self.num_nodes - 1).sort().values
+            self.ranked[0, 1:] = candidates.scores[kept].view(torch.int32)
             self.ranked[1, 1:] = kept
         return tree
 
@@ -109,10 +114,10 @@ class Watch(Drafter):
         cycle = {"tokens": tokens, "parents": parents, "depth": depth, "next": chosen, "confidence": None,
                  "looked_up": [], "path": accepted(tokens, parents, chosen)[:len(new)], "gained": len(new),
                  "length": length}
-        if isinstance(self.drafter, Eagle2):
+        candidates = self.drafter.scores()
+        if candidates:
             scores = torch.tensor(scores, dtype=torch.int32).view(torch.float32).tolist()
-            chain = self.drafter.retrieval.length if self.drafter.retrieval else 0
-            first = len(self.drafter.start[1].scores) - chain  # of the candidates that are the chain's
+            first = len(candidates.scores) - candidates.retrieved  # of the candidates that are the chain's
             cycle["confidence"] = [round(math.exp(score), 4) for score in scores]
             cycle["looked_up"] = [node for node in range(1, n) if kept[node] >= first]
         return cycle
@@ -131,7 +136,7 @@ def watch(engine: Engine, on: bool = True) -> None:
 def accepted(tokens: list[int], parents: list[int], chosen: list[int]) -> list[int]:
     """The nodes of tree.accept's path, without the root."""
     most = len(tokens) - 1
-    path, count, _ = accept(build(torch.tensor(tokens), torch.tensor(parents), most), torch.tensor(chosen), most)
+    path, count, _ = accept(build_tree(torch.tensor(tokens), torch.tensor(parents), most), torch.tensor(chosen), most)
     return path[1:1 + count].tolist()
 
 

@@ -23,15 +23,26 @@ from statistics import median
 
 import torch
 
-from app.options import DTYPES, fail, nodes
+from app.answer import Run, run
+from app.options import DTYPES, fail
 from benchmarks.environment import describe, environment
 from benchmarks.report import table
 from benchmarks.widen import SHAPES
-from benchmarks.workload import Prompt, fill_context, gigabytes, kv_gigabytes, load, load_eagle, step_gb, subject
+from benchmarks.workload import (
+    Prompt,
+    describe_subject,
+    fill_context,
+    freeze,
+    gigabytes,
+    kv_gigabytes,
+    load,
+    load_weights,
+    step_gb,
+)
 from draft import Eagle2, Vanilla
-from drafters.methods import CPU_TREE, GPU_TREE
+from drafters.methods import CPU_TREE, GPU_TREE, tree_nodes
 from drafters.tree_size import fit, read_curve, verify_by_rows
-from engine import Engine, Run, freeze, run
+from engine import Engine
 from formats.eagle import find_head
 from formats.questions import read_questions
 from model import Llama
@@ -64,15 +75,15 @@ def cycle_parts(engine: Engine) -> list[dict]:
         return function()  # what the next part reads, outside of any graph
 
     below = [fc_gb] * (drafter.levels - 1) + [0]  # below the last level nothing is drafted
-    where, onward, level = part(f"draft: extend, {drafter.max_depth + 1} rows", fc_gb + level_gb + below[0],
+    scratch, fc_of_feature, level = part(f"draft: extend, {drafter.max_depth + 1} rows", fc_gb + level_gb + below[0],
                                 partial(drafter.begin, state))
     for depth in range(1, drafter.levels):
-        onward, level = part(f"draft: expansion {depth}, {drafter.topk} rows", level_gb + below[depth],
-                             partial(drafter.expand, state, where, onward, level, depth))
+        fc_of_feature, level = part(f"draft: expansion {depth}, {drafter.topk} rows", level_gb + below[depth],
+                             partial(drafter.expand, state, scratch, fc_of_feature, level, depth))
     tree = part("rerank", 0, partial(drafter.rerank, state))
     features, chosen = part(f"verify, {len(tree.tokens)} rows", step_gb(model, length),
-                            partial(engine.verify, where[0, 0], tree))
-    part("accept and compact", 0, partial(engine.commit, where[0, 0], tree, features, chosen))
+                            partial(engine.verify, scratch[0, 0], tree))
+    part("accept and compact", 0, partial(engine.commit, scratch[0, 0], tree, features, chosen))
     return parts
 
 
@@ -111,8 +122,8 @@ def startup(args: argparse.Namespace) -> dict[str, float]:
     """Seconds from the start of a generate.py process to its first text, without and with compiled kernels; the
     libraries have been read from the disk by this process."""
     seconds, command = {}, [
-        sys.executable, Path(__file__).parent.parent / "generate.py", "--checkpoint", args.checkpoint, "--eagle2", "--prompt",
-        "Why is the sky blue?", "--max_new_tokens", "8", "--device", args.device, "--dtype", args.dtype,
+        sys.executable, Path(__file__).parent.parent / "generate.py", "--checkpoint", args.checkpoint, "--eagle2",
+        "--prompt", "Why is the sky blue?", "--max_new_tokens", "8", "--device", args.device, "--dtype", args.dtype,
         *(["--draft", args.draft] if args.draft else []),
         *(["--draft_vocab", str(args.draft_vocab)] if args.draft_vocab is not None else []),
         *(["--quantize", args.quantize] if args.quantize else []),
@@ -131,7 +142,7 @@ def startup(args: argparse.Namespace) -> dict[str, float]:
 
 def about(args: argparse.Namespace) -> str:
     """The line above every table: device, versions, and what the numbers are of."""
-    return f"{describe(environment(torch.device(args.device)))}, {subject(args)}"
+    return f"{describe(environment(torch.device(args.device)))}, {describe_subject(args)}"
 
 
 def wrapped(text: str) -> str:
@@ -175,7 +186,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--shape", choices=SHAPES, help="widen the checkpoint to this shape (default: as it is)")
     p.add_argument("--contexts", type=int, nargs="+", default=[512, 3500],
                    help="tokens of the prompts; 0: the questions alone")
-    p.add_argument("--tree", type=nodes, nargs="+", metavar="N", help="of EAGLE-2: nodes, levels and top-k; or auto")
+    p.add_argument("--tree", type=tree_nodes, nargs="+", metavar="N", help="EAGLE-2's nodes, levels, top-k; or auto")
     p.add_argument("--max_new_tokens", type=int, default=256)
     p.add_argument("--questions", type=Path, default=QUESTIONS, help='JSON lines with "turns"; the first is asked')
     p.add_argument("--rounds", type=int, default=3, help="how often the methods take turns")
@@ -209,8 +220,10 @@ def cycle(args: argparse.Namespace, result: dict) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()  # bandwidth is not counted, loading is
-    model, prompts, stop_ids = load(args, prompts_of)
-    head, args.widening = load_eagle(args, model), None
+    subject = load(args, prompts_of)
+    head = load_weights("eagle2", args, subject)["draft"]
+    model, prompts, stop_ids, _ = subject
+    del subject  # and with it the small model that was widened
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what quantising left behind; a quantised file leaves nothing
     slots = max(len(p.ids) for p in prompts) + n

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engine import Run
+from app.answer import Run
 from model import Llama
 from ops.quantized import Quantized
 

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from benchmarks.workload import Prompt
-from engine import Engine, Run, freeze, parted
+from app.answer import Run
+from benchmarks.workload import Prompt, freeze
+from engine import Engine, first_difference
 from ops.graphs import timed
 from sampling import Sampling
 
@@ -100,9 +101,7 @@ def distinct4(texts: list[list[int]]) -> float:
 
 def gap(vanilla: Engine, ids: list[int], sampling: Sampling) -> float:
     """How far apart plain decoding's two best scores are after `ids`, what two texts have in common."""
-    vanilla.state.sampling = sampling
-    vanilla.state.seed.fill_(sampling.seed)
-    return vanilla.top2_gap(ids)
+    return vanilla.top2_gap(ids, sampling)
 
 
 def summary(name: str, t: float, runs: dict[str, list[list[Run]]], prompts: list[Prompt], vanilla: Engine,
@@ -121,7 +120,7 @@ def summary(name: str, t: float, runs: dict[str, list[list[Run]]], prompts: list
     entry["accept_by_depth"] = [sum(histogram[d + 1:]) / max(1, sum(histogram)) for d in depths]
     if "vanilla" in runs and not (t and known.get("rejection")):  # which draws otherwise, from the same distribution
         base = [r.tokens for r in runs["vanilla"][0]]
-        apart = [(i, parted(a, b)) for i, (a, b) in enumerate(zip(texts, base)) if a != b]
+        apart = [(i, first_difference(a, b)) for i, (a, b) in enumerate(zip(texts, base)) if a != b]
         entry["same"] = len(texts) - len(apart)
         entry["gaps"] = [{"prompt": i, "token": at, "gap": gap(
             vanilla, prompts[i].ids + base[i][:at], Sampling(t, seed=i))} for i, at in apart]

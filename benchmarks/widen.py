@@ -201,7 +201,7 @@ class Widening:
         self.place = {old: new for new, old in enumerate(keep)}
         self.where = (args.device, DTYPES[args.dtype], torch.Generator(args.device).manual_seed(0))  # the last: noise
         self.model = widen_model(small, self.shape, keep, *self.where, self.how)
-        small.kv = None
+        small.free_cache()
 
     def ids(self, small: list[int]) -> list[int]:
         return [self.place[i] for i in small]

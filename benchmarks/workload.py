@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from app.options import DTYPES
 from benchmarks.widen import Widening
-from draft import EagleHead, Vanilla, load_head
-from drafters.medusa import load_medusa
-from drafters.speculate import load_draft_model
+from draft import Vanilla
+from drafters.methods import METHODS
 from engine import Engine
-from formats.eagle import find_head, folder_of
+from formats.eagle import folder_of
 from formats.questions import Question
 from model import Llama, load_model
 from ops.quantized import Quantized
+from sampling import Sampling
 from tokenizer import Tokenizer
 
 
@@ -31,7 +31,7 @@ class Prompt(NamedTuple):
     ids: list[int]
 
 
-def subject(args: argparse.Namespace) -> str:
+def describe_subject(args: argparse.Namespace) -> str:
     """What numbers are of: dtype, weights, and whose text and cost."""
     weights = args.quantize or (args.checkpoint.stem if args.checkpoint.is_file() else "")
     text = f"{args.dtype}{weights and ', weights ' + weights}."
@@ -106,37 +106,48 @@ def fill_context(tokenizer: Tokenizer, questions: list[str], length: int) -> lis
     return prompts
 
 
-def widened_parts(method: str, args: argparse.Namespace) -> dict[str, nn.Module]:
-    """With --shape: what methods.make_drafter would load for `method`, for the wide model."""
-    wide, name = args.widening, method.partition("+")[0]
-    if wide is None:
-        return {}
-    if name == "medusa" and args.medusa:
-        return {name: wide.medusa(load_medusa(args.medusa, wide.small))}
-    if name == "speculate" and args.speculate:
-        return {name: wide.draft_model(load_draft_model(args.speculate, wide.small))}
-    return {"eagle": load_eagle(args, wide.model)} if name.startswith("eagle") else {}
+class Subject(NamedTuple):
+    """What is measured. All ids are those of the wide model, where there is one."""
+    model: Llama
+    prompts: list[Prompt]
+    stop_ids: frozenset[int]
+    widening: Widening | None  # with --shape; it holds the small model, so let go of it once all weights are loaded
 
 
-def load(args: argparse.Namespace, make_prompts: Callable[[Llama, Tokenizer], list[Prompt]]
-         ) -> tuple[Llama, list[Prompt], frozenset[int]]:
-    """Target, prompts and stop ids, all in the ids of the widened model with --shape. args.widening becomes what heads
-    need, or None; set it to None again after loading them, for it holds the small model."""
+def load(args: argparse.Namespace, make_prompts: Callable[[Llama, Tokenizer], list[Prompt]]) -> Subject:
+    """The checkpoint, widened with --shape, and the prompts that make_prompts makes of it."""
     tokenizer = Tokenizer(folder_of(args.checkpoint))
-    how = (None,) if args.shape else (args.quantize, args.group or 128)
+    quantize = None if args.shape else args.quantize
     dtype = torch.float32 if args.shape else DTYPES[args.dtype]  # widening rounds, and once is enough
-    model = load_model(args.checkpoint, args.device, dtype, *how)
-    prompts, stop, args.widening = make_prompts(model, tokenizer), tokenizer.stop_ids, None
+    model = load_model(args.checkpoint, args.device, dtype, quantize, args.group or 128)
+    prompts = make_prompts(model, tokenizer)
     if args.shape is None:
-        model.kv = None  # of answers to first turns: an engine has its own size
-        return model, prompts, stop
-    wide = args.widening = Widening(args, model, [p.ids for p in prompts], stop)
-    return wide.model, [p._replace(ids=wide.ids(p.ids)) for p in prompts], frozenset(wide.ids(sorted(stop)))
+        model.free_cache()  # it was for the answers to first turns: each engine's context has its own size
+        return Subject(model, prompts, tokenizer.stop_ids, None)
+    wide = Widening(args, model, [prompt.ids for prompt in prompts], tokenizer.stop_ids)
+    return Subject(wide.model, [prompt._replace(ids=wide.ids(prompt.ids)) for prompt in prompts],
+                   frozenset(wide.ids(sorted(tokenizer.stop_ids))), wide)
 
 
-def load_eagle(args: argparse.Namespace, model: Llama) -> EagleHead:
-    """EAGLE's head for the model that `load` made."""
-    wide, draft = args.widening, args.draft or find_head(args.checkpoint)
-    if wide:
-        return wide.head(load_head(draft, wide.small, args.draft_vocab))
-    return load_head(draft, model, args.draft_vocab, args.quantize, args.group or 128)
+def load_weights(method: str, args: argparse.Namespace, subject: Subject) -> dict[str, nn.Module]:
+    """The weights that a method drafts with, by their option, for drafters.methods.make_drafter; empty if it has
+    none."""
+    weights = METHODS[method].weights
+    if weights is None:
+        return {}
+    if subject.widening is None:
+        return {weights.option: weights.load(args, subject.model)}
+    unquantised = argparse.Namespace(**vars(args) | {"quantize": None})  # quantised after widening
+    small = weights.load(unquantised, subject.widening.small)
+    return {weights.option: weights.widen(subject.widening, small)}
+
+
+def freeze(engine: Engine, ids: list[int], new_tokens: int, sampling: Sampling = Sampling()) -> int:
+    """Continue the prompt by at least `new_tokens` tokens and end the text there, in the middle of an answer (see
+    Engine.freeze). Returns its length."""
+    for new in engine.generate(ids, len(engine.state.tokens), sampling):
+        new_tokens -= len(new)
+        if new_tokens <= 0:
+            break
+    engine.freeze()
+    return int(engine.state.length)

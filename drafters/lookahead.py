@@ -36,7 +36,7 @@ from torch import Tensor
 from draft import Drafter
 from model import Llama
 from sampling import mix32
-from tree import MAX_NODES, State, Tree, build, root
+from tree import MAX_NODES, State, Tree, build_tree, root_token
 
 
 def shape(window: int, ngram: int, guesses: int, device: torch.device) -> Tree:
@@ -45,7 +45,7 @@ def shape(window: int, ngram: int, guesses: int, device: torch.device) -> Tree:
     row = torch.arange(levels * (window + guesses), device=device)
     ahead, place = row[:levels * window], row - levels * window  # the latter: in the chains
     parents = torch.where((place < 0) | (place % levels == 0), 0, row - 1)
-    tree = build(torch.zeros_like(row), parents, levels)
+    tree = build_tree(torch.zeros_like(row), parents, levels)
     level, column = ahead // window, ahead % window
     sees = torch.where(level == 0, column <= column[:, None],
                        (column == column[:, None]) & (level <= level[:, None]))  # [rows, rows seen]
@@ -59,7 +59,7 @@ class Lookahead(Drafter):
       window [N - 1, W] int64, whose first token is the root, put there by `propose`
       pool [V, G, N - 1] int32, what followed each token, oldest first; where there is less, rows of -1 before
     """
-    blanks = True
+    has_blocked_nodes = True
 
     def __init__(self, model: Llama, window: int = 7, ngram: int = 5, guesses: int = 7) -> None:
         if min(window, ngram - 1, guesses) < 1:
@@ -68,7 +68,7 @@ class Lookahead(Drafter):
         if self.num_nodes > MAX_NODES:
             raise ValueError(f"Lookahead: (ngram - 1) * (window + guesses) = {levels} * ({window} + {guesses}) = "
                              f"{self.num_nodes} rows, {MAX_NODES} is the most")
-        self.max_depth, self.deepest = levels, max(levels, levels + window - 2)
+        self.max_depth, self.noise_depth = levels, max(levels, levels + window - 2)
         device = model.embed.weight.device
         self.shape = shape(window, ngram, guesses, device)
         self.window = torch.zeros(levels, window, dtype=torch.int64, device=device)
@@ -86,7 +86,7 @@ class Lookahead(Drafter):
         self.pool.fill_(-1)
 
     def propose(self, state: State) -> Tree:
-        self.window[0, :1] = root(state)  # `learn` cannot know it: it runs before the commit
+        self.window[0, :1] = root_token(state)  # `learn` cannot know it: it runs before the commit
         guesses = self.pool.index_select(0, self.window[0, :1])
         return self.shape._replace(tokens=torch.cat((self.window.flatten() ^ self.hide, guesses.flatten())))
 

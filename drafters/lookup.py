@@ -20,7 +20,7 @@ from torch import Tensor
 
 from draft import Drafter
 from ops.device import device_limits, enter, tl, triton
-from tree import State, Tree, build
+from tree import State, Tree, build_tree
 
 RULES = {"longest": 16, "pld": 3, "hf": 2}  # the most tokens that a match may have
 # How often the next token was what followed the latest match of 1, 2, ... tokens: in 32,000 tokens that the demo model
@@ -105,12 +105,12 @@ def retrieve_kernel(text, length, tokens, scores, table, K: tl.constexpr, LONGES
 
 class Lookup(Drafter):
     """The retrieved chain alone."""
-    blanks = True
+    has_blocked_nodes = True
 
     def __init__(self, device: torch.device | str = "cpu", length: int = 10, rule: str = "longest") -> None:
         self.retrieval, self.num_nodes, self.max_depth = Retrieval(length, rule, device), length + 1, length
         parents = (torch.arange(length + 1, device=device) - 1).clamp(min=0)
-        self.shape = build(torch.zeros_like(parents), parents, length)
+        self.shape = build_tree(torch.zeros_like(parents), parents, length)
 
     def propose(self, state: State) -> Tree:
         self.retrieval.write(state, self.shape.tokens)

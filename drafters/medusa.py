@@ -25,7 +25,7 @@ from formats.medusa import FILES, PROJECTION, arrange, common_name, read_pickle,
 from formats.weights import fill, read_tensors
 from model import Llama
 from ops.linear import linear
-from tree import MAX_NODES, State, Tree, build, root
+from tree import MAX_NODES, State, Tree, build_tree, root_token
 
 # The authors' tree `mc_sim_7b_63` (github.com/FasterDecoding/Medusa, medusa/model/medusa_choices.py): how many of the
 # next head's best tokens hang under each node, which is the path of ranks that leads to it: (0, 1) is the first head's
@@ -111,15 +111,15 @@ class Medusa(Drafter):
                              f"and {min(10, target.cfg.vocab_size)} are possible")
         self.heads, self.lm_head = heads, drafting_rows(target.lm_head.weight, None, False)
         device = target.embed.weight.device
-        self.steps = tree_ops(device)
+        self.tree_ops = tree_ops(device)
         parents = torch.tensor([0] + [nodes.index(path[:-1]) for path in nodes[1:]], device=device)
-        self.shape = build(torch.zeros_like(parents), parents, self.max_depth)
+        self.shape = build_tree(torch.zeros_like(parents), parents, self.max_depth)
         self.places = torch.tensor([(len(path) - 1) * self.ranks + path[-1] for path in nodes[1:]], device=device)
 
     def propose(self, state: State) -> Tree:
         feature = state.features.index_select(0, (state.committed - 1)[None])  # the root was chosen from it
-        best = self.steps.best_tokens(self.logits(feature, state), self.ranks)
-        return self.shape._replace(tokens=torch.cat((root(state), best.flatten()[self.places])))
+        best = self.tree_ops.best_tokens(self.logits(feature, state), self.ranks)
+        return self.shape._replace(tokens=torch.cat((root_token(state), best.flatten()[self.places])))
 
     def logits(self, feature: Tensor, state: State) -> Tensor:
         """What each head says of its own level, [heads, V] fp32, given the target's feature [1, C]. Sampling adds noise

@@ -1,14 +1,19 @@
-"""The table of methods."""
+"""The table of methods: every way to decode, by its name. Here is where a new drafter is added.
+
+A row says how the drafter is made, which weights it drafts with, and which options it takes. generate.py and bench.py
+build their flags from this table, memory planning and the benchmarks read it. docs/your_own_drafter.md adds one.
+"""
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from draft import Drafter, Eagle2, Vanilla, load_head
+from draft import Drafter, Eagle2, EagleHead, Vanilla, load_head
 from drafters.eagle1 import Eagle1
 from drafters.lookahead import Lookahead
-from drafters.lookup import Lookup, Retrieval
+from drafters.lookup import RULES, Lookup, Retrieval
 from drafters.medusa import Medusa, load_medusa
 from drafters.speculate import Speculate, load_draft_model
 from drafters.tree_size import curve_path, fit, profile_key, read_curve
@@ -16,74 +21,180 @@ from formats.eagle import find_head, folder_of
 from model import Llama
 from tokenizer import Tokenizer
 
-METHODS = ("vanilla", "lookup", "lookahead", "medusa", "speculate", "speculate+rejection", "speculate+lookup", "eagle",
-           "eagle2", "eagle2+lookup")
-GPU_TREE = (60, 6, 10)  # tokens, depth, topk of the paper; see autotree.py
-CPU_TREE = (8, 3, 3)  # where width is not free; see BENCHMARKS.md
+BASELINE = "vanilla"  # plain decoding, which all others are compared with
+GPU_TREE = (60, 6, 10)  # EAGLE-2's nodes, levels and top-k: the paper's
+CPU_TREE = (8, 3, 3)  # the same on a CPU, where more rows cost more (docs/benchmarking.md)
 CHAIN = 10  # tokens that are looked up, alone or beside EAGLE-2
-Parts = dict[str, nn.Module]
 
 
-def make_drafter(method: str, args: argparse.Namespace, model: Llama, max_seq_len: int, parts: Parts | None = None
-                 ) -> Drafter:
-    """The drafter of one of METHODS. `parts` keeps what was loaded for the next method. Raises ValueError or OSError
-    with one line to show."""
-    device, chain, (name, *with_) = model.embed.weight.device, args.chain, method.split("+")
+class Setup(NamedTuple):
+    """What a drafter is made of."""
+    model: Llama  # the target
+    args: argparse.Namespace
+    weights: Any  # what the row's Weights loaded; None if it has none
+    max_seq_len: int
 
-    def part(what: str, load: Callable[[], nn.Module]) -> nn.Module:
-        found = (parts or {}).get(what) or load()
-        if parts is not None:
-            parts[what] = found
-        return found
-
-    if name == "vanilla":
-        return Vanilla(device)
-    if name == "lookup":
-        return Lookup(device, CHAIN if chain is None else chain, args.lookup_rule)
-    if name == "lookahead":
-        return Lookahead(model, *args.window)
-    if name == "medusa":
-        return Medusa(part("medusa", lambda: load_medusa(needed(args.medusa, "--medusa"), model)), model)
-    if name == "speculate":
-        draft = part("speculate", lambda: checked_draft_model(args, model))
-        retrieval = Retrieval(4, args.lookup_rule, device) if "lookup" in with_ else None
-        length = (8 if retrieval else 5) if chain is None else chain
-        return Speculate(draft, model, length, "rejection" in with_, retrieval)
-    path = args.draft or find_head(args.checkpoint)
-    head = part("eagle", lambda: load_head(path, model, args.draft_vocab, args.quantize, args.group or 128))
-    if name == "eagle":
-        return Eagle1(head, model)
-    retrieval = Retrieval(CHAIN if chain is None else chain, args.lookup_rule, device) if with_ else None
-    return Eagle2(head, model, *tree_shape(args, model, head, path, max_seq_len), retrieval)
+    def get(self, option: str, default: Any) -> Any:
+        """The value of an option, or the default where it was not given (0 is given)."""
+        value = getattr(self.args, option)
+        return default if value is None else value
 
 
-def checked_draft_model(args: argparse.Namespace, model: Llama) -> Llama:
-    """--speculate's model. Where it has a tokenizer, its tokens must have the ids that they have in the target's."""
-    path = needed(args.speculate, "--speculate")
+class Weights(NamedTuple):
+    """Weights that methods draft with; they are loaded once, whichever methods share them."""
+    option: str  # the option that names their folder
+    load: Callable[[argparse.Namespace, Llama], nn.Module]
+    widen: Callable[[Any, nn.Module], nn.Module]  # (benchmarks.widen.Widening, weights) -> weights for the wide target
+
+
+class Method(NamedTuple):
+    """A row of the table."""
+    make: Callable[[Setup], Drafter]
+    help: str
+    weights: Weights | None = None
+    options: tuple[str, ...] = ()  # of OPTIONS, besides the one that names the weights
+
+
+# ----- Weights -----------------------------------------------------------------------------------------------------
+
+
+def eagle_path(args: argparse.Namespace) -> Path:
+    return args.draft or find_head(args.checkpoint)
+
+
+def load_eagle(args: argparse.Namespace, model: Llama) -> EagleHead:
+    return load_head(eagle_path(args), model, args.draft_vocab, args.quantize, args.group or 128)
+
+
+def load_checked_draft_model(args: argparse.Namespace, model: Llama) -> Llama:
+    """ValueError where the draft model has a tokenizer that gives tokens other ids than the target's."""
+    path = required(args.speculate, "--speculate")
     draft = load_draft_model(path, model)
-    ours, theirs = map(folder_of, (args.checkpoint, path))
-    if any((theirs / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        known = Tokenizer(ours).bpe.get_vocab()
-        wrong = [t for t, i in Tokenizer(theirs).bpe.get_vocab().items() if known.get(t, i) != i]
+    target_folder, draft_folder = folder_of(args.checkpoint), folder_of(path)
+    if any((draft_folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        known = Tokenizer(target_folder).bpe.get_vocab()
+        wrong = [token for token, i in Tokenizer(draft_folder).bpe.get_vocab().items() if known.get(token, i) != i]
         if wrong:
-            raise ValueError(f"{theirs}: {len(wrong)} of its tokens have other ids than {ours} gives them, such as "
-                             f"{wrong[0]!r}: a draft model needs the same tokenizer")
+            raise ValueError(f"{draft_folder}: {len(wrong)} of its tokens have other ids than {target_folder} gives "
+                             f"them, such as {wrong[0]!r}: a draft model needs the same tokenizer")
     return draft
 
 
-def needed(path: Path | None, option: str) -> Path:
+def required(path: Path | None, option: str) -> Path:
     if path is None:
         raise ValueError(f"{option} DIR is missing: what should it draft with?")
     return path
 
 
-def tree_shape(args: argparse.Namespace, model: Llama, head: nn.Module, draft: Path, max_seq_len: int
-               ) -> tuple[int, int, int]:
-    """Tokens, depth and top-k of EAGLE-2's tree: as asked for, else what fits, else the device's default."""
-    cuda, asked = model.embed.weight.is_cuda, (args.draft_tokens, args.draft_depth, args.draft_topk)
-    default, show = GPU_TREE if cuda else CPU_TREE, getattr(args, "tree_table", False)
-    known = cuda and not any(asked) and not getattr(args, "no_compile", False) and curve_path(draft).is_file()
-    if known or show or args.draft_tokens == "auto":
-        key = profile_key(model, head, (args.checkpoint, draft), args.quantize, args.group)
-        return fit(model, head, read_curve(draft), max_seq_len, key, show) or default
-    return tuple(given or usual for given, usual in zip(asked, default))
+EAGLE = Weights("draft", load_eagle, lambda wide, head: wide.head(head))
+MEDUSA = Weights("medusa", lambda args, model: load_medusa(required(args.medusa, "--medusa"), model),
+                 lambda wide, heads: wide.medusa(heads))
+DRAFT_MODEL = Weights("speculate", load_checked_draft_model, lambda wide, draft: wide.draft_model(draft))
+
+
+# ----- Options -----------------------------------------------------------------------------------------------------
+
+
+def tree_nodes(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+# Options that shape a method, as argparse takes them. None: not given.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "draft": dict(type=Path, help="EAGLE head: its folder, or a file in it (default: <checkpoint>/eagle, and in it the "
+                  "file named like the model's)"),
+    "medusa": dict(type=Path, metavar="DIR", help="Medusa heads: their folder"),
+    "speculate": dict(type=Path, metavar="DIR", help="draft model: its folder"),
+    "draft_vocab": dict(type=int, help="EAGLE drafts only this many of the head's most frequent tokens; 0: all"),
+    "draft_tokens": dict(type=tree_nodes, help="EAGLE-2: nodes of the tree, the root included; auto: as many "
+                         "nodes and levels as are fastest with this head on this device (the default on a GPU, if the "
+                         "head comes with an acceptance.json)"),
+    "draft_depth": dict(type=int, help="EAGLE-2: levels of drafted tokens"),
+    "draft_topk": dict(type=int, help="EAGLE-2: nodes fed per level, and continuations of each"),
+    "tree_table": dict(action="store_true", default=None, help="--draft_tokens auto, and show what it compared"),
+    "chain": dict(type=int, help="tokens that are looked up (default: 10) or drafted by a model (5; 8 with both)"),
+    "lookup_rule": dict(choices=tuple(RULES), help="which match is continued (drafters/lookup.py; default: longest)"),
+    "window": dict(type=int, nargs=3, metavar=("W", "N", "G"),
+                   help="Lookahead: window, n-gram and guesses (default: 7 5 7)")}
+TREE = ("draft_tokens", "draft_depth", "draft_topk", "tree_table", "draft_vocab")
+LOOKUP = ("chain", "lookup_rule")
+
+
+# ----- The drafters ------------------------------------------------------------------------------------------------
+
+
+def make_lookup(setup: Setup) -> Drafter:
+    device = setup.model.embed.weight.device
+    return Lookup(device, setup.get("chain", CHAIN), setup.get("lookup_rule", "longest"))
+
+
+def retrieval(setup: Setup, length: int) -> Retrieval:
+    return Retrieval(length, setup.get("lookup_rule", "longest"), setup.model.embed.weight.device)
+
+
+def make_lookahead(setup: Setup) -> Drafter:
+    return Lookahead(setup.model, *setup.get("window", (7, 5, 7)))
+
+
+def make_medusa(setup: Setup) -> Drafter:
+    return Medusa(setup.weights, setup.model)
+
+
+def make_speculate(setup: Setup, rejection: bool = False) -> Drafter:
+    return Speculate(setup.weights, setup.model, setup.get("chain", 5), rejection)
+
+
+def make_staged(setup: Setup) -> Drafter:
+    return Speculate(setup.weights, setup.model, setup.get("chain", 8), retrieval=retrieval(setup, 4))
+
+
+def make_eagle2(setup: Setup, with_lookup: bool = False) -> Drafter:
+    chain = retrieval(setup, setup.get("chain", CHAIN)) if with_lookup else None
+    return Eagle2(setup.weights, setup.model, *tree_shape(setup), chain)
+
+
+def tree_shape(setup: Setup) -> tuple[int, int, int]:
+    """Nodes, levels and top-k of EAGLE-2's tree: as given, else the fastest, else the device's default."""
+    args, model, head = setup.args, setup.model, setup.weights
+    cuda = model.embed.weight.is_cuda
+    default = GPU_TREE if cuda else CPU_TREE
+    given = (args.draft_tokens, args.draft_depth, args.draft_topk)
+    path = eagle_path(args)
+    captured = cuda and not args.no_compile  # the measured times are those of CUDA graphs
+    known = captured and given == (None, None, None) and curve_path(path).is_file()
+    if known or args.tree_table or args.draft_tokens == "auto":
+        key = profile_key(model, head, (args.checkpoint, path), args.quantize, args.group)
+        return fit(model, head, read_curve(path), setup.max_seq_len, key, bool(args.tree_table)) or default
+    return tuple(usual if value is None else value for value, usual in zip(given, default))
+
+
+# ----- The table ---------------------------------------------------------------------------------------------------
+
+METHODS: dict[str, Method] = {
+    BASELINE: Method(lambda setup: Vanilla(setup.model.embed.weight.device), "plain decoding"),
+    "lookup": Method(make_lookup, "draft what the text itself suggests", options=LOOKUP),
+    "lookahead": Method(make_lookahead, "draft with n-grams from Jacobi iterations", options=("window",)),
+    "medusa": Method(make_medusa, "draft with these Medusa heads", MEDUSA),
+    "speculate": Method(make_speculate, "draft with a smaller model of the same tokens", DRAFT_MODEL, ("chain",)),
+    "speculate+rejection": Method(
+        lambda setup: make_speculate(setup, rejection=True), "the papers' rule when sampling: accepts more, but the "
+        "same seed no longer gives the text of plain decoding", DRAFT_MODEL, ("chain",)),
+    "speculate+lookup": Method(make_staged, "speed up the draft model by what the text suggests", DRAFT_MODEL, LOOKUP),
+    "eagle": Method(lambda setup: Eagle1(setup.weights, setup.model), "draft with EAGLE's fixed tree", EAGLE,
+                    ("draft_vocab",)),
+    "eagle2": Method(make_eagle2, "draft with EAGLE-2's dynamic tree", EAGLE, TREE),
+    "eagle2+lookup": Method(
+        lambda setup: make_eagle2(setup, with_lookup=True), "let what the text suggests compete with its own nodes",
+        EAGLE, TREE + LOOKUP)}
+
+
+def make_drafter(method: str, args: argparse.Namespace, model: Llama, max_seq_len: int,
+                 loaded: dict[str, nn.Module] | None = None) -> Drafter:
+    """The drafter of a row. `loaded` keeps weights, by their option, for the next method that shares them. Raises
+    ValueError or OSError with one line to show."""
+    row = METHODS[method]
+    weights = None
+    if row.weights:
+        loaded = {} if loaded is None else loaded
+        weights = loaded[row.weights.option] = loaded.get(row.weights.option) or row.weights.load(args, model)
+    return row.make(Setup(model, args, weights, max_seq_len))

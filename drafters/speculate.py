@@ -27,7 +27,7 @@ from ops.attention import TreeMask, causal_mask
 from ops.linear import linear
 from ops.quantized import Quantized, dequantize
 from sampling import gumbel_noise, perturb, process
-from tree import State, Tree, build, root
+from tree import State, Tree, build_tree, root_token
 
 DRAFTING, ACCEPTING = 0x5EED0D7A, 0x5EED0ACC  # make of the seed those of two more streams of noise
 
@@ -69,12 +69,13 @@ class Speculate(Drafter):
         reach = rounds * (chain + 1)  # as many tokens as it may get to
         if not (1 <= length <= 16 and 1 <= rounds and length <= reach <= 100):
             raise ValueError(f"a draft model writes 1 to 16 tokens a cycle; {length} do not fit {rounds} rounds")
-        self.draft, self.rejection, self.retrieval, self.rounds = draft, rejection, retrieval, rounds
-        self.num_nodes, self.max_depth, self.deepest, self.blanks = length + 1, length, reach, bool(retrieval)
+        self.draft, self.rejection_sampling, self.retrieval, self.rounds = draft, rejection, retrieval, rounds
+        self.num_nodes, self.max_depth, self.noise_depth = length + 1, length, reach
+        self.has_blocked_nodes = bool(retrieval)
         device = target.embed.weight.device
-        self.steps, self.places = tree_ops(device), torch.arange(reach + 2, device=device)
+        self.tree_ops, self.places = tree_ops(device), torch.arange(reach + 2, device=device)
         parents = (self.places[:length + 1] - 1).clamp(min=0)
-        self.shape = build(torch.zeros_like(parents), parents, length)
+        self.shape = build_tree(torch.zeros_like(parents), parents, length)
         self.guess = parents.new_zeros(chain + 1)  # the newest token, and what retrieval would write after it
         self.q = torch.zeros(reach, target.cfg.vocab_size if rejection else 0, device=device)
         self.text = parents.new_zeros(0)  # the target's text with the draft model's behind it
@@ -113,18 +114,18 @@ class Speculate(Drafter):
         drafted = self.text[base + 1 + self.places[:self.max_depth]]
         if self.retrieval:
             drafted = torch.where(self.places[:self.max_depth] < count, drafted, ~drafted)
-        return self.shape._replace(tokens=torch.cat((root(state), drafted)))
+        return self.shape._replace(tokens=torch.cat((root_token(state), drafted)))
 
     def pick(self, state: State, logits: Tensor, count: int | Tensor) -> Tensor:
         """The draft model's choice after its `count`-th token and those that follow, [T] int64, of logits [T, V]."""
         s, depth = state.sampling, count + self.places[:len(logits)]
         if not s.temperature:
-            return self.steps.argmax(logits)
-        if not self.rejection:
-            return self.steps.argmax(perturb(logits, state.noise[depth], s.temperature, s.top_k, s.top_p, s.min_p))
+            return self.tree_ops.argmax(logits)
+        if not self.rejection_sampling:
+            return self.tree_ops.argmax(perturb(logits, state.noise[depth], s.temperature, s.top_k, s.top_p, s.min_p))
         logits = process(logits, s.temperature, s.top_k, s.top_p, s.min_p)
         self.q.index_copy_(0, depth, logits.softmax(-1))
-        return self.steps.argmax(logits + gumbel_noise(state.seed ^ DRAFTING, state.length + depth, logits.shape[1]))
+        return self.tree_ops.argmax(logits + gumbel_noise(state.seed ^ DRAFTING, state.length + depth, logits.shape[1]))
 
     def choose(self, state: State, tree: Tree, logits: Tensor) -> Tensor:
         """The rejection rule, after every node as if all before it had been accepted. A place has noise of its own for
@@ -137,5 +138,5 @@ class Speculate(Drafter):
         accepted = (real & (uniform * q.gather(1, x) < p[:n].gather(1, x)))[:, 0]
         rest = (p[:n] - q).clamp(min=0)
         rest = torch.where(real & (rest.sum(1, keepdim=True) > 0), rest, p[:n])  # not drafted: nothing to subtract
-        other = self.steps.argmax(heat * torch.cat((rest, p[n:])).log() + state.noise[tree.depth])
+        other = self.tree_ops.argmax(heat * torch.cat((rest, p[n:])).log() + state.noise[tree.depth])
         return torch.cat((torch.where(accepted, tree.tokens[1:], other[:-1]), other[-1:]))

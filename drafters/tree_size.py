@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from draft import Eagle2, EagleHead
-from engine import SPARE, Engine
+from engine import Engine
 from formats.eagle import CURVE, folder_of
 from model import Llama
 from ops.device import device_name, triton
@@ -46,24 +46,22 @@ def measure(model: Llama, head: EagleHead, max_seq_len: int) -> list[float] | No
     engine = Engine(model, Eagle2(head, model, NODES[-1], LEVELS, TOPK), max_seq_len)
     state, drafter, cuda = engine.state, engine.drafter, engine.device.type == "cuda"
     length = min(512, max_seq_len)
-    engine.limit.fill_(max_seq_len)
-    state.length.fill_(length)  # and it is done, as in every new engine: a cycle does all its work and commits nothing
-    state.width = state.width if cuda else min(length + SPARE, state.width)
     if cuda:
         engine.compile(*NODES)
+    engine.freeze(length)
     once = verify_by_rows(engine, NODES[:1], partial(timed, unroll=1, rounds=1, calls=1))[NODES[0]]
     if once * (200 if cuda else 40) > LIMIT_MS:  # all that follows takes about as long as so many of these
         return None
     timer = partial(timed, unroll=5, rounds=3, calls=5 if cuda else 1)
     part = partial(timer, device=engine.device)
     with torch.inference_mode():  # not for what is allocated above, which other engines go on with
-        where, onward, level = drafter.begin(state)
+        scratch, fc_of_feature, level = drafter.begin(state)
         first, further, last = part(partial(drafter.begin, state)), *(
-            part(partial(drafter.expand, state, where, onward, level, depth)) for depth in (1, LEVELS - 1))
+            part(partial(drafter.expand, state, scratch, fc_of_feature, level, depth)) for depth in (1, LEVELS - 1))
         first -= further - last  # what the next level reads is made with a level, but counts with the next
         tree = drafter.propose(state)
         rest = part(partial(drafter.rerank, state)) + part(
-            partial(engine.commit, where[0, 0], tree, *engine.verify(where[0, 0], tree)))
+            partial(engine.commit, scratch[0, 0], tree, *engine.verify(scratch[0, 0], tree)))
     return [first, further, rest, *verify_by_rows(engine, NODES, timer).values()]
 
 

@@ -5,6 +5,7 @@ from functools import cache
 from statistics import median
 
 import torch
+from torch import Tensor
 
 
 def capture(function: Callable[[], object], unroll: int = 1) -> Callable[[], None]:
@@ -59,3 +60,24 @@ def elapsed(function: Callable[[], object], calls: int, device: torch.device) ->
     end.record()
     end.synchronize()
     return start.elapsed_time(end)
+
+
+class Mailbox:
+    """The host's copies of `report`: one of the cycle that it reads, one of the cycle that runs meanwhile."""
+
+    def __init__(self, report: Tensor) -> None:
+        self.report = report
+        self.copies = torch.zeros(2, len(report), dtype=report.dtype, pin_memory=report.is_cuda)
+        self.arrived = [torch.cuda.Event(), torch.cuda.Event()] if report.is_cuda else None
+
+    def send(self, turn: int) -> None:
+        """Copy the report to the host as soon as the device gets there."""
+        self.copies[turn % 2].copy_(self.report, non_blocking=True)
+        if self.arrived:
+            self.arrived[turn % 2].record()
+
+    def receive(self, turn: int) -> list[int]:
+        """Wait for the report of this turn: how many tokens were committed, whether the text has ended, the tokens."""
+        if self.arrived:
+            self.arrived[turn % 2].synchronize()
+        return self.copies[turn % 2].tolist()

@@ -298,15 +298,15 @@ def grow(logits: Tensor, level: Level, candidates: Candidates, depth: int, k: in
     children, logs = top_children(logits, k, ids, noise)
     new = children.new_empty
     following = Level(new(k), logs.new_empty(k), new(k), new(k), new(k, 2))
-    grow_kernel[1,](children, logs, level.scores, level.index, level.bits, *candidates, *following, len(logits), depth,
-                    k, **overlap(logits.device))
+    grow_kernel[1,](children, logs, level.scores, level.index, level.visible, *candidates[:3], *following,
+                    len(logits), depth, k, **overlap(logits.device))
     return following
 
 
 def rerank(state: State, candidates: Candidates, n: int, max_depth: int) -> Tree:
     """The n <= 63 best candidates as one tree under the newest committed token; see tree.rerank."""
     tree, size = Tree(*candidates.tokens.new_empty(4, n + 1)), len(candidates.tokens)
-    rerank_kernel[1,](*candidates, state.tokens, state.length, *tree, size, n, max_depth,
+    rerank_kernel[1,](*candidates[:3], state.tokens, state.length, *tree, size, n, max_depth,
                       max(64, triton.next_power_of_2(size)), num_warps=8, **overlap(tree.tokens.device))
     return tree
 

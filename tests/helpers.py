@@ -20,7 +20,7 @@ from engine import Engine
 from model import Llama
 from sampling import Sampling
 from training import trainer
-from tree import State, Tree, build
+from tree import State, Tree, build_tree
 
 EOS, BOS, USER, ASSISTANT, END = range(5)
 
@@ -186,7 +186,7 @@ class Scripted(Vanilla):
                 if node in right and tokens[child] == due:
                     right.add(child)
         self.gains.append(1 + max(depth[node] for node in right))
-        return build(torch.tensor(tokens), torch.tensor(parents), self.max_depth)
+        return build_tree(torch.tensor(tokens), torch.tensor(parents), self.max_depth)
 
 
 class Event:

@@ -50,7 +50,7 @@ def soak(make: Callable[[], Engine], prompts: int, vocab_size: int, sample: int,
             early = taken(engine.device)
     late, wrong = taken(engine.device), 0
     for ids, count, how, text in draw.sample(texts, sample):
-        engine.model.kv = None  # a fresh one has a cache of its own
+        engine.model.free_cache()  # a fresh one has a cache of its own
         wrong += sum(make().generate(ids, count, how), []) != text
     return early, late, wrong
 

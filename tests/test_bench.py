@@ -16,6 +16,7 @@ from helpers import SHAPE, operations, tiny_checkpoint
 
 import bench
 import engine
+from app.answer import Run
 from benchmarks import race, workload
 from benchmarks.engines import gpt_fast_decoder, transformers_decoder
 from benchmarks.race import Method
@@ -27,7 +28,7 @@ from draft import Vanilla
 from drafters import methods
 from drafters.medusa import MedusaHeads
 from drafters.speculate import Speculate, load_draft_model
-from engine import Engine, Run
+from engine import Engine
 from formats.questions import Question, read_questions
 from model import load_model
 from ops import graphs
@@ -237,7 +238,7 @@ def test_second_turns(checkpoint: Path, tmp_path: Path) -> None:
         answer = sum(engine.generate(prompt.ids, 10), [])
         said.append({"role": "assistant", "content": tokenizer.decode(answer)})
     assert prompts[3].ids == tokenizer.chat([{"role": "user", "content": "Four?"}])
-    model.kv = None
+    model.free_cache()
     with pytest.raises(ValueError, match="question 81, turn 1: its .* do not fit the model's context of 512: leave it"):
         workload.ask(model, tokenizer, [Question("81", "chat", ["One? " * 200])], 10)
 

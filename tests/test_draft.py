@@ -335,13 +335,13 @@ def test_draft_vocabulary(kind: type, temperature: float) -> None:
         drafter = kind(head, model)
         recorder = Recorder(drafter)
         if head.vocab is None:
-            impossible, read = torch.full((24,), -1e9).index_fill(0, vocab, 0), drafter.read
+            impossible, read = torch.full((24,), -1e9).index_fill(0, vocab, 0), drafter.read_logits
 
             def read_less(*args, read=read, impossible=impossible):
                 logits, onward = read(*args)
                 return logits + impossible, onward
 
-            drafter.read = read_less
+            drafter.read_logits = read_less
         runs.append((list(Engine(model, drafter, 96).generate(ids, 30, sampling)), recorder.cycles))
     (ours, mine), (theirs, full) = runs
     assert ours == theirs and sum(ours, []) == sum(Engine(model, Vanilla(), 96).generate(ids, 30, sampling), [])

@@ -21,7 +21,7 @@ from engine import Engine
 from model import Llama
 from ops.attention import causal_mask
 from sampling import Sampling, gumbel_noise, process
-from tree import State, Tree, build
+from tree import State, Tree, build_tree
 
 
 class Chain(Vanilla):
@@ -34,7 +34,7 @@ class Chain(Vanilla):
         length = int(state.length)
         ahead = (self.text[length:] + [0] * self.max_depth)[:self.max_depth]
         tokens = [int(state.tokens[length - 1])] + [(token + self.off) % 24 for token in ahead]
-        return build(torch.tensor(tokens), torch.arange(-1, self.max_depth).clamp(min=0), self.max_depth)
+        return build_tree(torch.tensor(tokens), torch.arange(-1, self.max_depth).clamp(min=0), self.max_depth)
 
 
 def drafters(model: Llama, text: list[int]) -> Iterator[Vanilla | Eagle1 | Eagle2]:

@@ -28,7 +28,7 @@ from drafters.lookup import Lookup, Retrieval
 from drafters.medusa import Medusa, MedusaHeads
 from drafters.methods import METHODS
 from drafters.speculate import Speculate
-from engine import parted
+from engine import first_difference
 from model import load_model
 from ops import attention, embed_rope, linear, quantized
 from ops import tree as tree_kernels
@@ -58,7 +58,7 @@ def test_attention(T: int, H: int, K: int, D: int) -> None:
     """A wrong tile, layout or split on real tensor cores: no prefix, one that ends at a block's edge, a full cache."""
     torch.manual_seed(T)
     parents = torch.tensor([0] + [int(torch.randint(i, ())) for i in range(1, T)])
-    bits = tree.build(parents, parents, T).ancestors[:, None].cuda()
+    bits = tree.build_tree(parents, parents, T).ancestors[:, None].cuda()
     for base in (0, 1, 63, 64, 65, 500, SLOTS - T):
         for seen, dtype in ((bits, torch.bfloat16), (None, torch.float16), (bits, torch.float32)):
             q, kv = randn(T, H, D, dtype=dtype), randn(2, K, SLOTS, D, dtype=dtype)
@@ -139,7 +139,7 @@ def test_tree_steps(vocab: int, k: int, depth: int) -> None:
     results = []
     for steps, device in ((tree, "cpu"), (tree_kernels, "cuda")):
         random = torch.Generator().manual_seed(3)
-        level, candidates = tree.start(k, depth, torch.device(device))
+        level, candidates = tree.start_tree(k, depth, torch.device(device))
         for j in range(depth):
             logits = 3 * torch.randn(k if j else 1, vocab, generator=random)
             level = steps.grow(logits.to(device), level, candidates, j, k)
@@ -195,7 +195,7 @@ def test_rejection(engines: list[Engine], demo_prompts: list[list[int]]) -> None
     texts = [sum(engine.generate(demo_prompts[0], 40, Sampling(1.0, seed=3)), []) for _ in range(2)]
     assert texts[0] == texts[1]
     same = copy.deepcopy(model)
-    same.kv = None
+    same.free_cache()
     engine = Engine(model, Speculate(same, model, 4, rejection=True), 3200)
     cycles = list(engine.generate(demo_prompts[1], 41, Sampling(1.0, seed=4)))
     assert sum(len(cycle) == 5 for cycle in cycles) >= 6
@@ -326,7 +326,7 @@ def ties(vanilla: Engine, ids: list[int], text: list[int]) -> list[int]:
         own = sum(vanilla.generate(ids + text[:done], len(text) - done), [])
         if own == text[done:]:
             break
-        places.append(done + parted(own, text[done:]))
+        places.append(done + first_difference(own, text[done:]))
         done = places[-1] + 1
     return places
 
@@ -372,8 +372,8 @@ def test_methods_as_they_are_used(demo, demo_prompts: list[list[int]], method: s
             assert len(sum(each.generate([5] * 700, 20, how), [])) <= 20
         for ids in demo_prompts[::3]:
             a, b = (sum(each.generate(ids, 64, how), []) for each in (vanilla, engine))
-            assert a == b or engine.drafter.rejection and how.temperature or (
-                vanilla.top2_gap(ids + a[:parted(a, b)]) < 0.5), (how, parted(a, b))
+            assert a == b or engine.drafter.rejection_sampling and how.temperature or (
+                vanilla.top2_gap(ids + a[:first_difference(a, b)]) < 0.5), (how, first_difference(a, b))
 
 
 def test_the_tree_that_fits(demo) -> None:

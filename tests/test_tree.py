@@ -19,7 +19,7 @@ from transformers import (
 import sampling
 from ops.attention import causal_mask, tree_mask
 from sampling import gumbel_noise, perturb, process
-from tree import Candidates, State, Tree, accept, best_children, best_first, build, rerank
+from tree import Candidates, State, Tree, accept, best_children, best_first, build_tree, rerank
 
 
 def rooted(token: int) -> State:
@@ -73,7 +73,7 @@ STAR = (list(range(64)), [0] * 64)
 
 def test_typed_tree() -> None:
     """Depth, ancestor bits or mask wrong by one anywhere (a node that does not see itself, or sees its sibling)."""
-    made = build(torch.arange(7), torch.tensor(PARENTS), 3)
+    made = build_tree(torch.arange(7), torch.tensor(PARENTS), 3)
     assert made.depth.tolist() == DEPTH
     assert made.ancestors.tolist() == ANCESTORS
     assert seen(tree_mask(torch.tensor(3), made.ancestors[:, None], 12)) == ["111" + row + ".." for row in SEES]
@@ -88,7 +88,7 @@ def test_build_and_mask(drawn: tuple[list[int], list[int]], base: int, extra: in
     tokens, parents = drawn
     paths = [path_of(parents, node) for node in range(len(parents))]
     depth = [len(path) - 1 for path in paths]
-    made = build(torch.tensor(tokens), torch.tensor(parents), max(depth) + extra)
+    made = build_tree(torch.tensor(tokens), torch.tensor(parents), max(depth) + extra)
     assert made.depth.tolist() == depth
     assert [bits % 2**64 for bits in made.ancestors.tolist()] == [sum(1 << node for node in path) for path in paths]
     width = base + len(parents) + extra
@@ -108,7 +108,7 @@ def walk(tokens: list[int], parents: list[int], next_tokens: list[int]) -> list[
 
 def check_accept(tokens: list[int], parents: list[int], next_tokens: list[int], max_depth: int) -> None:
     expected = walk(tokens, parents, next_tokens)
-    made = build(torch.tensor(tokens), torch.tensor(parents), max_depth)
+    made = build_tree(torch.tensor(tokens), torch.tensor(parents), max_depth)
     path, accepted, out = accept(made, torch.tensor(next_tokens), max_depth)
     padded = expected + [expected[-1]] * (max_depth + 1 - len(expected))
     assert int(accepted) == len(expected) - 1
@@ -163,7 +163,7 @@ def test_rerank(data: st.DataObject) -> None:
     assert made.tokens.tolist() == [1000, *kept]
     assert made.parents.tolist() == [0] + [0 if parents[i] < 0 else 1 + kept.index(parents[i]) for i in kept]
     assert (made.parents[1:] < torch.arange(1, keep + 1)).all()
-    again = build(made.tokens, made.parents, size)
+    again = build_tree(made.tokens, made.parents, size)
     assert all(torch.equal(a, b) for a, b in zip(made, again, strict=True))
 
 
@@ -311,7 +311,7 @@ def draft(root: Tensor, noise: Tensor, guess: Tensor) -> Tree:
     for parent, rank in zip(SHAPE[1:].tolist(), RANK[1:].tolist(), strict=True):
         ranking = (guess[tokens[parent]] + noise[SHAPE_DEPTH[parent]]).argsort(descending=True)
         tokens.append(ranking[rank])
-    return build(torch.stack(tokens), SHAPE, 3)
+    return build_tree(torch.stack(tokens), SHAPE, 3)
 
 
 def noise_after(length: Tensor, seed: Tensor) -> Tensor:

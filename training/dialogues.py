@@ -144,4 +144,4 @@ def write_dialogues(model: Llama, script: Script, path: Path, rows: int, length:
         print(f"dialogues {have}/{rows}  {have * length / 1e6:.1f}M tokens  "
               f"{batch * length / (time.perf_counter() - start):,.0f} tokens/s  "
               f"{(block >= 0).float().mean():.0%} answers", flush=True)
-    model.kv = None
+    model.free_cache()

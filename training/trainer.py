@@ -80,7 +80,7 @@ class Trainer:
                 group["initial_lr"] = group["lr"]
         compiled = (lambda f: torch.compile(f, dynamic=False)) if self.device.type == "cuda" else (lambda f: f)
         self.unrolled, self.distill = compiled(unrolled), compiled(distill)
-        model.rope = rope_table(model.cfg, args.length, self.device).to(model.embed.weight.dtype)
+        model.allocate_rope(args.length)
         self.amp = torch.autocast(self.device.type, torch.bfloat16)
 
     def new(self) -> nn.Module:

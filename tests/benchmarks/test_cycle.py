@@ -16,13 +16,15 @@ import tiny
 import torch
 from helpers import CPU, SHAPE, STOPS, operations, tiny_checkpoint
 
+from app.answer import Run, run
 from benchmarks import cycle, widen, workload
 from benchmarks.cycle import cycle_parts, score
 from benchmarks.widen import SHAPES
+from benchmarks.workload import freeze
 from draft import Eagle2, Vanilla
 from drafters import tree_size
 from drafters.tree_size import NODES
-from engine import Engine, Run, freeze, run
+from engine import Engine
 from formats.questions import read_questions
 from model import Llama
 from ops import graphs
@@ -144,7 +146,7 @@ def test_parts_are_those_of_a_cycle() -> None:
     assert 32 <= length <= 36 and engine.state.done
     text, tree, trees = engine.state.tokens[:length].clone(), engine.drafter.propose(engine.state), []
     features, chosen = engine.verify(engine.state.length - 1, tree)
-    for candidates in engine.drafter.start[1]:
+    for candidates in engine.drafter.candidates:
         candidates.fill_(-1)
     engine.commit = lambda *inputs: trees.append(inputs)
     assert len(cycle_parts(engine)) == 1 + 3 + 3 and len(trees) > 2

@@ -137,7 +137,7 @@ def test_rows(shape: tuple[int, int, int]) -> None:
             assert mask[i, 2 + j] == sees, (rows[i], rows[j])
         assert made.depth[i] == (b + 1 if kind == "chain" else a + b)
         assert made.parents[i] == (i - 1 if kind == "chain" and b else 0)
-    assert ours.deepest == made.depth.max() and ours.max_depth == levels
+    assert ours.noise_depth == made.depth.max() and ours.max_depth == levels
 
 
 def test_refuses() -> None:

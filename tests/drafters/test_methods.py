@@ -33,7 +33,7 @@ def test_every_method(method: str, checkpoint: tuple[Path, Llama]) -> None:
     args = generate.parse_args(arguments(folder, *words))
     assert args.method == method
     drafter = make_drafter(method, args, model, 128)
-    assert type(drafter) is KINDS[method.partition("+")[0]] and drafter.rejection == ("rejection" in method)
+    assert type(drafter) is KINDS[method.partition("+")[0]] and drafter.rejection_sampling == ("rejection" in method)
     if method != "lookup":
         assert bool(getattr(drafter, "retrieval", None)) == ("lookup" in method)
     ids = tiny.prompt(1, 9)
@@ -66,7 +66,7 @@ def test_load(method: str, loadable: Path) -> None:
     parts |= {"speculate": str(loadable)} if "speculate" in method else {}
     engine = Engine.load(str(loadable), method, device="cpu", **parts, **given)
     assert type(engine.drafter) is type(plain.drafter) and engine.tokenizer.stop_ids == tokenizer.stop_ids
-    for name in ("num_nodes", "max_depth", "deepest", "rejection"):
+    for name in ("num_nodes", "max_depth", "noise_depth", "rejection_sampling"):
         assert getattr(engine.drafter, name) == getattr(plain.drafter, name), name
     assert engine.max_seq_len == plain.max_seq_len == 512 and engine.stop_ids.tolist() == sorted(tokenizer.stop_ids)
     assert engine.model.embed.weight.dtype == plain.model.embed.weight.dtype

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model import RMSNorm, apply_rope
 from ops import attention
-from tree import Tree, build
+from tree import Tree, build_tree
 
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 IMPLEMENTATIONS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETER, reason="see above"))]
@@ -45,7 +45,7 @@ def test_the_twins_need_no_compiler():
 def random_tree(nodes: int) -> tuple[Tree, Tensor]:
     """A tree and its bits [nodes, 1], like those of verification."""
     parents = torch.tensor([0] + [int(torch.randint(i, ())) for i in range(1, nodes)])
-    tree = build(torch.arange(nodes), parents, nodes)
+    tree = build_tree(torch.arange(nodes), parents, nodes)
     return tree, tree.ancestors[:, None].contiguous()
 
 

@@ -31,7 +31,7 @@ from draft import Eagle2
 from drafters.eagle1 import Eagle1
 from engine import Engine
 from ops.tree import accept_commit, argmax, catch_up, compact, grow, gumbel_noise, rerank, top_children
-from tree import Candidates, Level, State, Tree, accept, best_first, build, start
+from tree import Candidates, Level, State, Tree, accept, best_first, build_tree, start_tree
 
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 CPU = torch.device("cpu")
@@ -88,7 +88,7 @@ def launch_all() -> None:
     state = State(torch.zeros(100, dtype=torch.int64), count, torch.zeros(1), count, count > 0, 0)
     for vocab, k, depth, nodes, dtype in ((32000, 10, 6, 60, torch.bfloat16), (128256, 10, 6, 64, torch.float16),
                                           (40, 1, 8, 9, torch.float32)):
-        root, candidates = start(k, depth, CPU)
+        root, candidates = start_tree(k, depth, CPU)
         level = grow(torch.zeros(1, vocab, dtype=dtype), root, candidates, 0, k)
         grow(torch.zeros(k, vocab, dtype=dtype), level, candidates, 1, k)
         for noise in (None, torch.zeros(vocab)):
@@ -200,7 +200,7 @@ def bit_rows(bits: Tensor, width: int) -> Tensor:
 def test_grow(kind: str, k: int, levels: int) -> None:
     """Children under another row's score, candidates at another level's place, the frontier unstable at a tie, masks
     across the border of the two words. The log-probabilities are top_children's: all the rest must be equal."""
-    level, candidates = start(k, levels, CPU)
+    level, candidates = start_tree(k, levels, CPU)
     parents, seen, used = level.index, torch.zeros(1, 8 * k, dtype=torch.bool), 0
     for depth in range(levels):
         logits = rows(kind, 1 if depth == 0 else k, 40, seed=depth)
@@ -217,8 +217,8 @@ def test_grow(kind: str, k: int, levels: int) -> None:
         assert torch.equal(level.tokens, tokens.flatten()[best])
         assert torch.equal(level.scores, scores[best])
         assert torch.equal(level.index, parents)
-        assert torch.equal(level.rows, best // k)
-        assert torch.equal(bit_rows(level.bits, 8 * k), seen)
+        assert torch.equal(level.parent_rows, best // k)
+        assert torch.equal(bit_rows(level.visible, 8 * k), seen)
         used += len(scores)
     assert used == len(candidates.tokens)
 
@@ -226,7 +226,7 @@ def test_grow(kind: str, k: int, levels: int) -> None:
 @interpreted
 def test_grow_where_children_are_impossible() -> None:
     """-inf scores: all tie, and nan or an index out of range must not come of adding to them."""
-    _, candidates = start(3, 3, CPU)
+    _, candidates = start_tree(3, 3, CPU)
     level = Level(torch.zeros(3, dtype=torch.int64), torch.tensor([-1.0, -torch.inf, -torch.inf]), torch.arange(3),
                   torch.arange(3), torch.zeros(3, 2, dtype=torch.int64))
     logits = torch.tensor([[0.0, -torch.inf, -torch.inf, -torch.inf]]).expand(3, 4).contiguous()
@@ -289,9 +289,9 @@ def test_accept_commit(drawn: tuple[list[int], list[int]], data) -> None:
     once, a cycle after the end that changes anything."""
     draw = (lambda strategy: data.draw(strategy)) if data else None
     tokens, parents = drawn
-    depths = build(torch.tensor(tokens), torch.tensor(parents), 63).depth
+    depths = build_tree(torch.tensor(tokens), torch.tensor(parents), 63).depth
     max_depth = int(depths.max()) + (draw(st.integers(0, 2)) if draw else 0)
-    made = build(torch.tensor(tokens), torch.tensor(parents), max_depth)
+    made = build_tree(torch.tensor(tokens), torch.tensor(parents), max_depth)
     next_tokens = [next((tokens[i] for i in range(len(tokens)) if i and parents[i] == node), 3)
                    if not draw or draw(st.integers(0, 5)) else draw(st.integers(0, 5)) for node in range(len(tokens))]
     stop_ids = torch.tensor(draw(st.sampled_from([[], [], [0], [3], [1, 2, 3]])) if draw else [], dtype=torch.int64)
@@ -344,7 +344,7 @@ def test_best_of_some_tokens() -> None:
         assert torch.equal(tree.best_tokens(logits, 4, ids, given), ids[shifted.topk(4).indices])
         trees = []
         for steps in (tree, tree_kernels):
-            level, candidates = start(4, 2, CPU)
+            level, candidates = start_tree(4, 2, CPU)
             level = steps.grow(logits[:1], level, candidates, 0, 4, ids, given)
             trees.append((steps.grow(logits[1:], level, candidates, 1, 4, ids, given).tokens, candidates.tokens))
         for ours, theirs in zip(*trees, strict=True):
@@ -392,7 +392,7 @@ def test_cycle(shape: tuple[int, int, int]) -> None:
     expected = list(Engine(model, Eagle2(head, model, *shape), 128, stop).generate(ids, 5))
     drafter = FusedEagle2(head, model, *shape)
     engine = Engine(model, drafter, 128, stop)
-    engine.steps = tree_kernels
+    engine.tree_ops = tree_kernels
     assert list(engine.generate(ids, 5)) == expected
     assert drafter.trees == len(expected) - 1 > 0
 
@@ -402,6 +402,6 @@ def test_cycle_of_eagle1() -> None:
     """The fixed tree gives the kernels what they can read: the same drafts, so the same cycles."""
     model, head = tiny.pair(noise=0.05)
     engines = [Engine(model, Eagle1(head, model), 128) for _ in range(2)]
-    engines[1].steps = engines[1].drafter.steps = tree_kernels
+    engines[1].tree_ops = engines[1].drafter.tree_ops = tree_kernels
     ours, theirs = (list(engine.generate(tiny.prompt(0, 9), 12)) for engine in engines)
     assert ours == theirs and max(map(len, ours)) > 2

@@ -214,7 +214,7 @@ def drafted(head: EagleHead, model: Llama, ids: list[int], place: int, depth: in
     guesses = [drafter.extend(state)[0]]
     for level in range(1, depth):
         slot = torch.tensor([place + level])  # of the chain's node `level`, which sees all of the chain up to itself
-        guesses.append(drafter.rows(tokens[slot + 1], drafter.read(guesses[-1], False)[1], None, slot, slot,
+        guesses.append(drafter.run_head(tokens[slot + 1], drafter.read_logits(guesses[-1], False)[1], None, slot, slot,
                                     causal_mask(slot[0], 1, 64)))
     return torch.cat(guesses)
 
