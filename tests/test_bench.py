@@ -15,15 +15,14 @@ import torch
 from helpers import SHAPE, operations, tiny_checkpoint
 
 import bench
-import engine
-from app.answer import Run
+from app.answer import Run, run
 from benchmarks import race, workload
 from benchmarks.engines import gpt_fast_decoder, transformers_decoder
 from benchmarks.race import Method
 from benchmarks.race import race as take_turns
 from benchmarks.report import against, read_result, report
 from benchmarks.widen import SHAPES
-from benchmarks.workload import Prompt
+from benchmarks.workload import Prompt, Subject
 from draft import Vanilla
 from drafters import methods
 from drafters.medusa import MedusaHeads
@@ -202,7 +201,7 @@ def test_gap_where_texts_part(t: float) -> None:
     """The gap is that of vanilla's scores after the last token that both wrote, with that text's own noise."""
     model, prompts = tiny.target(3), [Prompt("1", 1, "x", tiny.prompt(4, 12)), Prompt("2", 1, "y", tiny.prompt(5, 12))]
     vanilla = Engine(model, Vanilla(), 64)
-    base = [engine.run(vanilla, p.ids, 12, Sampling(t, seed=i)) for i, p in enumerate(prompts)]
+    base = [run(vanilla, p.ids, 12, Sampling(t, seed=i)) for i, p in enumerate(prompts)]
     other = [base[0], base[1]._replace(tokens=[*base[1].tokens[:3], base[1].tokens[3] ^ 1, *base[1].tokens[4:]],
                                        gained=[3, 1, 3, 4])]
     vanilla.state.seed.fill_(99)
@@ -307,15 +306,15 @@ def test_quantized(shape: tuple, arguments, monkeypatch: pytest.MonkeyPatch) -> 
 def test_interrupted_command_line(arguments, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C that loses the complete runs, the file or the exit code."""
     monkeypatch.setattr(graphs, "elapsed", operations)
-    original, calls = engine.run, []
+    calls = []
 
     def interrupted(*inputs) -> Run:
         calls.append(inputs)
         if len(calls) == stop:
             raise KeyboardInterrupt
-        return original(*inputs)
+        return run(*inputs)
 
-    monkeypatch.setattr(engine, "run", interrupted)
+    monkeypatch.setattr(bench, "run", interrupted)
     stop = 1
     arguments("--methods", "eagle", "--json", tmp_path / "out.json")
     assert bench.main() == 130 and "interrupted; missing: all of it" in capsys.readouterr().err
@@ -371,10 +370,10 @@ def test_pictures(tmp_path: Path) -> None:
             assert header[1:4] == b"PNG" and int.from_bytes(header[16:20]) == 1600
 
 
-def wide_and_small(arguments, *words: object) -> tuple[argparse.Namespace, torch.nn.Module, list[Prompt]]:
+def wide_subject(arguments, *words: object) -> tuple[argparse.Namespace, Subject]:
     args = arguments("--shape", "tiny", *words)
     questions = read_questions(args.questions)
-    return args, *workload.load(args, lambda model, tokenizer: workload.ask(model, tokenizer, questions, 12))[:2]
+    return args, workload.load(args, lambda model, tokenizer: workload.ask(model, tokenizer, questions, 12))
 
 
 @pytest.mark.parametrize("vocab_size", [200, 320])
@@ -382,8 +381,8 @@ def test_widened_medusa(vocab_size: int, arguments, monkeypatch: pytest.MonkeyPa
     """Heads that guess otherwise in the wide model than in the small one: both lm_heads and projections of their own,
     in a vocabulary that is cut or padded."""
     monkeypatch.setitem(SHAPE, "vocab_size", vocab_size)
-    args, model, prompts = wide_and_small(arguments)
-    wide, ids = args.widening, prompts[0].ids
+    model, prompts, _, wide = wide_subject(arguments)[1]
+    ids = prompts[0].ids
     back = [wide.keep[i] for i in ids]
     wide.small.allocate_cache(64)
     model.allocate_cache(64)
@@ -402,23 +401,24 @@ def test_widened_draft_model(checkpoint: Path, arguments, monkeypatch: pytest.Mo
     """A draft model with the small model's ids: the target, as its own draft model, is accepted as a whole."""
     for vocab_size in (200, 320):
         monkeypatch.setitem(SHAPE, "vocab_size", vocab_size)
-        args, model, prompts = wide_and_small(arguments, "--speculate", checkpoint, "--methods", "speculate")
-        parts = workload.widened_parts("speculate", args)
-        assert list(parts) == ["speculate"] and parts["speculate"].cfg.vocab_size == vocab_size
-        runs = [engine.run(Engine(model, Speculate(parts["speculate"], model), 300), p.ids, 30) for p in prompts]
+        args, subject = wide_subject(arguments, "--speculate", checkpoint, "--methods", "speculate")
+        weights = workload.load_weights("speculate", args, subject)
+        assert list(weights) == ["speculate"] and weights["speculate"].cfg.vocab_size == vocab_size
+        engine = Engine(subject.model, Speculate(weights["speculate"], subject.model), 300)
+        runs = [run(engine, p.ids, 30) for p in subject.prompts]
         assert sum(sum(r.gained) for r in runs) / sum(len(r.gained) for r in runs) > 4
-    assert load_draft_model(checkpoint, args.widening.small).cfg.vocab_size == 300
-    assert workload.widened_parts("lookup", args) == {}
-    args.widening = None
-    assert workload.widened_parts("eagle", args) == {}
+    assert load_draft_model(checkpoint, subject.widening.small).cfg.vocab_size == 300
+    assert workload.load_weights("lookup", args, subject) == {}
+    assert workload.load_weights("eagle", args, subject)["draft"].cfg.hidden_size == SHAPE["hidden_size"]
 
 
 def test_what_methods_expect(arguments) -> None:
     """A part that make_drafter does not look for under this name: it would load the small model's head instead."""
-    args, model, prompts = wide_and_small(arguments)
+    args, subject = wide_subject(arguments)
     for name in ("eagle", "eagle2"):
-        head = workload.widened_parts(name, args)["eagle"]
-        assert methods.make_drafter(name, args, model, 64, {"eagle": head}).head is head
+        weights = workload.load_weights(name, args, subject)
+        head = weights["draft"]
+        assert methods.make_drafter(name, args, subject.model, 64, weights).head is head
 
 
 @pytest.mark.parametrize("changes", [
@@ -477,10 +477,10 @@ def test_models_that_others_lack_are_refused(gpt_fast: Path) -> None:
 @pytest.mark.parametrize("words, message", [
     (("--max_new_tokens", 1), "2 or more"), (("--runs", 0), "1 or more"),
     (("--gpt_fast", "no/such/clone"), "no model.py"),
-    (("--shape", "7b"), "invalid choice"), (("--methods", "eagle,eagle9"), "no eagle9; there are vanilla"),
+    (("--shape", "7b"), "invalid choice"), (("--methods", "eagle,eagle9"), "eagle9 is no method: there are vanilla"),
     (("--temperature", -1), "0 or more"), (("--transformers", "--temperature", 1), "add --temperature 0"),
     (("--transformers", "--quantize", "int8"), "without --quantize"), (("--json", "no/such/x.json"), "no such folder"),
-    (("--methods", "lookup", "--draft_vocab", 9), "need --eagle2")])
+    (("--methods", "lookup", "--draft_vocab", 9), "--draft_vocab is for the methods eagle, eagle2")])
 def test_refused(words: tuple, message: str, arguments, capsys) -> None:
     """Bad input found before the model is loaded."""
     with pytest.raises(SystemExit) as exit:

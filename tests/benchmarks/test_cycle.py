@@ -26,7 +26,7 @@ from drafters import tree_size
 from drafters.tree_size import NODES
 from engine import Engine
 from formats.questions import read_questions
-from model import Llama
+from model import Llama, load_model
 from ops import graphs
 from sampling import Sampling
 from tokenizer import Tokenizer
@@ -264,9 +264,10 @@ def contexts(args: argparse.Namespace, model: Llama, tokenizer: Tokenizer) -> li
 def texts(args: argparse.Namespace) -> tuple[list[list[int]], list[int]]:
     """Answers to all prompts in the checkpoint's ids (an id of a widened model is the one of the same embedding), and
     the cycles that each took."""
-    model, prompts, stop = workload.load(args, partial(contexts, args))
-    head = workload.load_eagle(args, model)
-    small = model.load_model(args.checkpoint, "cpu", torch.float32).embed.weight
+    subject = workload.load(args, partial(contexts, args))
+    model, prompts, stop, _ = subject
+    head = workload.load_weights("eagle2", args, subject)["draft"]
+    small = load_model(args.checkpoint, "cpu", torch.float32).embed.weight
     known = {tuple(row): i for i, row in enumerate(small.tolist())}
     ids = [known.get(tuple(row)) for row in model.embed.weight[:, :small.shape[1]].tolist()]
     assert sorted(ids[i] for i in stop) == STOPS
@@ -288,10 +289,10 @@ def test_cut_vocabulary_keeps_the_text(arguments) -> None:
 def test_larger_vocabulary_needs_no_answers(arguments, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ids moved where all of them fit."""
     monkeypatch.setitem(SHAPES, "tiny", SHAPE | {"vocab_size": 320})
-    monkeypatch.setattr(workload, "Engine", None)
+    monkeypatch.setattr(widen, "Engine", None)
     wide, plain = (workload.load(args, partial(contexts, args)) for args in (
         arguments("--contexts", 40, *more) for more in (("--shape", "tiny"), ())))
-    assert wide[1:] == plain[1:] and wide[0].cfg.vocab_size == 320
+    assert wide[1:3] == plain[1:3] and wide.model.cfg.vocab_size == 320
 
 
 def test_prompts_of_a_context(checkpoint: Path) -> None:
