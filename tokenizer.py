@@ -1,7 +1,8 @@
-"""Text <-> token ids, chat templates, stop ids and incremental decoding for a checkpoint folder.
+"""Text <-> token ids, chat templates, stop ids, and decoding as tokens come, for a checkpoint folder.
 
-The ids are those of transformers' AutoTokenizer. Text comes back through bytes: a token stands for the same bytes
-wherever it is, so a stream remembers nothing but the unfinished UTF-8 character at its end.
+The ids are those of transformers' AutoTokenizer. Text is decoded through bytes: a token stands for the same bytes
+wherever it is, so a stream needs to remember only the unfinished UTF-8 character at its end. How the files are read:
+formats/tokenizer_files.py.
 
     python -c "from tokenizer import Tokenizer; print(Tokenizer('checkpoints/ORG/NAME').encode('Hello'))"
 """
@@ -14,17 +15,20 @@ from tokenizers import decoders
 
 from formats.tokenizer_files import BYTE_OF, clear_error, load_bpe, load_template, read_json
 
+MOST_CHARACTERS = 10**7  # that a chat template may write: more than any model reads
+
 
 class Tokenizer:
-    """The tokenizer of a checkpoint folder; ValueError or OSError names the file that is missing or broken.
+    """The tokenizer of a checkpoint folder. ValueError or OSError names the file that is missing or broken.
 
-    vocab_size: largest id + 1. stop_ids: every id that a file calls eos, and the added token that the chat template
-    writes right after an assistant's text (<|eot_id|>, <|im_end|>).
+    vocab_size: the largest id + 1. stop_ids: every id that a file calls eos, and the added token that the chat template
+    writes right after the assistant's text (<|eot_id|>, <|im_end|>).
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         folder = Path(folder)
-        model, generation = read_json(folder / "config.json"), read_json(folder / "generation_config.json")
+        model = read_json(folder / "config.json")
+        generation = read_json(folder / "generation_config.json")
         self.bpe, config = load_bpe(folder, model)
         self.named = {key: name for key, name in config.items() if key.endswith("_token") and isinstance(name, str)}
         self.template = load_template(folder, config.get("chat_template"))
@@ -41,33 +45,42 @@ class Tokenizer:
             raise ValueError(f"{folder}: eos_token_id in config.json and generation_config.json must be ids")
         self.stop_ids = frozenset(stops)
 
+    # ----- Text to ids ---------------------------------------------------------------------------------------------
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of text, with bos and eos as the files say; a special token typed in the text becomes its id."""
+        """The ids of a text, with bos and eos as the files say. A special token typed in the text becomes its id."""
         try:
             return self.bpe.encode(text, add_special_tokens=add_special_tokens).ids
         except TypeError as error:
             raise ValueError("the text is not valid UTF-8: it has a lone surrogate") from error
 
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Ids of a conversation up to where the assistant's answer starts; ValueError if the template refuses it."""
+        """The ids of a conversation, up to where the next answer starts. ValueError if the template refuses it."""
         return self.encode(self.render(messages), add_special_tokens=False)
 
+    def dialogue(self, texts: list[str]) -> list[int]:
+        """The same for the texts of the user and the assistant in turn. Without a chat template: the texts alone."""
+        if not self.has_chat_template:
+            return self.encode("\n\n".join(texts))
+        return self.chat([{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)])
+
     def render(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text of a conversation; ValueError if there is no chat template, or if it refuses or fails."""
+        """The text of a conversation. ValueError if there is no chat template, or if it refuses or fails."""
         if self.template is None:
             raise ValueError("no chat template in chat_template.jinja or tokenizer_config.json: give a raw prompt")
         values = {**self.named, "messages": messages, "tools": None, "documents": None}
-        text, size = [], 0
+        pieces = []
+        size = 0
         with clear_error("the chat template failed"):
             for piece in self.template.generate(values, add_generation_prompt=add_generation_prompt):
-                text.append(piece)
+                pieces.append(piece)
                 size += len(piece)
-                if size > 10**7:
+                if size > MOST_CHARACTERS:
                     raise ValueError("it writes more than any model can read")
-        return "".join(text)
+        return "".join(pieces)
 
     def end_of_turn(self) -> int | None:
-        """The added token that the chat template writes right after an assistant's text, if it does."""
+        """The added token that the chat template writes right after the assistant's text, if there is one."""
         try:
             text = self.render([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Answer"}], False)
         except ValueError:
@@ -75,45 +88,53 @@ class Tokenizer:
         after = self.encode(text.partition("Answer")[2].strip(), add_special_tokens=False)
         return after[0] if after and after[0] in self.added else None
 
-    def stream(self, stops: Sequence[str] = ()) -> "TextStream":
-        return StoppingStream(self, stops) if stops else TextStream(self)
+    # ----- Ids to text ---------------------------------------------------------------------------------------------
 
     def decode(self, ids: list[int], stops: Sequence[str] = ()) -> str:
-        """Text of ids, without special tokens, up to the first of `stops`; bytes that are not UTF-8 become U+FFFD."""
+        """The text of ids, without special tokens, up to the first of `stops`. Bytes that are not UTF-8 become
+        U+FFFD."""
         stream = self.stream(stops)
         return stream.push(ids) + stream.flush()
+
+    def stream(self, stops: Sequence[str] = ()) -> "TextStream":
+        return StoppingStream(self, stops) if stops else TextStream(self)
 
     def token_bytes(self, i: int) -> bytes:
         """The UTF-8 bytes that a token stands for; none for a special token and for an id without a token."""
         token = self.bpe.id_to_token(i)
         if token is None or (i in self.added and self.added[i].special):
             return b""
-        if isinstance(self.bpe.decoder, decoders.ByteLevel):  # outside the alphabet: an added token, in plain text
-            return bytes(map(BYTE_OF.get, token)) if BYTE_OF.keys() >= set(token) else token.encode()
+        if isinstance(self.bpe.decoder, decoders.ByteLevel):
+            if BYTE_OF.keys() >= set(token):
+                return bytes(map(BYTE_OF.get, token))
+            return token.encode()  # an added token, written as plain text
         byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
         return bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
 
 
 class TextStream:
-    """Incremental decoding: push() gives the text that no later id can change, flush() the rest; together decode().
+    """Decodes ids as they come: push() gives the text that no later id can change, flush() the rest. Together they
+    give what decode() gives.
 
-    A broken UTF-8 sequence becomes U+FFFD as soon as it is known to be broken, as each format does it: byte-level BPE
-    writes one for the sequence, sentencepiece one for each byte. (With sentencepiece, transformers gives up a whole run
-    of byte tokens for one stray byte in it, so no character in the run is sure before its end; sentencepiece does not.)
+    A broken UTF-8 sequence becomes U+FFFD as soon as it is known to be broken, the way each format does it: byte-level
+    BPE writes one for the sequence, sentencepiece one for each byte. (With sentencepiece, transformers replaces a whole
+    run of byte tokens for one stray byte in it, so that no character is certain before the run ends; sentencepiece
+    itself does not.)
     """
+    stopped = False  # only a StoppingStream stops
 
-    stopped, held = False, ""  # whether the text has ended, and characters that may yet be a stop: see StoppingStream
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.token_bytes, decoder = tokenizer.token_bytes, tokenizer.bpe.decoder
-        self.strip = b"Strip" in decoder.__getstate__()  # the space that sentencepiece puts before a text
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.token_bytes = tokenizer.token_bytes
+        decoder = tokenizer.bpe.decoder
+        self.strip = b"Strip" in decoder.__getstate__()  # drop the space that sentencepiece puts before a text
         errors = "replace" if isinstance(decoder, decoders.ByteLevel) else "surrogateescape"
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors)
 
     def push(self, ids: list[int], final: bool = False) -> str:
         text = self.utf8.decode(b"".join(map(self.token_bytes, ids)), final)
         if text and self.strip:
-            text, self.strip = text.removeprefix(" "), False
+            text = text.removeprefix(" ")
+            self.strip = False
         return re.sub("[\udc80-\udcff]", "\ufffd", text)
 
     def flush(self) -> str:
@@ -121,25 +142,35 @@ class TextStream:
 
 
 class StoppingStream(TextStream):
-    """Text that ends before the first of `stops`: of several, that which is complete first, and if two are, the longer
-    one. What may yet become one of them is held back. Goes token by token, so that text and `tokens`, the number of ids
-    up to where a stop is complete, do not depend on how many are pushed at once."""
+    """A text that ends before the first of `stops`: before the one that is complete first, and of two that are complete
+    at once before the longer one. Text that may still become a stop is held back.
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
+    `tokens` counts the ids up to the one that completes a stop. Ids are processed one by one, so text and count do not
+    depend on how many are pushed at once.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
         super().__init__(tokenizer)
-        self.stops, self.held, self.tokens = stops, "", 0
+        self.stops = stops
+        self.held = ""
+        self.tokens = 0
 
     def push(self, ids: list[int], final: bool = False) -> str:
         shown = ""
         for new in [[i] for i in ids] + [[]] * final:
             if self.stopped:
                 break
-            self.held += super().push(new, final and not new)
+            at_end = final and not new
+            self.held += super().push(new, at_end)
             self.tokens += len(new)
             found = [(at + len(stop), at) for stop in self.stops if (at := self.held.find(stop)) >= 0]
             self.stopped = bool(found)
-            sure = min(found)[1] if found else len(self.held) if final and not new else self.sure()
-            shown, self.held = shown + self.held[:sure], self.held[sure:]
+            if found:
+                sure = min(found)[1]
+            else:
+                sure = len(self.held) if at_end else self.sure()
+            shown += self.held[:sure]
+            self.held = self.held[sure:]
         return shown
 
     def sure(self) -> int:

@@ -29,7 +29,6 @@ from tqdm import tqdm
 
 from app.answer import generate
 from app.options import load_engine
-from benchmarks.workload import wrapped
 from formats.questions import are_turns, read_lines
 from sampling import Sampling
 from tokenizer import Tokenizer
@@ -158,7 +157,7 @@ def respond(content: dict, raw: bool, tokenizer: Tokenizer, ask: Callable[[list[
     texts, answers = [], []
     for turn in turns:
         texts.append(turn)
-        answers.append(ask(tokenizer.encode("\n\n".join(texts)) if raw else wrapped(tokenizer, texts)))
+        answers.append(ask(tokenizer.encode("\n\n".join(texts)) if raw else tokenizer.dialogue(texts)))
         texts.append(answers[-1]["text"])
     return answers[0] if kind == "prompt" else {"turns": answers}
 

@@ -57,23 +57,16 @@ def step_gb(model: Llama, length: int) -> float:
     return gigabytes(model.layers, model.lm_head) + kv_gigabytes(model.kv, length)
 
 
-def wrapped(tokenizer: Tokenizer, texts: list[str]) -> list[int]:
-    """A dialogue whose turns are the user's and the assistant's in turn, up to where the next answer starts."""
-    if not tokenizer.has_chat_template:
-        return tokenizer.encode("\n\n".join(texts))
-    return tokenizer.chat([{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)])
-
-
 def ask(model: Llama, tokenizer: Tokenizer, questions: list[Question], new_tokens: int) -> list[Prompt]:
     """A prompt for each turn: later ones hold the earlier questions and the model's own greedy answers, so that all
     who are measured answer the same. ValueError names a question whose answer would not fit the model's context."""
     cfg, prompts, engine = model.cfg, [], None
     most = min(cfg.max_position_embeddings, cfg.sliding_window or cfg.max_position_embeddings)
-    slots = min(most, max(len(wrapped(tokenizer, q.turns)) + 2 * len(q.turns) * new_tokens for q in questions))
+    slots = min(most, max(len(tokenizer.dialogue(q.turns)) + 2 * len(q.turns) * new_tokens for q in questions))
     for question in questions:
         texts = []
         for turn, text in enumerate(question.turns, 1):
-            ids = wrapped(tokenizer, texts + [text])
+            ids = tokenizer.dialogue(texts + [text])
             if len(ids) + new_tokens > most:
                 raise ValueError(f"question {question.name}, turn {turn}: its {len(ids)} tokens and --max_new_tokens "
                                  f"{new_tokens} do not fit the model's context of {most}: leave it out")
@@ -88,7 +81,7 @@ def fill_context(tokenizer: Tokenizer, questions: list[str], length: int) -> lis
     """A prompt of exactly `length` tokens for each question: in one turn of the user the other questions, as often as
     it takes, then this one. (What is repeated is easy to draft: give a long context many questions.) 0: this one."""
     def wrap(text: str) -> list[int]:
-        return wrapped(tokenizer, [text])
+        return tokenizer.dialogue([text])
 
     if not length:
         return [wrap(text) for text in questions]
