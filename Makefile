@@ -1,15 +1,21 @@
-# make demo: from nothing to EAGLE-2 on a real model.   make test: everything that must hold, without a GPU.
+# make demo    install, fetch the demo model, and run EAGLE-2 on it beside plain decoding
+# make quick   the tests that take no more than a few seconds each, for after every change
+# make test    all tests; those in tests/gpu run only where there is a GPU
+# make lint    ruff
 PYTHON ?= python3
 PY := .venv/bin/python
 DEMO := checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct
 HEAD := heads/SmolLM2-135M-Instruct
 PROMPT ?= Write a Python class for a queue.
 
-.PHONY: demo model test lint
+.PHONY: demo model quick test lint
 demo: model
 	$(PY) generate.py --checkpoint $(DEMO) --eagle2 --compare --prompt "$(PROMPT)"
 
 model: .venv/installed $(DEMO)/eagle/config.json
+
+quick: .venv/installed-dev $(DEMO)/eagle/config.json
+	$(PY) -m pytest -q -m "not slow and not gpu" -n 2 --dist loadgroup
 
 test: .venv/installed-dev $(DEMO)/eagle/config.json
 	DEMO_GGUF=checkpoints/demo.gguf $(PY) -m pytest -q -n 2 --dist loadgroup
