@@ -1,0 +1,169 @@
+"""The tables of BENCHMARKS.md, made from the JSON files in benchmarks/results/.
+
+    python -m benchmarks.summary                                        # print all tables
+    python -m benchmarks.summary --add out.json cycle-llama-2-7b-bf16   # keep what was just measured
+    python -m benchmarks.summary --write                                # rewrite the tables in BENCHMARKS.md
+
+The files to add are written by `python -m benchmarks.cycle --json FILE` and `python bench.py --json FILE`. All results
+must agree on device, commit and versions, because the first lines of BENCHMARKS.md name them once for all tables.
+"""
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from app.options import fail
+from benchmarks.report import table
+from benchmarks.result_files import NAMES, SHAPES, Results, add, problems, read_results
+
+PAGE = Path(__file__).parent.parent / "BENCHMARKS.md"
+BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MISSING = "not measured at this commit yet\n"
+
+
+def about(results: Results) -> str:
+    known = [result["environment"] for result in results.values()]
+    device, power, commit, torch, triton = (known[0][k] for k in ("device", "power", "commit", "torch", "triton"))
+    dates = sorted({each["date"] for each in known})
+    return (f"Measured on one {device}{f' (power limit {power})' if power else ''} at commit {commit}, torch {torch}, "
+            f"Triton {triton}, {' and '.join(dates)}.\n")
+
+
+def contexts(results: Results) -> list[tuple[dict, dict]]:
+    return [(result, part) for result in results.values() for part in result["contexts"]]
+
+
+def summary_table(results: Results) -> str:
+    rows = [("model", "precision", "prompt tokens", "tree", "vanilla, tokens/s", "EAGLE-2, tokens/s", "speed-up",
+             "tokens per step", "ms per cycle", "verify / vanilla", "cycle / vanilla", "memory, GB")]
+    for result, part in contexts(results):
+        eagle2 = part["speed"]["eagle2"]
+        speed, base = eagle2["tokens_per_sec"], part["speed"]["vanilla"]["tokens_per_sec"]
+        rows.append((result["model"], result["precision"], part["context"], tree_size(part), f"{base:.1f}",
+                     f"{speed:.1f}", f"{speed / base:.2f}x", f"{eagle2['mean_gained']:.2f}",
+                     f"{eagle2['cycle_ms']:.3f}", f"{part['verify_ratio']:.2f}", f"{part['cycle_ratio']:.2f}",
+                     f"{result['memory_gb']:.1f}"))
+    return table(*rows)
+
+
+def tree_size(part: dict) -> str:
+    """Nodes/levels/top-k, from the names of a cycle's parts: "verify, 60 rows", "draft: expansion 1, 10 rows"."""
+    rows = [(name, count.split()[0]) for name, _, count in (p["part"].partition(", ") for p in part["parts"]) if count]
+    levels = [count for name, count in rows if name.startswith("draft")]
+    return f"{dict(rows)['verify']}/{len(levels)}/{levels[-1]}"
+
+
+def parts_table(results: Results) -> str:
+    """Where the time of a cycle goes: a table for each context."""
+    def row(name: str, ms: float, gb: float, best: float) -> tuple:
+        rate = 1e3 * gb / ms
+        return (name, f"{ms:.3f}", *((f"{gb:.2f}", f"{rate:.0f}", f"{rate / best:.0%}") if gb else ("", "", "")))
+
+    tables = []
+    for result, part in contexts(results):
+        best = result["read_gb_s"]
+        lines = [*((each["part"], each["ms"], each["gb"]) for each in part["parts"]),
+                 ("sum of these", part["sum_ms"], part["cycle_gb"]), ("cycle", part["cycle_ms"], part["cycle_gb"]),
+                 ("between two cycles (wall-clock)", part["between_ms"], 0),
+                 ("vanilla's cycle", part["vanilla_ms"], part["vanilla_gb"])]
+        tables.append(table((f"after {part['timed_at']} tokens", "ms", "GB read", "GB/s", f"of {best:.0f} GB/s"),
+                            *(row(*line, best) for line in lines)))
+    return "\n".join(tables)
+
+
+def rows_table(results: Results) -> str:
+    """ms of verifying 1 to 64 rows."""
+    timed = [(result, part) for result, part in contexts(results) if part["rows_ms"]]
+    return timed and table(("rows verified", "after, tokens", *timed[0][1]["rows_ms"]), *(
+        (f"{result['model']} {result['precision']}, ms", part["timed_at"],
+         *(f"{ms:.3f}" for ms in part["rows_ms"].values())) for result, part in timed))
+
+
+def temperatures(results: Results) -> list[tuple[dict, float, list[dict]]]:
+    """Each result once per temperature, with what was measured there; vanilla is the first."""
+    return [(result, t, [entry for entry in result["measured"] if entry["temperature"] == t])
+            for result in results.values() for t in dict.fromkeys(e["temperature"] for e in result["measured"])]
+
+
+def methods_table(results: Results) -> str:
+    """Speed by category: a table for each temperature."""
+    tables = []
+    for result, t, entries in temperatures(results):
+        base = entries[0]
+        rows = [(f"temperature {t:g}", "rows", "tokens/s", "speed-up", "tokens per step", *base["by_category"],
+                 "same text", "largest gap")]
+        for entry in entries:
+            pairs = [(entry, base), *((part, base["by_category"][c]) for c, part in entry["by_category"].items())]
+            total, *parts = [f"{part['tokens_per_sec']['median'] / of['tokens_per_sec']['median']:.2f}"
+                             for part, of in pairs]
+            rows.append((entry["method"], result["methods"][entry["method"]].get("nodes", ""),
+                         f"{entry['tokens_per_sec']['median']:.1f}", total, f"{entry['mean_gained']:.2f}",
+                         *(f"{ratio} ({part['mean_gained']:.2f})" for ratio, (part, _) in zip(parts, pairs[1:])),
+                         "own draw" if entry["same"] is None else f"{entry['same']} of {result['num_prompts']}",
+                         "" if entry["largest_gap"] is None else f"{entry['largest_gap']:.2f}"))
+        tables.append(table(*rows))
+    return "\n".join(tables)
+
+
+def split_table(results: Results) -> str:
+    """Where a cycle of each method spends its time: a table for each temperature."""
+    parts = ("draft", "verify", "other", "cycle")
+    return "\n".join(
+        table((f"temperature {t:g}", *(f"{part}, ms" for part in parts), "in the runs, ms"), *(
+            (entry["method"], *(f"{entry['split_ms'][part]:.3f}" for part in parts), f"{entry['cycle_ms']:.3f}")
+            for entry in entries if entry["split_ms"]))
+        for _, t, entries in temperatures(results))
+
+
+def commands_table(results: Results) -> str:
+    return table(("result", "command"), *((name, f"`{result['command']}`") for name, result in results.items()))
+
+
+# ----- The page ------------------------------------------------------------------------------------------------------
+
+# What each block of BENCHMARKS.md shows: the function that prints it, and the results that it is given.
+BLOCKS: dict[str, tuple[Callable[[Results], str], tuple[str, ...]]] = {
+    "about": (about, NAMES), "summary": (summary_table, SHAPES), "parts": (parts_table, SHAPES[:1]),
+    "rows": (rows_table, SHAPES), "methods": (methods_table, ("methods-llama-2-7b",)),
+    "methods-cycle": (split_table, ("methods-llama-2-7b",)), "demo": (summary_table, ("cycle-demo-mt-bench",)),
+    "demo-methods": (methods_table, ("methods-demo",)), "demo-methods-cycle": (split_table, ("methods-demo",)),
+    "commands": (commands_table, NAMES)}
+
+
+def render(block: str, results: Results) -> str:
+    make, names = BLOCKS[block]
+    known = {name: results[name] for name in names if name in results}
+    return (known and make(known)) or MISSING
+
+
+def write(page: str, results: Results) -> str:
+    """The page with its blocks made anew. ValueError unless it has each of BLOCKS once."""
+    if sorted(name for _, name, _ in BLOCK.findall(page)) != sorted(BLOCKS):
+        raise ValueError(f"the page must have each of these blocks once: {', '.join(BLOCKS)}")
+    return BLOCK.sub(lambda block: f"{block[1]}\n{render(block[2], results)}\n{block[3]}", page)
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description="Print the tables of BENCHMARKS.md.")
+    p.add_argument("--add", nargs=2, type=Path, metavar=("FILE", "NAME"), help="keep a result in benchmarks/results/")
+    p.add_argument("--commit", help="with --add: the commit that was measured, where the file does not state it")
+    p.add_argument("--write", action="store_true", help="rewrite the tables in BENCHMARKS.md")
+    args = p.parse_args()
+    try:
+        if args.add:
+            print(add(args.add[0], str(args.add[1]), args.commit))
+        results = read_results()
+        if args.write:
+            PAGE.write_text(write(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
+        elif not args.add:
+            print(*(f"{name}\n\n{render(name, results)}" for name in BLOCKS), sep="\n")
+    except (ValueError, OSError) as e:
+        return fail(e)
+    for problem in problems(results):
+        print(problem, file=sys.stderr)
+    return 1 if problems(results) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
