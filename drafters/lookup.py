@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from draft import Drafter
-from ops.device import device_limits, enter, tl, triton
+from ops.device import pdl_options, tl, triton, wait_for_previous_kernel
 from tree import State, Tree, build_tree
 
 RULES = {"longest": 16, "pld": 3, "hf": 2}  # the most tokens that a match may have
@@ -69,10 +69,9 @@ class Retrieval:
             scores.copy_(self.scores[found])
 
     def write_triton(self, state: State, tokens: Tensor, scores: Tensor | None) -> None:
-        pdl = device_limits(tokens.device)[1] >= (9, 0)
         retrieve_kernel[1,](state.tokens, state.length, tokens, scores, self.scores, self.length, self.longest,
-                            self.rule == "longest", self.rule == "pld", 1024, pdl, num_warps=8,
-                            **({"launch_pdl": True} if pdl else {}))
+                            self.rule == "longest", self.rule == "pld", 1024, num_warps=8,
+                            **pdl_options(tokens.device))
 
 
 @triton.jit
@@ -80,7 +79,7 @@ def retrieve_kernel(text, length, tokens, scores, table, K: tl.constexpr, LONGES
                     LATEST: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """See Retrieval.write. One program: a text of 4,000 tokens is four blocks, and a block's loads are all under way
     at once."""
-    enter(PDL)
+    wait_for_previous_kernel(PDL)
     n, best = tl.load(length), tl.full((), -1, tl.int64)
     for start in range(0, n - 1, BLOCK):
         place = start + tl.arange(0, BLOCK)

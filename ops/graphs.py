@@ -1,4 +1,8 @@
-"""CUDA graphs: capturing one, and timing what they replay."""
+"""CUDA graphs: capturing them, and timing what they replay.
+
+A graph launches the few hundred kernels of a cycle with one call. The kernels in it are the project's own:
+torch.compile (Inductor) was measured beside them and took 12 % longer a layer (BENCHMARKS.md).
+"""
 import time
 from collections.abc import Callable
 from functools import cache
@@ -9,8 +13,11 @@ from torch import Tensor
 
 
 def capture(function: Callable[[], object], unroll: int = 1) -> Callable[[], None]:
-    """`unroll` calls of `function` as a CUDA graph; calling the result replays them. Runs it twice before, which
-    compiles its kernels. What a graph leaves in its temporary memory, the next one that is replayed may overwrite."""
+    """Record `unroll` calls of `function` as one CUDA graph, and return what replays it.
+
+    Runs `function` twice before, which compiles its kernels. All graphs share one pool for temporary memory: replaying
+    a graph may overwrite what another one left there.
+    """
     for _ in range(2):
         function()
     torch.cuda.synchronize()
@@ -23,24 +30,29 @@ def capture(function: Callable[[], object], unroll: int = 1) -> Callable[[], Non
 
 @cache
 def graph_memory() -> torch.cuda.CUDAGraph:
-    """Whose memory all graphs take for their temporary tensors: no two are replayed at once. This one never is; it
-    keeps that memory when an engine goes with the last of the others."""
+    """The graph whose memory pool all CUDA graphs allocate from: only one of them runs at a time. It is never
+    replayed. It keeps the pool alive when an engine is freed together with the last of the other graphs."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         torch.zeros(1, device="cuda")
     return graph
 
 
-Timer = Callable[[Callable[[], object], torch.device], float]
+Timer = Callable[[Callable[[], object], torch.device], float]  # such as `timed`
 
 
 def timed(function: Callable[[], object], device: torch.device, unroll: int = 10, rounds: int = 5,
           calls: int | None = None) -> float:
-    """Milliseconds of one call, the median of `rounds` of so many calls (30, on a CPU 3). On a GPU `unroll` calls are
-    one CUDA graph: the launch of a graph costs a few microseconds, as much as a small part, and a part within a cycle
-    does not pay it."""
+    """Milliseconds of one call: the median of `rounds` rounds of `calls` calls (default: 30, on a CPU 3).
+
+    On a GPU, one CUDA graph holds `unroll` calls: launching a graph costs a few microseconds, as much as a small part
+    of a cycle, and within a cycle that part does not pay them.
+    """
     cuda = device.type == "cuda"
-    calls, unroll = (calls or 30, unroll) if cuda else (calls or 3, 1)
+    if calls is None:
+        calls = 30 if cuda else 3
+    if not cuda:
+        unroll = 1
     replay = capture(function, unroll) if cuda else function
     replay()
     return median(elapsed(replay, calls // unroll, device) for _ in range(rounds)) / calls
@@ -53,7 +65,8 @@ def elapsed(function: Callable[[], object], calls: int, device: torch.device) ->
         for _ in range(calls):
             function()
         return 1e3 * (time.perf_counter() - start)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(calls):
         function()
@@ -63,7 +76,7 @@ def elapsed(function: Callable[[], object], calls: int, device: torch.device) ->
 
 
 class Mailbox:
-    """The host's copies of `report`: one of the cycle that it reads, one of the cycle that runs meanwhile."""
+    """The host's two copies of `report`: it reads one cycle's while the next cycle fills the other."""
 
     def __init__(self, report: Tensor) -> None:
         self.report = report
@@ -71,7 +84,7 @@ class Mailbox:
         self.arrived = [torch.cuda.Event(), torch.cuda.Event()] if report.is_cuda else None
 
     def send(self, turn: int) -> None:
-        """Copy the report to the host as soon as the device gets there."""
+        """Enqueue the copy of the report to the host, without waiting for it."""
         self.copies[turn % 2].copy_(self.report, non_blocking=True)
         if self.arrived:
             self.arrived[turn % 2].record()

@@ -1,0 +1,114 @@
+"""How ops/linear.py's kernel cuts a linear layer into blocks, measured on an H100 (BENCHMARKS.md).
+
+The aim: enough programs at once, and enough of their weights in flight, that memory never idles. Cards with 99 KB of
+shared memory (sm_86, sm_89) get smaller blocks; there two programs share a multiprocessor.
+"""
+import math
+from typing import NamedTuple
+
+
+class Tiling(NamedTuple):
+    BM: int  # rows of x, padded; 1: multiply and add instead of using tensor cores
+    BN: int  # rows of the weights that a program owns
+    BK: int  # columns in one block (of int4: bytes)
+    SK: int  # programs that share the columns of a tile, at most 64
+    warps: int
+    stages: int  # blocks in flight, through shared memory
+    ahead: int = 4  # blocks that are prefetched into L2 while the previous kernel still runs (Hopper)
+
+
+def linear_config(M: int, N: int, K: int, sms: int, capability: tuple[int, int]) -> Tiling:
+    """The Tiling for weights [N, K] in bf16 or fp16 and M rows of x, on a card with `sms` multiprocessors."""
+    if M == 1:
+        return one_row(N, K)
+    hopper = capability >= (9, 0)
+    BM = 16 if M <= 16 else 32 if M <= 32 else 64
+    if K < 1024:  # over before memory is busy: all of a tile's K in flight, and nothing shared
+        stages = 4 if not hopper else 9 if BM == 16 else 6
+        return Tiling(BM, 64, 64 if K % 64 == 0 else 32, 1, 4, stages)
+    BN, warps, stages = 64, 4, 4
+    BK = 128 if BM < 64 else 64
+    SK = 1
+    tiles = -(-N // 64)
+    if tiles < sms:  # two programs a multiprocessor share the work; on Hopper one, with twice as much in flight
+        SK = (1 if hopper else 2) * sms // tiles
+        if hopper:
+            BK, stages = (256, 5) if BM == 16 else (128, 6)
+    elif BM == 16 and hopper:
+        BK, stages = 256, 3
+    elif BM == 64:  # every tile reads all of x again, from L2: large tiles, if they make up nearly whole waves
+        waves = tiles / 2 / sms
+        if not hopper:
+            BN, BK = 128, 32
+        elif math.ceil(waves) / waves < 1.4:
+            BN, BK, warps, stages = 128, 128, 8, 3
+    while K % BK and BK > 32:
+        BK //= 2  # K = 576: no masks with blocks of 64
+    SK = max(1, min(SK, K // BK // 4, 64))  # a shorter split would never reach full speed
+    return Tiling(BM, BN, BK, SK, warps, stages)
+
+
+def one_row(N: int, K: int) -> Tiling:
+    """The Tiling for one row of x: threads lie side by side along K, so that the loop needs no barrier."""
+    if K >= 8192:
+        return Tiling(1, 4, 2048, 1, 4, 1, ahead=1)
+    if K >= 2048:
+        return Tiling(1, 8, 1024, 1, 4, 4, ahead=2)
+    if N <= 16384:
+        return Tiling(1, 4, 1024, 1, 4, 1, ahead=1)
+    return Tiling(1, 4, 256, 1, 1, 1, ahead=1)
+
+
+def integer_config(M: int, N: int, columns: int, planes: int, group: int, sms: int, capability: tuple[int, int]
+                   ) -> Tiling:
+    """The Tiling for integer weights of N rows of `columns` bytes and M rows of x in `planes` planes; group: see
+    ops.quantized.Quantized. Hopper's tensor cores want at least 16 rows, all planes together."""
+    hopper = capability >= (9, 0)
+    if M <= 8:
+        BM = 8 if planes == 2 else 16
+    else:
+        BM = 16 if M <= 16 else 32 if M <= 32 else 64
+    rows = planes * BM  # what tensor cores multiply
+    tiles = -(-N // 64)
+    crowded = rows == 128 and group and not hopper  # four warps would not have enough registers
+    BN = 128 if crowded else 64
+    warps = 8 if crowded else 4
+    if columns < 1024 and not crowded:  # all of a tile's weights in flight
+        stages = 3 if group else 9 if rows < 64 else 6 if rows < 128 else 4
+        return Tiling(BM, BN, max(64, group), 1, warps, stages if hopper else min(stages, 4), ahead=0)
+    if hopper:
+        BK, SK, stages = (hopper_int4 if group else hopper_int8)(rows, tiles, sms)
+    else:  # 99 KB of shared memory: 48 of them for each program, where they suffice
+        BK = group if crowded else 128
+        SK = -(-2 * sms // tiles) if tiles < sms else 1
+        stages = 4 if rows < 64 else 3
+    while columns % BK and BK > max(64, group):
+        BK //= 2
+    SK = max(1, min(SK, columns // BK // 4, 64))
+    return Tiling(BM, BN, BK, SK, warps, stages, ahead=max(1, (256 if group else 1024) // BK))
+
+
+def hopper_int4(rows: int, tiles: int, sms: int) -> tuple[int, int, int]:
+    """BK, SK and stages for int4 on Hopper."""
+    if tiles < sms and rows == 128:
+        return 128, 4, 3
+    if tiles < sms and 2 * tiles > sms:  # two splits would make a wave and a half
+        return 128, 4, 6 if rows <= 16 else 4
+    if tiles < sms:
+        return 256, 2, 3 if rows == 64 else 6
+    if tiles > 3 * sms and rows <= 32:
+        return 256, 1, 3
+    if tiles > 3 * sms and rows == 64:
+        return 128, 1, 4
+    SK = 2 if tiles < 2 * sms or rows <= 16 else 1
+    return 128, SK, 4 if rows < 64 else 3
+
+
+def hopper_int8(rows: int, tiles: int, sms: int) -> tuple[int, int, int]:
+    """BK, SK and stages for int8 on Hopper."""
+    if tiles < sms:
+        BK, stages = (128, 8) if rows == 128 else (256, 6)
+        return BK, sms // tiles, stages
+    if rows < 64:
+        return 256, 1, 6 if rows <= 16 else 4
+    return 128, 1, 4
