@@ -1,16 +1,19 @@
-"""The shootout: every method in one engine, on one model, by one clock and one counter of tokens.
+"""The shootout: every method in one engine, on one model, with one clock and one way to count tokens.
 
     python bench.py --checkpoint checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct --methods vanilla,eagle,eagle2 \\
         --temperature 0 1 --json out.json --plots pictures
 
-All methods answer the same prompts (later turns hold the model's own answers to the earlier ones) and take turns, A B
-C A B C, so that a warmer GPU meets them all. Speeds are all tokens / all seconds of a run over the prompts, the median
-and quartiles of --runs; compilation and capture come before. What counts, everywhere: tokens committed after prefill,
-up to the stop id; tokens a cycle are these / verifications, the bonus token included. Each text is compared with plain
-decoding's at the same temperature and seed. --shape (widen.py) has the cost of a 7B and the text of a small model.
+All methods answer the same prompts; later turns hold the model's own answers to the earlier ones. The methods take
+turns, A B C A B C, so that a GPU that warms up slows all of them. The speed of a run is all of its tokens / all of its
+seconds; printed are the median and quartiles of --runs. Compiling and capturing happen before.
 
-Prints Markdown (report.py); --json FILE writes all numbers and ids, --against OLD.json compares with such a file,
---plots DIR draws (plots.py). Ctrl-C reports the runs that are complete. The parts of one cycle in detail: cycle.py.
+Counted are tokens committed after prefill, up to the stop id. Tokens per step are these / verifications, the bonus
+token included. Each text is compared with plain decoding's at the same temperature and seed. --shape measures the cost
+of a 7B with the text of a small model (benchmarks/widen.py).
+
+Prints Markdown (benchmarks/report.py). --json FILE writes all numbers and ids; benchmarks/race.py lists its keys.
+--against OLD.json compares with such a file, --plots DIR draws (benchmarks/plots.py). Ctrl-C reports the runs that are
+complete. benchmarks/cycle.py times the parts of one cycle in detail.
 """
 import argparse
 import importlib.util
@@ -29,8 +32,8 @@ from app.answer import Run, run
 from app.options import DTYPES, add_method_options, check_methods, fail
 from benchmarks.engines import gpt_fast_decoder, transformers_decoder
 from benchmarks.environment import environment
-from benchmarks.race import FAILURES, Method, complain, race, split_cycle, summary
-from benchmarks.report import against, read_result, report
+from benchmarks.race import FAILURES, Contestant, race, record_failure, split_cycle, summarise
+from benchmarks.report import compare_results, read_result, report
 from benchmarks.widen import SHAPES
 from benchmarks.workload import Prompt, Subject, ask, describe_subject, load, load_weights
 from drafters.methods import BASELINE, METHODS, make_drafter
@@ -39,90 +42,108 @@ from formats.questions import read_questions
 from ops.device import peak_gb
 from sampling import Sampling
 
-DEFAULT = ["lookup", "lookahead", "eagle", "eagle2", "eagle2+lookup"]  # those that need no further weights
+DEFAULT = ["lookup", "lookahead", "eagle", "eagle2", "eagle2+lookup"]  # need no weights besides the EAGLE head
 QUESTIONS = Path(__file__).parent / "benchmarks/questions.jsonl"
-NO_SETTINGS = ("methods", "temperature", "json", "against", "plots")  # which --against does not compare
+NOT_COMPARED = ("methods", "temperature", "json", "against", "plots")  # options that --against ignores
 
 
-def prepare(args: argparse.Namespace, result: dict) -> tuple[dict[str, Method], list[Prompt]]:
-    """Load everything, and let happen what happens once: compilation, capture. A method that fails is left out."""
-    new_tokens, questions = args.max_new_tokens, read_questions(args.questions)
-    subject = load(args, lambda model, tokenizer: ask(model, tokenizer, questions, new_tokens))
-    model, prompts, stop = subject[:3]
-    result["prompts"] = [p._asdict() for p in prompts]
-    longest = max((p.ids for p in prompts), key=len)
-    slots = len(longest) + new_tokens
-    model.allocate_cache(slots, SPARE)  # the target's: nobody's own memory
-    makers = {name: partial(our_method, name, args, subject, slots) for name in args.methods}
-    makers |= {f"transformers, {cache} cache (greedy)": lambda cache=cache: other_method(
-        transformers_decoder(model, stop, cache)) for cache in ("dynamic", "static") if args.transformers}
-    if args.gpt_fast:
-        makers["gpt-fast (greedy)"] = lambda: other_method(gpt_fast_decoder(model, stop, args.gpt_fast))
-    methods = {}
-    for name, make in tqdm(makers.items(), "prepare", leave=False, disable=None):
-        before, start = torch.cuda.memory_allocated(), time.perf_counter()  # without a GPU: 0
-        try:
-            method = make()
-            temperatures = args.temperature if method.engine else [0.0]
-            for t in temperatures:
-                if method.engine:
-                    method.engine.warm_up(Sampling(t))
-                method.decode(longest, new_tokens, Sampling(t))  # others compile for the longest text
-            known = {"prepare_s": time.perf_counter() - start}
-            if method.engine:
-                drafter, own = method.engine.drafter, torch.cuda.memory_allocated() - before
-                known |= {"nodes": drafter.num_nodes, "max_depth": drafter.max_depth,
-                          "rejection": drafter.rejection_sampling, "own_gb": own / 1e9 or None, "split_ms": {
-                              str(t): split_cycle(method.engine, prompts[0].ids, new_tokens, t) for t in temperatures}}
-            methods[name], result["methods"][name] = method, known
-        except FAILURES as error:
-            complain(result, name, error)
-    if BASELINE not in methods:
-        raise ValueError(f"vanilla, which all are compared with, failed: {result['failed'][BASELINE]}")
-    return methods, prompts
-
-
-def our_method(name: str, args: argparse.Namespace, subject: Subject, slots: int) -> Method:
-    """With weights of its own, even where another method drafts with the same: so it is known what each takes."""
+def our_method(name: str, args: argparse.Namespace, subject: Subject, slots: int) -> Contestant:
+    """A method of this engine. It loads its own weights, even where two methods draft with the same, so that the
+    memory of each is known."""
     drafter = make_drafter(name, args, subject.model, slots, load_weights(name, args, subject))
     engine = Engine(subject.model, drafter, slots, subject.stop_ids)
-    return Method(partial(run, engine), engine)
+    return Contestant(partial(run, engine), engine)
 
 
-def other_method(decode: Callable[[list[int], int], Run]) -> Method:
-    return Method(lambda ids, new_tokens, sampling: decode(ids, new_tokens))
+def other_engine(decode: Callable[[list[int], int], Run]) -> Contestant:
+    return Contestant(lambda ids, new_tokens, sampling: decode(ids, new_tokens))
+
+
+def makers(args: argparse.Namespace, subject: Subject, slots: int) -> dict[str, Callable[[], Contestant]]:
+    """By its name, a function that builds each contestant."""
+    model, stop_ids = subject.model, subject.stop_ids
+    found = {name: partial(our_method, name, args, subject, slots) for name in args.methods}
+    if args.transformers:
+        for cache in ("dynamic", "static"):
+            found[f"transformers, {cache} cache (greedy)"] = lambda cache=cache: other_engine(
+                transformers_decoder(model, stop_ids, cache))
+    if args.gpt_fast:
+        found["gpt-fast (greedy)"] = lambda: other_engine(gpt_fast_decoder(model, stop_ids, args.gpt_fast))
+    return found
+
+
+def set_up(make: Callable[[], Contestant], prompts: list[Prompt], args: argparse.Namespace) -> tuple[Contestant, dict]:
+    """Build a contestant, and do what is done only once: compile, and capture. Returns it and what is known about it
+    (result["methods"], see benchmarks/race.py)."""
+    memory_before = torch.cuda.memory_allocated()  # 0 without a GPU
+    start = time.perf_counter()
+    contestant = make()
+    engine = contestant.engine
+    temperatures = args.temperature if engine else [0.0]
+    longest = max((p.ids for p in prompts), key=len)
+    for t in temperatures:
+        if engine:
+            engine.warm_up(Sampling(t))
+        contestant.decode(longest, args.max_new_tokens, Sampling(t))  # other engines compile for the longest text
+    about = {"prepare_s": time.perf_counter() - start}
+    if engine:
+        drafter = engine.drafter
+        own_bytes = torch.cuda.memory_allocated() - memory_before
+        split_ms = {str(t): split_cycle(engine, prompts[0].ids, args.max_new_tokens, t) for t in temperatures}
+        about |= {"nodes": drafter.num_nodes, "max_depth": drafter.max_depth, "rejection": drafter.rejection_sampling,
+                  "own_gb": own_bytes / 1e9 or None, "split_ms": split_ms}
+    return contestant, about
+
+
+def prepare(args: argparse.Namespace, result: dict) -> tuple[dict[str, Contestant], list[Prompt]]:
+    """Load the model, make the prompts, and set up all contestants. One that fails is left out."""
+    questions = read_questions(args.questions)
+    subject = load(args, lambda model, tokenizer: ask(model, tokenizer, questions, args.max_new_tokens))
+    prompts = subject.prompts
+    result["prompts"] = [p._asdict() for p in prompts]
+    slots = max(len(p.ids) for p in prompts) + args.max_new_tokens
+    subject.model.allocate_cache(slots, SPARE)  # before any method's memory is measured: the cache is the target's
+    contestants = {}
+    for name, make in tqdm(makers(args, subject, slots).items(), "prepare", leave=False, disable=None):
+        try:
+            contestants[name], result["methods"][name] = set_up(make, prompts, args)
+        except FAILURES as error:
+            record_failure(result, name, error)
+    if BASELINE not in contestants:
+        raise ValueError(f"{BASELINE} failed, and all others are compared with it: {result['failed'][BASELINE]}")
+    return contestants, prompts
 
 
 def bench(args: argparse.Namespace, result: dict) -> None:
-    """Measure and fill `result`."""
+    """Measure everything and fill `result`."""
     device = torch.device(args.device)
     result |= {"command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
                "note": f"{args.checkpoint.name}, batch 1, {describe_subject(args)}",
-               "settings": {k: str(v) for k, v in vars(args).items() if k not in NO_SETTINGS},
+               "settings": {k: str(v) for k, v in vars(args).items() if k not in NOT_COMPARED},
                "methods": {}, "failed": {}, "measured": [], "before": environment(device)}
-    methods, prompts = prepare(args, result)
-    vanilla = methods[BASELINE].engine
+    contestants, prompts = prepare(args, result)
+    vanilla = contestants[BASELINE].engine
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # with --shape, loading takes more than all the rest
-    result["before"] = environment(device)  # the clocks of a warm GPU
-    runs = race(methods, prompts, args, result)
+    result["before"] = environment(device)  # again, now with the clocks of a warm GPU
+    runs = race(contestants, prompts, args, result)
     result |= {"after": environment(device), "memory_gb": peak_gb(device)}
-    result["measured"] = [summary(name, t, each, prompts, vanilla, result["methods"][name])
-                          for t, each in runs.items() for name in each]
+    result["measured"] = [summarise(name, t, by_method, prompts, vanilla, result["methods"][name])
+                          for t, by_method in runs.items() for name in by_method]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description="Compare methods of decoding.")
     p.add_argument("--checkpoint", type=Path, required=True, help="converted folder, or a model file in it")
     p.add_argument("--methods", type=lambda text: text.split(","), default=DEFAULT, metavar="A,B",
-                   help=f"vanilla, which always runs, and any of {', '.join(METHODS)} (default: {','.join(DEFAULT)})")
+                   help=f"any of {', '.join(METHODS)}; {BASELINE} always runs (default: {','.join(DEFAULT)})")
     add_method_options(p)
     p.add_argument("--temperature", type=float, nargs="+", default=[0.0], help="one or more; 0: greedy (the default)")
     p.add_argument("--runs", type=int, default=5, help="how often the methods take turns (default: 5)")
-    p.add_argument("--questions", type=Path, default=QUESTIONS,
-                   help='JSON lines with "turns", perhaps "category" and "question_id": those of Spec-Bench, MT-bench')
+    p.add_argument("--questions", type=Path, default=QUESTIONS, help='JSON lines with "turns" and, if you like, '
+                   '"category" and "question_id", as Spec-Bench and MT-bench have them')
     p.add_argument("--max_new_tokens", type=int, default=256)
-    p.add_argument("--shape", choices=SHAPES, help="widen the checkpoint to this shape (default: as it is)")
+    p.add_argument("--shape", choices=SHAPES, help="widen the checkpoint to this shape (default: do not widen)")
     p.add_argument("--transformers", action="store_true", help="also transformers, with its two kinds of cache; greedy")
     p.add_argument("--gpt_fast", type=Path, metavar="CLONE", help="also gpt-fast, greedy: the folder of its clone")
     p.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
@@ -134,38 +155,48 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     args.methods = list(dict.fromkeys([BASELINE, *args.methods]))
     args.temperature = list(dict.fromkeys(args.temperature))
+    wrong = check(args)
+    if wrong:
+        p.error(wrong)
+    return args
+
+
+def check(args: argparse.Namespace) -> str | None:
+    """What is wrong with the options, if anything."""
+    wrong_methods = check_methods(args, args.methods)
     others = args.transformers or args.gpt_fast
-    of_methods = check_methods(args, args.methods)
     for wrong, message in (
             (args.max_new_tokens < 2 or args.runs < 1, "--max_new_tokens must be 2 or more, --runs 1 or more"),
             (not all(0 <= t < float("inf") for t in args.temperature), "--temperature must be 0 or more"),
-            (of_methods, of_methods),
+            (wrong_methods, wrong_methods),
             (others and args.quantize, "other engines run without --quantize"),
             (others and 0 not in args.temperature, "other engines are greedy: add --temperature 0"),
             (args.gpt_fast and not (args.gpt_fast / "model.py").is_file(), f"--gpt_fast {args.gpt_fast}: no model.py "
              "there; clone github.com/meta-pytorch/gpt-fast and check out 32971d3"),
-            *((flag and not importlib.util.find_spec(name), f"--{option}: {name} is not installed; pip install -r "
-               "requirements-dev.txt") for flag, option, name in (
-                   (args.transformers, "transformers", "transformers"), (args.plots, "plots", "matplotlib"))),
             (args.json and not args.json.parent.is_dir(), f"--json {args.json}: there is no such folder")):
         if wrong:
-            p.error(message)
-    return args
+            return message
+    for flag, option, package in ((args.transformers, "transformers", "transformers"),
+                                  (args.plots, "plots", "matplotlib")):
+        if flag and not importlib.util.find_spec(package):
+            return f"--{option}: {package} is not installed; pip install -r requirements-dev.txt"
+    return None
 
 
 def main() -> int:
-    args, result = parse_args(), {"measured": []}
+    args = parse_args()
+    result = {"measured": []}
     try:
-        old = args.against and read_result(args.against)
+        old = read_result(args.against) if args.against else None
         bench(args, result)
     except (ValueError, OSError) as e:
         return fail(e)
     except KeyboardInterrupt:
-        result["interrupted"] = "all of it"
+        result["interrupted"] = "everything"
     if result["measured"]:
         print(report(result))
         if old:
-            print(against(old, result))
+            print(compare_results(old, result))
     if result.get("methods"):
         if args.json:
             args.json.write_text(json.dumps(result) + "\n")

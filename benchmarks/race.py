@@ -1,4 +1,50 @@
-"""Methods in turns over the same prompts, and what their runs add up to."""
+"""The race of bench.py: all methods take turns over the same prompts, and their runs become numbers.
+
+All that bench.py measures is one dict, `result`, which --json writes. bench.py fills it, benchmarks/report.py and
+benchmarks/plots.py read it. Units are in the names: _s seconds, _ms milliseconds, _gb 10^9 bytes.
+
+    command      str, the command line
+    note         str: checkpoint, dtype, weight format and, with --shape, whose cost and whose text is measured
+    settings     {option: its value as a string}; --against compares them
+    before       {name: str}, device, clocks and versions when the race began (benchmarks/environment.py)
+    after        the same when it ended
+    memory_gb    peak memory of the race
+    prompts      [{question, turn, category, ids}], one for each turn of each question
+    methods      {method: see below}
+    failed       {method: its error, as one line}
+    measured     [see below], an entry for each method at each temperature
+    interrupted  str, what Ctrl-C cut off; absent otherwise
+    unfinished   {"temperature": t, method: [a Run as a dict]}, the run that Ctrl-C cut off; it counts for nothing
+
+methods[name], where engines of other projects have the first key only:
+
+    prepare_s   building, compiling, capturing and a first text at each temperature
+    nodes       rows that a verification has, the root included
+    max_depth   drafted tokens that a cycle accepts at most
+    rejection   True if sampling follows the papers' rejection rule and so writes other texts than vanilla
+    own_gb      memory that the method needs besides the target; None without a GPU
+    split_ms    {temperature as a string: {draft, verify, other, cycle}}, see split_cycle
+
+measured[i], about all runs of one method at one temperature (`speeds` and `summarise` compute it):
+
+    method, temperature
+    tokens_per_sec   {median, q1, q3, runs}: tokens committed after prefill / seconds of decoding
+    with_prefill     the same with prefill: all new tokens / all seconds
+    prefill_ms       mean of the prompts, median of the runs
+    cycle_ms         wall-clock of decoding / cycles, median of the runs
+    mean_gained      tokens per step: tokens committed after prefill / verifications, the bonus token included
+    histogram        how many cycles committed 0, 1, 2, ... tokens
+    by_category      {category: the six numbers above for its prompts}
+    split_ms         that of methods[method] at this temperature, or None
+    accept_by_depth  the share of cycles that accepted at least 1, 2, ... drafted tokens
+    distinct4        see distinct4
+    steady           True if all runs wrote the same texts
+    same             how many texts equal vanilla's; None where they need not
+    gaps             [{prompt, token, gap}] for each text that differs: index of the prompt, index of the first token
+                     that differs, how far apart vanilla's two best scores are there (near 0: rounding decided)
+    texts, gained    for each prompt of the first run: its token ids; how many of them each cycle committed
+    runs             for each run {prefill_s, decode_s}, each a list with one number for each prompt
+"""
 import argparse
 import sys
 from collections.abc import Callable
@@ -11,117 +57,135 @@ from tqdm import tqdm
 
 from app.answer import Run
 from benchmarks.workload import Prompt, freeze
+from drafters.methods import BASELINE
 from engine import Engine, first_difference
 from ops.graphs import timed
 from sampling import Sampling
 
-FAILURES = (ValueError, OSError, RuntimeError, ImportError)  # of one method, out of memory among them
+FAILURES = (ValueError, OSError, RuntimeError, ImportError)  # that end one method only; RuntimeError: out of memory too
 
 
-class Method(NamedTuple):
-    decode: Callable[[list[int], int, Sampling], Run]  # prompt, most new tokens, how
-    engine: Engine | None = None  # None: another engine, and greedy
+class Contestant(NamedTuple):
+    """A method that takes part in the race."""
+    decode: Callable[[list[int], int, Sampling], Run]  # of a prompt's ids, the most new tokens, and how to sample
+    engine: Engine | None = None  # None: an engine of another project, which decodes greedily only
 
 
-def complain(result: dict, name: str, error: Exception) -> None:
+def record_failure(result: dict, name: str, error: Exception) -> None:
+    """Store the error as one line in result["failed"], and print it."""
     result["failed"][name] = (" ".join(str(error).split()) or type(error).__name__)[:300]
     print(f"{name} failed, the others go on: {result['failed'][name]}", file=sys.stderr)
 
 
 @torch.inference_mode()
 def split_cycle(engine: Engine, ids: list[int], new_tokens: int, temperature: float) -> dict[str, float]:
-    """ms of a cycle in the middle of a text, and of its parts: drafting, verifying (with the choice), the rest."""
+    """Milliseconds of one cycle, in the middle of an answer of `new_tokens` tokens, and of its parts: drafting,
+    verifying (choosing the next tokens included), and the rest."""
     freeze(engine, ids, new_tokens // 2, Sampling(temperature))
     engine.draw_noise()
     state, drafter = engine.state, engine.drafter
-    draft = timed(partial(drafter.propose, state), engine.device) if drafter.num_nodes > 1 else 0.0
-    verify = timed(partial(engine.verify, state.length - 1, drafter.propose(state)), engine.device)
-    cycle = timed(engine.cycle, engine.device, 1)
-    return {"draft": draft, "verify": verify, "other": cycle - draft - verify, "cycle": cycle}
+    draft_ms = timed(partial(drafter.propose, state), engine.device) if drafter.num_nodes > 1 else 0.0
+    verify_ms = timed(partial(engine.verify, state.length - 1, drafter.propose(state)), engine.device)
+    cycle_ms = timed(engine.cycle, engine.device, 1)
+    return {"draft": draft_ms, "verify": verify_ms, "other": cycle_ms - draft_ms - verify_ms, "cycle": cycle_ms}
 
 
-def race(methods: dict[str, Method], prompts: list[Prompt], args: argparse.Namespace, result: dict
+def race(contestants: dict[str, Contestant], prompts: list[Prompt], args: argparse.Namespace, result: dict
          ) -> dict[float, dict[str, list[list[Run]]]]:
-    """runs[temperature][method]: a list for each run, with a Run for each prompt. A text's seed is its prompt's place,
-    at every run. Runs in which not every method got through count for none; Ctrl-C ends the last of them."""
+    """Let all contestants answer all prompts, in turns, --runs times at each --temperature.
+
+    Returns runs[temperature][method][i][j], the Run of prompt j in run i. The seed of a text is the index of its
+    prompt, the same in every run. A contestant that fails is removed from `contestants`; its complete runs count.
+    After Ctrl-C, the run that was cut off counts for no method.
+    """
+    def contestants_at(t: float) -> list[tuple[str, Contestant]]:
+        """Those that can decode at this temperature."""
+        return [(name, c) for name, c in contestants.items() if c.engine or t == 0]
+
     runs = {t: {} for t in args.temperature}
-    turns = sum(1 for t in args.temperature for method in methods.values() if method.engine or not t)
-    bar = tqdm(total=args.runs * turns * len(prompts), desc="prompts", disable=None)
+    texts = args.runs * len(prompts) * sum(len(contestants_at(t)) for t in args.temperature)
+    bar = tqdm(total=texts, desc="prompts", disable=None)
     try:
-        for turn in range(args.runs):
+        for i in range(args.runs):
             for t in args.temperature:
-                part = {}
-                for name, method in [(n, m) for n, m in methods.items() if m.engine or not t]:
-                    bar.set_postfix_str(f"run {turn + 1} of {args.runs}, temperature {t:g}, {name}")
+                current: dict[str, list[Run]] = {}
+                for name, contestant in contestants_at(t):
+                    bar.set_postfix_str(f"run {i + 1} of {args.runs}, temperature {t:g}, {name}")
                     try:
                         for seed, prompt in enumerate(prompts):
-                            part.setdefault(name, []).append(
-                                method.decode(prompt.ids, args.max_new_tokens, Sampling(t, seed=seed)))
+                            current.setdefault(name, []).append(
+                                contestant.decode(prompt.ids, args.max_new_tokens, Sampling(t, seed=seed)))
                             bar.update()
                     except FAILURES as error:
-                        complain(result, name, error)
-                        del methods[name]
-                        part.pop(name, None)
-                for name, each in part.items():
-                    runs[t].setdefault(name, []).append(each)
+                        record_failure(result, name, error)
+                        del contestants[name]
+                        current.pop(name, None)
+                for name, run in current.items():
+                    runs[t].setdefault(name, []).append(run)
     except KeyboardInterrupt:
-        result["interrupted"] = f"run {turn + 1} of {args.runs} at temperature {t:g} and all that was to follow"
-        result["unfinished"] = {"temperature": t, **{name: [r._asdict() for r in each] for name, each in part.items()}}
+        result["interrupted"] = f"run {i + 1} of {args.runs} at temperature {t:g} and everything after it"
+        result["unfinished"] = {"temperature": t,
+                                **{name: [r._asdict() for r in run] for name, run in current.items()}}
     bar.close()
     return runs
 
 
 def spread(values: list[float]) -> dict:
+    """Median and quartiles of a number that was measured once a run, and the values themselves."""
     low, _, high = quantiles(values, method="inclusive") if len(values) > 1 else values * 3
     return {"median": median(values), "q1": low, "q3": high, "runs": values}
 
 
 def speeds(runs: list[list[Run]]) -> dict:
-    """The numbers of some prompts: of each run all tokens / all seconds."""
-    def total(each: list[Run], what: str) -> float:
-        return sum(getattr(r, what) for r in each)
-
-    gained = [g for r in runs[0] for g in r.gained]
-    decoded, cycles = ([sum(count(r.gained) for r in each) for each in runs] for count in (sum, len))
-    seconds = [max(total(each, "decode_s"), 1e-9) for each in runs]
-    return {"tokens_per_sec": spread([n / s for n, s in zip(decoded, seconds)]),
-            "with_prefill": spread([(n + len(each)) / (s + total(each, "prefill_s"))
-                                    for n, s, each in zip(decoded, seconds, runs)]),
-            "prefill_ms": 1e3 * median(total(each, "prefill_s") / len(each) for each in runs),
-            "cycle_ms": 1e3 * median(s / max(n, 1) for n, s in zip(cycles, seconds)),
+    """Speed, time per cycle and tokens per step of runs[i][j], prompt j in run i. A run's speed is all of its tokens /
+    all of its seconds, not a mean over prompts."""
+    tokens = [sum(sum(r.gained) for r in run) for run in runs]
+    cycles = [sum(len(r.gained) for r in run) for run in runs]
+    prefill_s = [sum(r.prefill_s for r in run) for run in runs]
+    decode_s = [max(sum(r.decode_s for r in run), 1e-9) for run in runs]
+    with_prefill = [(n + len(run)) / (decode + prefill)  # prefill chose one more token of each text
+                    for run, n, decode, prefill in zip(runs, tokens, decode_s, prefill_s)]
+    gained = [n for r in runs[0] for n in r.gained]
+    return {"tokens_per_sec": spread([n / s for n, s in zip(tokens, decode_s)]),
+            "with_prefill": spread(with_prefill),
+            "prefill_ms": 1e3 * median(s / len(run) for run, s in zip(runs, prefill_s)),
+            "cycle_ms": 1e3 * median(s / max(n, 1) for s, n in zip(decode_s, cycles)),
             "mean_gained": sum(gained) / max(len(gained), 1),
-            "histogram": [gained.count(n) for n in range(max(gained, default=0) + 1)]}  # cycles that gained 0, 1, 2...
+            "histogram": [gained.count(n) for n in range(max(gained, default=0) + 1)]}
 
 
 def distinct4(texts: list[list[int]]) -> float:
-    """The share of 4-grams that a text has not written before: where it is low, drafts are easy and speeds flatter."""
+    """The share of 4-grams that are new in their text. Where it is low, the texts repeat themselves, so that they are
+    easy to draft and the speeds flatter."""
     grams = [[tuple(ids[i:i + 4]) for i in range(len(ids) - 3)] for ids in texts]
     return sum(len(set(each)) for each in grams) / max(1, sum(map(len, grams)))
 
 
-def gap(vanilla: Engine, ids: list[int], sampling: Sampling) -> float:
-    """How far apart plain decoding's two best scores are after `ids`, what two texts have in common."""
-    return vanilla.top2_gap(ids, sampling)
-
-
-def summary(name: str, t: float, runs: dict[str, list[list[Run]]], prompts: list[Prompt], vanilla: Engine,
-            known: dict) -> dict:
-    """All about one method at one temperature; `runs` are those of all methods there, `known` is about this one."""
-    own, texts = runs[name], [r.tokens for r in runs[name][0]]
-    places = {}
+def summarise(name: str, t: float, runs: dict[str, list[list[Run]]], prompts: list[Prompt], vanilla: Engine,
+              about: dict) -> dict:
+    """The entry of result["measured"] for one method at one temperature. `runs` holds the runs of all methods there;
+    `about` is result["methods"][name]. `vanilla` computes the gaps."""
+    own = runs[name]
+    texts = [r.tokens for r in own[0]]
+    indices = {}  # of each category's prompts
     for i, prompt in enumerate(prompts):
-        places.setdefault(prompt.category, []).append(i)
-    entry = {"method": name, "temperature": t, **speeds(own), "split_ms": known.get("split_ms", {}).get(str(t)),
-             "by_category": {c: speeds([[each[i] for i in at] for each in own]) for c, at in places.items()},
-             "distinct4": distinct4(texts), "steady": all([r.tokens for r in each] == texts for each in own),
-             "accept_by_depth": [], "same": None, "gaps": [], "texts": texts, "gained": [r.gained for r in own[0]],
-             "runs": [{what: [getattr(r, what) for r in each] for what in ("prefill_s", "decode_s")} for each in own]}
-    histogram, depths = entry["histogram"], range(1, known.get("max_depth", 0) + 1)
-    entry["accept_by_depth"] = [sum(histogram[d + 1:]) / max(1, sum(histogram)) for d in depths]
-    if "vanilla" in runs and not (t and known.get("rejection")):  # which draws otherwise, from the same distribution
-        base = [r.tokens for r in runs["vanilla"][0]]
-        apart = [(i, first_difference(a, b)) for i, (a, b) in enumerate(zip(texts, base)) if a != b]
-        entry["same"] = len(texts) - len(apart)
-        entry["gaps"] = [{"prompt": i, "token": at, "gap": gap(
-            vanilla, prompts[i].ids + base[i][:at], Sampling(t, seed=i))} for i, at in apart]
-    return entry
+        indices.setdefault(prompt.category, []).append(i)
+    numbers = speeds(own)
+    histogram, depths = numbers["histogram"], range(1, about.get("max_depth", 0) + 1)
+    same, gaps = None, []
+    draws_otherwise = t > 0 and about.get("rejection")  # other texts, from the same distribution
+    if BASELINE in runs and not draws_otherwise:
+        expected = [r.tokens for r in runs[BASELINE][0]]
+        different = [i for i, (text, other) in enumerate(zip(texts, expected)) if text != other]
+        same = len(texts) - len(different)
+        for i in different:
+            at = first_difference(texts[i], expected[i])
+            gap = vanilla.top2_gap(prompts[i].ids + expected[i][:at], Sampling(t, seed=i))
+            gaps.append({"prompt": i, "token": at, "gap": gap})
+    return {"method": name, "temperature": t, **numbers, "split_ms": about.get("split_ms", {}).get(str(t)),
+            "by_category": {category: speeds([[run[i] for i in chosen] for run in own])
+                            for category, chosen in indices.items()},
+            "distinct4": distinct4(texts), "steady": all([r.tokens for r in run] == texts for run in own),
+            "accept_by_depth": [sum(histogram[d + 1:]) / max(1, sum(histogram)) for d in depths],
+            "same": same, "gaps": gaps, "texts": texts, "gained": [r.gained for r in own[0]],
+            "runs": [{"prefill_s": [r.prefill_s for r in run], "decode_s": [r.decode_s for r in run]} for run in own]}

@@ -1,8 +1,10 @@
-"""What bench.py and cycle.py measure: a checkpoint with its draft heads, as it is or in a large shape, and prompts.
+"""What bench.py and benchmarks/cycle.py measure: a model with its draft weights, and prompts.
 
-A widened model whose vocabulary is smaller than the checkpoint's (Llama-2 has 32,000 ids) keeps the ids that matter:
-those of the prompts, of the template, of the stops, and of what the checkpoint itself answers. So prompts come first,
-second turns with the answers to the first among them, and are then moved to the ids of the wide model.
+With --shape the model is the checkpoint's, widened to a larger shape (benchmarks/widen.py). Where the shape has a
+smaller vocabulary than the checkpoint (Llama-2 has 32,000 ids), the wide model keeps only the ids in use: those of
+the prompts, of the chat template, of the stops, and of the checkpoint's own answers. So the small model is loaded
+first and writes the prompts, whose later turns hold its answers to the earlier ones. Then it is widened, and the
+prompts are translated to the wide model's ids.
 """
 import argparse
 from collections.abc import Callable
@@ -32,115 +34,145 @@ class Prompt(NamedTuple):
 
 
 def describe_subject(args: argparse.Namespace) -> str:
-    """What numbers are of: dtype, weights, and whose text and cost."""
-    weights = args.quantize or (args.checkpoint.stem if args.checkpoint.is_file() else "")
-    text = f"{args.dtype}{weights and ', weights ' + weights}."
-    return text if args.shape is None else (
-        f"{text} {args.shape} is a shape: its cost, with the text and acceptance of {args.checkpoint.name}.")
+    """What the numbers are of, for people: dtype, weight format and, with --shape, whose cost and whose text."""
+    weights = args.quantize
+    if weights is None and args.checkpoint.is_file():
+        weights = args.checkpoint.stem
+    text = args.dtype + (f", weights {weights}." if weights else ".")
+    if args.shape:
+        text += f" {args.shape} is a shape: its cost, with the text and acceptance of {args.checkpoint.name}."
+    return text
+
+
+# ----- Sizes -------------------------------------------------------------------------------------------------------
+
+
+def tensors_of(part: nn.Module | Tensor | Quantized) -> list[Tensor]:
+    if isinstance(part, nn.Module):
+        return [*part.parameters(), *part.buffers()]
+    return [part.data, part.scale] if isinstance(part, Quantized) else [part]
 
 
 def gigabytes(*parts: nn.Module | Tensor | Quantized) -> float:
-    """Of all weights, their scales included."""
-    tensors = [t for part in parts for t in (
-        (*part.parameters(), *part.buffers()) if isinstance(part, nn.Module) else
-        (part.data, part.scale) if isinstance(part, Quantized) else (part,))]
-    return sum(t.nbytes for t in tensors) / 1e9
+    """Size of these weights in GB, scales included."""
+    return sum(t.nbytes for part in parts for t in tensors_of(part)) / 1e9
 
 
 def kv_gigabytes(kv: Tensor, length: int) -> float:
-    """Of the first `length` slots of a cache [..., S, D]."""
+    """Size in GB of the first `length` slots of a cache [..., S, D]."""
     return kv.nbytes / 1e9 * length / kv.shape[-2]
 
 
 def step_gb(model: Llama, length: int) -> float:
-    """What one forward of the model reads after a text of this length."""
+    """GB that one forward reads after a text of `length` tokens: layers, lm_head, keys and values."""
     return gigabytes(model.layers, model.lm_head) + kv_gigabytes(model.kv, length)
 
 
+# ----- Prompts -----------------------------------------------------------------------------------------------------
+
+
 def ask(model: Llama, tokenizer: Tokenizer, questions: list[Question], new_tokens: int) -> list[Prompt]:
-    """A prompt for each turn: later ones hold the earlier questions and the model's own greedy answers, so that all
-    who are measured answer the same. ValueError names a question whose answer would not fit the model's context."""
-    cfg, prompts, engine = model.cfg, [], None
-    most = min(cfg.max_position_embeddings, cfg.sliding_window or cfg.max_position_embeddings)
-    slots = min(most, max(len(tokenizer.dialogue(q.turns)) + 2 * len(q.turns) * new_tokens for q in questions))
+    """A prompt for each turn of each question. Later turns hold the earlier questions and the model's own greedy
+    answers to them, so that all methods answer the same prompts.
+
+    ValueError names the question whose answer would not fit the model's context.
+    """
+    cfg = model.cfg
+    context = min(cfg.max_position_embeddings, cfg.sliding_window or cfg.max_position_embeddings)
+    longest = max(len(tokenizer.dialogue(q.turns)) + 2 * len(q.turns) * new_tokens for q in questions)
+    prompts = []
+    engine = None
     for question in questions:
         texts = []
         for turn, text in enumerate(question.turns, 1):
             ids = tokenizer.dialogue(texts + [text])
-            if len(ids) + new_tokens > most:
+            if len(ids) + new_tokens > context:
                 raise ValueError(f"question {question.name}, turn {turn}: its {len(ids)} tokens and --max_new_tokens "
-                                 f"{new_tokens} do not fit the model's context of {most}: leave it out")
+                                 f"{new_tokens} do not fit the model's context of {context}: leave it out")
             prompts.append(Prompt(question.name, turn, question.category, ids))
             if turn < len(question.turns):
-                engine = engine or Engine(model, Vanilla(model.embed.weight.device), slots, tokenizer.stop_ids)
+                if engine is None:
+                    device = model.embed.weight.device
+                    engine = Engine(model, Vanilla(device), min(context, longest), tokenizer.stop_ids)
                 texts += [text, tokenizer.decode(sum(engine.generate(ids, new_tokens), []))]
     return prompts
 
 
 def fill_context(tokenizer: Tokenizer, questions: list[str], length: int) -> list[list[int]]:
-    """A prompt of exactly `length` tokens for each question: in one turn of the user the other questions, as often as
-    it takes, then this one. (What is repeated is easy to draft: give a long context many questions.) 0: this one."""
-    def wrap(text: str) -> list[int]:
+    """For each question a prompt of exactly `length` tokens; 0: of the question alone.
+
+    It is one turn of the user: the other questions, repeated as often as needed, then this one. Repeated text is easy
+    to draft, so a long context needs many questions.
+    """
+    def chat_ids(text: str) -> list[int]:
         return tokenizer.dialogue([text])
 
     if not length:
-        return [wrap(text) for text in questions]
-    one, other = wrap("X"), wrap("7")
-    before = next(i for i, (a, b) in enumerate(zip(one, other)) if a != b)
-    after = one[before + 1:]
-    room, prompts = length - before - len(after), []
+        return [chat_ids(text) for text in questions]
+    one, other = chat_ids("X"), chat_ids("7")  # one token each, so they differ where a text begins
+    start = next(i for i, (a, b) in enumerate(zip(one, other)) if a != b)
+    before, after = one[:start], one[start + 1:]
+    room = length - len(before) - len(after)
     if room < 1:
-        raise ValueError(f"--contexts {length}: the chat template alone takes {before + len(after)} tokens")
+        raise ValueError(f"--contexts {length}: the chat template alone takes {len(before) + len(after)} tokens")
+    prompts = []
     for i in range(len(questions)):
         text = "\n\n".join(["", *questions[i + 1:], *questions[:i + 1]])
-        ids = wrap(text)
-        ids = ids[before:len(ids) - len(after)]
-        prompts.append(one[:before] + (ids * (room // len(ids) + 1))[-room:] + after)
+        ids = chat_ids(text)
+        ids = ids[start:len(ids) - len(after)]
+        repeated = ids * (room // len(ids) + 1)
+        prompts.append(before + repeated[-room:] + after)
     return prompts
 
 
+# ----- Models ------------------------------------------------------------------------------------------------------
+
+
 class Subject(NamedTuple):
-    """What is measured. All ids are those of the wide model, where there is one."""
+    """What is measured. With --shape, model and ids are those of the wide model."""
     model: Llama
     prompts: list[Prompt]
     stop_ids: frozenset[int]
-    widening: Widening | None  # with --shape; it holds the small model, so let go of it once all weights are loaded
+    widening: Widening | None  # with --shape; it keeps the small model alive: drop it once all weights are loaded
 
 
 def load(args: argparse.Namespace, make_prompts: Callable[[Llama, Tokenizer], list[Prompt]]) -> Subject:
-    """The checkpoint, widened with --shape, and the prompts that make_prompts makes of it."""
+    """Load the checkpoint, let `make_prompts` make prompts with its model, and with --shape widen both."""
     tokenizer = Tokenizer(folder_of(args.checkpoint))
-    quantize = None if args.shape else args.quantize
-    dtype = torch.float32 if args.shape else DTYPES[args.dtype]  # widening rounds, and once is enough
+    if args.shape:  # widening rounds to --dtype and quantises: fp32 here, so that this happens once
+        dtype, quantize = torch.float32, None
+    else:
+        dtype, quantize = DTYPES[args.dtype], args.quantize
     model = load_model(args.checkpoint, args.device, dtype, quantize, args.group or 128)
     prompts = make_prompts(model, tokenizer)
-    if args.shape is None:
-        model.free_cache()  # it was for the answers to first turns: each engine's context has its own size
+    if not args.shape:
+        model.free_cache()  # make_prompts needed it to write answers; each engine chooses its own size
         return Subject(model, prompts, tokenizer.stop_ids, None)
     wide = Widening(args, model, [prompt.ids for prompt in prompts], tokenizer.stop_ids)
-    return Subject(wide.model, [prompt._replace(ids=wide.ids(prompt.ids)) for prompt in prompts],
-                   frozenset(wide.ids(sorted(tokenizer.stop_ids))), wide)
+    wide_prompts = [prompt._replace(ids=wide.ids(prompt.ids)) for prompt in prompts]
+    return Subject(wide.model, wide_prompts, frozenset(wide.ids(sorted(tokenizer.stop_ids))), wide)
 
 
 def load_weights(method: str, args: argparse.Namespace, subject: Subject) -> dict[str, nn.Module]:
-    """The weights that a method drafts with, by their option, for drafters.methods.make_drafter; empty if it has
-    none."""
+    """The weights that a method drafts with, as drafters.methods.make_drafter takes them: {option: weights}, or {} if
+    the method has none. With --shape they are widened too."""
     weights = METHODS[method].weights
     if weights is None:
         return {}
     if subject.widening is None:
         return {weights.option: weights.load(args, subject.model)}
-    unquantised = argparse.Namespace(**vars(args) | {"quantize": None})  # quantised after widening
+    unquantised = argparse.Namespace(**vars(args) | {"quantize": None})  # Widening quantises what it has widened
     small = weights.load(unquantised, subject.widening.small)
     return {weights.option: weights.widen(subject.widening, small)}
 
 
 def freeze(engine: Engine, ids: list[int], new_tokens: int, sampling: Sampling = Sampling()) -> int:
-    """Continue the prompt by at least `new_tokens` tokens and end the text there, in the middle of an answer (see
-    Engine.freeze). Returns its length."""
+    """Continue the prompt by `new_tokens` tokens, or a few more, and stop there, in the middle of an answer. From then
+    on a cycle does all of its work and commits nothing (Engine.freeze). Returns the length of the text."""
+    written = 0
     for new in engine.generate(ids, len(engine.state.tokens), sampling):
-        new_tokens -= len(new)
-        if new_tokens <= 0:
+        written += len(new)
+        if written >= new_tokens:
             break
     engine.freeze()
     return int(engine.state.length)

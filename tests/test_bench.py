@@ -18,9 +18,9 @@ import bench
 from app.answer import Run, run
 from benchmarks import race, workload
 from benchmarks.engines import gpt_fast_decoder, transformers_decoder
-from benchmarks.race import Method
+from benchmarks.race import Contestant
 from benchmarks.race import race as take_turns
-from benchmarks.report import against, read_result, report
+from benchmarks.report import compare_results, read_result, report
 from benchmarks.widen import SHAPES
 from benchmarks.workload import Prompt, Subject
 from draft import Vanilla
@@ -127,7 +127,7 @@ def gpt_fast(tmp_path: Path) -> Path:
     return tmp_path / "clone"
 
 
-def clockwork(order: list, *, fails: str = "", stops: int = 10**9, seconds: float = 1.0) -> dict[str, Method]:
+def clockwork(order: list, *, fails: str = "", stops: int = 10**9, seconds: float = 1.0) -> dict[str, Contestant]:
     """Methods that write two cycles of 1 and 2 tokens, each in so many seconds, and note who was asked when."""
     def decode(ids: list[int], new_tokens: int, sampling: Sampling, name: str) -> Run:
         order.append((name, sampling.temperature, ids[0], sampling.seed))
@@ -136,7 +136,7 @@ def clockwork(order: list, *, fails: str = "", stops: int = 10**9, seconds: floa
         if name == fails:
             raise torch.OutOfMemoryError("out of\n memory")
         return Run([1, 2, 3, 4], [1, 2], 0.5, 2 * seconds)
-    return {name: Method(partial(decode, name=name), None if name == "other" else object())
+    return {name: Contestant(partial(decode, name=name), None if name == "other" else object())
             for name in ("vanilla", "b", "other")}
 
 
@@ -172,7 +172,7 @@ def test_interrupted() -> None:
     """All lost, or a half-measured method in the tables beside the others' whole runs."""
     order, result, runs = run_race(runs=3, stops=10 + 3)  # in the second run, at b's second prompt
     assert [len(group) for part in runs.values() for group in part.values()] == [1] * 5
-    assert result["interrupted"].startswith("run 2 of 3 at temperature 0 and all")
+    assert result["interrupted"].startswith("run 2 of 3 at temperature 0 and every")
     assert [len(result["unfinished"][name]) for name in ("vanilla", "b")] == [2, 1]
 
 
@@ -207,7 +207,7 @@ def test_gap_where_texts_part(t: float) -> None:
     vanilla.state.seed.fill_(99)
     vanilla.state.sampling = Sampling(1 - t)  # what another method left behind
     known = {"max_depth": 3, "rejection": False, "split_ms": {str(t): "split"}}
-    entry = race.summary("x", t, {"vanilla": [base] * 2, "x": [other] * 2}, prompts, vanilla, known)
+    entry = race.summarise("x", t, {"vanilla": [base] * 2, "x": [other] * 2}, prompts, vanilla, known)
     logits = tiny.logits(model, prompts[1].ids + base[1].tokens[:3])[-1:].float()
     if t:
         logits = logits + gumbel_noise(torch.tensor(1), torch.tensor([15]), model.cfg.vocab_size)
@@ -216,9 +216,9 @@ def test_gap_where_texts_part(t: float) -> None:
     assert (entry["same"], entry["steady"], entry["split_ms"]) == (1, True, "split")
     assert entry["by_category"]["y"]["mean_gained"] == 11 / 4 and entry["by_category"]["x"]["mean_gained"] == 1
     assert entry["accept_by_depth"] == [3 / 15, 3 / 15, 1 / 15] and entry["mean_gained"] == 22 / 15
-    unsteady = race.summary("x", t, {"vanilla": [base] * 2, "x": [base, other]}, prompts, vanilla, known)
+    unsteady = race.summarise("x", t, {"vanilla": [base] * 2, "x": [base, other]}, prompts, vanilla, known)
     assert not unsteady["steady"] and unsteady["same"] == 2
-    own = race.summary("x", t, {"vanilla": [base], "x": [other]}, prompts, vanilla, known | {"rejection": True})
+    own = race.summarise("x", t, {"vanilla": [base], "x": [other]}, prompts, vanilla, known | {"rejection": True})
     assert own["same"] == (None if t else 1), "one that draws otherwise is compared where nobody draws"
 
 
@@ -278,8 +278,8 @@ def test_command_line(shape: tuple, arguments, gpt_fast: Path, tmp_path: Path, c
         assert e["same"] == 3 and not e["gaps"] and e["steady"] and len(e["runs"]) == 2
         assert [1 + sum(gained) for gained in e["gained"]] == [len(text) for text in e["texts"]]
         assert e["mean_gained"] == sum(map(sum, e["gained"])) / sum(map(len, e["gained"])) >= 1
-        for run, speed in zip(e["runs"], e["tokens_per_sec"]["runs"]):
-            assert speed == pytest.approx(sum(map(sum, e["gained"])) / sum(run["decode_s"]))
+        for times, speed in zip(e["runs"], e["tokens_per_sec"]["runs"]):
+            assert speed == pytest.approx(sum(map(sum, e["gained"])) / sum(times["decode_s"]))
         if e["method"] in names:
             split, depth = e["split_ms"], result["methods"][e["method"]]["max_depth"]
             assert split["cycle"] == split["draft"] + split["verify"] + split["other"] > split["verify"] > 0
@@ -317,7 +317,7 @@ def test_interrupted_command_line(arguments, tmp_path: Path, capsys, monkeypatch
     monkeypatch.setattr(bench, "run", interrupted)
     stop = 1
     arguments("--methods", "eagle", "--json", tmp_path / "out.json")
-    assert bench.main() == 130 and "interrupted; missing: all of it" in capsys.readouterr().err
+    assert bench.main() == 130 and "interrupted; missing: everything" in capsys.readouterr().err
     calls.clear()
     stop = 2 + 6 + 4  # warm-ups, a run, half of another
     assert bench.main() == 130
@@ -334,15 +334,15 @@ def test_against() -> None:
         return {"measured": entries, "prompts": [{"ids": [1]}], "settings": {"runs": "2"},
                 "before": {"device": device, "date": device}, "methods": {"eagle2": {"nodes": nodes, "max_depth": 3}}}
 
-    rows = against(result([20.0, 24.0], "A", 8), result([25.0, 26.0], "B", 9)).splitlines()
+    rows = compare_results(result([20.0, 24.0], "A", 8), result([25.0, 26.0], "B", 9)).splitlines()
     assert [cell.strip() for cell in rows[3].split("|")[1:-1]] == ["eagle2", "0", "22.0", "25.5", "1.159", "yes"]
     assert rows[2].split("|")[-2].strip() == "no" and rows[4:] == [
         "", "device differs: A -> B", "eagle2: nodes differs: 8 -> 9"]
     old = result([20.0, 24.0], "A", 8)
-    assert "yes" not in against(old, result([23.0, 30.0], "A", 8))
+    assert "yes" not in compare_results(old, result([23.0, 30.0], "A", 8))
     old["measured"].append({"method": "gone", "temperature": 1.0, "tokens_per_sec": race.spread([5.0])})
     old["methods"]["gone"] = {"nodes": 4, "max_depth": 3}
-    lines = against(old, result([23.0, 30.0], "A", 8)).splitlines()
+    lines = compare_results(old, result([23.0, 30.0], "A", 8)).splitlines()
     assert lines[4].split("|")[1:4] == [" gone    ", " 1           ", " 5.0          "] and len(lines) == 5
 
 
