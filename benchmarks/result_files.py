@@ -29,11 +29,12 @@ def strip(raw: dict) -> dict:
                 "model": Path(arguments["checkpoint"]).name if shape == "None" else shape.title(),
                 "precision": dtype if mode == "None" else mode}
     elif raw.get("measured"):
+        entries = raw["measured"]
+        gaps = [max((at["gap"] for at in entry["gaps"]), default=None) for entry in entries]
         kept = {"environment": raw["before"] | {"power": raw["before"].get("power.limit")},
                 "command": clean_command(shlex.split(raw["command"])), "num_prompts": len(raw["prompts"]),
-                "num_runs": len(raw["measured"][0]["runs"])}
-        for entry in raw["measured"]:
-            entry["largest_gap"] = max((at["gap"] for at in entry["gaps"]), default=None)
+                "num_runs": len(entries[0]["runs"]),
+                "measured": [shorten(entry) | {"largest_gap": gap} for entry, gap in zip(entries, gaps)]}
     else:
         raise ValueError("neither benchmarks.cycle nor bench.py wrote this, or nothing was measured")
     return shorten(raw) | kept

@@ -92,7 +92,7 @@ def methods_table(results: Results) -> str:
     for result, t, entries in temperatures(results):
         base = entries[0]
         rows = [(f"temperature {t:g}", "rows", "tokens/s", "speed-up", "tokens per step", *base["by_category"],
-                 "same text", "largest gap")]
+                 "same text", "largest gap", "new 4-grams")]
         for entry in entries:
             pairs = [(entry, base), *((part, base["by_category"][c]) for c, part in entry["by_category"].items())]
             total, *parts = [f"{part['tokens_per_sec']['median'] / of['tokens_per_sec']['median']:.2f}"
@@ -101,7 +101,8 @@ def methods_table(results: Results) -> str:
                          f"{entry['tokens_per_sec']['median']:.1f}", total, f"{entry['mean_gained']:.2f}",
                          *(f"{ratio} ({part['mean_gained']:.2f})" for ratio, (part, _) in zip(parts, pairs[1:])),
                          "own draw" if entry["same"] is None else f"{entry['same']} of {result['num_prompts']}",
-                         "" if entry["largest_gap"] is None else f"{entry['largest_gap']:.2f}"))
+                         "" if entry["largest_gap"] is None else f"{entry['largest_gap']:.2f}",
+                         f"{entry['distinct4']:.0%}"))
         tables.append(table(*rows))
     return "\n".join(tables)
 

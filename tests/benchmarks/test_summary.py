@@ -96,7 +96,10 @@ def test_strip_keeps_figures_and_drops_texts(raw: dict[str, dict], results: Resu
         assert [part["ms"] for part in new["parts"]] == pytest.approx([part["ms"] for part in old["parts"]], 1e-5)
     for old, new in zip(raw[METHODS]["measured"], results[METHODS]["measured"], strict=True):
         assert new["same"] == old["same"] and new["mean_gained"] == pytest.approx(old["mean_gained"], 1e-5)
-        assert new["largest_gap"] == pytest.approx(max((at["gap"] for at in old["gaps"]), default=None), 1e-5)
+        assert new["largest_gap"] is None and old["gaps"] == []
+    apart = [{"prompt": 0, "token": 3, "gap": 0.25}, {"prompt": 2, "token": 9, "gap": 0.125}]
+    one = strip(raw[METHODS] | {"measured": [raw[METHODS]["measured"][0] | {"gaps": apart}]})
+    assert one["measured"][0]["largest_gap"] == 0.25
     assert results[CYCLES]["command"] == (
         "python -m benchmarks.cycle --checkpoint checkpoint --shape tiny --contexts 60 40 --max_new_tokens 12 "
         "--questions asked.jsonl --rounds 1 --rows --dtype float32 --device cpu")
@@ -132,6 +135,7 @@ def test_tables(raw: dict[str, dict], results: Results) -> None:
     chat, plain = (e["by_category"]["chat"] for e in (entry, base))
     ratio = chat["tokens_per_sec"]["median"] / plain["tokens_per_sec"]["median"]
     assert row[5] == f"{ratio:.2f} ({chat['mean_gained']:.2f})" and row[7] == f"{entry['same']} of 3"
+    assert row[8:] == ["", f"{entry['distinct4']:.0%}"]
     assert splits[8][:2] == ["lookup", f"{lookup['split_ms']['draft']:.3f}"]
     assert splits[9][4:] == [f"{entry['split_ms']['cycle']:.3f}", f"{entry['cycle_ms']:.3f}"]
     assert "at commit abc1234, torch" in render("about", results) and "benchmarks.cycle" in render("commands", results)
@@ -174,6 +178,21 @@ def test_a_gpu_with_clocks(raw: dict[str, dict]) -> None:
     assert strip(raw[CYCLES] | {"device": line})["environment"] == {
         "device": "NVIDIA H100 80GB HBM3", "power": "700.00 W", "torch": "2.11.0+cu130", "triton": "3.6.0",
         "commit": "abc and uncommitted changes", "date": "2026-11-28"}
+
+
+def test_command_line(results: Results, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if --write leaves the page as it was, or if results that disagree are no failure."""
+    page = tmp_path / "page.md"
+    page.write_text("".join(f"<!-- table: {name} -->\n<!-- end -->\n" for name in BLOCKS))
+    monkeypatch.setattr(summary, "PAGE", page)
+    monkeypatch.setattr(summary, "read_results", lambda: results)
+    monkeypatch.setattr(sys, "argv", ["summary.py", "--write"])
+    assert summary.main() == 0 and write(page.read_text(), results) == page.read_text()
+    results[METHODS]["environment"]["commit"] = "fedcba9"
+    monkeypatch.setattr(sys, "argv", ["summary.py"])
+    assert summary.main() == 1
+    printed = capsys.readouterr()
+    assert all(render(name, results) in printed.out for name in BLOCKS) and "fedcba9 in methods" in printed.err
 
 
 def test_refused(tmp_path: Path, raw: dict[str, dict]) -> None:
