@@ -1,12 +1,16 @@
-"""Where the time of an EAGLE-2 cycle goes: its parts, what they read, and what is lost between two cycles.
+"""Where the time of an EAGLE-2 cycle goes: its parts, the bytes that they read, and what is lost between two cycles.
 
-    python cycle.py --checkpoint checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct --shape llama-2-7b --rows
+    python -m benchmarks.cycle --checkpoint checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct --shape llama-2-7b --rows
 
-With --shape the checkpoint is widened (widen.py): every weight of a 7B is read and multiplied, the text and how often
-drafts are accepted are the small model's. Each part of a cycle is timed alone, on a GPU as a CUDA graph of its own
-between two events, at one moment in the middle of a generation: `freeze` stops the text there, and a cycle does the
-same work again and again. Tokens a second are wall-clock of whole generations: greedy, prefill left out, in turns with
-plain decoding. Prints Markdown; --json FILE writes the same numbers and more. To compare methods: bench.py.
+With --shape the checkpoint is widened (benchmarks/widen.py): every weight of a 7B is read and multiplied, but the text
+and the acceptance of drafts are the small model's.
+
+Each part of a cycle is timed alone, on a GPU as a CUDA graph of its own between two events. For that the text is frozen
+in the middle of a generation, so that a cycle repeats the same work. Tokens per second are wall-clock of whole
+generations: greedy, without prefill, in turns with plain decoding.
+
+Prints Markdown; --json FILE writes the same numbers and more (measure_all and measure_context list the keys). bench.py
+compares all methods.
 """
 import argparse
 import json
@@ -40,8 +44,8 @@ from benchmarks.workload import (
     step_gb,
 )
 from draft import Eagle2, Vanilla
-from drafters.methods import CPU_TREE, GPU_TREE, tree_nodes
-from drafters.tree_size import fit, read_curve, verify_by_rows
+from drafters.methods import BASELINE, CPU_TREE, GPU_TREE, tree_nodes
+from drafters.tree_size import fit, read_curve, verification_ms
 from engine import Engine
 from formats.eagle import find_head
 from formats.questions import read_questions
@@ -51,86 +55,114 @@ from ops.graphs import timed
 from quant.linear import GROUPS, MODES
 from tokenizer import Tokenizer
 
-ROWS = (1, 8, 16, 32, 48, 60, 64)
+ROWS = (1, 8, 16, 32, 48, 60, 64)  # that --rows times
 QUESTIONS = Path(__file__).parent / "cycle_questions.jsonl"
 
 
+# ----- Measuring ---------------------------------------------------------------------------------------------------
+
+
 def bandwidth(device: torch.device) -> dict[str, float]:
-    """The best GB/s of memory: that a sum reads, and that a copy reads and writes together."""
+    """The best GB/s of memory in five tries: of a sum, which reads, and of a copy, which reads and writes."""
     x = torch.ones(2**29 if device.type == "cuda" else 2**26, device=device)  # fp32: 2 GiB, far beyond any cache
-    y, gb = torch.empty_like(x), 4e-9 * len(x)
-    read, copy = (min(timed(f, device, 1, 1) for _ in range(5)) for f in (x.sum, partial(y.copy_, x)))
-    return {"read_gb_s": 1e3 * gb / read, "copy_gb_s": 2e3 * gb / copy}
+    y = torch.empty_like(x)
+    gb = 4e-9 * len(x)
+    read_ms = min(timed(x.sum, device, 1, 1) for _ in range(5))
+    copy_ms = min(timed(partial(y.copy_, x), device, 1, 1) for _ in range(5))
+    return {"read_gb_s": 1e3 * gb / read_ms, "copy_gb_s": 2e3 * gb / copy_ms}
 
 
 @torch.inference_mode()
 def cycle_parts(engine: Engine) -> list[dict]:
-    """The parts of a frozen engine's cycle, in order: ms, and the GB of weights, keys and values that each reads."""
-    state, drafter, model, length, parts = engine.state, engine.drafter, engine.model, int(engine.state.length), []
-    fc_gb, level_gb = gigabytes(drafter.fc), gigabytes(drafter.lm_head, drafter.head.layer) + kv_gigabytes(
-        drafter.head.kv, length)
+    """The parts of a frozen engine's cycle, in order, as {part, ms, gb}: name, time, and how many GB of weights,
+    keys and values it reads."""
+    state, drafter, model = engine.state, engine.drafter, engine.model
+    length = int(state.length)
+    parts = []
 
-    def part(name: str, gb: float, function: Callable[[], object]) -> object:
+    def time_part(name: str, gb: float, function: Callable[[], object]) -> object:
         parts.append({"part": name, "ms": timed(function, engine.device), "gb": gb})
-        return function()  # what the next part reads, outside of any graph
+        return function()  # once more, outside of any CUDA graph: the next part reads the result
 
-    below = [fc_gb] * (drafter.levels - 1) + [0]  # below the last level nothing is drafted
-    scratch, fc_of_feature, level = part(f"draft: extend, {drafter.max_depth + 1} rows", fc_gb + level_gb + below[0],
-                                partial(drafter.begin, state))
+    fc_gb = gigabytes(drafter.fc)
+    level_gb = gigabytes(drafter.lm_head, drafter.head.layer) + kv_gigabytes(drafter.head.kv, length)
+    next_fc_gb = [fc_gb] * (drafter.levels - 1) + [0]  # each level but the last runs fc on its features for the next
+    scratch, fc_of_feature, level = time_part(
+        f"draft: extend, {drafter.max_depth + 1} rows", fc_gb + level_gb + next_fc_gb[0], partial(drafter.begin, state))
     for depth in range(1, drafter.levels):
-        fc_of_feature, level = part(f"draft: expansion {depth}, {drafter.topk} rows", level_gb + below[depth],
-                             partial(drafter.expand, state, scratch, fc_of_feature, level, depth))
-    tree = part("rerank", 0, partial(drafter.rerank, state))
-    features, chosen = part(f"verify, {len(tree.tokens)} rows", step_gb(model, length),
-                            partial(engine.verify, scratch[0, 0], tree))
-    part("accept and compact", 0, partial(engine.commit, scratch[0, 0], tree, features, chosen))
+        fc_of_feature, level = time_part(
+            f"draft: expansion {depth}, {drafter.topk} rows", level_gb + next_fc_gb[depth],
+            partial(drafter.expand, state, scratch, fc_of_feature, level, depth))
+    tree = time_part("rerank", 0, partial(drafter.rerank, state))
+    base = scratch[0, 0]
+    features, next_tokens = time_part(f"verify, {len(tree.tokens)} rows", step_gb(model, length),
+                                      partial(engine.verify, base, tree))
+    time_part("accept and compact", 0, partial(engine.commit, base, tree, features, next_tokens))
     return parts
 
 
-def score(runs: list[list[Run]]) -> dict[str, float]:
-    """The median over rounds of all tokens / all seconds."""
-    gained, cycles = sum(sum(r.gained) for r in runs[0]), max(1, sum(len(r.gained) for r in runs[0]))
-    seconds = median(sum(r.decode_s for r in each) for each in runs)
-    return {"tokens_per_sec": gained / seconds, "mean_gained": gained / cycles, "cycle_ms": 1e3 * seconds / cycles}
+def speed_of(rounds: list[list[Run]]) -> dict[str, float]:
+    """Tokens per second, tokens per step and ms per cycle of rounds[i][j], prompt j in round i. All rounds write the
+    same texts and differ only in their seconds, of which the median counts."""
+    tokens = sum(sum(r.gained) for r in rounds[0])
+    cycles = max(1, sum(len(r.gained) for r in rounds[0]))
+    seconds = median(sum(r.decode_s for r in runs) for runs in rounds)
+    return {"tokens_per_sec": tokens / seconds, "mean_gained": tokens / cycles, "cycle_ms": 1e3 * seconds / cycles}
 
 
-def measure(engines: dict[str, Engine], prompts: list[list[int]], args: argparse.Namespace) -> dict:
-    """Everything about one context."""
-    vanilla, eagle = engines.values()
-    for engine in engines.values():  # capture, compilation
+def measure_context(engines: dict[str, Engine], prompts: list[list[int]], args: argparse.Namespace) -> dict:
+    """All numbers of one context, an entry of result["contexts"]. `engines` are vanilla and eagle2. The keys:
+
+    context, timed_at             tokens of the longest prompt; length of the frozen text
+    parts                         see cycle_parts
+    sum_ms, cycle_ms, cycle_gb    the parts together; a whole cycle as one graph; GB that it reads
+    between_ms                    a cycle of the generations, in wall-clock, less cycle_ms
+    vanilla_ms, vanilla_gb        the same of vanilla's cycle
+    verify_ratio, cycle_ratio     verification / vanilla's cycle, cycle / vanilla's cycle
+    rows_ms                       {rows: ms of verifying them}, with --rows
+    speed                         {"vanilla" and "eagle2": see speed_of}
+    texts                         eagle2's token ids
+    efficiency                    tokens/s of the generations / tokens/s if a cycle took cycle_ms
+    """
+    vanilla, eagle2 = engines[BASELINE], engines["eagle2"]
+    for engine in engines.values():  # compiling and capturing are not timed
         run(engine, prompts[0], args.max_new_tokens)
-    runs = {name: [] for name in engines}
+    rounds = {name: [] for name in engines}
     for _ in range(args.rounds):
         for name, engine in engines.items():
-            runs[name].append([run(engine, ids, args.max_new_tokens) for ids in prompts])
-    speed = {name: score(each) for name, each in runs.items()}
-    middle = freeze(vanilla, prompts[0], args.max_new_tokens // 2)
-    vanilla_ms, vanilla_gb = timed(vanilla.cycle, vanilla.device, 1), step_gb(vanilla.model, middle)
-    length = freeze(eagle, prompts[0], args.max_new_tokens // 2)
-    parts, cycle_ms = cycle_parts(eagle), timed(eagle.cycle, eagle.device, 1)
+            rounds[name].append([run(engine, ids, args.max_new_tokens) for ids in prompts])
+    speed = {name: speed_of(each) for name, each in rounds.items()}
+    vanilla_length = freeze(vanilla, prompts[0], args.max_new_tokens // 2)
+    vanilla_ms = timed(vanilla.cycle, vanilla.device, 1)
+    vanilla_gb = step_gb(vanilla.model, vanilla_length)
+    length = freeze(eagle2, prompts[0], args.max_new_tokens // 2)
+    parts = cycle_parts(eagle2)
+    cycle_ms = timed(eagle2.cycle, eagle2.device, 1)
     fast, verify_ms = speed["eagle2"], parts[-2]["ms"]
     return {"context": max(map(len, prompts)), "timed_at": length,
             "parts": parts, "sum_ms": sum(p["ms"] for p in parts), "cycle_ms": cycle_ms,
             "cycle_gb": sum(p["gb"] for p in parts), "between_ms": fast["cycle_ms"] - cycle_ms,
             "vanilla_ms": vanilla_ms, "vanilla_gb": vanilla_gb, "verify_ratio": verify_ms / vanilla_ms,
-            "cycle_ratio": cycle_ms / vanilla_ms, "rows_ms": verify_by_rows(eagle, ROWS) if args.rows else {},
-            "speed": speed, "texts": [r.tokens for r in runs["eagle2"][0]],
+            "cycle_ratio": cycle_ms / vanilla_ms, "rows_ms": verification_ms(eagle2, ROWS) if args.rows else {},
+            "speed": speed, "texts": [r.tokens for r in rounds["eagle2"][0]],
             "efficiency": fast["tokens_per_sec"] * cycle_ms / 1e3 / fast["mean_gained"]}
 
 
-def startup(args: argparse.Namespace) -> dict[str, float]:
-    """Seconds from the start of a generate.py process to its first text, without and with compiled kernels; the
-    libraries have been read from the disk by this process."""
-    seconds, command = {}, [
+def startup_seconds(args: argparse.Namespace) -> dict[str, float]:
+    """Seconds from the start of a generate.py process to its first text: {"cold", "warm"}, without and with compiled
+    kernels in the cache. The libraries are in the system's file cache both times: this process has read them."""
+    command = [
         sys.executable, Path(__file__).parent.parent / "generate.py", "--checkpoint", args.checkpoint, "--eagle2",
         "--prompt", "Why is the sky blue?", "--max_new_tokens", "8", "--device", args.device, "--dtype", args.dtype,
         *(["--draft", args.draft] if args.draft else []),
         *(["--draft_vocab", str(args.draft_vocab)] if args.draft_vocab is not None else []),
         *(["--quantize", args.quantize] if args.quantize else []),
         *(["--group", str(args.group)] if args.group else [])]
+    seconds = {}
     with tempfile.TemporaryDirectory() as cache:
         for name in ("cold", "warm"):
-            start, env = time.perf_counter(), os.environ | {"TRITON_CACHE_DIR": cache, "XDG_CACHE_HOME": cache}
+            start = time.perf_counter()
+            env = os.environ | {"TRITON_CACHE_DIR": cache, "XDG_CACHE_HOME": cache}
             with subprocess.Popen(command, stdout=subprocess.PIPE, env=env) as child:
                 child.stdout.read(1)
                 seconds[name] = time.perf_counter() - start
@@ -140,66 +172,138 @@ def startup(args: argparse.Namespace) -> dict[str, float]:
     return seconds
 
 
-def about(args: argparse.Namespace) -> str:
-    """The line above every table: device, versions, and what the numbers are of."""
-    return f"{describe(environment(torch.device(args.device)))}, {describe_subject(args)}"
+def measure_all(args: argparse.Namespace, result: dict) -> None:
+    """Measure and print everything, and fill `result`, which --json writes. Its keys:
+
+    arguments                {option: its value as a string}
+    contexts                 [see measure_context], one for each of --contexts
+    read_gb_s, copy_gb_s     see bandwidth
+    startup_s                see startup_seconds; {} without --startup
+    device                   the line above every table: device, versions, and what is measured
+    memory_gb, device_gb     peak memory of the tensors; in use on the GPU, with the CUDA context and all that the
+                             allocator keeps
+    """
+    def make_prompts(model: Llama, tokenizer: Tokenizer) -> list[Prompt]:
+        questions = [question.turns[0] for question in read_questions(args.questions)]
+        return [Prompt("", 1, str(n), ids) for n in args.contexts for ids in fill_context(tokenizer, questions, n)]
+
+    device = torch.device(args.device)
+    result |= {"arguments": {name: str(value) for name, value in vars(args).items()}, "contexts": [],
+               **bandwidth(device), "startup_s": startup_seconds(args) if args.startup else {},
+               "device": f"{describe(environment(device))}, {describe_subject(args)}"}
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()  # leave out what bandwidth() took; loading counts
+    subject = load(args, make_prompts)
+    head = load_weights("eagle2", args, subject)["draft"]
+    model, prompts, stop_ids = subject[:3]
+    del subject  # with --shape it keeps the small model alive
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what quantising on load left behind; a quantised file leaves nothing
+    slots = max(len(p.ids) for p in prompts) + args.max_new_tokens
+    default = GPU_TREE if device.type == "cuda" else CPU_TREE
+    tree = args.tree or default
+    if args.tree == ["auto"]:
+        curve = read_curve(args.draft or find_head(args.checkpoint))
+        tree = fit(model, head, curve, slots, show=True) or default
+    engines = {BASELINE: Engine(model, Vanilla(device), slots, stop_ids),
+               "eagle2": Engine(model, Eagle2(head, model, *tree), slots, stop_ids)}
+    for n in args.contexts:
+        context = measure_context(engines, [p.ids for p in prompts if p.category == str(n)], args)
+        result["contexts"].append(context)
+        print(context_report(result, context), flush=True)
+    result["memory_gb"] = peak_gb(device)
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        result["device_gb"] = (total - free) / 1e9
+    print(last_table(result))
 
 
-def wrapped(text: str) -> str:
+# ----- Printing ----------------------------------------------------------------------------------------------------
+
+
+def fill_lines(text: str) -> str:
+    """The text in lines of at most 100 characters."""
     return textwrap.fill(text, 100, break_on_hyphens=False)
 
 
-def report(result: dict, part: dict) -> str:
-    """Everything about one context."""
-    def line(name: str, ms: float, gb: float) -> tuple:
-        rate = 1e3 * gb / ms
-        share = f"{rate / result['read_gb_s']:.0%}"
-        return (name, f"{ms:.3f}", f"{gb:.2f}", f"{rate:.0f}", share) if gb else (name, f"{ms:.3f}", "", "", "")
+def context_report(result: dict, context: dict) -> str:
+    """The tables of one context, each below the line that says what it is of."""
+    tables = [speed_table(context), parts_table(context, result["read_gb_s"])]
+    if context["rows_ms"]:
+        tables.append(table(("rows verified", *context["rows_ms"]),
+                            ("ms", *(f"{ms:.3f}" for ms in context["rows_ms"].values()))))
+    return "\n".join(f"{fill_lines(result['device'])}\n\n{each}" for each in tables)
 
-    speed, above = part["speed"], wrapped(result["device"]) + "\n\n"
-    base, allowed = speed["vanilla"]["tokens_per_sec"], 1e3 * speed["eagle2"]["mean_gained"] / part["cycle_ms"]
-    note = f"eagle2 reaches {part['efficiency']:.1%} of the {allowed:.1f} tokens/s that its captured cycle allows."
-    head = (f"prompts of at most {part['context']} tokens", "tokens/s", "speed-up", "tokens a cycle", "ms a cycle")
-    tables = [above + table(head, *((
-        name, f"{s['tokens_per_sec']:.1f}", f"{s['tokens_per_sec'] / base:.2f}", f"{s['mean_gained']:.2f}",
-        f"{s['cycle_ms']:.3f}") for name, s in speed.items())) + f"\n{wrapped(note)}\n", above + table(
-        (f"after {part['timed_at']} tokens", "ms", "GB read", "GB/s", f"of {result['read_gb_s']:.0f} GB/s"),
-        *(line(p["part"], p["ms"], p["gb"]) for p in part["parts"]),
-        line("sum of these", part["sum_ms"], part["cycle_gb"]), line("cycle", part["cycle_ms"], part["cycle_gb"]),
-        line("between two cycles (wall-clock)", part["between_ms"], 0),
-        line("vanilla's cycle", part["vanilla_ms"], part["vanilla_gb"]),
-        ("verify / vanilla", f"{part['verify_ratio']:.2f}", "", "", ""),
-        ("cycle / vanilla", f"{part['cycle_ratio']:.2f}", "", "", ""))]
-    if part["rows_ms"]:
-        tables.append(above + table(("rows verified", *part["rows_ms"]),
-                                    ("ms", *(f"{ms:.3f}" for ms in part["rows_ms"].values()))))
-    return "\n".join(tables)
+
+def speed_table(context: dict) -> str:
+    speed = context["speed"]
+    base = speed[BASELINE]["tokens_per_sec"]
+    heading = (f"prompts of at most {context['context']} tokens", "tokens/s", "speed-up", "tokens per step",
+               "ms per cycle")
+    rows = [(name, f"{s['tokens_per_sec']:.1f}", f"{s['tokens_per_sec'] / base:.2f}", f"{s['mean_gained']:.2f}",
+             f"{s['cycle_ms']:.3f}") for name, s in speed.items()]
+    allowed = 1e3 * speed["eagle2"]["mean_gained"] / context["cycle_ms"]
+    note = f"eagle2 reaches {context['efficiency']:.1%} of the {allowed:.1f} tokens/s that its captured cycle allows."
+    return f"{table(heading, *rows)}\n{fill_lines(note)}\n"
+
+
+def parts_table(context: dict, read_gb_s: float) -> str:
+    def row(name: str, ms: float, gb: float) -> tuple:
+        if not gb:
+            return name, f"{ms:.3f}", "", "", ""
+        rate = 1e3 * gb / ms
+        return name, f"{ms:.3f}", f"{gb:.2f}", f"{rate:.0f}", f"{rate / read_gb_s:.0%}"
+
+    return table(
+        (f"after {context['timed_at']} tokens", "ms", "GB read", "GB/s", f"of {read_gb_s:.0f} GB/s"),
+        *(row(p["part"], p["ms"], p["gb"]) for p in context["parts"]),
+        row("sum of these", context["sum_ms"], context["cycle_gb"]),
+        row("cycle", context["cycle_ms"], context["cycle_gb"]),
+        row("between two cycles (wall-clock)", context["between_ms"], 0),
+        row("vanilla's cycle", context["vanilla_ms"], context["vanilla_gb"]),
+        ("verify / vanilla", f"{context['verify_ratio']:.2f}", "", "", ""),
+        ("cycle / vanilla", f"{context['cycle_ratio']:.2f}", "", "", ""))
+
+
+def last_table(result: dict) -> str:
+    """What does not depend on the context: bandwidth, memory and start-up."""
+    row = {"GB/s of a sum": result["read_gb_s"], "of a copy, both ways": result["copy_gb_s"],
+           "peak memory, GB": result["memory_gb"]}
+    if "device_gb" in result:
+        row["in use on the device, GB"] = result["device_gb"]
+    row |= {f"first text, {name} start, s": seconds for name, seconds in result["startup_s"].items()}
+    return f"{fill_lines(result['device'])}\n\n{table(tuple(row), tuple(f'{x:.1f}' for x in row.values()))}"
+
+
+# ----- The command -------------------------------------------------------------------------------------------------
 
 
 def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description="Time the parts of an EAGLE-2 cycle.")
     p.add_argument("--checkpoint", type=Path, required=True, help="converted folder, or a model file in it")
-    p.add_argument("--draft", type=Path, help="draft head: its folder, or a file in it (default: <checkpoint>/eagle)")
+    p.add_argument("--draft", type=Path, help="EAGLE head: its folder, or a file in it (default: <checkpoint>/eagle)")
     p.add_argument("--quantize", choices=MODES, help="quantise target and draft head, after widening")
     p.add_argument("--group", type=int, choices=GROUPS, help="columns that share a scale, with int4 (default: 128)")
-    p.add_argument("--draft_vocab", type=int, help="draft only so many of the head's frequent tokens; 0: all")
-    p.add_argument("--shape", choices=SHAPES, help="widen the checkpoint to this shape (default: as it is)")
+    p.add_argument("--draft_vocab", type=int, help="draft only this many of the head's most frequent tokens; 0: all")
+    p.add_argument("--shape", choices=SHAPES, help="widen the checkpoint to this shape (default: do not widen)")
     p.add_argument("--contexts", type=int, nargs="+", default=[512, 3500],
-                   help="tokens of the prompts; 0: the questions alone")
+                   help="lengths of the prompts in tokens; 0: the questions alone (default: 512 3500)")
     p.add_argument("--tree", type=tree_nodes, nargs="+", metavar="N", help="EAGLE-2's nodes, levels, top-k; or auto")
     p.add_argument("--max_new_tokens", type=int, default=256)
-    p.add_argument("--questions", type=Path, default=QUESTIONS, help='JSON lines with "turns"; the first is asked')
-    p.add_argument("--rounds", type=int, default=3, help="how often the methods take turns")
+    p.add_argument("--questions", type=Path, default=QUESTIONS,
+                   help='JSON lines with "turns"; only the first turn is asked')
+    p.add_argument("--rounds", type=int, default=3, help="how often the two methods take turns (default: 3)")
     p.add_argument("--rows", action="store_true", help="also time the verification of 1 to 64 nodes")
     p.add_argument("--startup", action="store_true", help="also time generate.py from its start to its first text")
     p.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--json", type=Path, help="write all numbers to this file")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to this file")
     args = p.parse_args()
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     for wrong, message in (
             (args.max_new_tokens < 2 or args.rounds < 1, "--max_new_tokens must be 2 or more, --rounds 1 or more"),
-            (args.startup and args.shape, "--startup is for a checkpoint as it is, without --shape"),
+            (args.startup and args.shape, "--startup runs generate.py, which does not widen: leave out --shape"),
             (args.tree not in (None, ["auto"]) and (len(args.tree) != 3 or "auto" in args.tree),
              "--tree takes nodes, levels and top-k, or auto"),
             (args.group and args.quantize != "int4", "--group is for --quantize int4; a quantised file has its own")):
@@ -208,49 +312,11 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def cycle(args: argparse.Namespace, result: dict) -> None:
-    """Measure, print, and fill `result`."""
-    def prompts_of(model: Llama, tokenizer: Tokenizer) -> list[Prompt]:
-        questions = [question.turns[0] for question in read_questions(args.questions)]
-        return [Prompt("", 1, str(n), ids) for n in args.contexts for ids in fill_context(tokenizer, questions, n)]
-
-    device, n = torch.device(args.device), args.max_new_tokens
-    result |= {"arguments": {name: str(value) for name, value in vars(args).items()}, "contexts": [],
-               **bandwidth(device), "startup_s": startup(args) if args.startup else {}, "device": about(args)}
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()  # bandwidth is not counted, loading is
-    subject = load(args, prompts_of)
-    head = load_weights("eagle2", args, subject)["draft"]
-    model, prompts, stop_ids, _ = subject
-    del subject  # and with it the small model that was widened
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what quantising left behind; a quantised file leaves nothing
-    slots = max(len(p.ids) for p in prompts) + n
-    usual = GPU_TREE if device.type == "cuda" else CPU_TREE
-    tree = args.tree or usual
-    if args.tree == ["auto"]:
-        curve = read_curve(args.draft or find_head(args.checkpoint))
-        tree = fit(model, head, curve, slots, show=True) or usual
-    engines = {"vanilla": Engine(model, Vanilla(device), slots, stop_ids),
-               "eagle2": Engine(model, Eagle2(head, model, *tree), slots, stop_ids)}
-    for context in args.contexts:
-        result["contexts"].append(measure(engines, [p.ids for p in prompts if p.category == str(context)], args))
-        print(report(result, result["contexts"][-1]), flush=True)
-    result["memory_gb"] = peak_gb(device)
-    row = {"GB/s of a sum": result["read_gb_s"], "of a copy, both ways": result["copy_gb_s"],
-           "peak memory, GB": result["memory_gb"]}
-    if device.type == "cuda":  # the CUDA context and all that the allocator keeps as well
-        free, total = torch.cuda.mem_get_info()
-        row["in use on the device, GB"] = result["device_gb"] = (total - free) / 1e9
-    row |= {f"first text, {name} start, s": seconds for name, seconds in result["startup_s"].items()}
-    print(wrapped(result["device"]), "", table(tuple(row), tuple(f"{x:.1f}" for x in row.values())), sep="\n")
-
-
 def main() -> None:
-    args, result = parse_args(), {}
+    args = parse_args()
+    result = {}
     try:
-        cycle(args, result)
+        measure_all(args, result)
     except (ValueError, OSError) as e:
         sys.exit(fail(e))
     finally:

@@ -18,7 +18,7 @@ from helpers import CPU, SHAPE, STOPS, operations, tiny_checkpoint
 
 from app.answer import Run, run
 from benchmarks import cycle, widen, workload
-from benchmarks.cycle import cycle_parts, score
+from benchmarks.cycle import cycle_parts, speed_of
 from benchmarks.widen import SHAPES
 from benchmarks.workload import freeze
 from draft import Eagle2, Vanilla
@@ -113,7 +113,7 @@ def test_quantized(mode: str, per_weight: float, shape: tuple, arguments, monkey
     monkeypatch.setattr(graphs, "elapsed", operations)
     args, result = arguments(*shape, "--quantize", mode, "--contexts", 40, "--max_new_tokens", 8, "--rounds", 1,
                              *(["--group", 64] if mode == "int4" else [])), {}
-    cycle.cycle(args, result)
+    cycle.measure_all(args, result)
     part = result["contexts"][0]
     assert f"weights {mode}" in result["device"]
     if shape:
@@ -130,10 +130,10 @@ def test_tree_that_fits(arguments, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("drafters.tree_size.measure", lambda *inputs: [1.0] * 9)
     args, result = arguments("--tree", "auto", "--contexts", 40, "--max_new_tokens", 8, "--rounds", 1), {}
     with pytest.raises(FileNotFoundError, match="acceptance.json"):
-        cycle.cycle(args, result)
+        cycle.measure_all(args, result)
     (args.checkpoint / "eagle/acceptance.json").write_text(json.dumps(
         {"nodes": NODES, "topk": 10, "gained": [[1, 2] + [2] * 6, [1, 3] + [3] * 6] + [[1, 2] + [2] * 6] * 4}))
-    cycle.cycle(args, result)
+    cycle.measure_all(args, result)
     assert [p["part"] for p in result["contexts"][0]["parts"]] == [
         "draft: extend, 3 rows", "draft: expansion 1, 10 rows", "rerank", "verify, 16 rows", "accept and compact"]
 
@@ -146,8 +146,8 @@ def test_parts_are_those_of_a_cycle() -> None:
     assert 32 <= length <= 36 and engine.state.done
     text, tree, trees = engine.state.tokens[:length].clone(), engine.drafter.propose(engine.state), []
     features, chosen = engine.verify(engine.state.length - 1, tree)
-    for candidates in engine.drafter.candidates:
-        candidates.fill_(-1)
+    for buffer in engine.drafter.candidates[:3]:  # tokens, scores and parents
+        buffer.fill_(-1)
     engine.commit = lambda *inputs: trees.append(inputs)
     assert len(cycle_parts(engine)) == 1 + 3 + 3 and len(trees) > 2
     for base, again, *verified in trees:
@@ -161,7 +161,7 @@ def test_rows_are_those_of_a_chain() -> None:
     engine, seen = engines()["eagle2"], {}
     length = freeze(engine, tiny.prompt(0, 20), 12)
     engine.verify = lambda base, tree: seen.update({len(tree.tokens): (int(base), tree)})
-    assert list(tree_size.verify_by_rows(engine, cycle.ROWS)) == list(seen) == list(cycle.ROWS)
+    assert list(tree_size.verification_ms(engine, cycle.ROWS)) == list(seen) == list(cycle.ROWS)
     for rows, (base, tree) in seen.items():
         assert base == length - 1 and tree.depth.tolist() == list(range(rows)) and base + rows <= engine.slots
         assert [bin(a % 2**64).count("1") for a in tree.ancestors.tolist()] == list(range(1, rows + 1))
@@ -225,10 +225,10 @@ def test_timed_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(calls) == 2 + unroll and len(clock) == 1 + 5 * 30 // unroll
 
 
-def test_score() -> None:
+def test_speed_of() -> None:
     """The token of prefill counted as decoded, means of ratios, the slowest round instead of the middle one."""
     runs = [[Run([1, 2, 3, 4], [3], 9.0, s), Run([5, 6], [1], 9.0, s)] for s in (0.5, 3.0, 1.0)]
-    assert score(runs) == {"tokens_per_sec": 2.0, "mean_gained": 2.0, "cycle_ms": 1000.0}
+    assert speed_of(runs) == {"tokens_per_sec": 2.0, "mean_gained": 2.0, "cycle_ms": 1000.0}
 
 
 def test_run() -> None:
@@ -316,14 +316,14 @@ def test_prompts_of_a_context(checkpoint: Path) -> None:
 
 def test_startup(arguments) -> None:
     """Measured to the first text of a process of its own, and a process that fails is no fast start."""
-    seconds = cycle.startup(arguments())
+    seconds = cycle.startup_seconds(arguments())
     assert list(seconds) == ["cold", "warm"] and all(1e-1 < s < 300 for s in seconds.values())
     with pytest.raises(ValueError, match="generate.py ended with exit code 2"):
-        cycle.startup(arguments("--draft", "no/such/head"))
+        cycle.startup_seconds(arguments("--draft", "no/such/head"))
 
 
 @pytest.mark.parametrize("words, message", [
-    (("--startup", "--shape", "llama-2-7b"), "without --shape"), (("--max_new_tokens", 1), "2 or more"),
+    (("--startup", "--shape", "llama-2-7b"), "leave out --shape"), (("--max_new_tokens", 1), "2 or more"),
     (("--rounds", 0), "1 or more"),
     (("--shape", "7b"), "invalid choice"), (("--tree", 8, 3), "--tree takes nodes"),
     (("--tree", "auto", 3, 3), "--tree takes nodes")])
