@@ -45,7 +45,7 @@ from benchmarks.workload import (
 )
 from draft import Eagle2, Vanilla
 from drafters.methods import BASELINE, CPU_TREE, GPU_TREE, tree_nodes
-from drafters.tree_size import fit, read_curve, verification_ms
+from drafters.tree_size import fit, read_curve, verify_by_rows
 from engine import Engine
 from formats.eagle import find_head
 from formats.questions import read_questions
@@ -143,7 +143,7 @@ def measure_context(engines: dict[str, Engine], prompts: list[list[int]], args: 
             "parts": parts, "sum_ms": sum(p["ms"] for p in parts), "cycle_ms": cycle_ms,
             "cycle_gb": sum(p["gb"] for p in parts), "between_ms": fast["cycle_ms"] - cycle_ms,
             "vanilla_ms": vanilla_ms, "vanilla_gb": vanilla_gb, "verify_ratio": verify_ms / vanilla_ms,
-            "cycle_ratio": cycle_ms / vanilla_ms, "rows_ms": verification_ms(eagle2, ROWS) if args.rows else {},
+            "cycle_ratio": cycle_ms / vanilla_ms, "rows_ms": verify_by_rows(eagle2, ROWS) if args.rows else {},
             "speed": speed, "texts": [r.tokens for r in rounds["eagle2"][0]],
             "efficiency": fast["tokens_per_sec"] * cycle_ms / 1e3 / fast["mean_gained"]}
 

@@ -161,7 +161,7 @@ def test_rows_are_those_of_a_chain() -> None:
     engine, seen = engines()["eagle2"], {}
     length = freeze(engine, tiny.prompt(0, 20), 12)
     engine.verify = lambda base, tree: seen.update({len(tree.tokens): (int(base), tree)})
-    assert list(tree_size.verification_ms(engine, cycle.ROWS)) == list(seen) == list(cycle.ROWS)
+    assert list(tree_size.verify_by_rows(engine, cycle.ROWS)) == list(seen) == list(cycle.ROWS)
     for rows, (base, tree) in seen.items():
         assert base == length - 1 and tree.depth.tolist() == list(range(rows)) and base + rows <= engine.slots
         assert [bin(a % 2**64).count("1") for a in tree.ancestors.tolist()] == list(range(1, rows + 1))
