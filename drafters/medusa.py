@@ -1,15 +1,16 @@
 """Medusa (arXiv 2401.10774): heads that read one feature of the target and guess several tokens ahead, all at once.
 
-The feature that the newest token was chosen from, the target's last hidden state after the final norm, goes into every
-head. Head k (from 0) is a block or more of x + silu(W x + b) and a projection to the vocabulary, and guesses the token
-k + 2 places after the feature's own: the one k + 1 levels under the root. No head sees what another one guessed. So a
-tree costs one row of each head, siblings have the same children, and which ranks it combines is fixed beforehand.
+    python generate.py --checkpoint checkpoints/lmsys/vicuna-7b-v1.3 --medusa DIR --prompt "Hello!"
 
-  V1   each head has a projection of its own, as large as the lm_head
-  V2   all share the target's lm_head: blocks alone, and one product for all heads
+Every head reads the same feature: the target's last hidden state after the final norm, from which the newest token was
+chosen. Head k (from 0) is one or more blocks x + silu(W x + b) and a projection to the vocabulary. It guesses the token
+k + 2 positions after the feature's own token, which is k + 1 levels below the root.
 
-    heads = load_medusa("medusa-vicuna-7b-v1.3", target)
-    engine = Engine(target, Medusa(heads, target), max_seq_len=2048)
+No head sees what another one guessed. So a tree costs one row of each head, all nodes of a level have the same possible
+children, and the tree's shape, which combines the heads' ranks, is fixed in advance.
+
+  V1   each head has its own projection, as large as the lm_head
+  V2   all heads share the target's lm_head: they are blocks only, and one product gives the logits of all heads
 """
 import json
 from pathlib import Path
@@ -25,20 +26,24 @@ from formats.medusa import FILES, PROJECTION, arrange, common_name, read_pickle,
 from formats.weights import fill, read_tensors
 from model import Llama
 from ops.linear import linear
-from tree import MAX_NODES, State, Tree, build_tree, root_token
+from tree import MAX_NODES, State, Tree, fixed_tree, root_token
+from tree import Path as TreePath
 
 # The authors' tree `mc_sim_7b_63` (github.com/FasterDecoding/Medusa, medusa/model/medusa_choices.py): how many of the
-# next head's best tokens hang under each node, which is the path of ranks that leads to it: (0, 1) is the first head's
-# best token and the second head's second-best. 63 drafted nodes; level by level 10, 28, 23 and 2.
+# next head's best tokens are the children of each node. A node is its path of ranks: (0, 1) is the first head's best
+# token, then the second head's second-best. 63 drafted nodes; level by level 10, 28, 23 and 2.
 CHILDREN = {(): 10, (0,): 10, (1,): 7, (2,): 3, (3,): 2, **{(rank,): 1 for rank in range(4, 10)},
             (0, 0): 10, (0, 1): 3, (0, 2): 2, **{(0, rank): 1 for rank in range(3, 8)}, (1, 0): 2, (2, 0): 1,
             (0, 0, 0): 2}
 MEDUSA_TREE = [(*path, rank) for path, count in CHILDREN.items() for rank in range(count)]
 
 
+# ----- The heads ---------------------------------------------------------------------------------------------------
+
+
 class MedusaHeads(nn.Module):
-    """The blocks of all heads, and with a `vocab_size` (V1) their projections. New heads of one's own are V2: to begin
-    with, each hands the feature on as it is."""
+    """`num_layers` blocks for each head and, with a `vocab_size` (V1), a projection for each head. Untrained heads are
+    all zeros: each returns the feature unchanged."""
 
     def __init__(self, hidden_size: int, num_heads: int, num_layers: int = 1, vocab_size: int | None = None) -> None:
         super().__init__()
@@ -47,12 +52,12 @@ class MedusaHeads(nn.Module):
         self.projections = None if vocab_size is None else nn.Parameter(torch.zeros(num_heads, vocab_size, hidden_size))
 
     def forward(self, features: Tensor, count: int | None = None) -> Tensor:
-        """What the lm_head, or each head's own projection, is to read: [heads, ..., C] of features [..., C]; of the
-        first `count` heads alone."""
+        """What each head's last block returns, [heads, ..., C] of features [..., C]: the input of the lm_head, or of
+        the head's own projection. count: run only the first `count` heads."""
         count = count or self.weight.shape[1]
         x = features.expand(count, *features.shape)
         for layer, (weight, bias) in enumerate(zip(self.weight[:, :count], self.bias[:, :count])):
-            if layer == 0:  # all heads read the same rows: side by side they are one matrix
+            if layer == 0:  # all heads read the same rows: their matrices, one below the other, are one matrix
                 y = linear(features, weight.flatten(0, 1), bias.flatten()).unflatten(-1, (count, -1)).movedim(-2, 0)
             else:
                 rows = x.reshape(count, -1, x.shape[-1])
@@ -62,27 +67,32 @@ class MedusaHeads(nn.Module):
 
 
 def save_medusa(heads: MedusaHeads, folder: Path | str) -> None:
-    """As TGI reads it: medusa_lm_head.safetensors and a config.json that says whether the lm_head is shared (V2)."""
-    folder, (layers, count) = Path(folder), heads.weight.shape[:2]
+    """Write heads as TGI reads them: medusa_lm_head.safetensors, and a config.json whose version says whether the heads
+    share the lm_head (V2)."""
+    folder = Path(folder)
+    layers, count = heads.weight.shape[:2]
     tensors = {f"{head}.{layer}.linear.{kind}": t[layer, head] for head in range(count) for layer in range(layers)
                for kind, t in (("weight", heads.weight), ("bias", heads.bias))}
     if heads.projections is not None:
         tensors |= {f"{head}.{layers}.weight": t for head, t in enumerate(heads.projections)}
+    config = {"version": "2" if heads.projections is None else "1", "medusa_num_heads": count,
+              "medusa_num_layers": layers, "base_model_name_or_path": ""}
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: t.detach().contiguous() for name, t in tensors.items()}, folder / FILES[0], {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({
-        "version": "2" if heads.projections is None else "1", "medusa_num_heads": count, "medusa_num_layers": layers,
-        "base_model_name_or_path": ""}, indent=2) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def load_medusa(path: Path | str, target: Llama) -> MedusaHeads:
-    """Published heads: a folder with a file of one of three layouts, or that file. How many heads and blocks there are
-    is what the file says (the authors' configs have it wrong); config.json, if there is one, only that heads share
-    the lm_head though they bring projections. One block that all layers of a head share is loaded as several.
+    """Load published heads: a folder with a file in one of three layouts (formats/medusa.py), or that file.
 
-    Raises FileNotFoundError, or ValueError where the file is damaged, of another kind, or for another model.
+    The tensors decide how many heads and blocks there are, since the authors' configs have it wrong. config.json, if
+    there is one, decides one thing: whether the heads share the lm_head although the file has projections. Where all
+    layers of a head share one block, it is loaded once for each layer.
+
+    Raises FileNotFoundError, or ValueError if the file is damaged, of another kind, or for another model.
     """
-    path, weight = Path(path), target.embed.weight
+    path = Path(path)
+    weight = target.embed.weight
     file = path if path.is_file() else next((path / name for name in FILES if (path / name).is_file()), None)
     if file is None:
         raise FileNotFoundError(f"{path}: no Medusa heads there: neither {', '.join(FILES[:-1])} nor {FILES[-1]}")
@@ -97,36 +107,45 @@ def load_medusa(path: Path | str, target: Llama) -> MedusaHeads:
     return heads
 
 
-class Medusa(Drafter):
-    """A fixed tree, `choices`: the paths of ranks that lead to its nodes. Levels that there is no head for are left
-    out, and heads that there is no level for are not run."""
+# ----- Drafting with them ------------------------------------------------------------------------------------------
 
-    def __init__(self, heads: MedusaHeads, target: Llama, choices: list[tuple[int, ...]] = MEDUSA_TREE) -> None:
-        nodes = sorted({(), *(path for path in choices if len(path) <= heads.weight.shape[1])},
-                       key=lambda path: (len(path), path))  # level order, the root first
-        self.num_nodes, self.max_depth = len(nodes), len(nodes[-1])
-        self.ranks = 1 + max(path[-1] for path in nodes[1:])
-        if self.num_nodes > MAX_NODES or self.ranks > min(10, target.cfg.vocab_size):
-            raise ValueError(f"a tree of {self.num_nodes} nodes and the best {self.ranks} tokens: at most {MAX_NODES} "
-                             f"and {min(10, target.cfg.vocab_size)} are possible")
-        self.heads, self.lm_head = heads, drafting_rows(target.lm_head.weight, None, False)
+
+class Medusa(Drafter):
+    """A fixed tree, filled in by the heads. `choices` are the paths of ranks that lead to its nodes. Levels without a
+    head are left out, and heads without a level are not run."""
+
+    def __init__(self, heads: MedusaHeads, target: Llama, choices: list[TreePath] = MEDUSA_TREE) -> None:
         device = target.embed.weight.device
+        num_heads = heads.weight.shape[1]
+        nodes, self.shape = fixed_tree([path for path in choices if len(path) <= num_heads], device)
+        self.num_nodes = len(nodes)
+        self.max_depth = len(nodes[-1])
+        self.ranks = 1 + max(path[-1] for path in nodes[1:])  # how many best tokens of each head the tree uses
+        most_ranks = min(10, target.cfg.vocab_size)
+        if self.num_nodes > MAX_NODES or self.ranks > most_ranks:
+            raise ValueError(f"a tree of {self.num_nodes} nodes and the best {self.ranks} tokens: at most {MAX_NODES} "
+                             f"nodes and the best {most_ranks} tokens are possible")
+        self.heads = heads
+        self.lm_head = drafting_rows(target.lm_head.weight, None, False)
         self.tree_ops = tree_ops(device)
-        parents = torch.tensor([0] + [nodes.index(path[:-1]) for path in nodes[1:]], device=device)
-        self.shape = build_tree(torch.zeros_like(parents), parents, self.max_depth)
-        self.places = torch.tensor([(len(path) - 1) * self.ranks + path[-1] for path in nodes[1:]], device=device)
+        # Each drafted node's place in the heads' best tokens [max_depth, ranks], flattened
+        self.best_index = torch.tensor([(len(path) - 1) * self.ranks + path[-1] for path in nodes[1:]], device=device)
 
     def propose(self, state: State) -> Tree:
         feature = state.features.index_select(0, (state.committed - 1)[None])  # the root was chosen from it
         best = self.tree_ops.best_tokens(self.logits(feature, state), self.ranks)
-        return self.shape._replace(tokens=torch.cat((root_token(state), best.flatten()[self.places])))
+        return self.shape._replace(tokens=torch.cat((root_token(state), best.flatten()[self.best_index])))
 
     def logits(self, feature: Tensor, state: State) -> Tensor:
-        """What each head says of its own level, [heads, V] fp32, given the target's feature [1, C]. Sampling adds noise
-        that belongs to the place in the text: with it heads guess what will be sampled, not what may be."""
-        hidden, own = self.heads(feature, self.max_depth)[:, 0], self.heads.projections
-        if own is None:
+        """The logits of each head for its own level, [max_depth, V] fp32, of the target's feature [1, C].
+
+        When sampling, the noise that the target will choose with is added. It is known in advance: with it, the heads
+        guess what will be sampled, not what might be."""
+        hidden = self.heads(feature, self.max_depth)[:, 0]
+        projections = self.heads.projections
+        if projections is None:
             logits = linear(hidden, self.lm_head, dtype=torch.float32)
         else:
-            logits = torch.cat([linear(row, weight, dtype=torch.float32) for row, weight in zip(hidden.split(1), own)])
+            logits = torch.cat([linear(row, weight, dtype=torch.float32)
+                                for row, weight in zip(hidden.split(1), projections)])
         return logits if state.noise is None else logits + state.noise[:self.max_depth]

@@ -101,7 +101,7 @@ def check_compiles() -> None:
     for cap in (86, 89, 90):
         for rule, scored in (("longest", True), ("pld", False)):
             types = {"text": "*i64", "length": "*i64", "tokens": "*i64", "scores": "*fp32", "table": "*fp32"}
-            fixed = {"K": 10, "LONGEST": RULES[rule], "LATEST": rule == "longest", "WHOLE": rule == "pld",
+            fixed = {"K": 10, "MAX_MATCH": RULES[rule], "LATEST_MATCH": rule == "longest", "WHOLE_CHAIN": rule == "pld",
                      "BLOCK": 1024, "PDL": cap >= 90} | ({} if scored else {"scores": None})
             names = retrieve_kernel.arg_names
             signature = {n: "constexpr" if n in fixed else types[n] for n in names}

@@ -140,7 +140,7 @@ def test_three_streams_of_noise() -> None:
     for length in range(100, 100 + 2000 * 17, 17):
         state.length.fill_(length)
         engine.draw_noise()
-        drafted = drafter.pick(state, q.expand(16, -1), 0)
+        drafted = drafter.choose_drafts(state, q.expand(16, -1), 0)
         tree = drafter.shape._replace(tokens=torch.cat((drafted[:1], drafted)))
         counts += drafter.choose(state, tree, p.expand(17, -1))[:16].bincount(minlength=6)
     assert stats.chisquare(counts.numpy(), 32000 * p.softmax(-1)[0].numpy()).pvalue > 1e-4
