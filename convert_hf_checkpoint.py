@@ -1,12 +1,17 @@
-"""Turn a Hugging Face folder, a hub id or a GGUF file into the one kind of folder that the other scripts read.
+"""Convert a Hugging Face folder, a hub id or a GGUF file to the kind of folder that all other scripts read.
 
     python convert_hf_checkpoint.py meta-llama/Llama-2-7b-chat-hf --eagle yuhuili/EAGLE-llama2-chat-7B
     python convert_hf_checkpoint.py SmolLM2-135M-Instruct.Q4_1.gguf --out checkpoints/demo
     python convert_hf_checkpoint.py checkpoints/meta-llama/Llama-2-7b-chat-hf --eagle path/to/another/head
 
-The folder (default: checkpoints/ and the hub id, or the last two parts of the path) gets config.json and tokenizer
-files as published (GGUF: made from its metadata), model.safetensors with q, k, v and gate, up fused, and eagle/, a
-draft head as published. Memory is needed for one tensor at a time. Files appear when all are written, config.json last.
+The folder is --out, or checkpoints/ and the hub id, or checkpoints/ and the last two parts of the path. It gets
+
+    config.json, tokenizer files   as published; for a GGUF file made from its metadata
+    model.safetensors              all weights, with q, k, v fused, and gate, up fused
+    eagle/                         the draft head, as published
+
+One tensor is in memory at a time. The files appear together at the end, config.json last, so that a run that is killed
+leaves nothing that loads.
 """
 import argparse
 import json
@@ -26,86 +31,108 @@ from draft import load_head
 from formats.config import Config
 from formats.eagle import CURVE, VOCAB
 from formats.gguf import gguf_config, open_gguf, write_gguf_tokenizer
-from formats.hf import NAMES, Lazy, hf_names, open_folder
+from formats.hf import NAMES, LazyTensor, hf_names, open_folder
 from formats.tokenizer_files import read_json
 from formats.weights import FORMAT, read_tensors, write_file
 from model import Llama
 
+# What is copied from a Hugging Face folder besides the weights.
 FILES = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
          "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja"}
 
 
 @contextmanager
 def staged(out: Path, source: Path) -> Iterator[Path]:
-    """A scratch folder in `out`; its files move up, config.json last, unless something went wrong."""
-    part, made = out / ".part", [folder for folder in (out, *out.parents) if not folder.exists()]
-    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+    """Yield a scratch folder in `out`. When the block ends, its files replace those of `out`, config.json last. After
+    an error `out` is as it was, and the error is a ValueError that names both folders."""
+    part = out / ".part"
+    new_folders = [folder for folder in (out, *out.parents) if not folder.exists()]
+    shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed
     part.mkdir(parents=True)
     try:
         yield part
-        old = ("config.json", *FILES, CURVE, "model.safetensors", "pytorch_model.bin")  # never mix old and new
-        for file in (*map(out.joinpath, old), *out.glob("model-int*.safetensors")):
-            file.unlink(missing_ok=True)
+        remove_old(out)
         for file in sorted(part.iterdir(), key=lambda file: file.name == "config.json"):
             os.replace(file, out / file.name)
-    except Exception as err:  # whatever is wrong with the source or the disk
-        why = f"{err} is missing" if isinstance(err, KeyError) else err
-        raise ValueError(f"{source} -> {out} failed: {why}") from err
+    except Exception as err:
+        # Deliberately every Exception. The source is a download, and what a damaged one raises cannot be listed: gguf
+        # raises IndexError and UnicodeDecodeError, a missing entry KeyError, `tokenizers` a bare Exception, the disk
+        # OSError. So a bug in this file looks like bad input too; the cause keeps its traceback.
+        reason = f"{err} is missing" if isinstance(err, KeyError) else err
+        raise ValueError(f"{source} -> {out} failed: {reason}") from err
     finally:
         shutil.rmtree(part, ignore_errors=True)
-        with suppress(OSError):  # the first one is not empty: all went well
-            for folder in made:
+        with suppress(OSError):  # after a success `out` is not empty, so that the first rmdir fails
+            for folder in new_folders:
                 folder.rmdir()
 
 
-def write_weights(path: Path, tensors: dict[str, Lazy], config: Config, dtype: torch.dtype, source: str) -> None:
-    """The tensors of a Llama, each of one or more pieces."""
+def remove_old(out: Path) -> None:
+    """Remove what an earlier run wrote into `out`, and what quantize.py made of it: old and new files never mix."""
+    old = ("config.json", *FILES, CURVE, "model.safetensors", "pytorch_model.bin")
+    for file in (*map(out.joinpath, old), *out.glob("model-int*.safetensors")):
+        file.unlink(missing_ok=True)
+
+
+def write_weights(path: Path, tensors: dict[str, LazyTensor], config: Config, dtype: torch.dtype, source: str) -> None:
+    """Write the model.safetensors of a Llama: each of our tensors is one or more of `tensors`, one below the other.
+
+    Raises ValueError before anything is written if a tensor is missing, unknown or of another shape.
+    """
     with torch.device("meta"):
         wanted = Llama(config, qkv_bias=any(name.endswith("q_proj.bias") for name in tensors)).state_dict()
     if config.tie_word_embeddings:
         del wanted["lm_head.weight"]
     pieces = {ours: hf_names(ours, NAMES) for ours in wanted}
-    names = [name for theirs in pieces.values() for name in theirs]
+    names = [name for hf in pieces.values() for name in hf]  # in the order of the file
     missing = [name for name in names if name not in tensors]
     unknown = [name for name in tensors if name not in names and not name.endswith("rotary_emb.inv_freq")]
     if missing or unknown:
         raise ValueError(f"config.json does not fit the weights: missing {missing[:4]}, not implemented {unknown[:4]}")
     for ours, like in wanted.items():
-        found = [tensors[name][0] for name in pieces[ours]]
-        if sum(map(math.prod, found)) != like.numel() or any(shape[1:] != like.shape[1:] for shape in found):
-            raise ValueError(f"config.json does not fit the weights: {pieces[ours]} {found} make no {list(like.shape)}")
+        shapes = [tensors[name][0] for name in pieces[ours]]
+        if sum(map(math.prod, shapes)) != like.numel() or any(shape[1:] != like.shape[1:] for shape in shapes):
+            raise ValueError(f"config.json does not fit the weights: {pieces[ours]} of shapes {shapes} should make "
+                             f"{list(like.shape)}")
         wanted[ours] = like.to(dtype)
     metadata = {"format": FORMAT, "source": source, "dtype": str(dtype).removeprefix("torch.")}
     write_file(path, wanted, (tensors[name][1]().to(dtype) for name in names), metadata, "converting")
 
 
 def convert(source: Path, out: Path, dtype: torch.dtype = torch.bfloat16, name: str | None = None) -> None:
-    """Write the folder `out` from `source`, a Hugging Face folder or a .gguf file, with all weights in `dtype`.
+    """Convert `source`, a Hugging Face folder or a .gguf file, to the folder `out`, with all weights in `dtype`.
 
-    `name` is what the metadata calls the source. ValueError, and `out` as it was, if anything is wrong.
+    `name` goes into the metadata as the source (default: the name of the folder or file). Raises ValueError if anything
+    is wrong; `out` is then as it was.
     """
     if out.resolve() == source.resolve():
         raise ValueError(f"{out}: the source itself would be overwritten; choose another --out")
     with staged(out, source) as part:
         if source.suffix == ".gguf":
-            meta, tensors = open_gguf(source)
-            (part / "config.json").write_text(json.dumps(gguf_config(meta, tensors, dtype), indent=2))
+            metadata, tensors = open_gguf(source)
+            (part / "config.json").write_text(json.dumps(gguf_config(metadata, tensors, dtype), indent=2))
             config = Config.load(part)
-            write_gguf_tokenizer(meta, part)
+            write_gguf_tokenizer(metadata, part)
         else:
-            config, tensors = Config.load(source / "config.json"), open_folder(source)
+            config = Config.load(source / "config.json")
+            tensors = open_folder(source)
             for file in FILES & set(os.listdir(source)):
                 shutil.copyfile(source / file, part / file)
-        head = tensors.pop("lm_head.weight", None) if config.tie_word_embeddings else None
-        if head and not torch.equal(head[1](), tensors["model.embed_tokens.weight"][1]()):  # the weights know better
-            raw = read_json(part / "config.json") | {"tie_word_embeddings": False}
-            (part / "config.json").write_text(json.dumps(raw, indent=2))
-            config, tensors["lm_head.weight"] = Config.load(part), head
+        if config.tie_word_embeddings and "lm_head.weight" in tensors:
+            lm_head = tensors.pop("lm_head.weight")
+            read_head = lm_head[1]
+            read_embedding = tensors["model.embed_tokens.weight"][1]
+            if not torch.equal(read_head(), read_embedding()):  # the config is wrong: these are two matrices
+                raw = read_json(part / "config.json") | {"tie_word_embeddings": False}
+                (part / "config.json").write_text(json.dumps(raw, indent=2))
+                config = Config.load(part)
+                tensors["lm_head.weight"] = lm_head
         write_weights(part / "model.safetensors", tensors, config, dtype, name or source.resolve().name)
 
 
 def add_eagle(head: Path, out: Path) -> None:
-    """Copy a published EAGLE-1/2 head to `out`/eagle as it is. ValueError if it would not load there."""
+    """Copy a published EAGLE-1/2 head to the folder eagle/ of `out`, unchanged. Raises ValueError if it does not load
+    as a head of the model in `out`."""
     with torch.device("meta"):
         target = Llama(Config.load(out))
     load_head(head, target)
@@ -115,10 +142,12 @@ def add_eagle(head: Path, out: Path) -> None:
 
 
 def fetch(source: str, token: str | None, is_target: bool) -> Path:
-    """A path as it is, or the snapshot of a hub id. A target that is not implemented is refused before the download."""
+    """A path that exists, as it is, or else the downloaded snapshot of a hub id. Raises ValueError for a target that is
+    not implemented, before its weights are downloaded, and OSError where the download fails."""
     if Path(source).exists():
         return Path(source)
-    page, download = f"{constants.ENDPOINT}/{source}", partial(snapshot_download, source, token=token)
+    page = f"{constants.ENDPOINT}/{source}"
+    download = partial(snapshot_download, source, token=token)
     try:
         folder = Path(download(allow_patterns=["config.json"]))
         if is_target:
@@ -134,16 +163,17 @@ def fetch(source: str, token: str | None, is_target: bool) -> Path:
         raise
     except Exception as err:  # network errors have other classes in every version of huggingface_hub
         raise OSError(f"{source}: downloading {page} failed ({type(err).__name__}: {str(err).splitlines()[0]}); "
-                      "check the page and the network, then run this again: files that are whole are kept") from err
+                      "check the page and the network, then run this again: complete files are kept") from err
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="a Hugging Face folder, hub id (org/name) or .gguf file; or a converted folder")
-    parser.add_argument("--out", type=Path, help="the folder to write (default: checkpoints/org/name)")
-    parser.add_argument("--eagle", metavar="ID_OR_DIR", help="also copy this draft head, to <out>/eagle")
+    parser.add_argument("source", help="a Hugging Face folder, a hub id (ORG/NAME) or a .gguf file; or, to add a head, "
+                        "a converted folder")
+    parser.add_argument("--out", type=Path, help="the folder to write (default: checkpoints/ORG/NAME)")
+    parser.add_argument("--eagle", metavar="ID_OR_DIR", help="also copy this draft head to <out>/eagle")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--token", help="hub token (default: that of `hf auth login`)")
+    parser.add_argument("--token", help="hub token (default: the one from `hf auth login`)")
     args = parser.parse_args()
     try:
         source = fetch(args.source, args.token, is_target=True)
@@ -152,7 +182,7 @@ def main() -> None:
         head = fetch(args.eagle, args.token, is_target=False) if args.eagle else None
         file = source / "model.safetensors"
         if file.is_file() and read_tensors(file)[1].get("format") == FORMAT:
-            out = source  # it is converted already; only a head is to be added
+            out = source  # already converted: only add the head
         else:
             convert(source, out, getattr(torch, args.dtype), name)
         if head:

@@ -4,15 +4,15 @@
     python quantize.py --checkpoint checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct --mode int8 --draft
     python generate.py --checkpoint checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct/model-int8.safetensors --eagle2 ...
 
-int8 and int8dyn take one tensor at a time. int4 wants to know what the layers' inputs look like, and asks the model: it
-writes some thousand words of its own, beginning from nothing, and these run through the layers one after the other. Two
-copies of them do: one through the layers as they were, one through what has been quantised so far. A layer's new
-weights are to make of the latter what the old ones made of the former, halfway: the rest of the way is noise of this
-text. Then GPTQ (quantizers.py). The embedding, norms and biases stay as they are, in any mode.
+int8 and int8dyn quantise one tensor after the other, without any text. int4 is calibrated: it needs to know what the
+inputs of each layer look like. So the model first writes 32 texts of 512 tokens itself, from an empty prompt. They then
+go through the layers twice, side by side: once through the original layers, once through those quantised so far.
+
+The new weights of a layer map the quantised inputs half-way to the original outputs; going all the way overfits the
+calibration text. GPTQ then rounds them (quant/int4.py). The embedding, norms and biases are not quantised in any mode.
 """
 import argparse
 import copy
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -24,153 +24,161 @@ from torch import Tensor, nn
 
 from app.options import fail
 from draft import load_head
-from formats.weights import FORMAT, read_tensors, write_file
+from formats.eagle import folder_of
+from formats.weights import FORMAT, read_tensors, replace_when_whole, write_file
 from model import Layer, Llama, load_model, rope_table
 from ops.linear import linear
 from ops.quantized import Quantized
+from quant.calibration import corrected_weight
 from quant.linear import GROUPS, MODES, QuantizedLinear, mode_of, quantize_linears, quantize_weight, stored_mode
 from tokenizer import Tokenizer
 
-TEXTS, LENGTH, TOGETHER = 32, 512, 8  # that the model writes, tokens of each, how many are written or read at once
+TEXTS = 32  # that the model writes for calibration
+LENGTH = 512  # tokens of each
+BATCH = 8  # texts that are written, or go through a layer, at a time
 
 
-def quantize_checkpoint(folder: Path, mode: str, group: int, device: str) -> Path:
-    """Write model-MODE.safetensors beside the model file of a folder, or beside this file, which it is made from.
-    ValueError or OSError says what is wrong; nothing is left behind then."""
-    model, metadata = open_model(folder, mode)
+# ----- Files -------------------------------------------------------------------------------------------------------
+
+
+def quantize_checkpoint(path: Path, mode: str, group: int, device: str) -> Path:
+    """Write model-MODE.safetensors into the folder of a checkpoint, given by its folder or its model file. Returns the
+    new file. Raises ValueError or OSError that says what is wrong; no file is left behind then."""
+    model, metadata = open_model(path, mode)
     with torch.device("meta"):
-        shapes = Llama(model.cfg, qkv_bias=model.layers[0].wqkv.bias is not None)
-    quantize_linears(shapes, mode, group)
-    made = calibrated(model, folder, group, device) if mode == "int4" else one_by_one(model, mode, group, device)
-    return write_quantized(folder, model.state_dict(), shapes.state_dict(), made, metadata, mode, group)
+        like = Llama(model.cfg, qkv_bias=model.layers[0].wqkv.bias is not None)
+    quantize_linears(like, mode, group)
+    if mode == "int4":
+        weights = quantize_calibrated(model, path, group, device)
+    else:
+        weights = quantize_one_by_one(model, mode, group, device)
+    return write_quantized(path, model.state_dict(), like.state_dict(), weights, metadata, mode, group)
 
 
 def quantize_draft(head: Path, checkpoint: Path, mode: str, group: int) -> Path:
-    """The same for a draft head, which is small: on the CPU, and int4 without a text."""
+    """The same for a draft head, given by its folder or file. It is small: all on the CPU, and int4 is not calibrated.
+    """
     eagle = load_head(head, open_model(checkpoint, mode)[0], 0, mode, group)
     tensors = eagle.state_dict()
-    return write_quantized(head, tensors, tensors, (), {"format": FORMAT}, mode, group)
+    return write_quantized(head, tensors, tensors, iter(()), {"format": FORMAT}, mode, group)
 
 
 def open_model(path: Path, mode: str) -> tuple[Llama, dict[str, str]]:
-    """A checkpoint, memory-mapped: its tensors are read when they are used. And its metadata."""
+    """A checkpoint and the metadata of its file. The tensors are memory-mapped: each is read when it is used."""
     file = path if path.is_file() else path / "model.safetensors"
     metadata = read_tensors(file)[1] if file.is_file() else {}
     stored_mode(file, metadata, mode)
     return load_model(path), metadata
 
 
-def write_quantized(folder: Path, tensors: dict[str, Tensor], like: dict[str, Tensor], made: Iterator[Quantized],
+def write_quantized(path: Path, tensors: dict[str, Tensor], like: dict[str, Tensor], weights: Iterator[Quantized],
                     metadata: dict[str, str], mode: str, group: int) -> Path:
-    """The tensors named in `like`, all from `tensors`, but integers and scales that are not there as they are `made`,
-    in this order."""
-    folder = folder if folder.is_dir() else folder.parent
-    path, part = folder / f"model-{mode}.safetensors", folder / f"model-{mode}.part"
+    """Write model-MODE.safetensors into the folder of `path`. `like` names the tensors to write. Each comes from
+    `tensors`, or if it is not there from the next one of `weights`, which come in the order of `like`."""
+    file = folder_of(path) / f"model-{mode}.safetensors"
     like = {name: t if name.endswith((".data", ".scale")) else tensors[name] for name, t in like.items()}
+    metadata = metadata | {"mode": mode, "group": str(group if mode == "int4" else 0)}
 
     def pieces() -> Iterator[Tensor]:
         for name in like:
             if name in tensors:
                 yield tensors[name]
             elif name.endswith(".data"):
-                weight = next(made)
+                weight = next(weights)
                 yield weight.data
-            else:
+            else:  # .scale follows its .data
                 yield weight.scale
 
-    try:
-        write_file(part, like, pieces(), metadata | {"mode": mode, "group": str(group if mode == "int4" else 0)}, mode)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
+    with replace_when_whole(file) as part:
+        write_file(part, like, pieces(), metadata, mode)
+    return file
 
 
-def one_by_one(model: nn.Module, mode: str, group: int, device: str) -> Iterator[Quantized]:
+# ----- Models ------------------------------------------------------------------------------------------------------
+
+
+def quantize_one_by_one(model: nn.Module, mode: str, group: int, device: str) -> Iterator[Quantized]:
+    """The weights of all linears, in the order of the state_dict, each quantised when it is asked for."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             yield quantize_weight(module.weight.to(device), mode_of(name, mode), group)
 
 
 @torch.inference_mode()
-def calibrated(model: Llama, path: Path, group: int, device: str) -> Iterator[Quantized]:
-    """int4: the linears of one layer after the other, then the lm_head."""
+def quantize_calibrated(model: Llama, path: Path, group: int, device: str) -> Iterator[Quantized]:
+    """int4 weights of all linears, in the order of the state_dict, calibrated on texts that the model writes itself."""
     cuda = device == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
     length = min(LENGTH, model.cfg.max_position_embeddings, model.cfg.sliding_window or LENGTH)
-    start, tokenizer = time.perf_counter(), Tokenizer(path if path.is_dir() else path.parent)
-    writer = load_model(path, device, dtype, "int8" if cuda else None)  # int8 is as good and fits where int4 will
-    text = torch.cat([write_text(writer, first_token(tokenizer), TOGETHER, length, seed)
-                      for seed in range(TEXTS // TOGETHER)])
+    first = first_token(Tokenizer(folder_of(path)))
+    start = time.perf_counter()
+    writer = load_model(path, device, dtype, "int8" if cuda else None)  # int8 writes as well, and needs less memory
+    tokens = torch.cat([write_text(writer, first, BATCH, length, seed) for seed in range(TEXTS // BATCH)])
     del writer
-    print(f"{text.numel()} tokens written in {time.perf_counter() - start:.0f} s", file=sys.stderr)
-    now = F.embedding(text, model.embed.weight.to(device, dtype))
-    meant, rope = now.clone(), rope_table(model.cfg, length, torch.device(device)).to(dtype)
+    print(f"{tokens.numel()} tokens written in {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    original_x = F.embedding(tokens, model.embed.weight.to(device, dtype))
+    quantized_x = original_x.clone()
+    rope = rope_table(model.cfg, length, torch.device(device)).to(dtype)
     for layer in model.layers:
-        yield from quantize_layer(copy.deepcopy(layer).to(device, dtype), now, meant, rope, group)
+        yield from quantize_layer(copy.deepcopy(layer).to(device, dtype), quantized_x, original_x, rope, group)
     yield quantize_weight(model.lm_head.weight.to(device), mode_of("lm_head", "int4"))
 
 
 def first_token(tokenizer: Tokenizer) -> int:
-    """What stood between texts when the model learned to write."""
-    between = tokenizer.bpe.token_to_id("<|endoftext|>")
-    ids = (between, tokenizer.bos_id, *sorted(tokenizer.stop_ids), 0)
-    return next(i for i in ids if i is not None)
+    """The token that separated texts in the model's training: <|endoftext|>, else bos, else a stop id, else 0."""
+    separator = tokenizer.bpe.token_to_id("<|endoftext|>")
+    candidates = (separator, tokenizer.bos_id, *sorted(tokenizer.stop_ids), 0)
+    return next(i for i in candidates if i is not None)
 
 
 @torch.inference_mode()
-def write_text(model: Llama, first: int, rows: int, length: int, seed: int) -> Tensor:
-    """[rows, length] ids, sampled as the model has them, at temperature 1."""
+def write_text(model: Llama, first: int, batch: int, length: int, seed: int) -> Tensor:
+    """Sample texts from the model at temperature 1, each beginning with the token `first`: [batch, length] int64."""
     device = model.embed.weight.device
-    model.free_cache()  # of another text: it is large
-    model.allocate_cache(length, -length % 64, rows)
-    random, text = torch.Generator(device).manual_seed(seed), torch.full((rows, length), first, device=device)
+    model.free_cache()  # before the new one is allocated: it is large
+    model.allocate_cache(length, -length % 64, batch)
+    random = torch.Generator(device).manual_seed(seed)
+    tokens = torch.full((batch, length), first, device=device)
     for i in range(length - 1):
-        at = torch.tensor([i], device=device)
-        mask = torch.arange((i // 64 + 1) * 64, device=device)[None] <= at
-        logits = linear(model(text[:, i:i + 1], at, at, mask)[:, 0], model.lm_head.weight, dtype=torch.float32)
-        text[:, i + 1] = torch.multinomial(logits.softmax(-1), 1, generator=random)[:, 0]
-    return text
+        position = torch.tensor([i], device=device)
+        mask = torch.arange((i // 64 + 1) * 64, device=device)[None] <= position
+        features = model(tokens[:, i:i + 1], position, position, mask)[:, 0]
+        logits = linear(features, model.lm_head.weight, dtype=torch.float32)
+        tokens[:, i + 1] = torch.multinomial(logits.softmax(-1), 1, generator=random)[:, 0]
+    return tokens
 
 
-def quantize_layer(old: Layer, now: Tensor, meant: Tensor, rope: Tensor, group: int, share: float = 0.5,
-                   damp: float = 0.05) -> Iterator[Quantized]:
-    """The four linears of a layer. What reaches it, as quantised so far and as it was, `now` and `meant` [texts, T, C],
-    become what leaves it.
+# ----- One layer of int4 -------------------------------------------------------------------------------------------
 
-    With inputs a, and b as they were, new weights v that best make v a + now equal w b + meant solve
-    (v - w) a a' = (w (b - a) + meant - now) a'; `share` of the way to them is gone."""
+
+def quantize_layer(old: Layer, quantized_x: Tensor, original_x: Tensor, rope: Tensor, group: int,
+                   correction: float = 0.5, damp: float = 0.05) -> Iterator[Quantized]:
+    """Quantise the four linears of a layer to int4, in the order wqkv, wo, w13, w2.
+
+    quantized_x and original_x [texts, T, C] are the hidden states that reach the layer through the quantised and the
+    original layers. Both are changed in place, to those that leave it. correction, damp: see corrected_weight.
+    """
     new = copy.copy(old)
-    new._modules = dict(old._modules)  # the same norms, but linears of its own
+    new._modules = dict(old._modules)  # shares the norms; its linears are replaced one by one
     for name in ("wqkv", "wo", "w13", "w2"):
-        was = getattr(old, name)
-        w, adds = was.weight.float(), name in ("wo", "w2")
-        hessian, rhs = w.new_zeros(w.shape[1], w.shape[1]), w.new_zeros(w.shape[1], w.shape[0])
-        seen = [(inputs(new, name, x, rope), inputs(old, name, y, rope))
-                for x, y in zip(now.split(TOGETHER), meant.split(TOGETHER))]
-        for (a, b), x, y in zip(seen, now.split(TOGETHER), meant.split(TOGETHER)):
-            a, b = a.float().flatten(0, 1), b.float().flatten(0, 1)
-            off = (b - a) @ w.T
-            off = off + (y - x).float().flatten(0, 1) if adds else off
-            hessian.addmm_(a.T, a)
-            rhs.addmm_(a.T, off)
-        hessian /= now.shape[0] * now.shape[1]
-        rhs /= now.shape[0] * now.shape[1]
-        H = hessian.clone()
-        H.diagonal().add_(damp * hessian.diagonal().mean() + 1e-30)
-        target = w + share * torch.cholesky_solve(rhs, torch.linalg.cholesky(H)).T
-        del H, rhs
-        weight = quantize_weight(target, "int4", group, hessian)
-        setattr(new, name, QuantizedLinear(weight, was.bias))
-        for (a, b), x, y in zip(seen, now.split(TOGETHER), meant.split(TOGETHER)):
-            if adds:  # x and y are views
+        original = getattr(old, name)
+        hidden = list(zip(quantized_x.split(BATCH), original_x.split(BATCH)))  # views
+        inputs = [(layer_input(new, name, x, rope), layer_input(old, name, y, rope)) for x, y in hidden]
+        is_residual = name in ("wo", "w2")
+        wanted, hessian = corrected_weight(original.weight.float(), inputs, hidden if is_residual else None,
+                                           correction, damp)
+        weight = quantize_weight(wanted, "int4", group, hessian)
+        setattr(new, name, QuantizedLinear(weight, original.bias))
+        if is_residual:
+            for (a, b), (x, y) in zip(inputs, hidden):
                 x += linear(a, weight)
-                y += linear(b, was.weight)
+                y += linear(b, original.weight)
         yield weight
 
 
-def inputs(layer: Layer, name: str, x: Tensor, rope: Tensor) -> Tensor:
-    """What a linear of the layer is given; x [texts, T, C] reaches the layer, or for the last two its second half."""
+def layer_input(layer: Layer, name: str, x: Tensor, rope: Tensor) -> Tensor:
+    """The input of one linear of a layer. x [texts, T, C]: the hidden states that reach the layer, or for w13 and w2
+    those that reach its MLP."""
     if name == "wqkv":
         return x if layer.attn_norm is None else layer.attn_norm(x)
     if name == "wo":
@@ -182,18 +190,18 @@ def inputs(layer: Layer, name: str, x: Tensor, rope: Tensor) -> Tensor:
 
 def main() -> None:
     p = argparse.ArgumentParser(description="Quantise a converted checkpoint, or its draft head.")
-    p.add_argument("--checkpoint", type=Path, required=True, help="converted folder")
-    p.add_argument("--mode", choices=MODES, required=True)
-    p.add_argument("--group", type=int, choices=GROUPS, help="columns that share a scale, with int4 (default: 128)")
+    p.add_argument("--checkpoint", type=Path, required=True, help="converted folder, or a model file in it")
+    p.add_argument("--mode", choices=MODES, required=True, help="docs/quantization.md compares them")
+    p.add_argument("--group", type=int, choices=GROUPS, help="int4: columns that share a scale (default: 128)")
     p.add_argument("--draft", type=Path, nargs="?", const=True,
-                   help="the draft head in this folder instead (default: <checkpoint>/eagle)")
-    p.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+                   help="quantise a draft head instead: the one in this folder (default: <checkpoint>/eagle)")
+    p.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="where to compute (default: cuda if there is a GPU)")
     args = p.parse_args()
-    for wrong, message in (
-            (args.group and args.mode in ("int8", "int8dyn"), "--group is for int4"),
-            (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda, but torch finds no CUDA device")):
-        if wrong:
-            p.error(message)
+    if args.group and args.mode != "int4":
+        p.error("--group is for int4")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        p.error("--device cuda, but torch finds no CUDA device")
     group = args.group or 128
     try:
         if args.draft is not None:

@@ -1,1 +1,1 @@
-"""Files on disk: names, bytes and metadata. Knows no module."""
+"""Files on disk: names, bytes and metadata. No file in here builds a model."""

@@ -1,4 +1,4 @@
-"""EAGLE heads on the disk: where they lie, and the names of their tensors."""
+"""EAGLE heads on disk: where the files are, and the names of the tensors."""
 import json
 from pathlib import Path
 
@@ -7,26 +7,40 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from formats.config import Config
+from formats.weights import replace_when_whole
 
-VOCAB = "draft_vocab.json"  # the target's most frequent tokens, most frequent first
-CURVE = "acceptance.json"  # what trees of each size gain a cycle, see autotree.py
+VOCAB = "draft_vocab.json"  # beside a head: the target's most frequent tokens, most frequent first
+CURVE = "acceptance.json"  # beside a head: tokens per step for each size of tree (drafters/tree_size.py)
+
+
+# ----- Finding and reading -----------------------------------------------------------------------------------------
 
 
 def folder_of(path: Path) -> Path:
-    """A checkpoint's or a head's folder, be it named itself or by a file in it."""
+    """The folder of a checkpoint or a head. `path` is the folder itself or a file in it."""
     return path.parent if path.is_file() else path
 
 
 def find_head(checkpoint: Path) -> Path:
-    """The head that belongs to a checkpoint, a folder or a model file in it: the folder eagle, or what has the file's
-    name in there, as model-int8.safetensors has if the head was quantised too."""
-    folder = folder_of(checkpoint)
-    file = folder / "eagle" / checkpoint.name
-    return file if checkpoint.is_file() and file.is_file() else folder / "eagle"
+    """The draft head that belongs to a checkpoint, which is a folder or a model file in it.
+
+    This is the folder eagle/ of the checkpoint. For a model file it is the file of the same name in eagle/, if there is
+    one: eagle/model-int8.safetensors belongs to model-int8.safetensors.
+    """
+    folder = folder_of(checkpoint) / "eagle"
+    if checkpoint.is_file():
+        file = folder / checkpoint.name
+        if file.is_file():
+            return file
+    return folder
 
 
 def read_vocab(path: Path, vocab_size: int, limit: int | None) -> Tensor:
-    """The first `limit` (None: all) ids of a list of the most frequent ones, ascending, [at least 10] int64."""
+    """The first `limit` ids of a draft_vocab.json (None or 0: all of them), in ascending order: [at least 10] int64.
+
+    Raises FileNotFoundError, or ValueError if the file is not a list of at least 10 different ids below `vocab_size`,
+    or if `limit` is below 10 or above the list's length.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not there; train.py --draft_vocab makes it")
     try:
@@ -42,35 +56,48 @@ def read_vocab(path: Path, vocab_size: int, limit: int | None) -> Tensor:
 
 
 def native_names(published: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Published tensors under this file's names, q/k/v and gate/up fused. The names we do not know stay, and
-    `fill` refuses them."""
+    """The tensors of a published head under the names of draft.EagleHead, with q, k, v and gate, up fused.
+
+    A copy of the target's embedding and RoPE buffers are dropped. Tensors that already have our names stay. So do
+    unknown ones, which `formats.weights.fill` refuses later. Raises ValueError naming `path` if only some of the
+    tensors to fuse are there, or if their shapes do not fit together.
+    """
     tensors = {name: t for name, t in published.items()
                if name != "embed_tokens.weight" and not name.endswith("rotary_emb.inv_freq")}
-    fused = {"layer.wqkv.weight": [f"layers.0.self_attn.{x}_proj.weight" for x in "qkv"],
-             "layer.wqkv.bias": [f"layers.0.self_attn.{x}_proj.bias" for x in "qkv"],
-             "layer.wo.weight": ["layers.0.self_attn.o_proj.weight"],
-             "layer.mlp_norm.weight": ["layers.0.post_attention_layernorm.weight"],
-             "layer.w13.weight": ["layers.0.mlp.gate_proj.weight", "layers.0.mlp.up_proj.weight"],
-             "layer.w2.weight": ["layers.0.mlp.down_proj.weight"]}
-    for name, parts in fused.items():
-        found = [tensors.pop(part) for part in parts if part in tensors]
-        if len({t.shape[1:] for t in found}) > 1 or len(found) not in (0, len(parts)):
-            raise ValueError(f"{path}: {', '.join(parts)} do not fit together")
+    sources = {"layer.wqkv.weight": [f"layers.0.self_attn.{x}_proj.weight" for x in "qkv"],
+               "layer.wqkv.bias": [f"layers.0.self_attn.{x}_proj.bias" for x in "qkv"],
+               "layer.wo.weight": ["layers.0.self_attn.o_proj.weight"],
+               "layer.mlp_norm.weight": ["layers.0.post_attention_layernorm.weight"],
+               "layer.w13.weight": ["layers.0.mlp.gate_proj.weight", "layers.0.mlp.up_proj.weight"],
+               "layer.w2.weight": ["layers.0.mlp.down_proj.weight"]}
+    for name, published_names in sources.items():
+        found = [tensors.pop(part) for part in published_names if part in tensors]
+        if len({t.shape[1:] for t in found}) > 1 or len(found) not in (0, len(published_names)):
+            raise ValueError(f"{path}: {', '.join(published_names)} do not fit together")
         if found:
             tensors[name] = torch.cat(found) if len(found) > 1 else found[0]
     return tensors
 
 
+# ----- Writing -----------------------------------------------------------------------------------------------------
+
+
 def save_head(cfg: Config, state: dict[str, Tensor], out: Path) -> None:
-    """The format of EAGLE-1/2 heads on the hub: bf16 tensors under Hugging Face's names, q/k/v and gate/up apart."""
-    state = {k: v.detach().to("cpu", torch.bfloat16) for k, v in state.items()}
-    attention, kv = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-    q, k, v = state["layer.wqkv.weight"].split((attention, kv, kv))
+    """Write the folder of a head without biases, from its config and its state_dict: model.safetensors and config.json.
+
+    The format is that of EAGLE-1/2 heads on the hub: bf16 tensors under Hugging Face's names, with q, k, v and gate, up
+    as tensors of their own.
+    """
+    state = {name: t.detach().to("cpu", torch.bfloat16) for name, t in state.items()}
+    q_rows = cfg.num_heads * cfg.head_dim
+    kv_rows = cfg.num_kv_heads * cfg.head_dim
+    q, k, v = state["layer.wqkv.weight"].split((q_rows, kv_rows, kv_rows))
     gate, up = state["layer.w13.weight"].chunk(2)
-    tensors = {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v,
-               "self_attn.o_proj": state["layer.wo.weight"], "mlp.gate_proj": gate, "mlp.up_proj": up,
-               "mlp.down_proj": state["layer.w2.weight"], "post_attention_layernorm": state["layer.mlp_norm.weight"]}
-    tensors = {"fc.weight": state["fc.weight"], **{f"layers.0.{k}.weight": v.contiguous() for k, v in tensors.items()}}
+    layer = {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v,
+             "self_attn.o_proj": state["layer.wo.weight"], "mlp.gate_proj": gate, "mlp.up_proj": up,
+             "mlp.down_proj": state["layer.w2.weight"], "post_attention_layernorm": state["layer.mlp_norm.weight"]}
+    tensors = {"fc.weight": state["fc.weight"],
+               **{f"layers.0.{name}.weight": t.contiguous() for name, t in layer.items()}}
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": cfg.hidden_size,
               "intermediate_size": cfg.intermediate_size, "num_hidden_layers": 1, "num_attention_heads": cfg.num_heads,
               "num_key_value_heads": cfg.num_kv_heads, "head_dim": cfg.head_dim, "hidden_act": "silu",
@@ -78,15 +105,19 @@ def save_head(cfg: Config, state: dict[str, Tensor], out: Path) -> None:
               "max_position_embeddings": cfg.max_position_embeddings, "bias": False, "tie_word_embeddings": False,
               "torch_dtype": "bfloat16"}
     out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out / "model.part")
-    (out / "model.part").replace(out / "model.safetensors")
+    with replace_when_whole(out / "model.safetensors") as part:
+        save_file(tensors, part)
     (out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-def save_vocab(said: Tensor, out: Path, size: int) -> None:
-    """The `size` tokens that the model itself says most often in `said` [any], most frequent first, beside the head:
-    drafting then reads only their rows of the lm_head (FR-Spec, arXiv 2502.14856)."""
-    counts = torch.bincount(said[said >= 0].long())
+def save_vocab(written: Tensor, out: Path, size: int) -> None:
+    """Write draft_vocab.json into the head's folder `out`: the `size` tokens that occur most often in `written`, most
+    frequent first. Drafting then reads only their rows of the lm_head (FR-Spec, arXiv 2502.14856).
+
+    written [any] int: tokens that the target wrote itself. Negative entries, which stand for prompts, are skipped. The
+    list is shorter if fewer than `size` different tokens occur.
+    """
+    counts = torch.bincount(written[written >= 0].long())
     ids = counts.argsort(descending=True, stable=True)[:size]
     out.mkdir(parents=True, exist_ok=True)
     (out / VOCAB).write_text(json.dumps(ids[counts[ids] > 0].tolist()) + "\n", encoding="utf-8")

@@ -1,4 +1,11 @@
-"""Medusa heads on the disk: three layouts of names."""
+"""Medusa heads on disk. Three programs write them, each with its own names for the tensors; here they become one.
+
+The tensors that drafters/medusa.py wants, for B blocks and H heads of hidden size C and V tokens:
+
+    weight       [B, H, C, C]
+    bias         [B, H, C]
+    projections  [H, V, C], only if the heads do not use the target's lm_head
+"""
 import json
 import re
 from pathlib import Path
@@ -6,16 +13,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt", "model.safetensors")  # TGI's, the authors', vLLM's
+# Where the weights are: as text-generation-inference, the authors and vLLM call the file.
+FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt", "model.safetensors")
+# Names after `common_name`. A projection is numbered like a block, after the last one of its head.
 BLOCK = re.compile(r"(\d{1,3})\.(\d{1,3})\.linear\.(weight|bias)")
-PROJECTION = re.compile(r"(\d{1,3})\.(\d{1,3}|projection)\.weight")  # numbered as the head's blocks are, after them
+PROJECTION = re.compile(r"(\d{1,3})\.(\d{1,3}|projection)\.weight")
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .pt file: weights_only admits them and refuses code."""
+    """The tensors of a .pt file. Raises ValueError if it is damaged or holds anything else, such as code."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # there is little that a damaged pickle does not raise; PyTorch's own advice is to run its code
+    except Exception:  # a damaged pickle raises anything; PyTorch's own message advises to run its code
         tensors = None
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ValueError(f"{path}: damaged, or not a dictionary of plain tensors; download it again")
@@ -23,7 +32,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def shares_lm_head(path: Path) -> bool:
-    """What a config.json says: TGI's has a version, vLLM's a flag."""
+    """Whether a config.json says that the heads use the target's lm_head: version 2 of text-generation-inference, or
+    vLLM's original_lm_head. False if there is no file. Raises ValueError if it is not a JSON object."""
     try:
         config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (ValueError, RecursionError) as e:
@@ -34,18 +44,47 @@ def shares_lm_head(path: Path) -> bool:
 
 
 def arrange(path: Path, published: dict[str, Tensor], size: int, vocab_size: int) -> dict[str, Tensor]:
-    """A file's tensors as MedusaHeads has them, for a target of this hidden size and vocabulary."""
+    """The tensors of a file, stacked as the module docstring says, for a target of this hidden size and vocabulary.
+
+    Raises ValueError that names `path` for an unknown name, a wrong shape, or if any block of any head is missing.
+    """
+    found, projections_after = sort_by_place(path, published, size, vocab_size)
+    if not found["weight"]:
+        raise ValueError(f"{path}: holds no Medusa heads")
+    places = [place for tensors in found.values() for place in tensors]
+    num_blocks, num_heads = (1 + max(numbers) for numbers in zip(*places))
+    for kind, tensors in found.items():
+        expected = num_heads if kind == "projections" else num_blocks * num_heads
+        if tensors and len(tensors) != expected:
+            raise ValueError(f"{path}: has {len(tensors)} tensors of {kind}, but {num_heads} heads of {num_blocks} "
+                             f"blocks need {expected}")
+    if projections_after - {"projection", str(num_blocks)}:
+        raise ValueError(f"{path}: its projections follow {', '.join(sorted(projections_after))} blocks, but it has "
+                         f"{num_blocks}")
+    return stacked(found, num_blocks, num_heads)
+
+
+Place = tuple[int, int]  # block (0 for a projection) and head
+
+
+def sort_by_place(path: Path, published: dict[str, Tensor], size: int, vocab_size: int
+                  ) -> tuple[dict[str, dict[Place, Tensor]], set[str]]:
+    """The tensors of a file by kind ("weight", "bias", "projections") and place, and the numbers that the names of the
+    projections give as their place in the head: how many blocks they follow, or the word "projection"."""
     shapes = {"weight": (size, size), "bias": (size,), "projections": (vocab_size, size)}
-    found, after = {kind: {} for kind in shapes}, set()  # by block (0 for a projection) and head
+    found = {kind: {} for kind in shapes}
+    projections_after = set()
     for name, tensor in published.items():
         plain = common_name(name)
-        if plain == "token_map":  # vLLM's draft vocabulary: with rows for all tokens, all may be drafted
+        if plain == "token_map":  # vLLM's draft vocabulary: ignored, since there are rows for all tokens
             continue
         if block := BLOCK.fullmatch(plain):
-            kind, place = block[3], (int(block[2]), int(block[1]))
+            kind = block[3]
+            place = int(block[2]), int(block[1])
         elif projection := PROJECTION.fullmatch(plain):
-            kind, place = "projections", (0, int(projection[1]))
-            after.add(projection[2])  # so many blocks
+            kind = "projections"
+            place = 0, int(projection[1])
+            projections_after.add(projection[2])
         else:
             raise ValueError(f"{path}: {name} is no part of Medusa's heads")
         if tensor.shape != shapes[kind] or not tensor.is_floating_point():
@@ -54,32 +93,24 @@ def arrange(path: Path, published: dict[str, Tensor], size: int, vocab_size: int
         if place in found[kind]:
             raise ValueError(f"{path}: {name} is there under another name too")
         found[kind][place] = tensor
-    if not found["weight"]:
-        raise ValueError(f"{path}: holds no Medusa heads")
-    layers, count = (1 + max(numbers) for numbers in zip(*(place for places in found.values() for place in places)))
-    for kind, places in found.items():
-        whole = count if kind == "projections" else layers * count
-        if places and len(places) != whole:
-            raise ValueError(f"{path}: has {len(places)} tensors of {kind}, but {count} heads of {layers} blocks want "
-                             f"{whole}")
-    if after - {"projection", str(layers)}:
-        raise ValueError(f"{path}: its projections follow {', '.join(sorted(after))} blocks, but it has {layers}")
-    return stacked(found, layers, count)
+    return found, projections_after
 
 
 def common_name(name: str) -> str:
-    """{head}.{block}.linear.{kind} or {head}.{any}.weight, as all but vLLM call them."""
+    """A published name as "HEAD.BLOCK.linear.KIND" or, for a projection, "HEAD.NUMBER.weight". Only vLLM's names
+    differ, apart from a prefix that some files have."""
     name = re.sub(r"^medusa_heads?\.", "", name)
     name = re.sub(r"^blocks\.(\d+)\.layers\.(\d+)\.", r"\1.\2.linear.", name)
     return re.sub(r"^lm_heads\.(\d+)\.", r"\1.projection.", name)
 
 
-def stacked(found: dict[str, dict[tuple[int, int], Tensor]], layers: int, count: int) -> dict[str, Tensor]:
-    """As three tensors or, without projections, two."""
-    tensors = {kind: torch.stack([places[place] for place in sorted(places)]).unflatten(0, (-1, count))
-               for kind, places in found.items() if places}
+def stacked(found: dict[str, dict[Place, Tensor]], num_blocks: int, num_heads: int) -> dict[str, Tensor]:
+    """The tensors by place as two stacked tensors, or three with projections. A missing bias is filled with zeros:
+    vLLM's heads may have none."""
+    tensors = {kind: torch.stack([by_place[place] for place in sorted(by_place)]).unflatten(0, (-1, num_heads))
+               for kind, by_place in found.items() if by_place}
     if "projections" in tensors:
         tensors["projections"] = tensors["projections"][0]
-    if "bias" not in tensors:  # as vLLM's heads may be
-        tensors["bias"] = tensors["weight"].new_zeros(layers, count, tensors["weight"].shape[-1])
+    if "bias" not in tensors:
+        tensors["bias"] = tensors["weight"].new_zeros(num_blocks, num_heads, tensors["weight"].shape[-1])
     return tensors

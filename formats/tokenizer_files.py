@@ -1,8 +1,8 @@
-"""What the tokenizer files of a checkpoint folder say, as one `tokenizers` BPE, its special tokens and chat template.
+"""Reading the tokenizer files of a checkpoint folder: one `tokenizers` BPE, its special tokens, and its chat template.
 
-tokenizer.json is preferred; a tokenizer.model (sentencepiece, or Llama 3's tiktoken: told apart by content) is rebuilt
-with transformers' own recipe, so that the ids are AutoTokenizer's. One thing is not: where tokenizer_config.json does
-not say add_bos_token, a tokenizer.model adds bos, as Meta's code and transformers 4 do (transformers 5 does not).
+tokenizer.json is preferred. A tokenizer.model (sentencepiece, or Llama 3's tiktoken: the content tells) is rebuilt with
+transformers' own recipe, so that the ids are AutoTokenizer's. There is one difference: where tokenizer_config.json does
+not mention add_bos_token, a tokenizer.model adds bos, as Meta's code and transformers 4 do (transformers 5 does not).
 """
 import base64
 import json
@@ -19,100 +19,106 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as BPE
 
-# The byte-level alphabet: a printable byte is its own character, the others are, in order, those from U+0100 on.
+# Byte-level BPE writes bytes as characters: a printable byte as itself, the others as U+0100 and following, in order.
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 CHAR_OF = dict(zip(sorted(range(256), key=lambda byte: chr(byte) not in ALPHABET), ALPHABET, strict=True))
 BYTE_OF = {char: byte for byte, char in CHAR_OF.items()}
-# Llama 3: how the text is split, and Meta's names among the 256 ids after the ranks (the others are reserved).
+# Llama 3 cuts a text into words with this pattern.
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Llama 3 has 256 special ids after the ranks. These have names in Meta's release, the others are reserved.
 LLAMA3_NAMES = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
 
 
 @contextmanager
-def clear_error(what: str) -> Iterator[None]:
-    """Whatever goes wrong (`tokenizers` raises bare Exceptions, a template anything) as a ValueError saying where."""
+def clear_error(subject: str) -> Iterator[None]:
+    """Turn any exception in the block into a ValueError that starts with `subject`. Nothing narrower will do:
+    `tokenizers` raises bare Exceptions for a damaged file, and a chat template can raise anything."""
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{what}: {str(error) or repr(error)}") from error
+        raise ValueError(f"{subject}: {str(error) or repr(error)}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} if there is no such file."""
+    """The object in a JSON file; {} if there is no such file. Raises ValueError for anything else."""
     with clear_error(f"{path} is broken, copy it again"):
         value = json.loads(path.read_bytes()) if path.exists() else {}
-        return {**value}
+        return {**value}  # fails unless it is an object
+
+
+# ----- The BPE of a folder -----------------------------------------------------------------------------------------
 
 
 def load_bpe(folder: Path, model: dict[str, Any]) -> tuple[BPE, dict[str, Any]]:
-    """The BPE of a folder whose config.json is `model`, and tokenizer_config.json with special tokens as strings."""
-    path = next((folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).exists()), None)
-    if path is None:
-        raise FileNotFoundError(f"{folder} has no tokenizer.json and no tokenizer.model: copy one into it")
-    config = read_json(folder / "tokenizer_config.json")
-    if "added_tokens_decoder" not in config:  # an older folder: two more files
-        config |= read_json(folder / "special_tokens_map.json")
+    """The BPE of a folder, and its tokenizer_config.json with special tokens as strings.
+
+    `model` is the folder's config.json. Raises FileNotFoundError, or ValueError that names the broken file.
+    """
+    path = find_tokenizer(folder)
+    config = read_tokenizer_config(folder)
     added = read_json(folder / "added_tokens.json")
     with clear_error(f"{path} is broken, copy it again"):
-        if path.suffix == ".json":
-            bpe, implied = BPE.from_file(str(path)), {}
-        else:
-            bpe, implied = from_model(path.read_bytes(), config.get("added_tokens_decoder", {}))
-        byte_level = isinstance(bpe.decoder, decoders.ByteLevel)
-        if implied and byte_level and model.get("bos_token_id") not in (None, bpe.token_to_id(implied["bos_token"])):
-            raise ValueError("config.json has another bos_token_id, so lines are missing")  # special ids follow them
+        bpe, implied = read_bpe(path, config, model)
     with clear_error(f"{folder / 'tokenizer_config.json'} does not fit {path.name}, copy both again"):
         config = implied | {key: plain(value) for key, value in config.items() if value is not None}
-        as_llama = config.get("tokenizer_class", "").removesuffix("Fast") == "LlamaTokenizer"
-        if not byte_level and (implied or (as_llama and model.get("model_type", "llama") == "llama")):
+        if is_llama_sentencepiece(bpe, implied, config, model):
             surround_as_llama(bpe, config.get("add_prefix_space", True), config.get("legacy", False))
         add_tokens(bpe, config, added)
-        if implied:  # a tokenizer.json has its own post-processor, and transformers ignores the two flags beside it
-            bos = [config["bos_token"]] * config.get("add_bos_token", True)
-            eos = [config["eos_token"]] * config.get("add_eos_token", False)
-            ids = [(token, bpe.token_to_id(token)) for token in bos + eos]
-            bpe.post_processor = processors.TemplateProcessing(single=[*bos, "$A", *eos], special_tokens=ids)
-    if not byte_level and b"ByteFallback" not in (bpe.decoder.__getstate__() if bpe.decoder else b""):
-        raise ValueError(f"{path}: neither byte-level BPE nor sentencepiece BPE with byte fallback, so not supported")
+        if implied:  # transformers ignores add_bos_token and add_eos_token beside a tokenizer.json
+            add_bos_and_eos(bpe, config)
+    check_decoder(bpe, path)
     bpe.no_truncation()
     bpe.no_padding()
     return bpe, config
 
 
-def from_model(data: bytes, listed: dict[str, Any]) -> tuple[BPE, dict[str, str]]:
-    """A tokenizer.model as BPE, and the special tokens that its format implies. Pieces stand in merging order."""
-    tiktoken = re.match(rb"[A-Za-z0-9+/]+=* \d+\s", data) is not None  # lines of "base64 rank"
-    if tiktoken:
-        ranks = [(base64.b64decode(token), int(rank)) for token, rank in map(bytes.split, data.splitlines())]
-        vocab = {"".join(map(CHAR_OF.get, token)): rank for token, rank in ranks}
-    else:
-        spm = SentencePieceProcessor()
-        spm.LoadFromSerializedProto(data)
-        vocab = {spm.id_to_piece(i): i for i in range(len(spm))}
-        if any(spm.get_score(i) % 1 for i in range(len(spm))):  # of BPE: minus the piece's place in merging order
-            raise ValueError("a sentencepiece unigram model: only its tokenizer.json will do")
-    if [*vocab.values()] != [*range(len(vocab))]:
-        raise ValueError("ids are missing, double or out of order")
-    splits = ((piece[:cut], piece[cut:]) for piece in vocab for cut in range(1, len(piece)))
-    merges = [(left, right) for left, right in splits if left in vocab and right in vocab]
-    bpe = BPE(models.BPE(vocab, merges, fuse_unk=True, byte_fallback=not tiktoken, ignore_merges=tiktoken))
-    if not tiktoken:
-        bpe.add_special_tokens([piece for piece, i in vocab.items() if spm.is_control(i)])
-        return bpe, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
-    bpe.decoder = decoders.ByteLevel()
-    reserved = (f"reserved_special_token_{i}" for i in range(256))
-    names = [f"<|{LLAMA3_NAMES.get(i) or next(reserved)}|>" for i in range(256)]
-    bpe.add_special_tokens([plain(listed.get(str(len(vocab) + i), name)) for i, name in enumerate(names)])
-    return bpe, {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+def find_tokenizer(folder: Path) -> Path:
+    """tokenizer.json, or else tokenizer.model. Raises FileNotFoundError if neither is there."""
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (folder / name).exists():
+            return folder / name
+    raise FileNotFoundError(f"{folder} has no tokenizer.json and no tokenizer.model: copy one into it")
+
+
+def read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json as it is; in an older folder, with special_tokens_map.json merged into it."""
+    config = read_json(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" not in config:  # an older folder
+        config |= read_json(folder / "special_tokens_map.json")
+    return config
+
+
+def read_bpe(path: Path, config: dict[str, Any], model: dict[str, Any]) -> tuple[BPE, dict[str, str]]:
+    """The BPE in a tokenizer.json or tokenizer.model, and the special tokens that the format implies. The latter are
+    {} for a tokenizer.json, which says everything itself."""
+    if path.suffix == ".json":
+        return BPE.from_file(str(path)), {}
+    bpe, implied = from_model(path.read_bytes(), config.get("added_tokens_decoder", {}))
+    if is_byte_level(bpe) and model.get("bos_token_id") not in (None, bpe.token_to_id(implied["bos_token"])):
+        # tiktoken's special ids follow the ranks: a file that was cut at the end of a line shifts them
+        raise ValueError("config.json has another bos_token_id, so lines are missing")
+    return bpe, implied
+
+
+def is_byte_level(bpe: BPE) -> bool:
+    return isinstance(bpe.decoder, decoders.ByteLevel)
+
+
+def is_llama_sentencepiece(bpe: BPE, implied: dict[str, str], config: dict[str, Any], model: dict[str, Any]) -> bool:
+    """Whether transformers would make a LlamaTokenizer of it, which overrides the normalizer and the decoder: for any
+    sentencepiece tokenizer.model, and for a tokenizer.json of this class in the folder of a Llama."""
+    has_llama_class = config.get("tokenizer_class", "").removesuffix("Fast") == "LlamaTokenizer"
+    if is_byte_level(bpe):
+        return False
+    return bool(implied) or (has_llama_class and model.get("model_type", "llama") == "llama")
 
 
 def surround_as_llama(bpe: BPE, add_prefix_space: bool, legacy: bool) -> None:
-    """What transformers' LlamaTokenizer puts around a BPE: a space before the text (legacy: before every segment)."""
+    """Set what transformers' LlamaTokenizer puts around a BPE: a space before the text, or with `legacy` before every
+    segment between special tokens."""
     scheme = ("always" if legacy else "first") if add_prefix_space else "never"
     bpe.normalizer = None
     bpe.pre_tokenizer = pre_tokenizers.Metaspace("▁", scheme, split=False)
@@ -121,11 +127,13 @@ def surround_as_llama(bpe: BPE, add_prefix_space: bool, legacy: bool) -> None:
 
 
 def plain(token: Any) -> Any:
+    """A special token as a string, where the file has it as an object with `content`; any other value as it is."""
     return token["content"] if isinstance(token, dict) and "content" in token else token
 
 
 def add_tokens(bpe: BPE, config: dict[str, Any], added: dict[str, int]) -> None:
-    """The tokens that a text is split at first: added_tokens_decoder, else added_tokens.json; and the named ones."""
+    """Add the tokens that are cut out of a text before anything else: those that added_tokens_decoder lists with their
+    flags, those of an older added_tokens.json (`added`), and special tokens that the config only names."""
     special = [value for key, value in config.items() if key.endswith("_token") and isinstance(value, str)]
     special += map(plain, config.get("additional_special_tokens", []))
     listed = config.get("added_tokens_decoder", {})
@@ -135,20 +143,86 @@ def add_tokens(bpe: BPE, config: dict[str, Any], added: dict[str, int]) -> None:
     bpe.add_special_tokens([token for token in special if token not in known])
 
 
+def add_bos_and_eos(bpe: BPE, config: dict[str, Any]) -> None:
+    """Let `encode` put bos before a text (unless the config says no) and eos after it (only if the config says so)."""
+    bos = [config["bos_token"]] * config.get("add_bos_token", True)
+    eos = [config["eos_token"]] * config.get("add_eos_token", False)
+    ids = [(token, bpe.token_to_id(token)) for token in bos + eos]
+    bpe.post_processor = processors.TemplateProcessing(single=[*bos, "$A", *eos], special_tokens=ids)
+
+
+def check_decoder(bpe: BPE, path: Path) -> None:
+    """Raise ValueError for tokens that do not always stand for the same bytes. WordPiece's, for example, do not, and
+    streamed text would be wrong."""
+    has_byte_fallback = b"ByteFallback" in (bpe.decoder.__getstate__() if bpe.decoder else b"")
+    if not is_byte_level(bpe) and not has_byte_fallback:
+        raise ValueError(f"{path}: neither byte-level BPE nor sentencepiece BPE with byte fallback, so not supported")
+
+
+# ----- A tokenizer.model -------------------------------------------------------------------------------------------
+
+
+def from_model(data: bytes, listed: dict[str, Any]) -> tuple[BPE, dict[str, str]]:
+    """A tokenizer.model as BPE, and the special tokens that its format implies. `listed`: added_tokens_decoder."""
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", data):  # lines of "base64 rank"
+        return from_tiktoken(data, listed)
+    return from_sentencepiece(data)
+
+
+def from_tiktoken(data: bytes, listed: dict[str, Any]) -> tuple[BPE, dict[str, str]]:
+    """Llama 3's tokenizer.model. Its 256 special tokens are in no file of Meta's release; `listed` may rename them."""
+    ranks = [(base64.b64decode(token), int(rank)) for token, rank in map(bytes.split, data.splitlines())]
+    vocab = {"".join(map(CHAR_OF.get, token)): rank for token, rank in ranks}
+    bpe = BPE(models.BPE(vocab, rebuild_merges(vocab), fuse_unk=True, byte_fallback=False, ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    reserved = (f"reserved_special_token_{i}" for i in range(256))
+    names = [f"<|{LLAMA3_NAMES.get(i) or next(reserved)}|>" for i in range(256)]
+    bpe.add_special_tokens([plain(listed.get(str(len(vocab) + i), name)) for i, name in enumerate(names)])
+    return bpe, {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+
+
+def from_sentencepiece(data: bytes) -> tuple[BPE, dict[str, str]]:
+    """A sentencepiece BPE model, such as Llama 2's. Raises ValueError for a unigram model."""
+    spm = SentencePieceProcessor()
+    spm.LoadFromSerializedProto(data)
+    vocab = {spm.id_to_piece(i): i for i in range(len(spm))}
+    if any(spm.get_score(i) % 1 for i in range(len(spm))):  # a BPE's scores are whole: minus the place in merging order
+        raise ValueError("a sentencepiece unigram model: only its tokenizer.json will do")
+    bpe = BPE(models.BPE(vocab, rebuild_merges(vocab), fuse_unk=True, byte_fallback=True, ignore_merges=False))
+    bpe.add_special_tokens([piece for piece, i in vocab.items() if spm.is_control(i)])
+    return bpe, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+def rebuild_merges(vocab: dict[str, int]) -> list[tuple[str, str]]:
+    """The merges of a BPE whose pieces are in merging order: every way to cut a piece into two pieces, in that order.
+    Raises ValueError where the ids of `vocab` are not 0, 1, 2 and so on."""
+    if [*vocab.values()] != [*range(len(vocab))]:
+        raise ValueError("ids are missing, double or out of order")
+    splits = ((piece[:cut], piece[cut:]) for piece in vocab for cut in range(1, len(piece)))
+    return [(left, right) for left, right in splits if left in vocab and right in vocab]
+
+
+# ----- The chat template -------------------------------------------------------------------------------------------
+
+
 def load_template(folder: Path, source: str | list | dict | None) -> jinja2.Template | None:
-    """chat_template.jinja, else the chat_template of tokenizer_config.json, sandboxed: it is a stranger's program."""
+    """The folder's chat template, or None if it has none: chat_template.jinja, or else `source`, the chat_template of
+    tokenizer_config.json. It runs in a sandbox, since it is a program from a download. Raises ValueError if it is
+    broken. The filters and functions are those that transformers gives to templates."""
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:  # jinja's own escapes < and >
+    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:  # jinja's own one escapes < and >
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
     path = folder / "chat_template.jinja"
     with clear_error(f"{path if path.exists() else folder / 'tokenizer_config.json'}: broken chat template"):
         if path.exists():
             source = path.read_text("utf-8")
-        if isinstance(source, list):
+        if isinstance(source, list):  # several named templates
             source = {template["name"]: template["template"] for template in source}
         if isinstance(source, dict):
             source = source.get("default")
@@ -158,6 +232,7 @@ def load_template(folder: Path, source: str | list | dict | None) -> jinja2.Temp
         env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         env.filters["tojson"] = tojson
         env.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)}
-        # {% generation %} ... {% endgeneration %} marks the text to train on: here a block that is always written
+        # {% generation %} ... {% endgeneration %} marks the text to train on. Here it becomes an "if true" block.
         source = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", source)
-        return env.from_string(re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", source))
+        source = re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", source)
+        return env.from_string(source)

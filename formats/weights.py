@@ -1,10 +1,13 @@
-"""Writing a safetensors file piece by piece, so that no more than one piece is ever in memory.
+"""Weight files: reading them whole, filling a module from them, and writing them piece by piece.
 
-safetensors' own `save_file` wants all tensors at once; the format is simple enough to write by hand.
+safetensors' own `save_file` needs all tensors in memory at once. The format is simple, so `write_file` writes it by
+hand and needs one piece in memory at a time.
 """
 import json
+import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,13 +16,20 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-FORMAT = "eagle2-native-1"  # the safetensors metadata entry that tells a converted file from any other
+FORMAT = "eagle2-native-1"  # the metadata entry "format" of a converted checkpoint; other files have another or none
+DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int8: "I8"}  # names in the header
+
+
+# ----- Reading -----------------------------------------------------------------------------------------------------
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a .safetensors or .bin file, memory-mapped, and the metadata; ValueError if it is damaged."""
+    """All tensors of a .safetensors or .bin file, memory-mapped, and the file's metadata ({} for a .bin file).
+
+    Raises FileNotFoundError, or ValueError if the file is damaged or holds anything but tensors.
+    """
     try:
-        if path.suffix == ".bin":  # a pickle: weights_only admits tensors and refuses code
+        if path.suffix == ".bin":  # a pickle: weights_only accepts tensors and refuses code
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
                 raise ValueError("not a dictionary of tensors")
@@ -28,44 +38,75 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; run convert_hf_checkpoint.py first") from None
-    except Exception as e:  # a damaged pickle raises anything
+    except Exception as e:  # a damaged pickle can raise any exception
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise ValueError(f"{path}: damaged, or not plain tensors ({reason}); convert or download it again") from None
 
 
 def fill(module: nn.Module, tensors: dict[str, Tensor], path: Path, device: torch.device | str,
          dtype: torch.dtype | None) -> None:
-    """Give a meta-device `module` its weights; every name and shape must match, or ValueError says which not."""
+    """Give a module on the meta device its weights, moved to `device`, and make it ready for inference.
+
+    `tensors` must have exactly the names and shapes of the module's state_dict; otherwise ValueError names `path` and
+    what differs. Floating-point weights are converted to `dtype` (None: kept as they are). Quantised integers (.data)
+    and their scales (.scale) keep their dtype, which must be the module's. The entries of `tensors` are replaced by the
+    moved ones.
+    """
     wanted = module.state_dict()
     for problem, names in (("lacks", wanted.keys() - tensors.keys()), ("has unknown", tensors.keys() - wanted.keys())):
         if names:
             raise ValueError(f"{path}: {problem} {', '.join(sorted(names)[:3])} (config.json describes another model?)")
     for name, tensor in tensors.items():
-        like, integers = wanted[name], name.endswith((".data", ".scale"))
-        if tensor.shape != like.shape or (tensor.dtype != like.dtype if integers else not tensor.is_floating_point()):
+        like = wanted[name]
+        is_quantized = name.endswith((".data", ".scale"))
+        right_dtype = tensor.dtype == like.dtype if is_quantized else tensor.is_floating_point()
+        if tensor.shape != like.shape or not right_dtype:
             raise ValueError(f"{path}: {name} is {list(tensor.shape)} of {tensor.dtype}, config.json asks for "
-                             f"{list(like.shape)}" + (f" in the file's mode, as {like.dtype}" if integers else ""))
-        tensors[name] = tensor.to(device, None if integers else dtype)
+                             f"{list(like.shape)}" + (f" in the file's mode, as {like.dtype}" if is_quantized else ""))
+        tensors[name] = tensor.to(device, None if is_quantized else dtype)
     module.load_state_dict(tensors, assign=True)
     module.requires_grad_(False).eval()
 
 
-DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int8: "I8"}
+# ----- Writing -----------------------------------------------------------------------------------------------------
 
 
 def write_file(path: Path, like: dict[str, Tensor], pieces: Iterable[Tensor], metadata: dict[str, str],
-               doing: str) -> None:
-    """A safetensors file: the length of the header, the header in JSON, and the bytes, one piece after the other. They
-    make up tensors of the names, shapes and dtypes of `like`, in this order."""
-    header, end = {"__metadata__": metadata}, 0
+               label: str) -> None:
+    """Write a safetensors file: the length of the header (8 bytes), the header in JSON, then the data.
+
+    `like` gives the names, shapes and dtypes, for example of meta tensors. `pieces` gives the data in the same order;
+    a tensor may come in several pieces, one below the other. `label` stands in front of the progress bar.
+    Raises OSError before anything is written if the disk is too full.
+    """
+    header = {"__metadata__": metadata}
+    end = 0
     for name, tensor in like.items():
-        start, end = end, end + tensor.nbytes
+        start = end
+        end = start + tensor.nbytes
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # aligns the data
     if (free := shutil.disk_usage(path.parent).free) < end + len(text):
         raise OSError(f"{end / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free on the disk of {path.parent}")
-    with open(path, "wb") as file, tqdm(total=end, unit="B", unit_scale=True, desc=doing) as bar:
+    with open(path, "wb") as file, tqdm(total=end, unit="B", unit_scale=True, desc=label) as bar:
         file.write(len(text).to_bytes(8, "little") + text)
         for piece in pieces:
             bar.update(file.write(piece.cpu().contiguous().flatten().view(torch.uint8).numpy()))
+
+
+@contextmanager
+def replace_when_whole(path: Path, *, unique: bool = False) -> Iterator[Path]:
+    """Yield a scratch path beside `path`, and rename it to `path` when the block ends without an error.
+
+    So `path` is always whole: readers, and runs that are killed, see the old file or the new one, never half of one.
+    After an error the scratch file is removed and `path` is as it was. The folder must exist.
+    The scratch name is that of `path` with the suffix .part. With `unique` it also holds the process id: for files that
+    several processes may write at the same time.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part") if unique else path.with_suffix(".part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

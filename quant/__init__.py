@@ -1,1 +1,1 @@
-"""From weights to integers: searching scales, GPTQ, and the linear layer that holds the result."""
+"""From weights to integers: choosing scales, GPTQ, and the linear layer that holds the integers."""

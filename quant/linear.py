@@ -1,12 +1,12 @@
-"""From weights to integers, and the linear layer that holds them. What the integers mean is qlinears.py's to say.
+"""Quantising weights, and the linear layer that holds the integers. ops/quantized.py says what the integers mean.
 
-int8 has nothing to choose: a row's largest value becomes 127. int4 has. The range of a group of columns may be shrunk,
-which clips its outliers and halves the error of everything else; and an error made in one column can be undone in the
-columns after it, as far as the layer's inputs go together (GPTQ, arXiv 2210.17323). Both want to know the inputs, as
-the Hessian x.T @ x of a text, which quantize.py collects; without it each group gets the scale of least squared error,
-and each weight the nearest integer.
+int8 needs no choice: the largest value of a row becomes 127. int4 chooses twice. A smaller range for a group of columns
+clips its outliers and can halve the error of all other weights. And the error made in one column can be undone in the
+columns that follow, as far as the layer's inputs are correlated (GPTQ, arXiv 2210.17323). Both need the inputs, as the
+Hessian x.T @ x of a text, which quantize.py collects. Without a Hessian each group gets the scale of the least error,
+and each weight the nearest integer (quant/int4.py).
 
-Where a group holds many zeros, zero stays zero: what widen.py leaves dead must not come to life.
+In a group with many zeros a zero stays exactly zero: neurons that benchmarks/widen.py adds must do nothing.
 """
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,43 +16,50 @@ from torch import Tensor, nn
 
 from ops.linear import linear
 from ops.quantized import ROTATION, Quantized, pack, rotate
-from quant.int4 import SHRINK, gptq, nearest, search, weights
+from quant.int4 import SHRINK, column_importance, gptq, nearest_integers, search_scales
 
 MODES = ("int8", "int8dyn", "int4")
-GROUPS = (64, 128)
-ROWS = 4096  # quantised together: what is needed in fp32 beside the weights
+GROUPS = (64, 128)  # columns of int4 that share a scale and an offset
+ROWS = 4096  # rows quantised at a time: this bounds the fp32 memory needed beside the weights
+
+
+# ----- Weights -----------------------------------------------------------------------------------------------------
 
 
 def layout(N: int, K: int, mode: str, group: int, device: torch.device | str = "meta") -> Quantized:
-    """Of a weight [N, K], not filled in. Raises ValueError where mode or group is unknown."""
+    """An empty Quantized for a weight [N, K]. Raises ValueError for an unknown mode or group."""
     if mode not in MODES:
         raise ValueError(f"quantisation {mode!r} is not known: there is {', '.join(MODES)}")
     if mode != "int4":
         rotated = mode == "int8dyn" and K % ROTATION == 0
-        return Quantized(torch.empty(N, K, dtype=torch.int8, device=device), torch.empty(N, device=device), 0,
-                         1 if mode == "int8dyn" else 2, rotated)
+        data = torch.empty(N, K, dtype=torch.int8, device=device)
+        return Quantized(data, torch.empty(N, device=device), 0, 1 if mode == "int8dyn" else 2, rotated)
     if group not in GROUPS:
         raise ValueError(f"int4 in groups of {group} is not implemented: use {' or '.join(map(str, GROUPS))}")
-    half = -(-K // 256) * 128
-    return Quantized(torch.empty(N, half, dtype=torch.int8, device=device),
-                     torch.empty(2 * half // group, N, 2, dtype=torch.bfloat16, device=device), group, 2)
+    bytes_per_row = -(-K // 256) * 128  # two columns a byte, K rounded up to a multiple of 256
+    data = torch.empty(N, bytes_per_row, dtype=torch.int8, device=device)
+    scale = torch.empty(2 * bytes_per_row // group, N, 2, dtype=torch.bfloat16, device=device)
+    return Quantized(data, scale, group, 2)
 
 
 def quantize_weight(w: Tensor, mode: str, group: int = 128, hessian: Tensor | None = None,
                     shrink: Sequence[float] = SHRINK) -> Quantized:
-    """w [N, K], any dtype and device. int4 with the `hessian` [K, K] of its inputs (fp32, mean of x.T @ x) is GPTQ, and
-    without it the search alone, of which shrink=(1,) leaves round-to-nearest."""
+    """Quantise w [N, K] of any dtype, on its own device.
+
+    hessian [K, K] fp32, the mean of x.T @ x over the layer's inputs: int4 then searches scales for these inputs and
+    uses GPTQ. Without it int4 searches scales alone, and shrink=(1,) makes that plain round-to-nearest.
+    """
     out = layout(*w.shape, mode, group, w.device)
-    count = None if hessian is None else weights(hessian)
+    importance = None if hessian is None else column_importance(hessian)
     for first in range(0, len(w), ROWS):
         rows = slice(first, first + ROWS)
         part = w[rows].float()
         if mode == "int4":
-            scale, offset = search(part, group, count, shrink)
+            scale, offset = search_scales(part, group, importance, shrink)
             out.scale[:len(scale), rows] = torch.stack((scale / 16, offset), -1).bfloat16()
-            out.scale[len(scale):, rows] = 0  # of padding
+            out.scale[len(scale):, rows] = 0  # groups of padding
             if hessian is None:
-                out.data[rows] = pack(nearest(part, scale, offset, group))
+                out.data[rows] = pack(nearest_integers(part, scale, offset, group))
         else:
             part = rotate(part) if out.rotated else part
             out.scale[rows] = part.abs().amax(1) / 127
@@ -64,14 +71,15 @@ def quantize_weight(w: Tensor, mode: str, group: int = 128, hessian: Tensor | No
 
 
 def rows_of(weight: Tensor | Quantized, rows: Tensor | slice) -> Tensor | Quantized:
-    """Some outputs of a linear layer, of 8 bits or not quantised."""
+    """The given rows (outputs) of a weight: ids or a slice. Not for int4."""
     if not isinstance(weight, Quantized):
         return weight[rows]
     return weight._replace(data=weight.data[rows], scale=weight.scale[rows])
 
 
 def stack(above: Tensor | Quantized, below: Tensor | Quantized) -> Tensor | Quantized | None:
-    """Two linear layers of the same input as one, where they are of one kind and not of 4 bits."""
+    """Two weights that read the same input as one weight, the rows of `above` first. None if they are quantised in
+    different ways, or to int4."""
     if not isinstance(above, Quantized) and not isinstance(below, Quantized):
         return torch.cat((above, below))
     if isinstance(above, Quantized) and isinstance(below, Quantized) and above[2:] == below[2:] and not above.group:
@@ -79,14 +87,19 @@ def stack(above: Tensor | Quantized, below: Tensor | Quantized) -> Tensor | Quan
     return None
 
 
+# ----- Modules -----------------------------------------------------------------------------------------------------
+
+
 class QuantizedLinear(nn.Module):
-    """In place of nn.Linear: its `weight` is Quantized, made of buffers, which move and are saved as weights are."""
+    """Takes the place of an nn.Linear. Its `weight` is a Quantized made of two buffers, `data` and `scale`, so that it
+    is moved and saved with the module."""
 
     def __init__(self, weight: Quantized, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.register_buffer("data", weight.data)
         self.register_buffer("scale", weight.scale)
-        self.bias, self.how = bias, weight[2:]
+        self.bias = bias
+        self.how = weight[2:]  # group, planes, rotated
 
     @property
     def weight(self) -> Quantized:
@@ -96,7 +109,7 @@ class QuantizedLinear(nn.Module):
         return linear(x, self.weight, self.bias)
 
     def _apply(self, function, recurse=True):
-        """Of nn.Module.to: a dtype is for what is computed with, not for scales."""
+        """What nn.Module.to calls. The scale moves to the new device but keeps its dtype."""
         scale = self.scale
         super()._apply(function, recurse)
         self.scale = scale.to(self.data.device)
@@ -104,28 +117,34 @@ class QuantizedLinear(nn.Module):
 
 
 def mode_of(name: str, mode: str) -> str:
-    """Of the linear of this name: an lm_head is int8 in any mode, as its errors reach the choice of a token at once."""
+    """The mode for the linear of this name. An lm_head is always int8: its errors reach the choice of a token at
+    once."""
     return "int8" if name == "lm_head" else mode
 
 
 def quantize_linears(module: nn.Module, mode: str, group: int = 128, device: torch.device | str | None = None,
                      shrink: Sequence[float] = SHRINK) -> None:
-    """Every nn.Linear of `module`, one after the other; `device` is where their integers go. On the meta device
-    shapes and dtypes alone."""
-    for name, old in list(module.named_modules()):
+    """Replace every nn.Linear in `module` by a QuantizedLinear, one after the other. The integers go to `device` (None:
+    they stay where the weight was). A weight on the meta device gives shapes and dtypes only."""
+    for path, old in list(module.named_modules()):
         if isinstance(old, nn.Linear):
-            parent, _, own = name.rpartition(".")
-            how = mode_of(own, mode)
-            weight = layout(*old.weight.shape, how, group) if old.weight.is_meta else quantize_weight(
-                old.weight.detach().to(device or old.weight.device), how, group, shrink=shrink)
-            setattr(module.get_submodule(parent), own, QuantizedLinear(weight, old.bias))
+            parent, _, name = path.rpartition(".")
+            mode_here = mode_of(name, mode)
+            if old.weight.is_meta:
+                weight = layout(*old.weight.shape, mode_here, group)
+            else:
+                w = old.weight.detach().to(device or old.weight.device)
+                weight = quantize_weight(w, mode_here, group, shrink=shrink)
+            setattr(module.get_submodule(parent), name, QuantizedLinear(weight, old.bias))
 
 
 def stored_mode(path: Path, metadata: dict[str, str], quantize: str | None) -> tuple[str | None, int]:
-    """How a file says that it is quantised: mode and group. ValueError where that is unknown, or to be done again."""
-    mode, group = metadata.get("mode"), metadata.get("group", "0")
+    """Mode and group of a weight file, from its metadata: (None, 0) if it is not quantised. The group is 0 unless the
+    mode is int4. Raises ValueError if they are unknown, or if the file is quantised and `quantize` asks for a mode."""
+    mode = metadata.get("mode")
+    group = metadata.get("group", "0")
     if mode and quantize:
         raise ValueError(f"{path}: holds {mode} already (group {group}); for {quantize} take model.safetensors")
-    if mode and (mode not in MODES or mode == "int4" and group not in map(str, GROUPS)):
+    if mode and (mode not in MODES or (mode == "int4" and group not in map(str, GROUPS))):
         raise ValueError(f"{path}: {mode} in groups of {group} is not implemented; run quantize.py again")
     return mode, int(group) if mode == "int4" else 0

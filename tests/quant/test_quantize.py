@@ -1,5 +1,7 @@
-"""quantizers.py and quantize.py: integers that mean the weights, files that load as they were written, text that does
-not depend on the draft, and refusals. (What the kernels make of the integers is tested where the kernels are.)
+"""quant/ and quantize.py: integers that stand for the weights, files that load as they were written, text that does not
+depend on the drafter, and refusals. tests/ops/test_quantized.py tests the kernels that read the integers.
+
+    python -m pytest tests/quant
 """
 import gc
 import json
@@ -11,6 +13,7 @@ import pytest
 import tiny
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import quantize
@@ -25,7 +28,7 @@ from formats.eagle import VOCAB
 from model import load_model
 from ops.linear import linear
 from ops.quantized import Quantized, dequantize, pack, rotate, unpack
-from quant.int4 import SHRINK, nearest, search
+from quant.int4 import SHRINK, nearest_integers, search_scales
 from quant.linear import GROUPS, MODES, QuantizedLinear, quantize_linears, quantize_weight
 from quantize import quantize_checkpoint, quantize_draft, quantize_layer, write_text
 from sampling import Sampling
@@ -38,24 +41,25 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def plain(weight: Quantized, K: int) -> Tensor:
-    """The weights that integers stand for, fp32 [N, K], rotated back."""
+    """The weights that the integers stand for, fp32 [N, K], rotated back."""
     w = dequantize(weight, torch.float32)[:, :K]
     return rotate(w) if weight.rotated else w
 
 
 def correlated(K: int, rows: int = 4096) -> Tensor:
-    """Inputs that go together, of very different sizes, and far from zero in the mean."""
-    return random(rows, K // 4, seed=1) @ random(K // 4, K, seed=2) / 8 + random(K, seed=3).exp() * (
-        random(rows, K, seed=4) / 4 + 0.3)
+    """Correlated inputs [rows, K] of very different sizes, whose means are far from zero."""
+    common = random(rows, K // 4, seed=1) @ random(K // 4, K, seed=2) / 8
+    return common + random(K, seed=3).exp() * (random(rows, K, seed=4) / 4 + 0.3)
 
 
 def modes_of(model: nn.Module) -> list[tuple[int, int, bool]]:
+    """Group, planes and rotation of every quantised linear."""
     return [tuple(m.how) for m in model.modules() if isinstance(m, QuantizedLinear)]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A tiny checkpoint with a draft head, bf16 as converted ones are."""
+    """A tiny checkpoint with a draft head, in bf16 like converted ones."""
     model = tiny.target(5, torch.bfloat16, hidden_size=64, intermediate_size=192, vocab_size=40)
     tiny.save_head(tiny.head(model), tiny.save_target(model, tmp_path / "ck") / "eagle")
     return tmp_path / "ck"
@@ -63,14 +67,15 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The little that quantize.py asks of a tokenizer, and fewer texts."""
+    """Replace the tokenizer by the few attributes that quantize.py reads, and make the texts shorter."""
     bpe = SimpleNamespace(token_to_id=lambda token: None)
     monkeypatch.setattr(quantize, "Tokenizer", lambda folder: SimpleNamespace(bpe=bpe, bos_id=3, stop_ids={5}))
     monkeypatch.setattr(quantize, "LENGTH", 64)
 
 
 def test_pack() -> None:
-    """Guards the place of each column: in the byte of k, or in the high half of the byte of k - K / 2."""
+    """Fails if a column is packed into the wrong half of a byte: column k goes into the low half of byte k, or into the
+    high half of byte k - K / 2."""
     q = torch.arange(3 * 512).view(3, 512) * 7 % 16 - 8
     data = pack(q)
     assert data.shape == (3, 256) and data.dtype == torch.int8
@@ -82,43 +87,46 @@ def test_pack() -> None:
 @pytest.mark.parametrize("mode, group", FORMATS)
 @pytest.mark.parametrize("K", [64, 576, 256])
 def test_error(mode: str, group: int, K: int) -> None:
-    """Guards scales, offsets and rotation: a step of the wrong size, a group shifted by one, a row scaled by another's.
-    Half a step is the most a weight may be off, and the layer is that of the integers' weights, in float64."""
-    w, x, bias = random(96, K) * random(96, 1, seed=1).exp(), random(7, K, seed=2), random(96, seed=3)
+    """Fails if a scale, an offset or the rotation is wrong: a step of the wrong size, a group shifted by one, the scale
+    of another row. A weight may differ by half a step at most, and the layer must compute with the integers' weights,
+    compared in float64."""
+    w = random(96, K) * random(96, 1, seed=1).exp()
+    x = random(7, K, seed=2)
+    bias = random(96, seed=3)
     weight = quantize_weight(w, mode, group)
     assert (weight.group, weight.planes, weight.rotated) == {
         "int8": (0, 2, False), "int8dyn": (0, 1, True), "int4": (group, 2, False)}[mode]
-    kept_w = plain(weight, K)
-    if mode == "int4":  # the shrunken range of an outlier may clip it
+    again = plain(weight, K)
+    if mode == "int4":  # a shrunken range may clip outliers
         step = 16 * weight.scale[:-(-K // group), :, 0].float().T.repeat_interleave(group, 1)[:, :K]
-        assert ((kept_w - w).abs() <= step * 0.53).float().mean() > 0.98
-        assert (kept_w - w).norm() < {64: 0.1, 128: 0.12}[group] * w.norm()
+        assert ((again - w).abs() <= step * 0.53).float().mean() > 0.98
+        assert (again - w).norm() < {64: 0.1, 128: 0.12}[group] * w.norm()
     else:
-        back = rotate(kept_w) - rotate(w) if weight.rotated else kept_w - w
-        assert (back.abs() <= weight.scale[:, None] * 0.501).all()
+        difference = rotate(again) - rotate(w) if weight.rotated else again - w
+        assert (difference.abs() <= weight.scale[:, None] * 0.501).all()
     y = linear(x, weight, bias)
-    exact = x.double() @ kept_w.double().T + bias.double()
+    exact = x.double() @ again.double().T + bias.double()
     assert (y - exact).abs().max() < (0.02 if mode == "int8dyn" else 1e-5) * exact.abs().max()
     assert torch.equal(linear(x, weight, bias), QuantizedLinear(weight, nn.Parameter(bias))(x))
 
 
 def test_rows_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the loop over blocks of rows: a block written in the place of another, or the last rows forgotten."""
+    """Fails if the loop over blocks of rows writes a block to the wrong rows, or forgets the last rows."""
     w = random(100, 192)
-    whole = [quantize_weight(w, *how) for how in FORMATS]
+    in_one_block = [quantize_weight(w, *how) for how in FORMATS]
     monkeypatch.setattr("quant.linear.ROWS", 48)
-    for how, before in zip(FORMATS, whole):
+    for how, before in zip(FORMATS, in_one_block):
         assert all(torch.equal(a, b) for a, b in zip(quantize_weight(w, *how)[:2], before[:2]))
 
 
 @pytest.mark.parametrize("hessian", [False, True])
 def test_zeros_stay(hessian: bool) -> None:
-    """Guards what widen.py leaves dead: zeros beside other weights in a group, an offset that is nearly a multiple of
-    the scale, a group of nothing but zeros divided by its range."""
+    """Fails if a zero weight becomes nonzero, which would wake neurons that benchmarks/widen.py adds as zeros: zeros
+    beside other weights in a group, an offset that is only nearly a multiple of the scale, a group of zeros alone."""
     w = random(64, 512)
     w[:, 64:100] = w[:, 128:256] = w[:, 300:510] = 0
     x = correlated(512)
-    x[:, 64:70] = 0  # never seen
+    x[:, 64:70] = 0  # inputs that are always 0
     weight = quantize_weight(w, "int4", 128, None if not hessian else x.T @ x / len(x))
     again = plain(weight, 512)
     assert again.isfinite().all()
@@ -127,47 +135,53 @@ def test_zeros_stay(hessian: bool) -> None:
 
 
 def test_gptq_beats_search_beats_nearest() -> None:
-    """Guards what int4 is worth: scales that ignore the inputs, errors that are fed on with the wrong sign, to columns
-    that are done, or in another order than the Hessian's."""
+    """Fails if int4 loses its quality: scales that ignore the inputs, errors passed on with the wrong sign, to columns
+    that are done already, or in another order than the Hessian's."""
     K = 320  # 2.5 groups
-    w, x, errors = random(128, K), correlated(K) * random(K, seed=20).mul(1.5).exp(), {}
+    w = random(128, K)
     w *= 1 + 4 * (random(128, K, seed=9) > 2)  # a few outliers
+    x = correlated(K) * random(K, seed=20).mul(1.5).exp()
     hessian = x.T @ x / len(x)
+    errors = {}
     for name, how in {"nearest": dict(shrink=(1,)), "search": {}, "gptq": dict(hessian=hessian)}.items():
         again = plain(quantize_weight(w, "int4", 128, **how), K)
         errors[name] = float(((again - w) @ x.T).norm()), float((again - w).pow(4).sum())
-    assert errors["gptq"][0] < 0.25 * min(errors["search"][0], errors["nearest"][0]), "0.3 in the order of columns"
+    assert errors["gptq"][0] < 0.25 * min(errors["search"][0], errors["nearest"][0]), "0.3 if columns are not sorted"
     assert errors["search"][1] < errors["nearest"][1]
 
 
 def test_scales_know_the_inputs() -> None:
-    """Guards the search for scales: of the error that inputs of different sizes see it must leave less than a search
-    that takes all inputs for equal, and less than the whole range."""
-    w, weight, error = random(64, 200), random(200, seed=1).mul(2).exp(), []
-    for how, shrink in ((torch.ones(200), SHRINK), (weight, (1,)), (weight, SHRINK)):
-        scale, offset = search(w, 64, how, shrink)
-        q = nearest(w, scale, offset, 64)
+    """Fails if the search for scales ignores the importance of columns, or does not shrink ranges: the weighted error
+    must be below that of a search with equal importance, and below that of the whole range."""
+    w = random(64, 200)
+    importance = random(200, seed=1).mul(2).exp()
+    errors = []
+    for assumed, shrink in ((torch.ones(200), SHRINK), (importance, (1,)), (importance, SHRINK)):
+        scale, offset = search_scales(w, 64, assumed, shrink)
+        q = nearest_integers(w, scale, offset, 64)
         s, o = (t.T.repeat_interleave(64, 1)[:, :200] for t in (scale, offset))
-        error.append(float(((q * s + o - w).square() * weight).sum()))
+        errors.append(float(((q * s + o - w).square() * importance).sum()))
         assert torch.equal(scale, scale.bfloat16().float()) and torch.equal(offset, offset.bfloat16().float())
-    assert error[2] < 0.6 * error[0] and error[2] < 0.9 * error[1], "0.77 without regression"
+    assert errors[2] < 0.6 * errors[0] and errors[2] < 0.9 * errors[1], "0.77 without regression"
 
 
 def test_gptq_is_the_plain_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the lazy updates: blocks of columns of any size give what one column at a time gives."""
+    """Fails if the updates of later columns depend on the size of the blocks: any size must give what one column at a
+    time gives."""
     w, x = random(32, 192), correlated(192)
-    hessian, data = x.T @ x / len(x), []
+    hessian = x.T @ x / len(x)
+    data = []
     for columns in (1, 50, 128, 1000):
         monkeypatch.setattr("quant.int4.COLUMNS", columns)
         data.append(unpack(quantize_weight(w, "int4", 64, hessian)))
-    assert all((data[0] != d).float().mean() < 0.01 for d in data[1:])  # ties that fp32 decides
+    assert all((data[0] != d).float().mean() < 0.01 for d in data[1:])  # fp32 rounding decides ties
 
 
 @pytest.mark.parametrize("mode, group", FORMATS)
 @pytest.mark.parametrize("tied", [False, True])
 def test_file(mode: str, group: int, tied: bool, tmp_path: Path, tokenizer) -> None:
-    """Guards names, shapes, dtypes and metadata: a file loads as exactly what was written, lm_head int8 in any mode,
-    the rest untouched, though embeddings are tied."""
+    """Fails if a file does not load as exactly what was written: names, shapes, dtypes, metadata. The lm_head must be
+    int8 in any mode and all else unchanged, also when the embeddings are tied."""
     model = tiny.target(2, torch.bfloat16, hidden_size=64, vocab_size=40, tie_word_embeddings=tied)
     source = tiny.save_target(model, tmp_path)
     path = quantize_checkpoint(source, mode, group, "cpu")
@@ -183,62 +197,68 @@ def test_file(mode: str, group: int, tied: bool, tmp_path: Path, tokenizer) -> N
     assert again.embed.weight.dtype == torch.float32 and torch.equal(again.embed.weight, model.embed.weight.float())
     for (name, a), b in zip(again.state_dict().items(), on_load.state_dict().values(), strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
-        if mode != "int4" or "lm_head" in name:  # a file's int4 has seen a text
+        if mode != "int4" or "lm_head" in name:  # int4 in a file is calibrated, int4 on load is not
             assert torch.equal(a, b), name
     ids = tiny.prompt(0, 30, 40)
     with torch.inference_mode():
-        off = (tiny.logits(again, ids) - tiny.logits(model.float(), ids)).norm() / tiny.logits(model, ids).norm()
-    assert off < (0.8 if mode == "int4" else 0.2), "attention is sharp in a tiny model"
+        exact = tiny.logits(model.float(), ids)
+        error = (tiny.logits(again, ids) - exact).norm() / exact.norm()
+    assert error < (0.8 if mode == "int4" else 0.2), "attention is sharp in a tiny model"
 
 
 def test_one_tensor_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the memory of a 13B: integers must be gone when the next tensor's are made."""
-    alive, write = [], weights.write_file
+    """Fails if the integers of one tensor are still in memory when those of the next are made: a 13B would not fit."""
+    alive = []
+    write_file = weights.write_file
 
-    def integers() -> int:
+    def count_int8() -> int:
         return sum(type(o) is Tensor and o.dtype == torch.int8 and not o.is_meta for o in gc.get_objects())
 
-    def counting(path, like, pieces, *rest) -> None:
-        def watched():
+    def write_and_count(path, like, pieces, *rest) -> None:
+        def counted():
             for piece in pieces:
                 gc.collect()
-                alive.append(integers())
+                alive.append(count_int8())
                 yield piece
                 del piece
-        write(path, like, watched(), *rest)
+        write_file(path, like, counted(), *rest)
 
     gc.collect()
-    before = integers()
-    monkeypatch.setattr(quantize, "write_file", counting)
+    before = count_int8()
+    monkeypatch.setattr(quantize, "write_file", write_and_count)
     quantize_checkpoint(folder, "int8", 128, "cpu")
     assert len(alive) > 20 and max(alive) <= before + 1
 
 
 @torch.inference_mode()
 def test_layers_run_as_quantised_so_far(folder: Path) -> None:
-    """Guards calibration: the next layer must be given what this one's new weights make of the quantised text, and
-    beside it what the old ones make of the original; and new weights must make up for some of what is off."""
+    """Fails if calibration passes wrong hidden states on: the next layer must get what the new weights make of the
+    quantised copy, and what the old weights make of the original copy. Fails too if the corrected weights do not bring
+    the two copies closer together."""
     model = load_model(folder, dtype=torch.float32)
     model.allocate_cache(64)
     layer, rope = model.layers[0], model.rope[:, :48]
     y = random(24, 48, 64)
     x = y + 0.3 * random(24, 48, 64, seed=1)
-    now, meant = x.clone(), y.clone()
-    made = dict(zip(("wqkv", "wo", "w13", "w2"), quantize_layer(layer, now, meant, rope, 64)))
-    assert torch.allclose(layer(y, rope, None, None, None), meant, atol=1e-4)
-    for name, weight in made.items():
-        assert isinstance(getattr(layer, name), nn.Linear), "the old layer is as it was"
+    quantized_x, original_x = x.clone(), y.clone()
+    new_weights = dict(zip(("wqkv", "wo", "w13", "w2"), quantize_layer(layer, quantized_x, original_x, rope, 64)))
+    assert torch.allclose(layer(y, rope, None, None, None), original_x, atol=1e-4)
+    for name, weight in new_weights.items():
+        assert isinstance(getattr(layer, name), nn.Linear), "the old layer must not change"
         setattr(layer, name, QuantizedLinear(weight))
-    assert torch.allclose(layer(x, rope, None, None, None), now, atol=1e-4)
-    layer, never, other = load_model(folder, dtype=torch.float32).layers[0], x.clone(), y.clone()
-    for _ in quantize_layer(layer, never, other, rope, 64, share=0):
+    assert torch.allclose(layer(x, rope, None, None, None), quantized_x, atol=1e-4)
+    layer = load_model(folder, dtype=torch.float32).layers[0]
+    uncorrected_x, same_x = x.clone(), y.clone()
+    for _ in quantize_layer(layer, uncorrected_x, same_x, rope, 64, correction=0):
         pass
-    assert torch.equal(other, meant)
-    assert (now - meant).norm() < 0.83 * (never - meant).norm(), "0.84 without what skips the linear"
+    assert torch.equal(same_x, original_x)
+    difference = (quantized_x - original_x).norm()
+    assert difference < 0.83 * (uncorrected_x - original_x).norm(), "0.84 without y - x"
 
 
 def test_the_model_writes_the_text(folder: Path) -> None:
-    """Guards the text that int4 learns from: sampled from the model's own distribution, one seed, not all alike."""
+    """Fails if the text for calibration is not sampled from the model itself, differs for the same seed, or is the same
+    in all rows."""
     model = load_model(folder, dtype=torch.float32)
     text = write_text(model, 3, 16, 70, 1)
     assert text.shape == (16, 70) and (text[:, 0] == 3).all() and torch.equal(text, write_text(model, 3, 16, 70, 1))
@@ -251,25 +271,28 @@ def test_the_model_writes_the_text(folder: Path) -> None:
 @pytest.mark.parametrize("draft_mode", ["same", "none"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_lossless(mode: str, group: int, draft_mode: str, temperature: float) -> None:
-    """Guards speculation with integers: the text must be vanilla's with the same target, whatever drafts it."""
+    """Fails if the text depends on the drafter when the target is quantised: it must be plain decoding's."""
     model, head = tiny.pair(7, 0.1, torch.float32, vocab_size=40, hidden_size=64)
     quantize_linears(model, mode, group)
     if draft_mode == "same":
         head.quantize(mode, group)
         head.vocab = torch.arange(0, 40, 2)
-    sampling, ids, gained = Sampling(temperature, seed=4), tiny.prompt(3, 12, 40), []
+    sampling = Sampling(temperature, seed=4)
+    ids = tiny.prompt(3, 12, 40)
+    tokens_per_step = []
     want = sum(Engine(model, Vanilla(), 128).generate(ids, 80, sampling), [])
     for drafter in (Eagle2(head, model, 16, 4, 4), Eagle1(head, model)):
         cycles = list(Engine(model, drafter, 128).generate(ids, 80, sampling))
         assert sum(cycles, []) == want
-        gained.append(len(want) / len(cycles))
-    assert len(want) == 80 and (max(gained) > 1.3 or temperature or draft_mode == "same"), "nothing was drafted"
+        tokens_per_step.append(len(want) / len(cycles))
+    assert len(want) == 80
+    assert max(tokens_per_step) > 1.3 or temperature or draft_mode == "same", "nothing was drafted"
 
 
 @pytest.mark.parametrize("mode, group", FORMATS)
 def test_draft_head(mode: str, group: int, folder: Path) -> None:
-    """Guards the head's file: fc cut in two, the embedding's half exact for its table, the other and the layer
-    integers, and the list of frequent tokens read beside it."""
+    """Fails if a head's file is wrong: fc cut into two halves, the embedding's half exact, the other half and the layer
+    as integers. Or if the list of frequent tokens beside it is not read."""
     target, ids = load_model(folder), list(range(1, 37, 3))
     (folder / "eagle" / VOCAB).write_text(json.dumps(ids))
     before = Eagle2(load_head(folder / "eagle", target), target)
@@ -281,24 +304,25 @@ def test_draft_head(mode: str, group: int, folder: Path) -> None:
     assert head.state_dict().keys() == tensors.keys()
     assert all(torch.equal(t, tensors[name]) for name, t in head.state_dict().items())
     after = Eagle2(head, target)
-    assert torch.equal(after.embedded, before.embedded) and isinstance(after.fc, Quantized)
+    assert torch.equal(after.fc_of_token, before.fc_of_token) and isinstance(after.fc, Quantized)
     assert isinstance(after.lm_head, Quantized) and after.lm_head.shape == (12, 64)
-    off = plain(after.fc, 64) - before.fc.float()
-    assert off.norm() < (0.12 if mode == "int4" else 0.01) * before.fc.float().norm()
-    assert (after.both is None) == (mode == "int4")  # int8 and int4 are no one product
-    hidden = random(3, 64, seed=5)
-    for found, weight in zip(after.read(hidden, False), (after.lm_head, after.fc), strict=True):
-        exact = hidden @ plain(weight, 64).mT
+    error = plain(after.fc, 64) - before.fc.float()
+    assert error.norm() < (0.12 if mode == "int4" else 0.01) * before.fc.float().norm()
+    assert (after.lm_head_and_fc is None) == (mode == "int4")  # int8 rows and int4 rows cannot be stacked
+    features = random(3, 64, seed=5)
+    for found, weight in zip(after.read_logits(features, False), (after.lm_head, after.fc), strict=True):
+        exact = features @ plain(weight, 64).mT
         assert (found - exact).norm() < 0.03 * exact.norm()
-    logits, nothing = after.read(hidden, True)
+    logits, nothing = after.read_logits(features, True)
     assert nothing is None and logits.shape == (3, 12)
     quantize_linears(target, mode, group)
-    rows, wanted = plain(Eagle2(head, target).lm_head, 64), dequantize(target.lm_head.weight, torch.float32)[ids]
+    rows = plain(Eagle2(head, target).lm_head, 64)
+    wanted = dequantize(target.lm_head.weight, torch.float32)[ids]
     assert (rows - wanted).norm() < 0.01 * wanted.norm()
 
 
 def test_moves_and_bytes() -> None:
-    """Guards .to(dtype), which must leave integers and scales alone, and the bytes that bench.py divides by."""
+    """Fails if .to(dtype) changes integers or scales, or if the benchmarks miscount the bytes of a quantised layer."""
     for mode, group, size in (("int8", 128, 32 * 512 + 32 * 4), ("int4", 64, 32 * 256 + 8 * 32 * 4)):
         quantized = nn.ModuleDict({"a": nn.Linear(512, 32), "lm_head": nn.Linear(512, 8, bias=False)})
         quantize_linears(quantized, mode, group)
@@ -312,8 +336,8 @@ def test_moves_and_bytes() -> None:
 
 
 def test_quality_numbers(folder: Path) -> None:
-    """Guards the table: a model keeps all of its own text, a broken one little of it; perplexity counts each token but
-    the first of a chunk once."""
+    """Fails if the numbers of benchmarks/quality.py are wrong: a model agrees with all of its own text, a broken one
+    with less; perplexity counts every token but the first of a chunk once."""
     model = load_model(folder, dtype=torch.float32)
     prompts = [tiny.prompt(i, 10 + i, 40) for i in range(3)]
     texts = [sum(Engine(model, Vanilla(), 64).generate(ids, 30), []) for ids in prompts]
@@ -326,11 +350,11 @@ def test_quality_numbers(folder: Path) -> None:
     assert kept(model, prompts, texts) < 0.9
 
 
-def write(path: Path, change) -> None:
-    """The file with its tensors and metadata changed."""
-    from safetensors.torch import save_file
+def rewrite(path: Path, change) -> None:
+    """Write a file again after change(tensors, metadata)."""
     with safe_open(path, "pt") as f:
-        tensors, metadata = {name: f.get_tensor(name).clone() for name in f.keys()}, f.metadata()
+        tensors = {name: f.get_tensor(name).clone() for name in f.keys()}
+        metadata = f.metadata()
     change(tensors, metadata)
     save_file(tensors, path, metadata)
 
@@ -341,16 +365,17 @@ def write(path: Path, change) -> None:
     ("unknown group", "groups of 32"), ("floats", "torch.int8"), ("head twice", "holds int8 already"),
     ("not converted", "not a conv")])
 def test_refusals(wrong: str, words: str, folder: Path) -> None:
-    """Guards against integers that are read with another meaning: one line names the file and what to do."""
+    """Fails if integers can be read with another meaning than they were written with, or if the error is not one line
+    that names the file."""
     path = quantize_checkpoint(folder, "int8", 128, "cpu")
     head = quantize_draft(folder / "eagle", folder, "int8", 128)
-    names = {"mode": lambda t, m: m.update(mode="int3"), "no mode": lambda t, m: m.pop("mode"),
-             "floats": lambda t, m: t.update({"lm_head.data": t["lm_head.data"].float()}),
-             "not converted": lambda t, m: m.pop("format"),
-             "unknown group": lambda t, m: m.update(mode="int4", group="32"),
-             "group": lambda t, m: m.update(mode="int4", group="64")}
-    if wrong in names:
-        write(path, names[wrong])
+    changes = {"mode": lambda t, m: m.update(mode="int3"), "no mode": lambda t, m: m.pop("mode"),
+               "floats": lambda t, m: t.update({"lm_head.data": t["lm_head.data"].float()}),
+               "not converted": lambda t, m: m.pop("format"),
+               "unknown group": lambda t, m: m.update(mode="int4", group="32"),
+               "group": lambda t, m: m.update(mode="int4", group="64")}
+    if wrong in changes:
+        rewrite(path, changes[wrong])
     elif wrong == "truncated":
         path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=words) as error:
@@ -369,7 +394,7 @@ def test_refusals(wrong: str, words: str, folder: Path) -> None:
 
 
 def test_other_modes_and_groups() -> None:
-    """Guards against a typing error that ends in some default."""
+    """Fails if a mistyped mode or group is taken for a default."""
     for mode, group in (("int5", 128), ("int4", 96), ("int4", 0)):
         with pytest.raises(ValueError, match="int5|96|groups of 0"):
             quantize_weight(random(4, 256), mode, group)
@@ -377,19 +402,20 @@ def test_other_modes_and_groups() -> None:
 
 
 def test_nothing_is_left_behind(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Guards a half-written file that looks like a model, and one that outlives the model it was made from."""
+    """Fails if a failed run leaves a half-written file, or if a new conversion keeps the quantised file of the old
+    model."""
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     monkeypatch.setattr(sys, "argv", ["quantize.py", "--checkpoint", str(folder), "--mode", "int8"])
     with pytest.raises(SystemExit) as stop:
         quantize.main()
     assert stop.value.code == 2 and not list(folder.glob("model-int8*"))
     monkeypatch.undo()
-    full, calls = OSError(28, "No space left on device"), []
+    calls = []
 
     def failing(*args) -> Quantized:
         calls.append(args)
         if len(calls) == 3:
-            raise full
+            raise OSError(28, "No space left on device")
         return quantize_weight(*args)
 
     monkeypatch.setattr(quantize, "quantize_weight", failing)
@@ -400,12 +426,12 @@ def test_nothing_is_left_behind(folder: Path, monkeypatch: pytest.MonkeyPatch, t
     path = quantize_checkpoint(folder, "int8", 128, "cpu")
     with staged(folder, folder):
         pass
-    assert not path.exists(), "of a model that is no longer here"
+    assert not path.exists(), "the model that it was made from is gone"
 
 
 @pytest.mark.parametrize("quantize", [None, "int8dyn"])
 def test_old_device(folder: Path, monkeypatch: pytest.MonkeyPatch, quantize: str | None) -> None:
-    """One line before anything is loaded, not an error of the compiler after."""
+    """Fails if a GPU that is too old for the kernels is noticed only by the compiler, after everything is loaded."""
     if quantize is None:
         folder = quantize_checkpoint(folder, "int8", 128, "cpu")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
