@@ -383,7 +383,7 @@ def test_widened_medusa(vocab_size: int, arguments, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(SHAPE, "vocab_size", vocab_size)
     model, prompts, _, wide = wide_subject(arguments)[1]
     ids = prompts[0].ids
-    back = [wide.keep[i] for i in ids]
+    back = [wide.kept_ids[i] for i in ids]
     wide.small.allocate_cache(64)
     model.allocate_cache(64)
     small_f, wide_f = tiny.features(wide.small, back)[0], tiny.features(model, ids)[0]
@@ -393,7 +393,8 @@ def test_widened_medusa(vocab_size: int, arguments, monkeypatch: pytest.MonkeyPa
         widened = wide.medusa(heads)
         logits = [h(f) @ ((m.lm_head.weight if own is None else h.projections).mT) for h, f, m in (
             (heads, small_f, wide.small), (widened, wide_f, model))]
-        torch.testing.assert_close(logits[1][..., :len(wide.keep)], logits[0][..., wide.keep], rtol=1e-3, atol=1e-3)
+        kept = wide.kept_ids
+        torch.testing.assert_close(logits[1][..., :len(kept)], logits[0][..., kept], rtol=1e-3, atol=1e-3)
         assert vocab_size == 200 or (logits[1][..., 300:] < logits[0].amin() - 100).all()
 
 

@@ -246,13 +246,13 @@ def test_run() -> None:
             assert result[:2] == (sum(cycles, []), [len(new) for new in cycles[1:]]) and sum(result.gained) == 19
 
 
-def test_keep_ids() -> None:
+def test_choose_kept_ids() -> None:
     """Used ids wherever they are, then the lowest; never twice, never more than fit."""
-    assert widen.keep_ids({7, 2, 90}, 100, 6) == [0, 1, 2, 3, 7, 90]
-    assert widen.keep_ids({0, 5}, 6, 9) == list(range(6)), "a larger vocabulary moves nothing"
-    assert widen.keep_ids({8, 3}, 10, 2) == [3, 8]
+    assert widen.choose_kept_ids({7, 2, 90}, 100, 6) == [0, 1, 2, 3, 7, 90]
+    assert widen.choose_kept_ids({0, 5}, 6, 9) == list(range(6)), "a larger vocabulary moves nothing"
+    assert widen.choose_kept_ids({8, 3}, 10, 2) == [3, 8]
     with pytest.raises(ValueError, match="3 different ids, the shape has 2"):
-        widen.keep_ids({1, 2, 3}, 10, 2)
+        widen.choose_kept_ids({1, 2, 3}, 10, 2)
 
 
 def contexts(args: argparse.Namespace, model: Llama, tokenizer: Tokenizer) -> list[workload.Prompt]:

@@ -183,7 +183,7 @@ def test_shapes_have_the_size_of_their_models(name: str):
     assert cfg.rope_theta == 1e5 and cfg.rope_scaling is None
 
 
-@pytest.mark.parametrize("shape, keep_ids, message", [
+@pytest.mark.parametrize("shape, kept_ids, message", [
     ({"hidden_size": C}, None, f"hidden_size {C + 1} or more"),  # the constant needs a channel
     ({"intermediate_size": 47}, None, "intermediate_size 48 or more"),
     ({"num_layers": 1}, None, "num_layers 2 or more"),
@@ -192,9 +192,9 @@ def test_shapes_have_the_size_of_their_models(name: str):
     ({"num_heads": 7, "num_kv_heads": 6}, None, "7 heads and 6"),
     ({"vocab_size": V - 1}, None, f"1 to {V - 1} distinct ids below {V}"),
     ({}, [1, 2, 1], "distinct"), ({}, [V], "distinct"), ({}, [-1], "distinct"), ({}, [], "distinct")])
-def test_what_does_not_fit(shape: dict[str, int], keep_ids: list[int] | None, message: str):
+def test_what_does_not_fit(shape: dict[str, int], kept_ids: list[int] | None, message: str):
     with pytest.raises(ValueError, match=message):
-        widen_model(tiny.target(), MHA | shape, keep_ids)
+        widen_model(tiny.target(), MHA | shape, kept_ids)
 
 
 def test_biases_of_attention_are_refused():
