@@ -1,4 +1,4 @@
-"""Where a chat reads its lines from: a terminal or a pipe."""
+"""Where a chat reads its lines from, a terminal or a pipe, and what Ctrl-C does meanwhile."""
 import os
 import signal
 import sys
@@ -13,21 +13,26 @@ from prompt_toolkit.shortcuts import confirm
 
 
 class CtrlC:
-    """Ctrl-C stops an answer between two cycles, where nothing is half done: whoever writes it looks at `asked`. Only
-    where nothing can be lost but waiting may be long, for a line or for a prompt to be processed, it `raises`."""
+    """Within `with`, Ctrl-C sets `pressed`. The loop that writes an answer checks it between two cycles, where nothing
+    is half done, and stops.
+
+    While a line is awaited or a prompt is processed, nothing checks it, but nothing can be lost either. There the chat
+    sets `raises`, and Ctrl-C raises KeyboardInterrupt, once.
+    """
 
     def __init__(self) -> None:
-        self.asked = self.raises = False
+        self.pressed = False
+        self.raises = False
 
     def __enter__(self) -> "CtrlC":
-        self.before = signal.signal(signal.SIGINT, self.handle)
+        self.previous_handler = signal.signal(signal.SIGINT, self.handle)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        signal.signal(signal.SIGINT, self.before)
+        signal.signal(signal.SIGINT, self.previous_handler)
 
     def handle(self, *_: object) -> None:
-        self.asked = True
+        self.pressed = True
         if self.raises:
             self.raises = False
             raise KeyboardInterrupt
@@ -36,15 +41,16 @@ class CtrlC:
 # ----- Reading what the user says --------------------------------------------------------------------------------
 
 
-class Lines:
-    """Stdin that is no terminal."""
-    terminal = False
+class Pipe:
+    """Stdin that is not a terminal: every line is a turn."""
+    is_terminal = False
 
     def __init__(self, ctrl_c: CtrlC) -> None:
         self.ctrl_c = ctrl_c
 
     def read(self, default: str) -> str | None:
-        """The next line; None: there is none, or Ctrl-C. `default` was refused, and nobody is there to edit it."""
+        """The next line. None at the end, and after Ctrl-C. `default`, a question that was refused, is ignored: nobody
+        is there to edit it."""
         try:
             self.ctrl_c.raises = True
             line = sys.stdin.readline()
@@ -58,16 +64,16 @@ class Lines:
 
 
 class Terminal:
-    """A line editor with a history that outlives the program. Enter sends, Alt-Enter and pasted text have new lines."""
-    terminal = True
+    """A line editor whose history outlives the program. Enter sends; Alt-Enter and pasted text make new lines."""
+    is_terminal = True
 
     def __init__(self) -> None:
         self.session = PromptSession([("bold", "> ")], history=open_history(), multiline=True, key_bindings=keys(),
                                      prompt_continuation="  ")
 
     def read(self, default: str) -> str | None:
-        """What is sent, with `default` to begin with; None: Ctrl-D. KeyboardInterrupt: Ctrl-C where nothing is
-        written."""
+        """What the user sends; the line starts as `default`. None after Ctrl-D. KeyboardInterrupt after Ctrl-C on an
+        empty line."""
         try:
             print()
             return self.session.prompt(default=default)
@@ -82,15 +88,18 @@ class Terminal:
 
 
 class History(FileHistory):
+    """A history file whose errors do not end the chat: the disk is full, or half a character was typed."""
+
     def store_string(self, string: str) -> None:
         try:
             super().store_string(string)
-        except (OSError, UnicodeError):  # the disk is full, or half a character was typed: the chat goes on
+        except (OSError, UnicodeError):
             pass
 
 
 def open_history() -> FileHistory | InMemoryHistory:
-    """The user's, which nobody else may read; where no file can be written, one that ends with the program."""
+    """The user's history file, which nobody else may read (mode 600). If it cannot be written, a history that ends with
+    the program."""
     folder = Path(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"), "eagle2")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +110,9 @@ def open_history() -> FileHistory | InMemoryHistory:
 
 
 def keys() -> KeyBindings:
-    bindings, editing = KeyBindings(), has_focus(DEFAULT_BUFFER)  # in a search they are the search's
+    """What Enter, Alt-Enter and Ctrl-C do in the line. In a history search (Ctrl-R) they keep their usual meaning."""
+    bindings = KeyBindings()
+    editing = has_focus(DEFAULT_BUFFER)
 
     @bindings.add("enter", filter=editing)
     def send(event: KeyPressEvent) -> None:
@@ -116,6 +127,6 @@ def keys() -> KeyBindings:
     def clear_or_leave(event: KeyPressEvent) -> None:
         if not event.current_buffer.text:
             event.app.exit(exception=KeyboardInterrupt, style="class:aborting")
-        event.current_buffer.append_to_history()  # arrow-up brings it back
+        event.current_buffer.append_to_history()  # arrow-up brings the line back
         event.current_buffer.reset()
     return bindings

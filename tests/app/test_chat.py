@@ -1,4 +1,4 @@
-"""The chat: what is kept of a conversation, at a scripted terminal and through a pipe; that Ctrl-C loses nothing."""
+"""app/chat.py and app/line_editor.py: conversations at a scripted terminal and through a pipe, files, and Ctrl-C."""
 import io
 import json
 import os
@@ -20,8 +20,9 @@ from prompt_toolkit.output import DummyOutput
 
 import generate
 from app import chat, line_editor
-from app.chat import Chat, read_messages, write_messages
-from app.line_editor import Lines, Terminal
+from app.chat import Chat
+from app.chat_file import Messages, read_messages, write_messages
+from app.line_editor import Pipe, Terminal
 from draft import Eagle2, Vanilla
 from engine import Engine
 from formats.tokenizer_files import CHAR_OF
@@ -35,7 +36,7 @@ SLOTS, LIMIT = 512, 12
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that a user could name: tiny, with an EAGLE head and a token for every byte."""
+    """A tiny checkpoint with an EAGLE head, a chat template and a token for every byte."""
     model, head = tiny.pair(3, 0.1, torch.float32, vocab_size=258)
     folder = tiny.save_target(model, tmp_path_factory.mktemp("chat"))
     tiny.save_head(head, folder / "eagle")
@@ -54,10 +55,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., Chat]]:
-    """A chat with Ctrl-C in its hands, and a home of its own."""
+    """Makes chats that handle Ctrl-C and have a history file of their own."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     model, head = tiny.pair(3, 0.1, torch.float32, vocab_size=258)
-    tokenizer, before = Tokenizer(folder), signal.getsignal(signal.SIGINT)
+    tokenizer = Tokenizer(folder)
+    before = signal.getsignal(signal.SIGINT)
 
     def make(slots: int = SLOTS, limit: int = LIMIT, stop: frozenset[int] = frozenset([257]), **more: object) -> Chat:
         tokenizer.stop_ids = stop
@@ -69,11 +71,15 @@ def make(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Itera
     signal.signal(signal.SIGINT, before)
 
 
-class Script(Lines):
-    """What is said, line by line; as if at a terminal that answers every question with `yes`."""
+class Script(Pipe):
+    """Says these lines, as if at a terminal, and answers every question with `yes`."""
 
     def __init__(self, *lines: str, terminal: bool = True, yes: bool = True) -> None:
-        self.lines, self.terminal, self.yes, self.asked, self.drafts = list(lines), terminal, yes, [], []
+        self.lines = list(lines)
+        self.is_terminal = terminal
+        self.yes = yes
+        self.asked: list[str] = []  # the questions
+        self.drafts: list[str] = []  # what each line started with
 
     def read(self, default: str) -> str | None:
         self.drafts.append(default)
@@ -85,8 +91,8 @@ class Script(Lines):
 
 
 def at_terminal(talk: Chat, *lines: str) -> None:
-    """Run with these lines typed, keys and all, each once it is awaited; "|" is a moment in which nothing is typed. The
-    last must leave, for reading past it would wait for ever."""
+    """Run the chat while these keys are typed, one string whenever a line is awaited; "|" is a pause. The last string
+    must leave the chat, or reading would wait for ever."""
     with create_pipe_input() as keyboard, create_app_session(input=keyboard, output=DummyOutput()):
         class Typist(Terminal):
             def read(self, default: str) -> str | None:
@@ -99,7 +105,7 @@ def at_terminal(talk: Chat, *lines: str) -> None:
 
 
 def spy(talk: Chat, seen: Callable[[list[int]], object]) -> None:
-    """Call `seen` with what each cycle commits, before the chat gets it."""
+    """Call `seen` with the tokens of each cycle before the chat gets them."""
     generate = talk.engine.generate
 
     def spied(*inputs: object, **options: object) -> Iterator[list[int]]:
@@ -110,7 +116,7 @@ def spy(talk: Chat, seen: Callable[[list[int]], object]) -> None:
 
 
 def said(talk: Chat) -> list[str]:
-    return [message["content"] for message in talk.messages[talk.head()::2]]
+    return [message["content"] for message in talk.messages[talk.turns_start()::2]]
 
 
 # ----- Conversations ---------------------------------------------------------------------------------------------
@@ -118,13 +124,13 @@ def said(talk: Chat) -> list[str]:
 
 @pytest.mark.parametrize("how", [Sampling(), Sampling(temperature=1.0, seed=7)])
 def test_turns(how: Sampling, make, capsys: pytest.CaptureFixture) -> None:
-    """Answers that depend on reused caches, a turn that does not see the ones before, text that is not on stdout, or
-    statistics that are; a prompt processed anew each time."""
+    """Fails if an answer depends on reused caches or misses the earlier turns, if a text is not on stdout or figures
+    are, or if nothing of the prompt is reused."""
     talk = make(sampling=how)
     talk.run(Script("Hello", "And you?", "  \n", "Why?"))
     out, err = capsys.readouterr()
-    questions, expected = ["Hello", "And you?", "Why?"], []
-    for question in questions:
+    expected = []
+    for question in ("Hello", "And you?", "Why?"):
         expected.append({"role": "user", "content": question})
         fresh = Engine(talk.engine.model, talk.engine.drafter, SLOTS, frozenset([257]))
         tokens = sum(fresh.generate(talk.tokenizer.chat(expected), LIMIT, how), [])
@@ -140,12 +146,12 @@ def test_turns(how: Sampling, make, capsys: pytest.CaptureFixture) -> None:
 
 
 def test_commands(make, capsys: pytest.CaptureFixture) -> None:
-    """A command sent to the model, or one that takes back, clears or shows too much or too little."""
+    """Fails if a command is sent to the model, or takes back, clears or shows too much or too little."""
     talk = make(system="Be brief.")
     talk.run(Script("a", "b", "/undo", "/nonsense", "/usr/bin is what?", "/", "/help", " /c", "/stats", "/tree"))
     err = capsys.readouterr().err
     assert said(talk) == ["a", " /c"] and talk.messages[0] == {"role": "system", "content": "Be brief."}
-    assert err.count("is no command and was not sent") == 3 and "[taken back: b]" in err and "are drawn" in err
+    assert err.count("is not a command and was not sent") == 3 and "[taken back: b]" in err and "are drawn" in err
     assert all(f"/{name}" in err for name in chat.COMMANDS) and "4 messages" not in err and "5 messages" in err
     talk.run(Script("/undo", "/undo", "/undo", "/system", "/system Be long.", "/exit", "not sent"))
     err = capsys.readouterr().err
@@ -157,10 +163,10 @@ def test_commands(make, capsys: pytest.CaptureFixture) -> None:
 
 
 def test_watch(make, capsys: pytest.CaptureFixture) -> None:
-    """Trees that are drawn though nobody asked, of another answer, that change it or what is reused, or for a model
-    that drafts none."""
-    lines, plain, talk = ("a", "b", "c"), make(), make()
-    plain.run(Script(*lines))
+    """Fails if trees are drawn unasked or for another answer, if they change the answer or what is reused, or if plain
+    decoding is watched."""
+    plain, talk = make(), make()
+    plain.run(Script("a", "b", "c"))
     capsys.readouterr()
     talk.run(Script("a", "/tree", "b", "/tree", "c"))
     out, err = capsys.readouterr()
@@ -175,8 +181,8 @@ def test_watch(make, capsys: pytest.CaptureFixture) -> None:
 
 
 def test_end_of_answer(make, capsys: pytest.CaptureFixture) -> None:
-    """A stop token taken for a limit; half a character printed where an answer is cut within one, or left out where
-    the model itself ended so."""
+    """Fails if a stop token counts as the limit, if half a character is printed where an answer is cut within one, or
+    left out where the model itself ended so."""
     tokens = []
     talk = make(limit=40)
     spy(talk, tokens.extend)
@@ -196,7 +202,8 @@ def test_end_of_answer(make, capsys: pytest.CaptureFixture) -> None:
 
 
 def test_stop(make, capsys: pytest.CaptureFixture) -> None:
-    """A stop text that is printed, kept, or taken for a limit; one that never comes, whose beginning is lost."""
+    """Fails if a stop text is printed, kept, or counts as the limit, or if the beginning of one that never comes is
+    lost."""
     plain = make(limit=40)
     plain.run(Script("Hello"))
     text = plain.messages[1]["content"]
@@ -210,13 +217,14 @@ def test_stop(make, capsys: pytest.CaptureFixture) -> None:
 
 
 def test_context(make, capsys: pytest.CaptureFixture) -> None:
-    """A turn that is cut or refused without a word, dropped turns that nobody agreed to, too few or too many of them,
-    a system message that goes with them, and a question that is lost."""
+    """Fails if a turn is cut or refused silently, if turns are dropped without a yes, too few or too many of them or
+    the system message with them, or if a refused question is lost."""
     talk = make(slots=200, limit=30, system="Be brief.")
     script = Script("one", "two", "three", "four")
     talk.run(script)
     assert len(script.asked) == 2
-    assert re.search(r"has \d+ tokens, the context 200 .*an answer wants 30. Drop the oldest turn\?", script.asked[0])
+    assert re.search(r"has \d+ tokens and an answer needs 30 more; the context holds 200 .*Drop the oldest turn\?",
+                     script.asked[0])
     assert said(talk) == ["three", "four"] and talk.messages[0]["content"] == "Be brief."
     no = Script("five", yes=False)
     talk.run(no)
@@ -225,10 +233,10 @@ def test_context(make, capsys: pytest.CaptureFixture) -> None:
     long = Script("x" * 150, terminal=True)
     talk.run(long)
     assert "too long even without" in capsys.readouterr().err and long.asked == [] and long.drafts == ["", ""]
-    with pytest.raises(ValueError, match="the context 200"):
+    with pytest.raises(ValueError, match="the context holds 200"):
         talk.run(Script("six", terminal=False))
     assert said(talk) == ["three", "four"]
-    talk.limit = 1000
+    talk.max_new_tokens = 1000
     talk.messages = []
     talk.run(Script("y" * 60))
     assert "the context of 200 tokens is full" in capsys.readouterr().err
@@ -239,9 +247,10 @@ def test_context(make, capsys: pytest.CaptureFixture) -> None:
 
 
 def test_save_and_load(make, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """A conversation that comes back changed, a file half written or written over something else, a broken one that
-    costs the conversation there is."""
-    talk, file = make(system="Sé breve 🍳"), tmp_path / "talk 1.json"
+    """Fails if a conversation comes back changed, if a file is half written or overwrites something else, or if loading
+    a broken file loses the present conversation."""
+    talk = make(system="Sé breve 🍳")
+    file = tmp_path / "talk 1.json"
     talk.run(Script("Hello \u2028 é", f"/save {file}", "more", f"/save {file}", "/reset", f"/load {file}", "/undo"))
     kept = json.loads(file.read_text(encoding="utf-8"))["messages"]
     assert talk.messages == kept[:3] and said(talk) == ["Hello \u2028 é"] and len(kept) == 5
@@ -268,7 +277,7 @@ def test_save_and_load(make, tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     ('{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": ""}]}', "lone surrogate"),
 ])
 def test_load_says_what_is_wrong(text: str, message: str, tmp_path: Path, make, capsys: pytest.CaptureFixture) -> None:
-    """A file that is taken as it is, and fails in the template three turns later."""
+    """Fails if a malformed file is loaded, or if the message does not say what is wrong with it."""
     (tmp_path / "talk.json").write_text(text)
     talk = make()
     talk.messages = before = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -278,12 +287,12 @@ def test_load_says_what_is_wrong(text: str, message: str, tmp_path: Path, make, 
 
 
 def test_write_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full disk that costs what was saved before."""
+    """Fails if a full disk destroys what was saved before."""
     file, messages = tmp_path / "a.json", [{"role": "system", "content": "x"}]
     write_messages(file, messages)
     before = file.stat().st_ino
     write_messages(file, messages)
-    assert file.stat().st_ino != before  # another file took its place
+    assert file.stat().st_ino != before  # a new file took its place
 
     def full(self: Path, text: str, **how: object) -> None:
         with self.open("w") as f:
@@ -299,8 +308,9 @@ def test_write_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_terminal(make, tmp_path: Path) -> None:
-    """New lines that send or are lost; a history that does not come back; Ctrl-C on a line that leaves or loses it; one
-    on no line that leaves, though it was meant for the answer that had just ended, or a second one that does not."""
+    """Fails if a new line sends or is lost, if the history does not come back, if Ctrl-C on a line leaves or loses the
+    line, if the first Ctrl-C on an empty line leaves (it may have been meant for the answer before), or if the second
+    does not."""
     talk = make()
     at_terminal(talk, "Hi 🍳 é\r", "two\x1b\rlines\r", "\x1b[200~pasted\nlines\x1b[201~!\r", "gone\x03|\x1b[A?\r",
                 "\x03", "still here\r", "\x03", "\x03")
@@ -315,14 +325,14 @@ def test_terminal(make, tmp_path: Path) -> None:
 
 
 def test_terminal_asks(make) -> None:
-    """Turns dropped without a yes; a refused question that is not there to be shortened."""
+    """Fails if turns are dropped without a yes, or if the user cannot edit a question that was refused."""
     talk = make(slots=200, limit=30)
     at_terminal(talk, "one\r", "two\r", "three\r|n", "\x7f\x7f\r|y", "/exit\r")
     assert said(talk) == ["two", "thr"]
 
 
 def test_history_that_cannot_be_written(make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A chat that ends because a file is where the folder should be, or the disk is full, or half a character typed."""
+    """Fails if the chat ends because a file is in the folder's place, the disk is full or half a character is typed."""
     (tmp_path / "state").write_text("")
     at_terminal(make(), "one\r", "/exit\r")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "other"))
@@ -355,7 +365,7 @@ def call(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 
 
 def test_pipe(call, tmp_path: Path) -> None:
-    """Another conversation than at a terminal; a last line without an end that is lost."""
+    """Fails if a pipe gives another conversation than a terminal, or if a last line without a newline is lost."""
     words = ("--interactive", "--eagle2", "--max_new_tokens", 9, "--system", "Hm.")
     code, out, err = call(f"one\n\n/save {tmp_path}/a\ntwo\n/what\nthree\n/save {tmp_path}/b", *words)
     messages = read_messages(tmp_path / "b")
@@ -369,17 +379,18 @@ def test_pipe(call, tmp_path: Path) -> None:
     ("x", (), "--prompt --interactive"), ("x", ("--interactive", "--prompt", "x"), "not allowed with"),
     ("x", ("--interactive", "--raw"), "without --raw"), ("x", ("--interactive", "--json"), "--json"),
     ("x", ("--prompt", "x", "--system", "y"), "--system is for"),
-    ("x" * 300, ("--interactive", "--max_seq_len", "200"), "has 3.. tokens, the context 200"),
+    ("x" * 300, ("--interactive", "--max_seq_len", "200"), "has 3.. tokens .*the context holds 200"),
     ("\udcff\n", ("--interactive",), "not valid UTF-8"),
 ])
 def test_refused(text: str, words: tuple, message: str, call) -> None:
-    """A traceback, or exit code 0, where a script has to be told."""
+    """Fails if bad input ends in a traceback, or in exit code 0, which a script would take for success."""
     code, out, err = call(text, *words)
     assert code == 2 and re.search(message, err) and "Traceback" not in err and out == ""
 
 
 def test_no_chat_template(call, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A template made up, or a traceback from jinja, for a model that has none; one that refuses a system message."""
+    """Fails if a model without a template gets one or a traceback, or if a system message is kept that the template
+    refuses."""
     real = Tokenizer.render
     monkeypatch.setattr(Tokenizer, "has_chat_template", property(lambda self: False, lambda *_: None), raising=False)
     code, out, err = call("x\n", "--interactive")
@@ -387,7 +398,7 @@ def test_no_chat_template(call, folder: Path, monkeypatch: pytest.MonkeyPatch) -
         "TEXT --raw\n" and out == ""
     monkeypatch.undo()
 
-    def refuse(self: Tokenizer, messages: chat.Messages, *rest: bool) -> str:
+    def refuse(self: Tokenizer, messages: Messages, *rest: bool) -> str:
         if messages[0]["role"] == "system":
             raise ValueError("the chat template failed: no system role")
         return real(self, messages, *rest)
@@ -399,7 +410,7 @@ def test_no_chat_template(call, folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_colour(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """Escape codes in a file, or for those who asked for none."""
+    """Fails if escape codes go into a file, or to users who asked for none."""
     for tty, variables, dim in ((True, {}, True), (True, {"NO_COLOR": "1"}, False), (True, {"TERM": "dumb"}, False),
                                 (False, {}, False)):
         with monkeypatch.context() as patch:
@@ -416,9 +427,11 @@ def test_colour(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) 
 
 
 def test_ctrl_c_at_random(make, capsys: pytest.CaptureFixture) -> None:
-    """50 interrupted answers: a traceback, text that was shown and is not kept or the reverse, half a character, a
-    cache that the next answer trips over."""
-    dice, turns, timers, kept = random.Random(0), 50, [], []
+    """50 interrupted answers. Fails at a traceback, if text was shown but not kept or the reverse, at half a character,
+    or if what the caches hold spoils the next answer."""
+    dice = random.Random(0)
+    turns = 50
+    timers, kept = [], []
     talk = make(slots=1500, limit=60)
 
     class Interrupting(Script):
@@ -444,7 +457,7 @@ def test_ctrl_c_at_random(make, capsys: pytest.CaptureFixture) -> None:
     talk.messages = kept[-4:]
     fresh = Engine(talk.engine.model, talk.engine.drafter, 1500, frozenset([257]))
     ids = talk.tokenizer.chat([*talk.messages, {"role": "user", "content": "And now?"}])
-    talk.limit = 20
+    talk.max_new_tokens = 20
     talk.run(Script("And now?"))
     tokens = sum(fresh.generate(ids, 20), [])
     assert talk.messages[-1]["content"] == talk.tokenizer.stream().push(tokens, tokens[-1] == 257)
@@ -452,8 +465,11 @@ def test_ctrl_c_at_random(make, capsys: pytest.CaptureFixture) -> None:
 
 
 def test_ctrl_c_in_prefill(make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """A long prompt that cannot be stopped, or whose question is lost; a second Ctrl-C that hits the chat itself."""
-    talk, kill = make(), lambda *_: os.kill(os.getpid(), signal.SIGINT)
+    """Fails if a long prompt cannot be stopped, if its question is lost, or if a second Ctrl-C ends the chat."""
+    def kill(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    talk = make()
     script = Script("a", "b", "c")
     with monkeypatch.context() as patch:
         patch.setattr(talk.engine.drafter, "reset", kill)  # called before the prompt is processed
@@ -467,21 +483,21 @@ def test_ctrl_c_in_prefill(make, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def test_ctrl_c_between(make) -> None:
-    """One that arrives when an answer has just ended must not leave; in an answer it stops that one alone; and where a
-    line is awaited it leaves."""
+    """Fails if Ctrl-C leaves when an answer has just ended, if during an answer it stops more than that one, or if it
+    does not leave while a line from a pipe is awaited."""
     talk = make()
     talk.ctrl_c.handle()
     talk.run(Script("a"))
     assert len(talk.answers) == 1 and talk.answers[0].tokens == LIMIT
 
-    second, third = 2, 4  # messages there are while these answers are written
+    second, third = 2, 4  # how many messages there are while these answers are written
     spy(talk, lambda new: len(talk.messages) in (second, third) and not talk.ctrl_c.raises and os.kill(
         os.getpid(), signal.SIGINT))
     talk.run(Script("b"))
     assert len(talk.answers[1].gained) == 1 and len(talk.messages) == 4
     at_terminal(talk, "c\r", "d\r", "/exit\r")  # the line editor has a Ctrl-C of its own
     assert len(talk.answers) == 4 and len(talk.answers[2].gained) == 1 and talk.answers[3].tokens == LIMIT
-    lines = Lines(talk.ctrl_c)
+    lines = Pipe(talk.ctrl_c)
     threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
     reading, writing = os.pipe()
     with os.fdopen(reading) as talk_in, os.fdopen(writing, "w"):
@@ -494,7 +510,7 @@ def test_ctrl_c_between(make) -> None:
 
 @pytest.mark.xdist_group("demo")
 def test_demo_reuses_nearly_all(demo: Path, demo_model, demo_head, capsys: pytest.CaptureFixture) -> None:
-    """A template or a tokenizer that makes other ids of an answer than the model wrote: correct, but slow."""
+    """Fails if template or tokenizer give an answer other ids than the model wrote: correct, but nothing is reused."""
     tokenizer = Tokenizer(demo)
     engine = Engine(demo_model, Eagle2(demo_head, demo_model, 8, 3, 3), 512, tokenizer.stop_ids)
     talk = Chat(engine, tokenizer, Sampling(), 16)
