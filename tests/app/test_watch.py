@@ -172,6 +172,7 @@ def test_host_reads_one_cycle_behind() -> None:
         engine.drafter.read([0])
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu(demo: Path, demo_prompts: list[list[int]]) -> None:
     """A row read before it is written, or written over by the cycle that runs meanwhile; candidates ranked otherwise
