@@ -198,6 +198,8 @@ class Event:
 
 
 def as_on_a_gpu(engine: Engine) -> Engine:
-    """The host's side of decoding on a GPU: chunks of two sizes, and a cycle enqueued before the last one is read."""
-    engine.cuda, engine.arrived = True, [Event(), Event()]
+    """Make an engine's host side behave as on a GPU: prompts go in chunks of two sizes, and a cycle is enqueued before
+    the report of the one before is read."""
+    engine.cuda = True
+    engine.mailbox.arrived = [Event(), Event()]
     return engine

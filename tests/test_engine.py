@@ -403,7 +403,8 @@ def test_chunks_of_two_sizes(length: int, monkeypatch: pytest.MonkeyPatch) -> No
     assert cycle_by_cycle(engine, ids, 80 - length, SAMPLINGS[1]) == expected
     plain = Engine(model, Vanilla(), 80)
     write(plain, ids, 1, SAMPLINGS[1])
-    assert engine.top2_gap(ids) == pytest.approx(plain.top2_gap(ids))
+    for how in SAMPLINGS[:2]:
+        assert engine.top2_gap(ids, how) == pytest.approx(plain.top2_gap(ids, how))
 
 
 def test_warm_up_after_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,13 +423,13 @@ def test_top2_gap(how: Sampling) -> None:
     """The gap of another place, or of logits where noise decided."""
     model, ids = tiny.target(2), tiny.prompt(2, 40)
     engine = Engine(model, Vanilla(), 80)
-    write(engine, ids[:3], 2, how)
+    write(engine, ids[:3], 2, SAMPLINGS[1])  # what the last text was sampled with does not count
     scores = tiny.logits(model, ids)[-1:]
     if how.temperature:
         noise = gumbel_noise(torch.tensor(how.seed), torch.tensor([len(ids)]), scores.shape[1])
         scores = how.temperature * (process(scores, how.temperature, how.top_k, how.top_p, how.min_p) + noise)
     best = scores.topk(2).values[0]
-    assert engine.top2_gap(ids) == pytest.approx((best[0] - best[1]).item(), rel=1e-4)
+    assert engine.top2_gap(ids, how) == pytest.approx((best[0] - best[1]).item(), rel=1e-4)
 
 
 def test_running_ahead() -> None:

@@ -12,12 +12,14 @@ import pytest
 import tiny
 import torch
 from conftest import DEMO, ROOT, all_cores
-from helpers import KEYS
+from helpers import KEYS, Payload
 
 import generate
 from app import answer, options
 from drafters import methods, tree_size
 from sampling import Sampling
+
+HEADS = ROOT / "heads/SmolLM2-135M-Instruct"
 
 
 @pytest.fixture
@@ -108,7 +110,7 @@ def test_nobody_reads_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
-    monkeypatch.setattr(generate, "run", interrupt)
+    monkeypatch.setattr(answer, "run", interrupt)
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit, match="130"):
         generate.main()
@@ -139,13 +141,31 @@ def test_prompt_from_file_and_stdin(call, demo: Path, tmp_path: Path, monkeypatc
     (["--prompt", "x", "--eagle", "--tree_table"], "--eagle2"),
     (["--prompt", "x", "--eagle2", "--draft_tokens", "many"], "--draft_tokens"),
     (["--prompt", "x", "--eagle2", "--draft_tokens", "8", "--tree_table"], "--tree_table"),
-    (["--prompt", "x", "--eagle2", "--draft_tokens", "auto", "--draft_depth", "2"], "chooses depth"),
-    (["--prompt", "x", "--eagle2", "--tree_table", "--draft_topk", "2"], "chooses depth"),
+    (["--prompt", "x", "--eagle2", "--draft_tokens", "auto", "--draft_depth", "2"], "choose depth"),
+    (["--prompt", "x", "--eagle2", "--tree_table", "--draft_topk", "2"], "choose depth"),
+    (["--prompt", "x", "--eagle2", "--tree_table", "--draft_depth", "0"], "choose depth"),
     (["--prompt", "x", "--eagle2", "--rejection"], "no method"),
     (["--prompt", "x", "--medusa", "a", "--lookup"], "no method"),
     (["--prompt", "x", "--lookup", "--draft_tokens", "9"], "--draft_tokens"),
     (["--prompt", "x", "--eagle2", "--chain", "9"], "--chain"),
     (["--prompt", "x", "--lookup", "--chain", "0"], "1 to 16"),
+    (["--prompt", "x", "--eagle2", "--lookup", "--chain", "0"], "1 to 16"),
+    (["--prompt", "x", "--speculate", HEADS / "draft_model", "--chain", "0"], "1 to 16"),
+    (["--prompt", "x", "--speculate", HEADS / "draft_model", "--lookup", "--chain", "0"], "1 to 16"),
+    (["--prompt", "x", "--lookahead", "--window", "0", "0", "0"], "at least 1"),
+    (["--prompt", "x", "--max_seq_len", "0"], "--max_seq_len must be 2 to"),
+    (["--prompt", "x", "--max_seq_len", "1"], "--max_seq_len must be 2 to"),
+    (["--prompt", "x", "--draft_vocab", "0"], "--draft_vocab is for the methods eagle, eagle2"),
+    (["--prompt", "x", "--chain", "9"], "--chain is for the methods lookup, speculate"),
+    (["--prompt", "x", "--window", "7", "5", "7"], "--window is for the method lookahead"),
+    (["--prompt", "x", "--method", "eagle3"], "invalid choice: 'eagle3'"),
+    (["--prompt", "x", "--method", "eagle2", "--lookup"], "name two methods"),
+    (["--prompt", "x", "--method", "vanilla", "--eagle"], "name two methods"),
+    (["--prompt", "x", "--method", "lookup", "--medusa", "x"], "name two methods"),
+    (["--prompt", "x", "--method", "medusa"], "--medusa DIR is missing"),
+    (["--prompt", "x", "--method", "speculate+lookup"], "--speculate DIR is missing"),
+    (["--memory", "--prompt", "x"], "not allowed with"),
+    (["--memory", "--eagle2", "--draft_tokens", "0"], "--draft_tokens"),
     (["--prompt", "x", "--lookup", "--draft_depth", "2"], "--eagle2"),
     (["--prompt", "x", "--draft_vocab", "12"], "--draft_vocab"),
     (["--prompt", "x", "--eagle2", "--draft_vocab", "-1"], "--draft_vocab"),
@@ -167,13 +187,19 @@ def test_prompt_from_file_and_stdin(call, demo: Path, tmp_path: Path, monkeypatc
     (["--prompt", "@/no/such/file"], "/no/such/file"),
     (["--prompt", "word " * 300, "--max_seq_len", "256"], "--max_seq_len 256"),
     (["--prompt", "x", "--eagle2", "--draft_tokens", "65"], "--draft_tokens"),
+    (["--prompt", "x", "--eagle2", "--draft_tokens", "0"], "2-64 --draft_tokens"),
+    (["--prompt", "x", "--eagle2", "--draft_depth", "0"], "1-8 --draft_depth"),
+    (["--prompt", "x", "--eagle2", "--draft_topk", "0"], "1-10 --draft_topk"),
     (["--prompt", "x", "--eagle2", "--draft_vocab", "99999999"], "draft_vocab.json"),
     (["--prompt", "x", "--eagle2", "--draft", "/no/such/head"], "/no/such/head"),
 ])
 def test_bad_flags(words: list[str], message: str, call, demo: Path) -> None:
-    """Guards against a traceback, or a silent guess, where the command line makes no sense."""
+    """Fails if a command line that makes no sense ends in a traceback, in more than one line of error, or in a guess:
+    0, say, taken for an option that was not given."""
     code, out, err = call("--checkpoint", demo, "--device", "cpu", *words)
-    assert code == 2 and message in err and "Traceback" not in err and out == ""
+    *usage, error = err.splitlines()
+    assert code == 2 and message in error and "error: " in error and out == ""
+    assert all(line.startswith(("usage: ", " ")) for line in usage)
 
 
 def test_tree_that_fits(call, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,23 +230,27 @@ def test_tree_that_fits(call, copy: Path, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("words, cuda, tree", [
     ((), True, "fit"), ((), False, methods.CPU_TREE), (("--draft_tokens", "auto"), False, "fit"),
     (("--draft_tokens", "9"), True, (9, 6, 10)), (("--draft_depth", "2"), True, (60, 2, 10)),
-    (("--draft_topk", "4"), False, (8, 3, 4)), (("--no_compile",), True, methods.GPU_TREE)])
+    (("--draft_topk", "4"), False, (8, 3, 4)), (("--draft_depth", "0"), False, (8, 0, 3)),
+    (("--draft_tokens", "0"), True, (0, 6, 10)), (("--no_compile",), True, methods.GPU_TREE)])
 def test_which_tree(words: tuple, cuda: bool, tree: tuple | str, tmp_path: Path, monkeypatch) -> None:
     """Guards what was asked for against what fits, and the defaults where there is no curve, or no time to measure."""
     model = SimpleNamespace(embed=SimpleNamespace(weight=SimpleNamespace(is_cuda=cuda)))
+    head = tmp_path / "eagle"
+    head.mkdir()
     args = generate.parse_args(["--checkpoint", str(tmp_path), "--prompt", "x", "--eagle2", *words])
+    setup = methods.Setup(model, args, None, 64)
     found = {"fit": (16, 4, 10)}
     monkeypatch.setattr(methods, "profile_key", lambda *inputs: "")
     monkeypatch.setattr(methods, "fit", lambda *inputs: found["fit"])
     if "auto" not in words:
-        without = methods.tree_shape(args, model, None, tmp_path, 64)
+        without = methods.tree_shape(setup)
         assert without == tree or (without, tree) == (methods.GPU_TREE, "fit")
     curve = {"nodes": tree_size.NODES, "topk": 10, "gained": [[2] * 8] * 6}
-    tree_size.curve_path(tmp_path).write_text(json.dumps(curve))
-    assert methods.tree_shape(args, model, None, tmp_path, 64) == (found["fit"] if tree == "fit" else tree)
+    tree_size.curve_path(head).write_text(json.dumps(curve))
+    assert methods.tree_shape(setup) == (found["fit"] if tree == "fit" else tree)
     found["fit"] = None
     default = methods.GPU_TREE if cuda else methods.CPU_TREE
-    assert methods.tree_shape(args, model, None, tmp_path, 64) == (default if tree == "fit" else tree)
+    assert methods.tree_shape(setup) == (default if tree == "fit" else tree)
 
 
 def test_no_cuda(call, demo: Path) -> None:
@@ -229,11 +259,6 @@ def test_no_cuda(call, demo: Path) -> None:
         pytest.skip("this machine has CUDA")
     code, _, err = call("--checkpoint", demo, "--device", "cuda", "--prompt", "x")
     assert code == 2 and "--device cuda" in err
-
-
-class Payload:
-    def __reduce__(self):
-        return (Path.touch, (Path("pickle-was-executed"),))
 
 
 @pytest.mark.parametrize("how", ["missing", "half converted", "not converted", "truncated", "garbage", "no tokenizer",
@@ -260,7 +285,8 @@ def test_bad_checkpoints(how: str, call, copy: Path, tmp_path: Path, monkeypatch
         elif how != "no head":
             head.mkdir()
             shutil.copy(copy.parent / "copy" / "config.json", head / "config.json")
-            blob = pickle.dumps({"fc.weight": Payload()}) if how == "evil head" else b"PK\x03\x04 cut"
+            evil = pickle.dumps({"fc.weight": Payload(Path("pickle-was-executed"))})
+            blob = evil if how == "evil head" else b"PK\x03\x04 cut"
             (head / "pytorch_model.bin").write_bytes(blob)
     code, out, err = call("--checkpoint", copy.parent / "nowhere" if how == "missing" else copy, "--eagle2",
                           "--prompt", "x", "--device", "cpu")

@@ -1,17 +1,22 @@
-"""memory.py: the bytes it counts are those of real tensors, and where memory ends one line says what would fit."""
+"""app/memory.py: the bytes it plans are those of real tensors, and where memory ends one line says what would fit."""
 import gc
 import json
 import weakref
+from collections.abc import Callable
 from pathlib import Path
+from pkgutil import resolve_name
+from types import FunctionType, ModuleType
 
 import pytest
 import tiny
 import torch
+from helpers import FLAGS
 from torch import Tensor, nn
 
 import generate
 from app import memory
 from draft import Eagle2, Vanilla, load_head
+from drafters.methods import METHODS, make_drafter
 from engine import SPARE, Engine
 from formats.config import Config
 from model import Llama, load_model
@@ -22,8 +27,13 @@ LLAMA_2_13B = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 5120, 
                "num_hidden_layers": 40, "num_attention_heads": 40, "max_position_embeddings": 4096}
 
 
+def sizes(tensors: list[Tensor]) -> dict[int, int]:
+    """Bytes of each storage behind these tensors, by its address."""
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
 def held(*things: object) -> int:
-    """Bytes of the distinct storages behind tensors, quantised weights and modules."""
+    """Bytes of the distinct storages behind tensors, quantised weights and the weights of modules."""
     tensors = []
     for thing in things:
         if isinstance(thing, nn.Module):
@@ -32,20 +42,42 @@ def held(*things: object) -> int:
             tensors += [thing.data, thing.scale]
         elif isinstance(thing, Tensor):
             tensors.append(thing)
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
+    return sum(sizes(tensors).values())
+
+
+def reachable(thing: object) -> dict[int, int]:
+    """Bytes of each storage that Python's garbage collector finds behind an object: in containers of any kind and in
+    slots too, where memory.py does not look."""
+    found, seen, todo = [], set(), [thing]
+    while todo:
+        thing = todo.pop()
+        if id(thing) in seen or isinstance(thing, (type, ModuleType, FunctionType)):
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, Tensor):
+            found.append(thing)
+        else:
+            todo += gc.get_referents(thing)
+    return sizes(found)
+
+
+# ----- What is planned is what is taken --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode, group", MODES)
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"hidden_size": 48, "head_dim": 10}])
 def test_weights_and_cache_are_exact(mode: str | None, group: int, changes: dict, tmp_path: Path) -> None:
-    """Guards the arithmetic: padding and scales of int4, an lm_head that is int8 in any mode and no longer tied."""
+    """Fails if padding or scales of int4 are not counted, or an lm_head that is int8 in any mode and no longer tied."""
     bias = "head_dim" in changes
     model = Llama(Config.from_dict(tiny.SHAPE | changes), qkv_bias=bias)
     tiny.randomise(model, 0, torch.float32)
     folder = tiny.save_target(model, tmp_path / "x")
     model = load_model(folder, "cpu", torch.bfloat16, mode, group)
-    assert held(model) == memory.weight_bytes(model.cfg, torch.bfloat16, mode, group, bias)
+    empty = memory.empty_model(model.cfg, torch.bfloat16, mode, group, bias)
+    assert held(model) == memory.total_bytes(empty)
+    words = () if mode is None else ("--quantize", mode, *(("--group", str(group)) if mode == "int4" else ()))
+    args = generate.parse_args(["--checkpoint", str(folder), "--memory", *words])
+    assert held(model) == memory.plan(args, torch.bfloat16, 100, mode).weights
     model.allocate_cache(100, SPARE)
     assert held(model.kv, model.rope) == memory.cache_bytes(model.cfg, 100, torch.bfloat16)
 
@@ -53,26 +85,101 @@ def test_weights_and_cache_are_exact(mode: str | None, group: int, changes: dict
 @pytest.mark.parametrize("mode, group", MODES)
 @pytest.mark.parametrize("ids", [None, 12])
 def test_eagle_is_exact(mode: str | None, group: int, ids: int | None, tmp_path: Path) -> None:
-    """Guards what a drafter makes of its head: the embeddings' table, half of fc again, rows of the lm_head."""
+    """Fails if something that a drafter makes of its head is not counted: the table of fc's outputs for all tokens,
+    half of fc again, a copy of rows of the lm_head."""
     model, head = tiny.pair(0, dtype=torch.float32)
-    folder = tiny.save_head(head, tmp_path / "eagle")
-    model = load_model(tiny.save_target(model, tmp_path / "x"), "cpu", torch.bfloat16, mode, group)
-    (folder / "draft_vocab.json").write_text(json.dumps(list(range(12))))
-    head = load_head(folder, model, ids or 0, mode, group)
+    folder = tiny.save_target(model, tmp_path / "x")
+    tiny.save_head(head, folder / "eagle")
+    (folder / "eagle/draft_vocab.json").write_text(json.dumps(list(range(12))))
+    model = load_model(folder, "cpu", torch.bfloat16, mode, group)
+    head = load_head(folder / "eagle", model, ids or 0, mode, group)
     drafter = Eagle2(head, model, 8, 3, 3)
     drafter.allocate(100 + SPARE)
-    own = () if ids is None else (drafter.lm_head,)
-    assert held(head, head.kv, head.rope, drafter.fc, drafter.embedded, *own) == memory.eagle_bytes(
-        head.cfg, model.cfg, 100, torch.bfloat16, mode, group, ids)
+    own = () if ids is None else (drafter.lm_head, head.vocab)
+    small = (drafter.scratch, *drafter.root_level, *drafter.candidates)
+    words = () if mode is None else ("--quantize", mode, *(("--group", str(group)) if mode == "int4" else ()))
+    args = generate.parse_args(["--checkpoint", str(folder), "--memory", "--eagle2", "--draft_tokens", "8",
+                                "--draft_depth", "3", "--draft_topk", "3", "--draft_vocab", str(ids or 0), *words])
+    empty = memory.empty_model(model.cfg, torch.bfloat16, mode, group)
+    assert held(head, head.kv, head.rope, drafter.fc, drafter.fc_of_token, *small, *own) == memory.drafter_bytes(
+        args, empty, 100, mode)
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_everything(tmp_path_factory.mktemp("memory") / "x")
+
+
+@pytest.fixture(scope="module", params=MODES, ids=str)
+def loaded(request: pytest.FixtureRequest, everything: Path) -> tuple[Llama, list[str], str | None]:
+    """The target in each mode, the words that ask for it, and the mode."""
+    mode, group = request.param
+    words = [] if mode is None else ["--quantize", mode, *(["--group", str(group)] if mode == "int4" else [])]
+    return load_model(everything, "cpu", torch.bfloat16, mode, group), words, mode
+
+
+@pytest.mark.parametrize("method, more", [*((method, ()) for method in METHODS), ("eagle2", ("--draft_vocab", "0")),
+                                          ("eagle2", ("--draft_tokens", "33", "--draft_depth", "5")),
+                                          ("lookahead", ("--window", "4", "3", "9")), ("lookup", ("--chain", "3"))])
+def test_every_method_is_exact(method: str, more: tuple[str, ...], loaded, everything: Path) -> None:
+    """Fails if the plan for a method, in any mode, is not to the byte what its loaded drafter holds after some cycles:
+    weights, caches, tables, pools and what it keeps from one cycle to the next."""
+    model, mode_words, mode = loaded
+    words = {".": everything / "draft", "medusa": everything / "medusa"}
+    flags = [str(words.get(word, word)) for word in FLAGS[method]]
+    args = generate.parse_args(["--checkpoint", str(everything), "--memory", *flags, *more, *mode_words])
+    need = memory.plan(args, torch.bfloat16, 100, mode)
+    model.free_cache()
+    drafter = make_drafter(method, args, model, 100)
+    engine = Engine(model, drafter, 100)
+    list(engine.generate(tiny.prompt(0, 9), 12))
+    target = reachable(model)
+    assert need.weights == held(model)
+    assert need.cache == held(model.kv, model.rope) == sum(target.values()) - held(model)
+    assert need.drafter == sum(size for address, size in reachable(drafter).items() if address not in target)
+
+
+def test_stored_mode(everything: Path) -> None:
+    """Fails if a file that quantize.py wrote is planned as if it were to be quantised while loading, or unquantised."""
+    for checkpoint in (everything / "int8", everything / "int8/model.safetensors"):
+        args = generate.parse_args(["--checkpoint", str(checkpoint), "--memory"])
+        need = memory.plan(args, torch.bfloat16, 100, None)
+        assert need.weights == held(load_model(checkpoint, "cpu", torch.bfloat16)) and need.loading == 0
 
 
 def test_known_sizes() -> None:
     """Llama-2-13B has 13,015,864,320 weights; of its cache a slot takes 0.82 MB, as of any of its shape."""
     cfg = Config.from_dict(LLAMA_2_13B)
-    assert memory.weight_bytes(cfg, torch.bfloat16) == 2 * 13_015_864_320
+
+    def weight_bytes(mode: str | None) -> int:
+        return memory.total_bytes(memory.empty_model(cfg, torch.bfloat16, mode))
+
+    assert weight_bytes(None) == 2 * 13_015_864_320
     assert 0.819e6 < memory.cache_bytes(cfg, 4096, torch.bfloat16) / (4096 + SPARE) < 0.82e6
-    assert 13.1e9 < memory.weight_bytes(cfg, torch.bfloat16, "int8") < 13.3e9
-    assert 7.1e9 < memory.weight_bytes(cfg, torch.bfloat16, "int4") < 7.3e9
+    assert 13.1e9 < weight_bytes("int8") < 13.3e9
+    assert 7.1e9 < weight_bytes("int4") < 7.3e9
+
+
+def test_memory_on_the_command_line(everything: Path, monkeypatch: pytest.MonkeyPatch,
+                                    capsys: pytest.CaptureFixture) -> None:
+    """Fails if --memory loads a model, prints other numbers than the plan's, or asks for a prompt."""
+    monkeypatch.setattr("app.options.load_model", out_of_memory)
+    words = ["--checkpoint", str(everything), "--memory", "--eagle2", "--device", "cpu", "--dtype", "float16",
+             "--max_seq_len", "77"]
+    monkeypatch.setattr("sys.argv", ["generate.py", *words])
+    generate.main()
+    out, err = capsys.readouterr()
+    need = memory.plan(generate.parse_args(words), torch.float16, 77, None)
+    assert out.count("\n") == 1 and err == ""
+    assert out.startswith(f"weights {need.weights / 1e9:.2f} GB, cache {need.cache / 1e9:.2f} GB, drafter ")
+    assert f"; {need.total / 1e9:.2f} GB of " in out
+    monkeypatch.setattr("sys.argv", ["generate.py", "--checkpoint", str(everything), "--memory", "--prompt", "x"])
+    with pytest.raises(SystemExit, match="2"):
+        generate.main()
+    assert "not allowed with" in capsys.readouterr().err
+
+
+# ----- Where memory ends -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("free, words, fits", [
@@ -82,7 +189,7 @@ def test_known_sizes() -> None:
     (15e9, ("--quantize", "int8"), ["--quantize int4 (", "--max_seq_len 1024 ("]),
     (9e9, ("--quantize", "int4"), ["free: --max_seq_len 512 ("]), (99e9, (), ["--quantize int8 ("])])
 def test_advice(free: float, words: tuple, fits: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards advice that does not fit either, and the second-best where the best is possible."""
+    """Fails if the advice does not fit either, or is the second-best where the best is possible."""
     folder = tmp_path / "Llama-2-13B"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(LLAMA_2_13B))
@@ -99,7 +206,8 @@ def test_advice(free: float, words: tuple, fits: list[str], tmp_path: Path, monk
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), True), (RuntimeError("shapes"), False)])
 def test_exhausted(error: RuntimeError, is_memory: bool) -> None:
-    """Guards the ways to say it, also behind an error that a capture's end raised; and other errors stay themselves."""
+    """Fails if one of the ways to say it is missed, also behind an error that a capture's end raised, or if some other
+    error is taken for it."""
     assert memory.exhausted(error) == is_memory
     try:
         try:
@@ -114,19 +222,31 @@ def out_of_memory(*inputs: object, **options: object) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore lines.")
 
 
+def ending_memory(original: Callable) -> Callable:
+    """`original` where it works on the meta device, as planning does; elsewhere memory is at its end."""
+    def function(*inputs: object, **options: object) -> object:
+        if any(isinstance(x, nn.Module) and next(x.parameters()).is_meta for x in inputs) or (
+                torch.device("meta") in inputs):
+            return original(*inputs, **options)
+        return out_of_memory()
+    return function
+
+
 @pytest.mark.parametrize("where", ["load_model", "Llama.allocate_cache", "EagleHead.allocate_cache", "rope_table",
-                                   "Engine.verify", "Engine.chunk"])
+                                   "Engine.verify", "Engine.prefill_chunk"])
 def test_on_the_command_line(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                              capsys: pytest.CaptureFixture) -> None:
-    """Guards every place where memory ends: one line, exit code 2, and in a session that goes on the next run works."""
+    """Fails if memory that ends at any of these places is told by more than one line, or with another exit code than 2,
+    or if in a session that goes on the next run does not work."""
     folder = tiny.save_everything(tmp_path / "x")
     owner = {"load_model": "app.options", "Llama": "model.Llama", "EagleHead": "draft.EagleHead", "rope_table": "model",
              "Engine": "engine.Engine"}[where.partition(".")[0]]
     words = ["generate.py", "--checkpoint", str(folder), "--eagle2", "--device", "cpu", "--prompt", "x",
              "--max_new_tokens", "8", "--max_seq_len", "64"]
     monkeypatch.setattr("sys.argv", words)
+    path = f"{owner}.{where.rpartition('.')[2]}"
     with monkeypatch.context() as broken:
-        broken.setattr(f"{owner}.{where.rpartition('.')[2]}", out_of_memory)
+        broken.setattr(path, ending_memory(resolve_name(path)))
         with pytest.raises(SystemExit) as ended:
             generate.main()
     out, err = capsys.readouterr()
@@ -136,9 +256,9 @@ def test_on_the_command_line(where: str, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_session_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards a model whose cache could not grow: what it had must still serve the engine that it has, a smaller engine
-    can be made, and nothing of the failed one stays in memory. A cache without its table of RoPE would be taken for
-    whole, and read beyond its end."""
+    """Fails if a model whose cache could not grow no longer serves the engine that it has, or a smaller new one, or if
+    something of the failed engine stays in memory. A cache without its RoPE table would be taken for whole, and read
+    beyond its end."""
     model = tiny.target(0, torch.float32)
     engine, ids = Engine(model, Vanilla(), 64), tiny.prompt(0, 9)
     text, made = sum(engine.generate(ids, 20), []), []
@@ -160,7 +280,7 @@ def test_session_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_more_slots_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """Guards the real thing, on a CPU: 2**24 slots of a model that would take 4 TB of cache."""
+    """Fails if real memory that ends, on a CPU, is not told in one line: 2**24 slots take 4 TB of cache here."""
     raw = tiny.SHAPE | {"vocab_size": 300, "num_hidden_layers": 2, "num_attention_heads": 64, "num_key_value_heads": 64,
                         "head_dim": 1024, "hidden_size": 16}
     folder = tiny.save_everything(tmp_path / "x")

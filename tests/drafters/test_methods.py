@@ -1,4 +1,5 @@
-"""methods.py: each name makes its drafter, with the sizes asked for; what does not fit is refused in one line."""
+"""drafters/methods.py and app/options.py: each row of the table makes its drafter, with the sizes asked for, from
+flags, from --method and from Engine.load; what does not fit is refused in one line."""
 import json
 from pathlib import Path
 
@@ -25,12 +26,22 @@ KINDS = {"vanilla": Vanilla, "lookup": Lookup, "lookahead": Lookahead, "medusa":
          "eagle": Eagle1, "eagle2": Eagle2}
 
 
+def method_words(method: str, folder: Path) -> list[str]:
+    """The flags that name a method, its weights being in `folder`."""
+    return [str(folder / word) if word in (".", "medusa") else word for word in FLAGS[method]]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method(method: str, checkpoint: tuple[Path, Llama]) -> None:
-    """A flag that makes another drafter than its name, a retrieval or a rule that gets lost; and all write one text."""
+    """Fails if flags or --method make another drafter than the one they name, if a retrieval or a rule gets lost, or if
+    a drafter changes the text."""
     folder, model = checkpoint
-    words = [str(folder / word) if word in (".", "medusa") else word for word in FLAGS[method]]
-    args = generate.parse_args(arguments(folder, *words))
+    words = method_words(method, folder)
+    weights = METHODS[method].weights
+    needed = words[:2] if weights and weights.option in ("medusa", "speculate") else []
+    args = generate.parse_args(arguments(folder, "--method", method, *needed))
+    assert vars(args) == vars(generate.parse_args(arguments(folder, *words))) | {
+        extra: False for extra in ("eagle", "eagle2", "lookup", "lookahead", "rejection")}
     assert args.method == method
     drafter = make_drafter(method, args, model, 128)
     assert type(drafter) is KINDS[method.partition("+")[0]] and drafter.rejection_sampling == ("rejection" in method)
@@ -59,7 +70,7 @@ def test_load(method: str, loadable: Path) -> None:
     given = OPTIONS.get(method, {})
     flags = [word for name, value in given.items() if value is not None for word in (
         f"--{name}", *map(str, value if isinstance(value, tuple) else [value]))]
-    words = [str(loadable / word) if word in (".", "medusa") else word for word in FLAGS[method]]
+    words = method_words(method, loadable)
     plain = load_engine(generate.parse_args(arguments(loadable, *words, *flags)))
     tokenizer = plain.tokenizer
     parts = {name: loadable / name for name in ("medusa",) if method == name}
@@ -110,8 +121,8 @@ def test_limits(method: str, checkpoint: tuple[Path, Llama], monkeypatch: pytest
     decoding writes."""
     folder, model = checkpoint
     monkeypatch.setattr("engine.PREFILL_CHUNK", 8)
-    words = [str(folder / word) if word in (".", "medusa") else word for word in FLAGS[method]]
-    args, parts, slots = generate.parse_args(arguments(folder, *words)), {}, 40
+    args = generate.parse_args(arguments(folder, *method_words(method, folder)))
+    parts, slots = {}, 40
     for length in (1, 2, 7, 8, 9, 15, 16, 17, 33, slots - 2, slots - 1):
         ids = tiny.prompt(length, length)
         text = []
@@ -133,8 +144,7 @@ def test_sizes(checkpoint: tuple[Path, Llama]) -> None:
     for method, words, nodes in (("lookup", ("--chain", "4"), 5), ("eagle2", ("--draft_tokens", "5"), 5),
                                  ("speculate", ("--chain", "9"), 10), ("lookup", (), 11), ("speculate", (), 6),
                                  ("lookahead", ("--window", "3", "3", "2"), 10)):
-        flags = [str(folder / word) if word == "." else word for word in FLAGS[method]]
-        args = generate.parse_args(arguments(folder, *flags, *words))
+        args = generate.parse_args(arguments(folder, *method_words(method, folder), *words))
         assert make_drafter(method, args, model, 128).num_nodes == nodes
 
 
