@@ -1,1 +1,1 @@
-"""Measuring: the shootout, the parts of a cycle, the quality of quantised models, reports and plots."""
+"""Benchmarks: methods against each other, the parts of a cycle, the quality of quantised models; reports and plots."""

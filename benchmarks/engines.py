@@ -1,7 +1,7 @@
-"""Other engines on our weights, in our process: transformers' generate and gpt-fast, as decoders for bench.py.
+"""Engines of other projects with our weights, in our process, for bench.py: transformers' generate, and gpt-fast.
 
-A decoder takes a prompt and the most new tokens, decodes greedily, and says how long prefill and decoding took. Weights
-are shared where the other engine's layout allows it, so that a 13B fits twice.
+A decoder continues a prompt greedily and returns a timed Run. The other engine shares our weights where its layout
+allows it, because a 13B may not fit on the GPU twice.
 """
 import importlib.util
 import inspect
@@ -17,26 +17,31 @@ from app.answer import Run
 from model import Llama
 from ops.quantized import Quantized
 
-Decoder = Callable[[list[int], int], Run]  # prompt, most new tokens
+Decoder = Callable[[list[int], int], Run]  # from a prompt's ids and the most new tokens
 
 
 def layer_weights(model: Llama) -> list[dict[str, Tensor]]:
-    """Each layer's weights as others name and cut them: views, no copies. ValueError unless it is a plain Llama."""
+    """Each layer's weights, with q, k and v apart and gate and up apart. They are views, not copies. ValueError unless
+    the model is a plain Llama."""
     cfg = model.cfg
     if cfg.qk_norm or model.layers[0].wqkv.bias is not None or isinstance(model.lm_head.weight, Quantized):
         raise ValueError("--transformers and --gpt_fast are for Llamas without query norms, biases and quantisation")
-    rows, layers = [n * cfg.head_dim for n in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)], []
+    rows = [n * cfg.head_dim for n in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)]
+    layers = []
     for layer in model.layers:
-        (q, k, v), (gate, up) = layer.wqkv.weight.split(rows), layer.w13.weight.chunk(2)
+        q, k, v = layer.wqkv.weight.split(rows)
+        gate, up = layer.w13.weight.chunk(2)
         layers.append({"q": q, "k": k, "v": v, "o": layer.wo.weight, "gate": gate, "up": up, "down": layer.w2.weight,
                        "attn_norm": layer.attn_norm.weight, "mlp_norm": layer.mlp_norm.weight})
     return layers
 
 
 def transformers_decoder(model: Llama, stop_ids: frozenset[int], cache: str) -> Decoder:
-    """transformers' generate. Decoding took what `new_tokens` take less what one token takes, which is prefill."""
+    """transformers' generate. cache: "dynamic" or "static". It does not time prefill, so each prompt runs twice:
+    prefill is the time for one new token, and decoding is the time for all new tokens less that."""
     from transformers import LlamaConfig, LlamaForCausalLM
-    cfg, device = model.cfg, model.embed.weight.device
+    cfg = model.cfg
+    device = model.embed.weight.device
     config = LlamaConfig(
         vocab_size=cfg.vocab_size, hidden_size=cfg.hidden_size, intermediate_size=cfg.intermediate_size,
         num_hidden_layers=cfg.num_layers, num_attention_heads=cfg.num_heads, num_key_value_heads=cfg.num_kv_heads,
@@ -45,47 +50,51 @@ def transformers_decoder(model: Llama, stop_ids: frozenset[int], cache: str) -> 
                                                     "rope_theta": cfg.rope_theta, **(cfg.rope_scaling or {})})
     tensors = {"model.embed_tokens": model.embed.weight, "model.norm": model.norm.weight,
                "lm_head": model.lm_head.weight}
-    places = dict(q="self_attn.q_proj", k="self_attn.k_proj", v="self_attn.v_proj", o="self_attn.o_proj",
-                  gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj", attn_norm="input_layernorm",
-                  mlp_norm="post_attention_layernorm")
+    names = dict(q="self_attn.q_proj", k="self_attn.k_proj", v="self_attn.v_proj", o="self_attn.o_proj",
+                 gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj", attn_norm="input_layernorm",
+                 mlp_norm="post_attention_layernorm")
     for i, layer in enumerate(layer_weights(model)):
-        tensors |= {f"model.layers.{i}.{places[name]}": weight for name, weight in layer.items()}
+        tensors |= {f"model.layers.{i}.{names[name]}": weight for name, weight in layer.items()}
     with torch.device("meta"):
         theirs = LlamaForCausalLM(config).requires_grad_(False).eval()
     theirs.load_state_dict({f"{name}.weight": tensor for name, tensor in tensors.items()}, assign=True)
-    with device:  # the frequencies are no weights: nothing else would move them off the meta device
+    with device:  # RoPE's frequencies are not in the state dict, so they are still on the meta device
         theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config)
-    how = {"do_sample": False, "eos_token_id": sorted(stop_ids) or None, "pad_token_id": 0,
-           "cache_implementation": cache}  # "static" is compiled by generate itself on a GPU
+    options = {"do_sample": False, "eos_token_id": sorted(stop_ids) or None, "pad_token_id": 0,
+               "cache_implementation": cache}  # on a GPU, generate itself compiles the model for "static"
 
     def decode(ids: list[int], new_tokens: int) -> Run:
-        prompt, seconds = torch.tensor([ids], device=device), []
+        prompt = torch.tensor([ids], device=device)
+        seconds = []
         for n in (1, new_tokens):
             start = time.perf_counter()
-            out = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n, **how)
+            out = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n, **options)
             tokens = out[0, len(ids):].tolist()  # waits for the device
             seconds.append(time.perf_counter() - start)
-        return Run(tokens, [1] * (len(tokens) - 1), seconds[0], max(seconds[1] - seconds[0], 1e-9))
+        prefill_s, total_s = seconds
+        return Run(tokens, [1] * (len(tokens) - 1), prefill_s, max(total_s - prefill_s, 1e-9))
     return decode
 
 
 def gpt_fast_model(model: Llama, folder: Path) -> nn.Module:
-    """The Transformer of a clone's model.py with our weights; of them wqkv is a copy, for its rows are reordered."""
+    """gpt-fast's Transformer, from model.py in the clone `folder`, with our weights. Only wqkv is copied, because its
+    rows change their order. ValueError for another commit, or a model that gpt-fast does not know."""
     spec = importlib.util.spec_from_file_location("gpt_fast_model", folder / "model.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # its dataclass looks there
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # the dataclass in model.py looks itself up there
     spec.loader.exec_module(module)
     cfg = model.cfg
     if len(inspect.signature(module.Transformer.forward).parameters) != 3:  # self, tokens, positions
-        raise ValueError(f"--gpt_fast {folder}: not the model that is known here; check out its commit 32971d3")
+        raise ValueError(f"--gpt_fast {folder}: model.py is of another version; check out its commit 32971d3")
     if cfg.rope_scaling or cfg.head_dim * cfg.num_heads != cfg.hidden_size:
-        raise ValueError("--gpt_fast wants a model without RoPE scaling, whose heads make up its hidden size")
+        raise ValueError("--gpt_fast needs a model without RoPE scaling, whose heads make up its hidden size")
     with torch.device("meta"):
         theirs = module.Transformer(module.ModelArgs(
             block_size=model.rope.shape[1], vocab_size=cfg.vocab_size, n_layer=cfg.num_layers, n_head=cfg.num_heads,
             dim=cfg.hidden_size, intermediate_size=cfg.intermediate_size, n_local_heads=cfg.num_kv_heads,
             rope_base=cfg.rope_theta, norm_eps=cfg.rms_norm_eps)).requires_grad_(False).eval()
     tensors = {"tok_embeddings": model.embed.weight, "output": model.lm_head.weight, "norm": model.norm.weight}
-    for i, w in enumerate(layer_weights(model)):  # its RoPE turns neighbours, ours turns i with i + D/2
+    for i, w in enumerate(layer_weights(model)):  # its RoPE rotates 2i with 2i + 1, ours i with i + D/2
         q, k = (w[x].unflatten(0, (-1, 2, cfg.head_dim // 2)).transpose(1, 2).flatten(0, 2) for x in "qk")
         tensors |= {f"layers.{i}.{name}": weight for name, weight in {
             "attention.wqkv": torch.cat((q, k, w["v"])), "attention.wo": w["o"], "attention_norm": w["attn_norm"],
@@ -96,32 +105,35 @@ def gpt_fast_model(model: Llama, folder: Path) -> nn.Module:
 
 
 def gpt_fast_decoder(model: Llama, stop_ids: frozenset[int], folder: Path) -> Decoder:
-    """gpt-fast as of commit 32971d3, decoding as its generate.py does: one compiled step, a cache as long as the text,
-    attention left to Inductor. It does not stop at a stop id: what comes after one is neither counted nor timed, all
-    steps being alike."""
-    theirs, device = gpt_fast_model(model, folder), model.embed.weight.device
+    """gpt-fast at commit 32971d3, decoding as its generate.py does: one compiled step, a cache as long as the text,
+    attention left to Inductor. It does not stop at a stop id. All steps take the same time, so tokens after a stop id
+    are not counted, and the time is reduced in proportion."""
+    theirs = gpt_fast_model(model, folder)
+    device = model.embed.weight.device
 
-    def step(tokens: Tensor, places: Tensor) -> Tensor:
-        return theirs(tokens, places)[:, -1].argmax(-1, keepdim=True)
+    def step(tokens: Tensor, positions: Tensor) -> Tensor:
+        return theirs(tokens, positions)[:, -1].argmax(-1, keepdim=True)
 
-    fast = step
+    compiled_step = step
     if device.type == "cuda":
         torch._inductor.config.coordinate_descent_tuning = True
-        fast = torch.compile(step, mode="reduce-overhead", fullgraph=True, dynamic=False)
+        compiled_step = torch.compile(step, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
     @torch.no_grad()
     def decode(ids: list[int], new_tokens: int) -> Run:
         with torch.device(device):
             theirs.setup_caches(1, len(ids) + new_tokens)
-            begin = time.perf_counter()
-            tokens, place = [step(torch.tensor([ids]), torch.arange(len(ids)))], torch.tensor([len(ids)])
+            start = time.perf_counter()
+            tokens = [step(torch.tensor([ids]), torch.arange(len(ids)))]
+            position = torch.tensor([len(ids)])
         tokens[0].tolist()  # waits for the device
-        start = time.perf_counter()
+        decode_start = time.perf_counter()
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             for _ in range(new_tokens - 1):
-                tokens.append(fast(tokens[-1], place).clone())
-                place += 1
-        text, seconds = torch.cat(tokens, 1)[0].tolist(), time.perf_counter() - start
-        count = next((i for i, token in enumerate(text) if token in stop_ids), len(text) - 1)
-        return Run(text[:count + 1], [1] * count, start - begin, seconds * count / max(new_tokens - 1, 1))
+                tokens.append(compiled_step(tokens[-1], position).clone())
+                position += 1
+        text = torch.cat(tokens, 1)[0].tolist()  # waits for the device
+        seconds = time.perf_counter() - decode_start
+        count = next((i for i, token in enumerate(text) if token in stop_ids), len(text) - 1)  # without prefill's token
+        return Run(text[:count + 1], [1] * count, decode_start - start, seconds * count / max(new_tokens - 1, 1))
     return decode
