@@ -41,13 +41,9 @@ SPARE = 128  # cache slots past max_seq_len, for drafts that reach beyond the la
 
 
 class Engine:
-    """A model, a drafter and the state of one sequence.
-
-    Call `generate` as often as you like, one at a time. A new call ends an older one that has not finished, on this
-    engine or on another one that shares the model. Stopping early is harmless.
-
-    compiled=False launches every kernel from Python instead of replaying CUDA graphs: slow, but one can step through.
-    """
+    """A model, a drafter and the state of one sequence. A new `generate` ends an older one that has not finished, on
+    this engine or on another one that shares the model; stopping early is harmless. compiled=False launches every
+    kernel from Python instead of replaying CUDA graphs: slow, but one can step through."""
 
     def __init__(self, model: Llama, drafter: Drafter, max_seq_len: int,
                  stop_ids: frozenset[int] = frozenset(), compiled: bool = True) -> None:
@@ -80,8 +76,7 @@ class Engine:
         self.first = zero.clone()  # the first token of the chunk
         self.features = model.embed.weight.new_zeros(min(PREFILL_CHUNK, max_seq_len), model.cfg.hidden_size)
         self.short = min(SHORT_CHUNK, len(self.features))
-        # For up to this many remaining tokens, short chunks beat one long chunk, which dequantises the weights first
-        # (docs/experiments.md).
+        # Up to this many tokens, short chunks beat a long one, which dequantises first (docs/experiments.md).
         self.few = (5 if isinstance(model.lm_head.weight, Quantized) else 2) * self.short
 
         # The host
@@ -178,9 +173,8 @@ class Engine:
 
     def commit(self, base: Tensor, tree: Tree, features: Tensor, next_tokens: Tensor) -> None:
         """Accept, commit, and move what was accepted to the front of the cache and of the features."""
-        max_depth = self.drafter.max_depth
-        path = self.accept(tree, next_tokens, max_depth)
-        if max_depth:
+        path = self.accept(tree, next_tokens, self.drafter.max_depth)
+        if self.drafter.max_depth:
             self.tree_ops.compact(self.model.kv, base, path, features, self.state.features)
 
     def accept(self, tree: Tree, next_tokens: Tensor, max_depth: int) -> Tensor:

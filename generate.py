@@ -8,9 +8,12 @@ This file is the command line; engine.py decodes. For 8- or 4-bit weights give a
 
 The text goes to stdout as it is written, statistics go to stderr. With --json the last line of stdout is one object.
 """
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: see docs/benchmarking.md
+
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
