@@ -268,8 +268,7 @@ class Engine:
         to no slot before these."""
         if not self.owns_caches(self.sequence):
             return 0
-        shared = first_difference(ids, self.text) - 1
-        return max(0, min(shared, len(self.text) - self.drafter.max_depth - 2))
+        return max(0, min(first_difference(ids, self.text) - 1, len(self.text) - self.drafter.max_depth - 2))
 
     # ----- Compiling and capturing ---------------------------------------------------------------------------------
 
