@@ -1,6 +1,7 @@
-"""What all tests share: the path to the scripts, one thread for tiny tensors, the demo model and what it wrote.
+"""What all tests share: one thread for tiny tensors, the demo model and what it wrote, and the command line.
 
 `make test` prepares the demo model. DEMO_CHECKPOINT=FOLDER names another converted folder with a head in eagle/.
+The project is imported within the fixtures, so that collecting a few tests stays fast.
 """
 import os
 import sys
@@ -9,16 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from hypothesis import settings
 
-import generate
-from drafters.medusa import MedusaHeads, save_medusa
-from model import Llama
-
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the scripts are flat files, not a package
 DEMO = ROOT / "checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct"
 
 PROMPTS = [
@@ -45,13 +40,9 @@ settings.register_profile("repeatable", deadline=None, derandomize=True, databas
 settings.load_profile("repeatable")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "xdist_group(name): tests that one worker runs, where pytest-xdist is there")
-
-
 @contextmanager
 def all_cores() -> Iterator[None]:
-    """For what is done with the demo model, whose matrices are worth more than one thread: this process's share."""
+    """Use this process's share of the cores: the demo model's matrices are large enough for more than one thread."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
     try:
         yield
@@ -70,7 +61,7 @@ def demo() -> Path:
 
 @pytest.fixture(scope="session")
 def demo_model(demo: Path):
-    """The demo model in fp32; shared, for nothing of it changes but its cache."""
+    """The demo model in fp32. Tests share it: nothing of it changes but its cache."""
     from model import load_model
     return load_model(demo, dtype=torch.float32)
 
@@ -83,7 +74,7 @@ def demo_head(demo: Path, demo_model):
 
 @pytest.fixture(scope="session")
 def demo_prompts(demo: Path) -> list[list[int]]:
-    """PROMPTS as the chat template puts them."""
+    """The ids of PROMPTS in the chat template."""
     from tokenizer import Tokenizer
     tokenizer = Tokenizer(demo)
     return [tokenizer.chat([{"role": "user", "content": text}]) for text in PROMPTS]
@@ -91,12 +82,14 @@ def demo_prompts(demo: Path) -> list[list[int]]:
 
 @pytest.fixture(scope="session")
 def demo_runs(demo_model, demo_head, demo_prompts):
-    """Every prompt continued greedily by 64 tokens with EAGLE-2's default tree: [(cycles, all ids, Recorder)]. Tests
-    that use it are one xdist_group: with --dist loadgroup it is made once, not once a worker."""
+    """Every prompt continued greedily by 64 tokens with EAGLE-2's default tree: [(cycles, all ids, Recorder)].
+
+    Tests that use it belong to the xdist_group "demo": with --dist loadgroup one worker runs them, and makes it once.
+    """
     from recorder import Recorder
 
     from draft import Eagle2
-    from generate import Engine
+    from engine import Engine
     runs = []
     with all_cores():
         for ids in demo_prompts:
@@ -108,8 +101,11 @@ def demo_runs(demo_model, demo_head, demo_prompts):
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path) -> tuple[Path, Llama]:
-    """A target with an EAGLE head, Medusa heads, and itself as draft model."""
+def checkpoint(tmp_path: Path):
+    """The folder of a tiny target with an EAGLE head and Medusa heads, which is its own draft model; and the target."""
+    import tiny
+
+    from drafters.medusa import MedusaHeads, save_medusa
     model, head = tiny.pair(0, 0.1, torch.float32)
     folder = tiny.save_target(model, tmp_path / "target")
     tiny.save_head(head, folder / "eagle")
@@ -119,7 +115,9 @@ def checkpoint(tmp_path: Path) -> tuple[Path, Llama]:
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    """Run the command line in this process: (exit code, stdout, stderr)."""
+    """Run generate.py's command line in this process: (exit code, stdout, stderr)."""
+    import generate
+
     def call(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, words)])
         code = 0

@@ -13,7 +13,7 @@ from resource import getpagesize
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are flat files, not a package
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this file is run as a script
 
 import generate
 from app import options
