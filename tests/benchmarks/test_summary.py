@@ -11,6 +11,7 @@ from helpers import SHAPE, operations, tiny_checkpoint
 
 import bench
 from benchmarks import cycle, summary
+from benchmarks.environment import CLOCKS, describe
 from benchmarks.result_files import NAMES, RESULTS, SHAPES, Results, add, problems, read_results, strip
 from benchmarks.summary import BLOCKS, MISSING, PAGE, render, write
 from benchmarks.widen import SHAPES as KNOWN_SHAPES
@@ -171,13 +172,14 @@ def test_unknown_commit(results: Results) -> None:
 
 
 def test_a_gpu_with_clocks(raw: dict[str, dict]) -> None:
-    """Fails if the clocks that a GPU's line names are taken for its name, or if a dirty tree passes for its commit."""
-    line = ("NVIDIA H100 80GB HBM3 (power limit 700.00 W, SM clock 1980 MHz of 1980 MHz, memory 2619 MHz, 31 °C, "
-            "driver 580.1), torch 2.11.0+cu130, triton 3.6.0, commit abc and uncommitted changes, 2026-11-28, "
-            "bfloat16. llama-2-7b is a shape: its cost, with the text and acceptance of demo.")
-    assert strip(raw[CYCLES] | {"device": line})["environment"] == {
-        "device": "NVIDIA H100 80GB HBM3", "power": "700.00 W", "torch": "2.11.0+cu130", "triton": "3.6.0",
-        "commit": "abc and uncommitted changes", "date": "2026-11-28"}
+    """Fails if a GPU's clocks are taken for a part of its name, or if a tree with changes passes for its commit."""
+    gpu = {"device": "NVIDIA H100 80GB HBM3", "torch": "2.11.0+cu130", "triton": "3.6.0",
+           "commit": "abc and uncommitted changes", "date": "2026-11-28"}
+    clocks = dict(zip(CLOCKS, ("700.00 W", "1980 MHz", "1980 MHz", "2619 MHz", "31", "580.95.05")))
+    line = describe(gpu | clocks) + ", bfloat16. llama-2-7b is a shape: its cost, with the text of demo."
+    assert strip(raw[CYCLES] | {"device": line})["environment"] == gpu | {"power": "700.00 W"}
+    kept = strip(raw[METHODS] | {"before": gpu | clocks})["environment"]
+    assert kept == gpu | clocks | {"power": "700.00 W"}
 
 
 def test_command_line(results: Results, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
