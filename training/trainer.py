@@ -1,7 +1,14 @@
-"""Training of draft heads, by the distributions of the target."""
+"""Training of draft heads by distillation: the loss is the cross-entropy with the target's own distribution.
+
+`Trainer` trains an EAGLE head (train.py). training/peers.py derives from it for Medusa heads and draft models.
+
+Marked tokens (training/dialogues.py): token t of an answer is t, every other token is ~t. All tokens are context, but
+only answers are learned.
+"""
 import argparse
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,13 +18,17 @@ from torch import Tensor, nn
 from draft import EagleHead
 from formats.config import Config
 from formats.eagle import save_head
+from formats.weights import replace_when_whole
 from model import Llama, load_model, rope_table
 from tokenizer import Tokenizer
-from training.dialogues import Script, write_dialogues
+from training.dialogues import Script, unmark, write_dialogues
+
+# ----- An EAGLE head, its draft steps and its loss -----------------------------------------------------------------
 
 
 def new_head(cfg: Config, device: torch.device) -> EagleHead:
-    """Small random weights; the layer adds almost nothing at first, and fc passes half of the feature on."""
+    """An untrained head for a target of this config. Its weights are small and random: at first the layer adds almost
+    nothing, and fc passes on half of the feature."""
     cfg = Config(**{**cfg.__dict__, "num_layers": 1, "qk_norm": False, "tie_word_embeddings": False,
                     "sliding_window": None, "rope_scaling": None})
     head = EagleHead(cfg).to(device)
@@ -32,80 +43,113 @@ def new_head(cfg: Config, device: torch.device) -> EagleHead:
 
 def unrolled(head: EagleHead, embedding: Tensor, features: Tensor, rope: Tensor, keys: list[Tensor],
              values: list[Tensor]) -> Tensor:
-    """One unrolled step for all rows at once. Row s guesses as it would at draft step j after place s: it sees
-    the true-feature entries up to s (keys[0]) and its own entry of each later step. Extends keys and values."""
+    """One draft step of the head for R positions at once: predicted features [B, R, C].
+
+    embedding [B, R, C] of the tokens, features [B, R, C] of the step before, rope [2, R, D]. keys and values hold one
+    entry [B, H, R, D] for each step, and get this step's. Row s of step j computes what drafting computes j steps after
+    position s: it sees the first step's entries, made of true features, up to row s, and of each later step only its
+    own row.
+    """
     layer = head.layer
     x = head.fc(torch.cat((embedding, features), dim=-1))
     q, k, v = (y.transpose(1, 2) for y in layer.qkv(x, rope))  # [B, heads, R, D]
     groups = layer.num_heads // layer.num_kv_heads
     keys.append(k.repeat_interleave(groups, 1))
     values.append(v.repeat_interleave(groups, 1))
-    causal = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
+    rows = q.shape[2]
+    causal = torch.ones(rows, rows, dtype=torch.bool, device=q.device).tril()
     scores = [(q @ keys[0].transpose(-1, -2)).masked_fill(~causal, -torch.inf)]
     scores += [(q * key).sum(-1, keepdim=True) for key in keys[1:]]
     weights = (torch.cat(scores, -1).float() * layer.head_dim**-0.5).softmax(-1).to(v.dtype)
-    y = weights[..., :q.shape[2]] @ values[0]
+    y = weights[..., :rows] @ values[0]
     for j, value in enumerate(values[1:]):
-        y = y + weights[..., q.shape[2] + j, None] * value
+        y = y + weights[..., rows + j, None] * value
     x = x + layer.wo(y.transpose(1, 2).flatten(2))
     return layer.mlp(x)
 
 
-def distill(guess: Tensor, feature: Tensor, lm_head: Tensor, counts: Tensor,
+def distill(predicted: Tensor, feature: Tensor, lm_head: Tensor, of_answer: Tensor,
             regression: float) -> tuple[Tensor, Tensor]:
-    """Loss and top-1 agreement over N places. guess, feature [N, C]; counts [N] bool: which places count."""
-    target, logits = F.linear(feature, lm_head).detach().float(), F.linear(guess, lm_head).float()
+    """The mean loss, and how often the best token is the target's, over those of N places that count.
+
+    predicted and feature [N, C]: the head's and the target's. lm_head [V, C]. of_answer [N] bool: which places count,
+    those whose next token belongs to an answer. regression: the weight of the distance between the features.
+    """
+    target = F.linear(feature, lm_head).detach().float()
+    logits = F.linear(predicted, lm_head).float()
     cross_entropy = logits.logsumexp(-1) - (target.softmax(-1) * logits).sum(-1)
-    off = F.smooth_l1_loss(guess.float(), feature.float(), reduction="none").mean(-1)
-    share = counts / counts.sum().clamp(min=1)
+    distance = F.smooth_l1_loss(predicted.float(), feature.float(), reduction="none").mean(-1)
+    share = of_answer / of_answer.sum().clamp(min=1)
     agree = logits.argmax(-1) == target.argmax(-1)
-    return ((cross_entropy + regression * off) * share).sum(), (agree * share).sum()
+    return ((cross_entropy + regression * distance) * share).sum(), (agree * share).sum()
+
+
+def compile_on_gpu(function: Callable, device: torch.device) -> Callable:
+    return torch.compile(function, dynamic=False) if device.type == "cuda" else function
+
+
+# ----- Training ----------------------------------------------------------------------------------------------------
 
 
 class Trainer:
-    """An EAGLE head's training; train_peers.py has others in its place."""
+    """Trains `module`. Subclasses override what differs: `ahead`, `make_module`, `losses` and `export`."""
 
     def __init__(self, model: Llama, args: argparse.Namespace) -> None:
-        self.model, self.args, self.device = model, args, model.embed.weight.device
-        self.head, self.step, self.seconds = self.new(), 0, 0.0
-        self.rope = rope_table(self.head.cfg, args.length, self.device).bfloat16()
-        matrices = [p for p in self.head.parameters() if p.ndim == 2]
-        vectors = [p for p in self.head.parameters() if p.ndim != 2]
+        self.model = model
+        self.args = args
+        self.device = model.embed.weight.device
+        self.module = self.make_module()
+        self.step = 0
+        self.seconds = 0.0
+        self.rope = rope_table(self.module.cfg, args.length, self.device).bfloat16()
+        matrices = [p for p in self.module.parameters() if p.ndim == 2]
+        vectors = [p for p in self.module.parameters() if p.ndim != 2]
         self.optimizers = [
-            # Without weight decay Muon's steps, all of one size, let the weights grow tenfold, and learning stalls.
+            # Muon's steps are all of one size. Without weight decay the weights grow tenfold, and learning stalls.
             torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(vectors, lr=args.lr / 5, betas=(0.9, 0.95), weight_decay=0.0)]
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
-        compiled = (lambda f: torch.compile(f, dynamic=False)) if self.device.type == "cuda" else (lambda f: f)
-        self.unrolled, self.distill = compiled(unrolled), compiled(distill)
-        model.allocate_rope(args.length)
+        self.unrolled = compile_on_gpu(unrolled, self.device)
+        self.distill = compile_on_gpu(distill, self.device)
         self.amp = torch.autocast(self.device.type, torch.bfloat16)
+        model.allocate_rope(args.length)
 
-    def new(self) -> nn.Module:
-        """What is to be trained, untrained: a module with a `cfg`."""
+    @property
+    def ahead(self) -> int:
+        """How many features ahead the last prediction lies: the draft steps that training unrolls."""
+        return self.args.unroll
+
+    def make_module(self) -> nn.Module:
+        """What is trained, before training: a module with a `cfg`."""
         return new_head(self.model.cfg, self.device)
 
-    def write(self) -> None:
-        """What is trained, for others to load."""
-        save_head(self.head.cfg, self.head.state_dict(), self.args.out)
+    def export(self) -> None:
+        """Write what is trained in the format in which others load it."""
+        save_head(self.module.cfg, self.module.state_dict(), self.args.out)
 
-    def train_step(self, said: Tensor) -> tuple[Tensor, Tensor]:
-        """said [B, S]: tokens, as ~token where the loss does not count them. Returns loss and agreements [unroll].
+    def rows(self, tokens: Tensor) -> int:
+        """How many positions of each dialogue, the first ones, have a target for every prediction. tokens [B, S]."""
+        return tokens.shape[1] - self.ahead - 1
 
-        The loss is taken at `args.places` random places of the answers: its logits over the vocabulary are what
-        a step spends its time on, and neighbouring places tell much the same."""
-        args, tokens = self.args, torch.where(said < 0, ~said, said)
-        rows = tokens.shape[1] - args.unroll - 1  # the places that have a target at every unrolled step
-        counts = said >= 0
+    def train_step(self, marked: Tensor) -> tuple[Tensor, Tensor]:
+        """Take one step on marked tokens [B, S]. Returns the loss, 0-d, and the agreement of each prediction with the
+        target, [predictions].
+
+        The loss looks at `args.places` random positions of the answers only. Its logits over the vocabulary are what a
+        step spends its time on, and neighbouring positions teach much the same."""
+        tokens = unmark(marked)
+        of_answer = marked >= 0
+        rows = self.rows(tokens)
         with torch.no_grad():
             features = self.model(tokens, torch.arange(tokens.shape[1], device=self.device))
-            places = (torch.rand_like(features[:, :rows, 0].float()) + counts[:, 2:2 + rows]).flatten().topk(
-                min(args.places, rows * len(said))).indices
-        total, agreements = self.losses(tokens, counts, features, places)
+            # A random number below 1, plus 1 where token s + 2, which follows feature s + 1, belongs to an answer
+            priority = torch.rand_like(features[:, :rows, 0].float()) + of_answer[:, 2:2 + rows]
+            places = priority.flatten().topk(min(self.args.places, rows * len(marked))).indices
+        total, agreements = self.losses(tokens, of_answer, features, places)
         total.backward()
-        torch.nn.utils.clip_grad_norm_(self.head.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * self.schedule()
@@ -113,33 +157,47 @@ class Trainer:
             optimizer.zero_grad()
         return total.detach(), torch.stack(agreements)
 
-    def losses(self, tokens: Tensor, counts: Tensor, features: Tensor, places: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The weighted loss, and the agreements with the target. tokens, counts [B, S], features [B, S, C], places [N]
-        of the B * (S - unroll - 1) that have a target at every unrolled step."""
-        args, rows = self.args, tokens.shape[1] - self.args.unroll - 1
-        guess, keys, values, total, agreements = features[:, :rows], [], [], 0.0, []
-        for j in range(1, args.unroll + 1):  # row s: entry s + j - 1, token s + j, guesses feature s + j
+    def losses(self, tokens: Tensor, of_answer: Tensor, features: Tensor, places: Tensor
+               ) -> tuple[Tensor, list[Tensor]]:
+        """The loss, summed over the predictions with their weights, and the agreement of each.
+
+        tokens and of_answer [B, S]; features [B, S, C] are the target's; places [N] int64 are the positions that the
+        loss looks at, as indices into the B * self.rows(tokens) flattened ones.
+        """
+        rows = self.rows(tokens)
+        predicted = features[:, :rows]
+        keys, values = [], []
+        total = 0.0
+        agreements = []
+        for j in range(1, self.ahead + 1):  # row s predicts feature s + j from token s + j, at RoPE position s + j - 1
             with self.amp:
                 embedding = self.model.embed(tokens[:, j:j + rows])
-                guess = self.unrolled(self.head, embedding, guess, self.rope[:, j - 1:j - 1 + rows], keys, values)
+                rope = self.rope[:, j - 1:j - 1 + rows]
+                predicted = self.unrolled(self.module, embedding, predicted, rope, keys, values)
                 loss, agree = self.distill(
-                    guess.flatten(0, 1)[places], features[:, j:j + rows].flatten(0, 1)[places],
-                    self.model.lm_head.weight, counts[:, j + 1:j + 1 + rows].flatten()[places], args.regression)
-            total = total + args.decay ** (j - 1) * loss
+                    predicted.flatten(0, 1)[places], features[:, j:j + rows].flatten(0, 1)[places],
+                    self.model.lm_head.weight, of_answer[:, j + 1:j + 1 + rows].flatten()[places],
+                    self.args.regression)
+            total = total + self.args.decay ** (j - 1) * loss
             agreements.append(agree)
         return total, agreements
 
     def schedule(self) -> float:
-        """Warm-up, then a cosine that ends with --steps or --minutes, whichever comes first."""
+        """The share of the peak learning rate: 100 steps of warm-up, then a cosine that ends with --steps or --minutes,
+        whichever comes first."""
         progress = min(max(self.step / self.args.steps, self.seconds / (60 * self.args.minutes)), 1)
         return min((self.step + 1) / 100, 1) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
     def run(self, data: Tensor, work: Path) -> None:
-        args, losses, agreements = self.args, [], []
+        """Train on data [dialogues, S] int32, marked, until --steps or --minutes are over. Saves to the folder `work`
+        every 30 seconds and at the end."""
+        args = self.args
+        losses = []
+        agreements = []
         last = saved = time.perf_counter()
         start = last - self.seconds
         while self.step < args.steps and self.seconds < 60 * args.minutes:
-            torch.manual_seed(self.step)  # the same batch and places for the same step, resumed or not
+            torch.manual_seed(self.step)  # a step has the same batch and places whether training was resumed or not
             rows = torch.randint(len(data), (args.batch,))
             loss, agreement = self.train_step(data[rows].to(self.device, torch.int64))
             losses.append(loss)
@@ -151,62 +209,71 @@ class Trainer:
                 print(f"step {self.step}  {self.seconds:.0f} s  loss {torch.stack(losses).mean():.3f}  agreement "
                       + " ".join(f"{a:.3f}" for a in torch.stack(agreements).mean(0).tolist())
                       + f"  {speed:,.0f} tokens/s", flush=True)
-                losses, agreements, last = [], [], time.perf_counter()
+                losses = []
+                agreements = []
+                last = time.perf_counter()
             if time.perf_counter() - saved > 30:
                 saved = time.perf_counter()
                 self.save(work)
         self.save(work)
 
     def save(self, work: Path) -> None:
-        state = {"step": self.step, "seconds": self.seconds, "head": self.head.state_dict(),
+        """Write the state of training to the folder `work`, and export what is trained."""
+        state = {"step": self.step, "seconds": self.seconds, "head": self.module.state_dict(),
                  "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
-        torch.save(state, work / "state.part")
-        (work / "state.part").replace(work / "state.pt")
-        self.write()
+        with replace_when_whole(work / "state.pt") as part:
+            torch.save(state, part)
+        self.export()
 
     def resume(self, work: Path) -> None:
+        """Go on from what `save` wrote to this folder, if there is anything."""
         if (work / "state.pt").exists():
             state = torch.load(work / "state.pt", map_location=self.device, weights_only=True)
-            self.head.load_state_dict(state["head"])
+            self.module.load_state_dict(state["head"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"]):
                 optimizer.load_state_dict(saved)
-            self.step, self.seconds = state["step"], state["seconds"]
+            self.step = state["step"]
+            self.seconds = state["seconds"]
             print(f"resuming at step {self.step}", flush=True)
 
 
+# ----- What the commands share -------------------------------------------------------------------------------------
+
+
 def options(description: str) -> argparse.ArgumentParser:
-    """What every training asks for: the target, its dialogues, how long."""
+    """The options of every training command: the target, its dialogues, how long to train."""
     p = argparse.ArgumentParser(description=description)
     p.add_argument("--checkpoint", type=Path, required=True, help="folder of the converted target model")
     p.add_argument("--work", type=Path, help="dialogues and training state (default: <checkpoint>/training)")
-    p.add_argument("--tokens", type=float, default=40e6, help="dialogue tokens to generate")
-    p.add_argument("--steps", type=int, default=10000, help="end training after so many steps; 0: none, but what is "
-                   "there already is evaluated")
-    p.add_argument("--minutes", type=float, default=math.inf, help="end training after this time, if sooner")
-    p.add_argument("--length", type=int, default=640, help="tokens a dialogue")
-    p.add_argument("--batch", type=int, default=32, help="dialogues a training step")
-    p.add_argument("--generate_batch", type=int, default=2048, help="dialogues written side by side")
-    p.add_argument("--decay", type=float, default=0.8, help="weight of each unrolled step, or place ahead, against the "
-                   "one before")
-    p.add_argument("--places", type=int, default=8192, help="places a step that the loss looks at")
+    p.add_argument("--tokens", type=float, default=40e6, help="dialogue tokens that the model writes")
+    p.add_argument("--steps", type=int, default=10000, help="end training after this many steps; 0: do not train, only "
+                   "evaluate what is there already")
+    p.add_argument("--minutes", type=float, default=math.inf, help="end training after this time, if that comes sooner")
+    p.add_argument("--length", type=int, default=640, help="tokens of a dialogue")
+    p.add_argument("--batch", type=int, default=32, help="dialogues per training step")
+    p.add_argument("--generate_batch", type=int, default=2048, help="dialogues written at the same time")
+    p.add_argument("--decay", type=float, default=0.8, help="weight in the loss of each draft step, or position ahead, "
+                   "relative to the one before")
+    p.add_argument("--places", type=int, default=8192, help="positions per training step that the loss looks at")
     p.add_argument("--lr", type=float, default=5e-3, help="peak learning rate (Muon)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--eval_prompts", type=int, default=80, help="held-out dialogues to evaluate on; 0: no evaluation")
+    p.add_argument("--eval_prompts", type=int, default=80, help="held-out dialogues to evaluate on; 0: do not evaluate")
     return p
 
 
 def prepare(args: argparse.Namespace) -> tuple[Llama, Tokenizer, Tensor]:
-    """The target, its tokenizer, and its dialogues [rows, length] int32, written where they are not there yet."""
+    """The target, its tokenizer, and its dialogues [rows, length] int32, marked. Writes those that are missing."""
     torch.set_float32_matmul_precision("high")
     model = load_model(args.checkpoint, args.device, torch.bfloat16)
     tokenizer = Tokenizer(args.checkpoint)
     script = Script(tokenizer, model.embed.weight.device)
     args.work.mkdir(parents=True, exist_ok=True)
-    if args.device == "cuda":  # one layer compiled once serves them all
+    if args.device == "cuda":  # compiled once for all layers: their shapes are the same
         torch._dynamo.config.recompile_limit = 64
         for layer in model.layers:
             layer.compile(dynamic=False)
-    path, rows = args.work / "dialogues.bin", max(int(args.tokens / args.length), args.generate_batch + args.batch)
+    path = args.work / "dialogues.bin"
+    rows = max(int(args.tokens / args.length), args.generate_batch + args.batch)
     write_dialogues(model, script, path, rows, args.length, args.generate_batch)
-    return model, tokenizer, torch.from_file(str(path), size=rows * args.length, dtype=torch.int32).view(
-        rows, args.length)
+    dialogues = torch.from_file(str(path), size=rows * args.length, dtype=torch.int32)
+    return model, tokenizer, dialogues.view(rows, args.length)

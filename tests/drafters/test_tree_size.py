@@ -1,4 +1,4 @@
-"""The tree that fits: what the curve says against trees drafted for real, the choice, the times, and their cache."""
+"""drafters/tree_size.py: the curve against trees that are really drafted, the choice, the times, and their cache."""
 import json
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ from helpers import operations
 import train
 from draft import Eagle2, Vanilla, load_head
 from drafters import tree_size
-from drafters.tree_size import LEVELS, NODES, TOPK, cached, choose, fit, measure, profile_key, read_curve
+from drafters.tree_size import LEVELS, NODES, TOPK, best_size, cached_profile, fit, measure, profile_key, read_curve
 from engine import Engine
 from formats.eagle import CURVE, VOCAB
 from ops import graphs
@@ -23,7 +23,7 @@ FLAT = [[3.0] * LEVELS] * len(NODES)  # no tree gains more than another
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache's file, in a folder of its own that is not there yet."""
+    """The cache's file, in a folder that does not exist yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home/cache"))
     return tmp_path / "home/cache/eagle2/trees.json"
 
@@ -31,17 +31,20 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("seed, noise, vocab, stop", [(0, 0.1, 0, 0), (3, 0.3, 0, 20), (5, 0.1, 12, 0), (7, 0.5, 0, 0)])
 def test_curve_is_what_trees_gain(seed: int, noise: float, vocab: int, stop: int, tmp_path: Path,
                                   monkeypatch: pytest.MonkeyPatch) -> None:
-    """A node counted that a smaller tree drops, or missed where fewer levels leave room for it; the bonus token or the
-    end of the text forgotten: each tree is drafted from the same text, and must commit as many tokens."""
+    """Fails if the curve counts a node that a smaller tree drops, misses one that fewer levels leave room for, or
+    forgets the bonus token or the end of the text. A tree of each size is drafted from the same texts, and must commit
+    as many tokens as the curve says."""
     model, head = tiny.pair(seed, noise)
-    folder, ids, counts = tiny.save_head(head, tmp_path / "head"), tiny.prompt(seed, 9), []
+    folder = tiny.save_head(head, tmp_path / "head")
+    ids = tiny.prompt(seed, 9)
+    counts = []
     if vocab:
         (folder / VOCAB).write_text(json.dumps(list(range(vocab))))
     text = ids + sum(Engine(model, Vanilla(), 64).generate(ids, 26), [])
     stops = frozenset(text[len(ids) + stop:len(ids) + stop + 1] if stop else [])
     text = ids + sum(Engine(model, Vanilla(), 64, stops).generate(ids, 26), [])
-    original = tree_size.gained
-    monkeypatch.setattr(train, "gained", lambda candidates, rest: counts.append(
+    original = tree_size.tokens_by_size
+    monkeypatch.setattr(train, "tokens_by_size", lambda candidates, rest: counts.append(
         (text[:-len(rest)], original(candidates, rest))) or counts[-1][1])
     train.save_curve(model, folder, [ids], stops, 26)
     assert counts[0][0] == text[:len(ids) + 1]
@@ -57,28 +60,28 @@ def test_curve_is_what_trees_gain(seed: int, noise: float, vocab: int, stop: int
                 assert gain == gains[i, levels - 1], (len(before), nodes, levels)
                 total += gain
             assert curve[i][levels - 1] == round(total / len(counts), 3)
-    assert len({x for row in curve for x in row}) > 5 or vocab, "trees of all sizes gain the same"
+    assert len({x for row in curve for x in row}) > 5 or vocab, "trees of all sizes commit the same"
 
 
 def test_choice() -> None:
-    """The wrong index of nodes or levels, ms as seconds, a level counted twice, or the largest gain taken for the best.
-    Every nodes and levels is chosen once where it alone gains."""
+    """Fails if nodes or levels have the wrong index, ms are taken for seconds, a level counts twice, or the most tokens
+    per step are taken for the best. Every size must be chosen where it alone gains."""
     rising = [[1 + 0.5 * i + 0.1 * j for j in range(LEVELS)] for i in range(len(NODES))]
     free, dear = [0.01] * 6, [8.0, 16.0, 24.0, 32.0, 48.0, 60.0]
-    assert choose([0.01, 0.0001, 0.01, *free], rising)[:2] == (60, 8)
-    assert choose([0.01, 0.0001, 0.01, *dear], rising)[:2] == (8, 8)
-    assert choose([0.01, 5.0, 0.01, *free], rising)[:2] == (60, 1)
-    assert choose([0.01, 5.0, 0.01, *dear], rising)[:2] == (8, 1)
-    assert choose([1.0, 1.0, 1.0, *[1.0] * 6], FLAT)[:2] == (8, 1), "more than it takes"
-    assert choose([100.0, 15.0, 100.0, *dear], rising)[:2] == (60, 1), "the rest counts"
+    assert best_size([0.01, 0.0001, 0.01, *free], rising)[:2] == (60, 8)
+    assert best_size([0.01, 0.0001, 0.01, *dear], rising)[:2] == (8, 8)
+    assert best_size([0.01, 5.0, 0.01, *free], rising)[:2] == (60, 1)
+    assert best_size([0.01, 5.0, 0.01, *dear], rising)[:2] == (8, 1)
+    assert best_size([1.0, 1.0, 1.0, *[1.0] * 6], FLAT)[:2] == (8, 1), "larger than needed"
+    assert best_size([100.0, 15.0, 100.0, *dear], rising)[:2] == (60, 1), "the rest counts"
     for i, nodes in enumerate(NODES):
         for j in range(LEVELS):
             curve = [[4.0 if (a, b) == (i, j) else 1.0 for b in range(LEVELS)] for a in range(len(NODES))]
-            assert choose([2.0, 0.1, 1.0, *[4.0] * 6], curve)[:2] == (nodes, j + 1)
+            assert best_size([2.0, 0.1, 1.0, *[4.0] * 6], curve)[:2] == (nodes, j + 1)
     # 2 + 3 * 1 + 10 + 5 = 20 ms for 4 tokens of 32 nodes and 4 levels
     curve = [[1.0] * LEVELS for _ in NODES]
     curve[3][3] = 4.0
-    nodes, levels, table = choose([2.0, 1.0, 5.0, *[10.0] * 6], curve)
+    nodes, levels, table = best_size([2.0, 1.0, 5.0, *[10.0] * 6], curve)
     lines = table.splitlines()
     assert (nodes, levels) == (32, 4) and table.count("*") == 1 and max(map(len, lines)) <= 100
     assert lines[6].split() == ["32", "10.000", "58.8", "55.6", "52.6", "*200.0", "47.6", "45.5", "43.5", "41.7"]
@@ -86,8 +89,9 @@ def test_choice() -> None:
 
 
 def test_profile_is_of_a_cycle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part forgotten or counted twice, times of an engine that decodes, another text's state changed. In operations
-    instead of milliseconds; the sum is that of a cycle but for the root's slot."""
+    """Fails if a part of the cycle is forgotten or counted twice, the engine still decodes, or another engine's text
+    changes. It counts operations instead of milliseconds. Their sum is a cycle's, less the one that computes the root's
+    slot."""
     model, head = tiny.pair()
     engine = Engine(model, Eagle2(head, model, NODES[-1], LEVELS, TOPK), 700)
     text = sum(engine.generate([1, 2, 3], 20), [])
@@ -99,13 +103,14 @@ def test_profile_is_of_a_cycle(monkeypatch: pytest.MonkeyPatch) -> None:
     seen, original = [], tree_size.verify_by_rows
     monkeypatch.setattr(tree_size, "verify_by_rows", lambda engine, rows, timer: seen.append(
         (int(engine.state.length), engine.state.width)) or original(engine, rows, timer))
-    for slots in (2, 300, 2000):  # also a context that is smaller than the text it is measured in
+    for slots in (2, 300, 2000):  # also contexts with less room than 512 tokens
         assert len(measure(*tiny.pair(), slots)) == 9
-    assert seen[::2] == seen[1::2] == [(2, 130), (300, 428), (512, 640)], "what a text of this length sees, no more"
+    assert seen[::2] == seen[1::2] == [(2, 130), (300, 428), (512, 640)], "a text of this length reads so much of the cache"
 
 
 def test_too_slow(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, cache: Path) -> None:
-    """A user who waits for minutes, or is not told why it is the default tree; a cache that holds nothing."""
+    """Fails if measuring goes on for minutes, the user is not told why the default tree is used, or an empty profile is
+    kept in the cache."""
     seen = []
     monkeypatch.setattr(tree_size, "verify_by_rows", lambda engine, rows, timer: seen.append(rows) or {8: 251.0})
     assert fit(*tiny.pair(), FLAT, 64, "key") is None and seen == [(8,)] and not cache.exists()
@@ -113,38 +118,40 @@ def test_too_slow(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 
 
 def test_cache(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """A profile measured again each time, another key's taken, a damaged file that ends the program or stays."""
+    """Fails if a profile is measured each time, another key's is used, or a damaged file ends the program or stays."""
     calls, profile = [], [float(i) for i in range(1, 10)]
     monkeypatch.setattr(tree_size, "measure", lambda *inputs: calls.append(inputs) or profile)
     model, head = tiny.pair()
     for _ in range(2):
         assert fit(model, head, FLAT, 64, "a") == (8, 1, TOPK) and len(calls) == 1
-    assert cached("b", model, head, 64) == profile and len(calls) == 2
+    assert cached_profile("b", model, head, 64) == profile and len(calls) == 2
     assert json.loads(cache.read_text()) == {"a": profile, "b": profile}
     assert os.listdir(cache.parent) == ["trees.json"] and capsys.readouterr().err == ""
-    assert fit(model, head, FLAT, 64, show=True) == (8, 1, TOPK) and len(calls) == 3, "without a key nothing is kept"
+    assert fit(model, head, FLAT, 64, show=True) == (8, 1, TOPK) and len(calls) == 3, "without a key the cache is not used"
     assert "verify, ms" in capsys.readouterr().err
     bad = [[1.0] * 8, [1.0] * 8 + [float("nan")], [1.0] * 8 + [0.0], [1.0] * 8 + ["1"], "123456789", None, {"a": 1}]
     for damaged in [b"", b"{", b"\xff\xfe", b"[]", b"3", b"[" * 100_000,
                     *(json.dumps({"a": x}).encode() for x in bad)]:
         cache.write_bytes(damaged)
         before = len(calls)
-        assert cached("a", model, head, 64) == cached("a", model, head, 64) == profile and len(calls) == before + 1
+        for _ in range(2):
+            assert cached_profile("a", model, head, 64) == profile
+        assert len(calls) == before + 1
 
 
 def test_no_place_for_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A home that is read-only, or no folder at all, ends the program."""
+    """Fails if a home that is read-only, or is no folder, ends the program."""
     monkeypatch.setattr(tree_size, "measure", lambda *inputs: [1.0] * 9)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert cached("a", *tiny.pair(), 64) == [1.0] * 9
-    monkeypatch.setenv("XDG_CACHE_HOME", "")  # as good as none
+    assert cached_profile("a", *tiny.pair(), 64) == [1.0] * 9
+    monkeypatch.setenv("XDG_CACHE_HOME", "")  # counts as not set
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert cached("a", *tiny.pair(), 64) == [1.0] * 9 and (tmp_path / "home/.cache/eagle2/trees.json").is_file()
+    assert cached_profile("a", *tiny.pair(), 64) == [1.0] * 9 and (tmp_path / "home/.cache/eagle2/trees.json").is_file()
 
 
 def test_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Times of another model, head, device or version taken for this one's."""
+    """Fails if the times of another model, head, device or version have the same key."""
     model, head = tiny.pair()
     file, folder = tiny.save_target(model, tmp_path / "m"), tiny.save_head(head, tmp_path / "h")
 
@@ -153,7 +160,7 @@ def test_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = [key(None, None)]
     assert key(None, None) == keys[0] == key(None, None, paths=(file / "model.safetensors", folder))
     (folder / CURVE).write_text("{}")
-    assert key(None, None) == keys[0], "the curve is read anew each time"
+    assert key(None, None) == keys[0], "the curve is no part of the key: it is read each time"
     keys += [key("int8", None), key("int4", 64), key(None, None, paths=(file, file))]
     for path in (file, folder):
         stat = (path / "model.safetensors").stat()
@@ -171,7 +178,7 @@ def test_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_curve_is_refused(tmp_path: Path) -> None:
-    """A curve of other trees, half a curve, or numbers that no tree gains, silently taken."""
+    """Fails if a curve of other trees, half a curve, or numbers that no tree can reach are accepted."""
     with pytest.raises(FileNotFoundError, match="acceptance.json: not there"):
         read_curve(tmp_path)
     sound = {"nodes": list(NODES), "topk": TOPK, "gained": FLAT}
@@ -189,7 +196,7 @@ def test_curve_is_refused(tmp_path: Path) -> None:
 
 
 def test_shipped_curve() -> None:
-    """A curve that is not there for the demo, or falls where a tree grows."""
+    """Fails if the demo head has no curve, or its curve falls where the tree grows."""
     curve = read_curve(ROOT / "heads/SmolLM2-135M-Instruct")
     for i in range(len(NODES)):
         assert curve[i] == sorted(curve[i]) and [row[i] for row in curve] == sorted(row[i] for row in curve)

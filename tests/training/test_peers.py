@@ -1,7 +1,7 @@
-"""Training Medusa heads and a draft model: what guesses which token, what is written, what is held out.
+"""training/peers.py: which prediction is compared with which feature, what is written, what is held out.
 
-Models of a few thousand weights on the CPU. What no run of training would show by itself is a guess that is compared
-with the distribution of another place: it would learn well, and draft badly.
+Models of a few thousand weights on the CPU. One bug no run of training shows: a prediction that is compared with the
+target's distribution at another position. It would be learned well, and would draft badly.
 """
 import argparse
 import contextlib
@@ -29,14 +29,14 @@ V = tiny.SHAPE["vocab_size"]
 
 
 def settings(folder: Path, **changes) -> argparse.Namespace:
-    values = {"checkpoint": folder, "medusa": folder / "medusa", "draft_model": folder / "draft", "unroll": 4,
+    values = {"checkpoint": folder, "medusa": folder / "medusa", "draft_model": folder / "draft", "heads": 4,
               "draft_layers": 2, "int8": False, "length": 32, "batch": 8, "decay": 0.8, "places": 128, "lr": 0.02,
               "steps": 200, "minutes": math.inf}
     return argparse.Namespace(**values | changes)
 
 
 def counting() -> Llama:
-    """A target that counts: after token t comes t + 1, and after the last one the first, whatever came before."""
+    """A target that counts: token t + 1 follows token t, and the first token follows the last."""
     model = tiny.target(3, torch.bfloat16)
     rows = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(1)))[0]
     rows = rows[:V].contiguous().bfloat16()
@@ -49,23 +49,25 @@ def counting() -> Llama:
 
 
 def counted(rows: int, length: int) -> Tensor:
-    """[rows, length] texts of such a target, from random tokens on; a third of the places are no answer."""
+    """[rows, length] texts of such a target, marked. Each begins with a random token. A third of the tokens belongs to
+    no answer."""
     random = torch.Generator().manual_seed(2)
     tokens = (torch.randint(V, (rows, 1), generator=random) + torch.arange(length)) % V
     return torch.where(torch.rand(tokens.shape, generator=random) < 1 / 3, ~tokens, tokens)
 
 
 def exact(trainer: PeerTrainer) -> PeerTrainer:
-    """The same in float64, with weights that matter, and without taking the step."""
-    tiny.randomise(trainer.head, 1, torch.float64)
-    trainer.head.requires_grad_(True)
-    trainer.rope, trainer.amp = rope_table(trainer.head.cfg, trainer.args.length).double(), contextlib.nullcontext()
+    """The trainer in float64, with weights that make a difference, and without optimizers: it takes no step."""
+    tiny.randomise(trainer.module, 1, torch.float64)
+    trainer.module.requires_grad_(True)
+    trainer.rope = rope_table(trainer.module.cfg, trainer.args.length).double()
+    trainer.amp = contextlib.nullcontext()
     trainer.optimizers = []
     return trainer
 
 
 def train_on(trainer: PeerTrainer, data: Tensor, steps: range) -> Tensor:
-    """Take these steps; the agreements, [steps, 1 + heads]."""
+    """Take these steps. Returns the agreements, [steps, 1 + heads]."""
     agreements = []
     for trainer.step in steps:
         torch.manual_seed(trainer.step)
@@ -79,27 +81,29 @@ def train_on(trainer: PeerTrainer, data: Tensor, steps: range) -> Tensor:
 
 @pytest.mark.parametrize("heads, shape", [(4, {}), (1, {"model_type": "qwen3"}), (3, {"num_key_value_heads": 4})])
 def test_loss_place_by_place(heads: int, shape: dict, tmp_path: Path) -> None:
-    """A guess held against another place's distribution, tokens counted that nobody is to guess, a head given another
-    head's weights or another weight in the loss, a draft model that sees more or less than the text before."""
-    model, said = tiny.target(**shape), marked(2, 14)
-    trainer = exact(PeerTrainer(model, settings(tmp_path, length=14, unroll=heads, places=1000)))
-    total, agreements = trainer.train_step(said)
-    peers, rows, expected = trainer.head, 14 - heads - 1, 0.0
+    """Fails if a prediction is compared with another position's distribution, tokens outside answers count, a head gets
+    another head's weights or a wrong weight in the loss, or the draft model sees more or less than the text before."""
+    model, data = tiny.target(**shape), marked(2, 14)
+    trainer = exact(PeerTrainer(model, settings(tmp_path, length=14, heads=heads, places=1000)))
+    total, agreements = trainer.train_step(data)
+    peers = trainer.module
+    rows = 14 - heads - 1
+    expected = 0.0
     draft = tiny.target(**shape)
     draft.layers, draft.norm, draft.rope = peers.layers, peers.norm, trainer.rope
     for ahead in range(heads + 1):
         losses, agree = [], []
-        for row in said:
+        for row in data:
             ids = torch.where(row < 0, ~row, row).tolist()
             features, own = tiny.features(model, ids), tiny.features(draft, ids)
             for p in range(rows):
                 if row[p + ahead + 1] < 0:
                     continue
-                guess = own[p]
+                predicted = own[p]
                 if ahead:
                     x = features[p]
-                    guess = x + F.silu(peers.blocks[ahead - 1] @ x + peers.bias[0, ahead - 1])
-                target, logits = model.lm_head(features[p + ahead]), model.lm_head(guess)
+                    predicted = x + F.silu(peers.blocks[ahead - 1] @ x + peers.bias[0, ahead - 1])
+                target, logits = model.lm_head(features[p + ahead]), model.lm_head(predicted)
                 losses.append(F.cross_entropy(logits, target.softmax(-1)).item())
                 agree.append(bool(logits.argmax() == target.argmax()))
         expected += 0.8 ** max(ahead - 1, 0) * sum(losses) / len(losses)
@@ -108,14 +112,14 @@ def test_loss_place_by_place(heads: int, shape: dict, tmp_path: Path) -> None:
 
 
 def test_heads_learn_their_offsets(tmp_path: Path) -> None:
-    """The same by what comes out: heads and draft model of a target that counts, written and loaded, know the token
-    2, 3, 4, 5 places on, and the next one. And what is not the text's own is nobody's business."""
+    """Fails if a head or the draft model learns another offset than its own. Trained on a target that counts, written
+    and loaded again, the heads must know the token 2, 3, 4 and 5 positions on, and the draft model the next one."""
     model = counting()
     tiny.save_target(model, tmp_path)
     trainer = PeerTrainer(model, settings(tmp_path, steps=120, lr=0.1))
     agreements = train_on(trainer, counted(64, 32), range(120))
     assert agreements[0, 1:].max() < 0.3 and agreements[-1].min() > 0.98
-    trainer.write()
+    trainer.export()
     heads, draft = load_medusa(tmp_path / "medusa", model), load_draft_model(tmp_path / "draft", model)
     tokens = torch.arange(30) % V
     features = tiny.features(model, tokens.tolist())
@@ -130,23 +134,25 @@ def test_heads_learn_their_offsets(tmp_path: Path) -> None:
 
 
 def test_draft_model_learns(tmp_path: Path) -> None:
-    """A loss with the wrong sign, an optimizer without some of the parameters, a target, embedding or lm_head that is
-    trained too. Two of five layers know little of what all five say, at first."""
+    """Fails if the loss has the wrong sign, the optimizers miss a parameter, or the target, embedding or lm_head is
+    trained too. At first two of five layers know little of what all five predict."""
     model = tiny.pair(3, 0.1, torch.bfloat16, num_hidden_layers=5)[0]
     before = {name: t.clone() for name, t in model.state_dict().items()}
     trainer = PeerTrainer(model, settings(tmp_path, steps=80, lr=0.1))
-    start = {name: t.clone() for name, t in trainer.head.state_dict().items()}
+    start = {name: t.clone() for name, t in trainer.module.state_dict().items()}
     data = torch.tensor([tiny.prompt(seed, 32) for seed in range(16)])
     agreements = train_on(trainer, data, range(80))[:, 0]
     assert agreements[:5].mean() < 0.6 and agreements[-10:].mean() > 0.75
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
-    assert not [name for name, t in trainer.head.state_dict().items() if torch.equal(t, start[name])]
+    assert not [name for name, t in trainer.module.state_dict().items() if torch.equal(t, start[name])]
 
 
 def test_begins_with_the_target(tmp_path: Path) -> None:
-    """Layers out of order, shared with the target or used otherwise than there; heads that are not the identity."""
+    """Fails if the layers are out of order, shared with the target, or used differently, or if new heads are not the
+    identity."""
     model, ids = tiny.target(5, torch.float32, num_hidden_layers=3), tiny.prompt(1, 20)
-    peers, model.rope = Peers(model, 2, 3), rope_table(model.cfg, 20)
+    peers = Peers(model, 2, 3)
+    model.rope = rope_table(model.cfg, 20)
     features = tiny.features(model, ids)
     assert torch.allclose(peers.draft(model.embed(torch.tensor([ids])), model.rope)[0], features, atol=1e-5)
     assert torch.equal(peers.medusa(features), features.expand(2, 20, 32))
@@ -157,7 +163,7 @@ def test_begins_with_the_target(tmp_path: Path) -> None:
 
 
 def test_stopped_and_resumed(tmp_path: Path) -> None:
-    """Weights or momentum of one of the two lost when training is stopped."""
+    """Fails if stopping and resuming loses weights or momentum of one of the two."""
     model, data = counting(), counted(64, 32)
     tiny.save_target(model, tmp_path)
     args = settings(tmp_path, steps=8, places=40)
@@ -168,7 +174,7 @@ def test_stopped_and_resumed(tmp_path: Path) -> None:
     again = PeerTrainer(model, args)
     again.resume(tmp_path)
     train_on(again, data, range(again.step, 8))
-    for (name, a), b in zip(whole.head.state_dict().items(), again.head.state_dict().values(), strict=True):
+    for (name, a), b in zip(whole.module.state_dict().items(), again.module.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
 
@@ -178,15 +184,15 @@ def test_stopped_and_resumed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("shape", [{}, {"model_type": "qwen3", "tie_word_embeddings": True}, {"head_dim": 12}])
 def test_round_trip(int8: bool, shape: dict, tmp_path: Path) -> None:
-    """A layer, norm or head lost or in another's place, the embedding in the file, a config of another shape; int8
-    that is not what the weights were."""
+    """Fails if a layer, norm or head is lost or takes another's place, if the embedding is in the file, if the config
+    has another shape, or if the int8 weights are not near the original ones."""
     model = tiny.target(dtype=torch.bfloat16, num_hidden_layers=4, **shape)
     tiny.save_target(model, tmp_path)
-    trainer = PeerTrainer(model, settings(tmp_path, unroll=3, int8=int8))
-    tiny.randomise(trainer.head, 5, torch.float32)
-    trainer.write()
-    trainer.write()  # over what is there
-    peers, ids = trainer.head, tiny.prompt(3, 24)
+    trainer = PeerTrainer(model, settings(tmp_path, heads=3, int8=int8))
+    tiny.randomise(trainer.module, 5, torch.float32)
+    trainer.export()
+    trainer.export()  # overwrites the files that are there
+    peers, ids = trainer.module, tiny.prompt(3, 24)
     heads, draft = load_medusa(tmp_path / "medusa", model), load_draft_model(tmp_path / "draft", model)
     assert draft.cfg == peers.cfg and draft.cfg.num_layers == 2
     assert draft.embed is model.embed and draft.lm_head is model.lm_head
@@ -206,10 +212,10 @@ def test_round_trip(int8: bool, shape: dict, tmp_path: Path) -> None:
 
 
 def test_loader_refuses(tmp_path: Path) -> None:
-    """Another target's draft model taken for one's own, or an ordinary model refused."""
+    """Fails if another target's draft model is accepted, or an ordinary model is refused."""
     model = tiny.target(dtype=torch.bfloat16)
     tiny.save_target(model, tmp_path)
-    PeerTrainer(model, settings(tmp_path)).write()
+    PeerTrainer(model, settings(tmp_path)).export()
     for shape in ({"hidden_size": 64}, {"vocab_size": 25}):
         with pytest.raises(ValueError, match=str(tmp_path / "draft")):
             load_draft_model(tmp_path / "draft", tiny.target(dtype=torch.bfloat16, **shape))
@@ -221,24 +227,27 @@ def test_loader_refuses(tmp_path: Path) -> None:
 
 
 def test_agreement(tmp_path: Path) -> None:
-    """Places counted that are no answer's, a place short or too many, a head's agreement under another's name."""
+    """Fails if tokens outside answers count, a position is missing or too many, or a head gets another's agreement."""
     model = tiny.target(dtype=torch.float32, num_hidden_layers=3)
     tiny.save_target(model, tmp_path)
-    trainer = PeerTrainer(model, settings(tmp_path, unroll=2))
-    tiny.randomise(trainer.head, 6, torch.float32)
-    trainer.write()
+    trainer = PeerTrainer(model, settings(tmp_path, heads=2))
+    tiny.randomise(trainer.module, 6, torch.float32)
+    trainer.export()
     heads, draft = load_medusa(tmp_path / "medusa", model), load_draft_model(tmp_path / "draft", model)
-    data, hits, counts, overlap = marked(3, 18), [0] * 3, [0] * 3, 0.0
+    data = marked(3, 18)
+    hits = [0] * 3
+    counts = [0] * 3
+    overlap = 0.0
     agreed, shared = agreement(model, draft, heads, data)
-    for said in data.tolist():
-        ids = [~s if s < 0 else s for s in said]
+    for row in data.tolist():
+        ids = [~t if t < 0 else t for t in row]
         p, q = tiny.logits(model, ids), tiny.logits(draft, ids)
-        guesses = (q, *model.lm_head(heads(tiny.features(model, ids))))
-        for ahead, guess in enumerate(guesses):
+        predictions = (q, *model.lm_head(heads(tiny.features(model, ids))))
+        for ahead, predicted in enumerate(predictions):
             for i in range(18 - ahead - 1):
-                if said[i + ahead + 1] >= 0:
+                if row[i + ahead + 1] >= 0:
                     counts[ahead] += 1
-                    hits[ahead] += int(guess[i].argmax() == p[i + ahead].argmax())
+                    hits[ahead] += int(predicted[i].argmax() == p[i + ahead].argmax())
                     if ahead == 0:
                         overlap += torch.minimum(p[i].softmax(-1), q[i].softmax(-1)).sum().item()
     assert agreed == pytest.approx([a / b for a, b in zip(hits, counts)])
@@ -254,8 +263,8 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 
 
 def test_command_from_start_to_end(command, capsys: pytest.CaptureFixture) -> None:
-    """A finished run that starts over, results of somebody else's overwritten, EAGLE's training state taken for ours;
-    --steps 0 that trains."""
+    """Fails if a finished run starts over, other results are overwritten, EAGLE's training state is taken for the
+    peers', or --steps 0 trains."""
     folder = command("--steps", 3, "--heads", 2)
     out = capsys.readouterr().out
     assert "resuming" not in out and "held-out dialogues: draft model 1.000" in out  # of two layers, as is the target
@@ -281,14 +290,14 @@ def test_command_from_start_to_end(command, capsys: pytest.CaptureFixture) -> No
 
 
 def test_interrupted_and_held_out(command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """Nothing written where Ctrl-C ends training; held-out dialogues that are trained on, or trained ones evaluated."""
+    """Fails if Ctrl-C loses what was learned, held-out dialogues are trained on, or trained ones are evaluated."""
     step, seen = PeerTrainer.train_step, []
 
-    def interrupted(self, said: Tensor) -> tuple[Tensor, Tensor]:
-        seen.append(said)
+    def interrupted(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(batch)
         if len(seen) == 2:
             raise KeyboardInterrupt
-        return step(self, said)
+        return step(self, batch)
     monkeypatch.setattr(PeerTrainer, "train_step", interrupted)
     with pytest.raises(SystemExit) as stopped:
         command("--steps", 30, "--int8")

@@ -1,7 +1,7 @@
-"""Training: the dialogues it learns from, what an unrolled step sees, stopping and going on, and the saved head.
+"""training/dialogues.py, training/trainer.py and train.py: the dialogues, an unrolled step, resuming, the saved head.
 
-Models of a few thousand weights on the CPU. The one thing that no run of training would show is an unrolled head
-that sees other keys, positions or tokens than when it drafts: it learns well, and drafts badly.
+Models of a few thousand weights on the CPU. One bug no run of training shows: an unrolled head that sees other keys,
+positions or tokens than in drafting. It learns well, and drafts badly.
 """
 import argparse
 import contextlib
@@ -38,24 +38,25 @@ CPU = torch.device("cpu")
 PLAIN = SimpleNamespace(has_chat_template=False, stop_ids=frozenset([END]), bos_id=BOS)
 
 
-def turns(said: list[int], template: Letters | SimpleNamespace, end: int) -> tuple[list[list[int]], list[list[int]]]:
-    """The ids of the user's turns and of the answers in a row, which must have the template between them, and must
-    have it unmarked. `between` is what the template writes after an answer's `end`. A user's turn that the row cuts
-    off is left out; the last answer need not be complete."""
-    runs = [[s if own else ~s for s in run] for own, run in itertools.groupby(said, lambda s: s >= 0)]
-    runs, asked, answers = [list(run) for run in runs], [], []
+def turns(row: list[int], template: Letters | SimpleNamespace, end: int) -> tuple[list[list[int]], list[list[int]]]:
+    """The ids of the user turns and of the answers in a row of marked tokens. Asserts that the template stands between
+    them and is not marked as answer. template.between is what it writes after an answer's `end`. A user turn that the
+    end of the row cuts off is left out. The last answer may be incomplete."""
+    runs = [[t if of_answer else ~t for t in run] for of_answer, run in itertools.groupby(row, lambda t: t >= 0)]
+    asked = []
+    answers = []
     for i in range(0, len(runs) - 1, 2):
         before = template.head if i == 0 else template.between
         if i and runs[i - 1][-1] != end:
-            before = [end, *before]  # the template ends an answer that was cut short; the answer did not
+            before = [end, *before]  # the answer was cut short, so the template writes its end
         assert runs[i][:len(before)] == before and runs[i][-len(template.tail):] == template.tail
         asked.append(runs[i][len(before):-len(template.tail)])
         answers.append(runs[i + 1])
     return asked, answers
 
 
-def assert_as_rendered(said: list[int], asked: list[list[int]], answers: list[list[int]], tokenizer, end: int) -> None:
-    """The row up to its last answer is what the chat template makes of the turns before."""
+def assert_as_rendered(row: list[int], asked: list[list[int]], answers: list[list[int]], tokenizer, end: int) -> None:
+    """The row up to its last answer must be what the chat template makes of the turns before."""
     messages = []
     for i, ids in enumerate(asked):
         messages.append({"role": "user", "content": tokenizer.decode(ids)})
@@ -63,24 +64,24 @@ def assert_as_rendered(said: list[int], asked: list[list[int]], answers: list[li
             answer = answers[i][:-1] if answers[i][-1] == end else answers[i]
             messages.append({"role": "assistant", "content": tokenizer.decode(answer)})
     prompt = tokenizer.chat(messages)
-    assert [s if s >= 0 else ~s for s in said[:len(prompt)]] == prompt
-    assert said[len(prompt) - 1] < 0 <= said[len(prompt)]
+    assert [t if t >= 0 else ~t for t in row[:len(prompt)]] == prompt
+    assert row[len(prompt) - 1] < 0 <= row[len(prompt)]
 
 
 # ----- Dialogues -------------------------------------------------------------------------------------------------
 
 
 def test_template_stands_around_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A template token missing, doubled or taken from the model; an answer's end not learned, or a user's turn
-    learned; turns that never end, or end with a token left over."""
+    """Fails if a template token is missing, doubled or taken from the model; if an answer's end is not learned, or a
+    user turn is learned; if turns never end, or end one token too late."""
     monkeypatch.setattr(dialogues, "MAX_USER", 5)
     monkeypatch.setattr(dialogues, "MAX_ANSWER", 9)
     write_dialogues(tiny.target(dtype=torch.float32), Script(Letters(), CPU), tmp_path / "d", 96, 150, 96)
     rows, lengths, ends = read(tmp_path / "d", 150).tolist(), set(), set()
     assert len(rows) == 96
-    for said in rows:
-        asked, answers = turns(said, Letters, END)
-        assert_as_rendered(said, asked, answers, Letters(), END)
+    for row in rows:
+        asked, answers = turns(row, Letters, END)
+        assert_as_rendered(row, asked, answers, Letters(), END)
         assert len(asked) > 2 and all(len(ids) <= max(map(len, OPENERS)) + 5 for ids in asked)
         assert not any({EOS, END} & set(ids[:-1]) for ids in asked + answers)
         lengths |= {len(ids) for ids in answers}
@@ -89,22 +90,22 @@ def test_template_stands_around_turns(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_dialogues_are_what_the_model_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache slot or mask that is one off, dialogues that see one another, a bucket of slots entered too late: what
-    was written must be the greedy choice of the plainest forward."""
+    """Fails if a cache slot or mask is off by one, dialogues see each other, or a bucket of slots is entered too late.
+    The dialogues must be the greedy choices of a forward without a cache."""
     monkeypatch.setattr(dialogues, "sample", lambda logits, temperature, answering: logits.argmax(-1))
     monkeypatch.setattr(dialogues, "MAX_USER", 5)
     model, checked = tiny.target(), 0
     write_dialogues(model, Script(Letters(), CPU), tmp_path / "d", 96, 140, 96)
     assert model.kv is None
-    for said in read(tmp_path / "d", 140).tolist():
-        best = tiny.logits(model, [s if s >= 0 else ~s for s in said]).argmax(-1).tolist()
-        assert all(s < 0 or s == best[i - 1] for i, s in enumerate(said))
-        checked += said[129] >= 0  # chosen by the first row of the second bucket
+    for row in read(tmp_path / "d", 140).tolist():
+        best = tiny.logits(model, [t if t >= 0 else ~t for t in row]).argmax(-1).tolist()
+        assert all(t < 0 or t == best[i - 1] for i, t in enumerate(row))
+        checked += row[129] >= 0  # chosen by the first row of the second bucket
     assert checked > 10
 
 
 def test_file_resumes(tmp_path: Path) -> None:
-    """Rows lost, doubled, rewritten or shifted when writing stops and goes on: also in the middle of a row."""
+    """Fails if rows are lost, doubled, rewritten or shifted when writing stops, also within a row, and goes on."""
     model, script = tiny.target(dtype=torch.float32), Script(Letters(), CPU)
     write_dialogues(model, script, tmp_path / "once", 10, 40, 4)
     whole = (tmp_path / "once").read_bytes()
@@ -116,12 +117,12 @@ def test_file_resumes(tmp_path: Path) -> None:
     write_dialogues(model, script, path, 10, 40, 4)
     assert path.read_bytes() == whole
     write_dialogues(model, script, path, 7, 40, 4)
-    assert path.read_bytes() == whole  # enough already
+    assert path.read_bytes() == whole  # the file has enough rows already
 
 
 @pytest.mark.parametrize("bos", [BOS, None])
 def test_no_template(bos: int | None, tmp_path: Path) -> None:
-    """A base model refused, or its text cut into turns, or the only forced token learned."""
+    """Fails if a base model is refused, its text is cut into turns, or its one forced token is learned."""
     plain = SimpleNamespace(**vars(PLAIN) | {"bos_id": bos})
     write_dialogues(tiny.target(dtype=torch.float32), Script(plain, CPU), tmp_path / "d", 8, 60, 8)
     rows = read(tmp_path / "d", 60)
@@ -130,7 +131,8 @@ def test_no_template(bos: int | None, tmp_path: Path) -> None:
 
 
 def test_sample() -> None:
-    """Temperatures mixed up between rows, noise that is not Gumbel's, a user's tail that is kept or an answer's cut."""
+    """Fails if rows get each other's temperature, the noise is not Gumbel's, or unlikely tokens are kept in a user turn
+    or excluded in an answer."""
     torch.manual_seed(0)
     p = torch.tensor([0.5, 0.3, 0.192, 0.008])
     n = 20000
@@ -145,8 +147,8 @@ def test_sample() -> None:
 
 
 def test_script_on_the_demo_tokenizer(demo: Path) -> None:
-    """The template's pieces cut one token off on a real tokenizer, its system prompt lost, an opener that merges with
-    what stands before it; temperatures of the wrong turn."""
+    """Fails if, with a real tokenizer, the template's pieces are cut off by one token, its system prompt is lost, an
+    opener merges with the token before it, or a turn has the temperature of another kind."""
     tokenizer = Tokenizer(demo)
     end, script, batch = tokenizer.bpe.token_to_id("<|im_end|>"), Script(tokenizer, CPU), 400
     head, tail = tokenizer.render([{"role": "user", "content": "@"}]).split("@")
@@ -155,17 +157,19 @@ def test_script_on_the_demo_tokenizer(demo: Path) -> None:
     words = tokenizer.encode(" river house green after music")
     pool = torch.tensor([*words, end])
     assert len(words) == 5 and template.tail[0] == end
-    state, columns = script.start(batch, 0), []
+    state = script.start(batch, 0)
+    columns = []
     for _ in range(150):
-        warm, answering = state["temperature"], state["answering"]
-        assert (warm[~answering] == 1).all() and {round(t, 3) for t in warm[answering].tolist()} <= {0.0, 0.7, 1.0}
+        temperature, answering = state.temperature, state.answering
+        assert (temperature[~answering] == 1).all()
+        assert {round(t, 3) for t in temperature[answering].tolist()} <= {0.0, 0.7, 1.0}
         columns.append(script.step(state, pool[torch.randint(len(pool), (batch,))]))
     openings = {tuple(tokenizer.encode(o.strip())) for o in OPENERS}
     found = set()
-    for said in torch.stack(columns, 1).tolist():
-        asked, answers = turns(said, template, end)
-        assert_as_rendered(said, asked, answers, tokenizer, end)
-        first = held_out_prompts(torch.tensor([said]))[0]
+    for row in torch.stack(columns, 1).tolist():
+        asked, answers = turns(row, template, end)
+        assert_as_rendered(row, asked, answers, tokenizer, end)
+        first = held_out_prompts(torch.tensor([row]))[0]
         assert first == tokenizer.chat([{"role": "user", "content": tokenizer.decode(asked[0])}])
         free = next(i for i in range(len(asked[0]) + 1) if set(asked[0][i:]) <= set(words))
         assert free == 0 or tuple(asked[0][:free]) in openings
@@ -191,18 +195,19 @@ def learnable(tmp_path_factory: pytest.TempPathFactory) -> tuple[Llama, Tensor]:
 
 
 def exact(trainer: Trainer) -> Trainer:
-    """The same in float64, with a head whose attention is sharp, and without taking the step."""
-    tiny.randomise(trainer.head, 1, torch.float64)
-    trainer.head.requires_grad_(True)
-    trainer.rope, trainer.amp = rope_table(trainer.head.cfg, trainer.args.length).double(), contextlib.nullcontext()
+    """The trainer in float64, with a head whose attention is sharp, and without optimizers: it takes no step."""
+    tiny.randomise(trainer.module, 1, torch.float64)
+    trainer.module.requires_grad_(True)
+    trainer.rope = rope_table(trainer.module.cfg, trainer.args.length).double()
+    trainer.amp = contextlib.nullcontext()
     trainer.optimizers = []
     return trainer
 
 
 @torch.no_grad()
 def drafted(head: EagleHead, model: Llama, ids: list[int], place: int, depth: int) -> Tensor:
-    """What the drafter's own code, over its KV cache, guesses for features place + 1, ..., place + depth, [depth, C],
-    where token place + 1 is the newest committed one and the text itself is drafted."""
+    """What the drafter, with its KV cache, predicts for features place + 1 to place + depth: [depth, C]. Token place +
+    1 is the newest committed one, and the drafted tokens are those of the text."""
     drafter = Eagle2(head, model, draft_depth=depth, topk=1)
     head.allocate_cache(64)
     features, tokens = tiny.features(model, ids), torch.tensor(ids + [0] * depth)
@@ -211,37 +216,42 @@ def drafted(head: EagleHead, model: Llama, ids: list[int], place: int, depth: in
     if place:
         slots, mask = torch.arange(place), causal_mask(torch.tensor(0), place, place)
         drafter.prefill(state, features[:place], slots, mask)
-    guesses = [drafter.extend(state)[0]]
+    predicted = [drafter.extend(state)[0]]
     for level in range(1, depth):
-        slot = torch.tensor([place + level])  # of the chain's node `level`, which sees all of the chain up to itself
-        guesses.append(drafter.run_head(tokens[slot + 1], drafter.read_logits(guesses[-1], False)[1], None, slot, slot,
-                                    causal_mask(slot[0], 1, 64)))
-    return torch.cat(guesses)
+        slot = torch.tensor([place + level])  # of the chain's node `level`, which sees the chain up to itself
+        fc_of_feature = drafter.read_logits(predicted[-1], False)[1]
+        mask = causal_mask(slot[0], 1, 64)
+        predicted.append(drafter.run_head(tokens[slot + 1], fc_of_feature, None, slot, slot, mask))
+    return torch.cat(predicted)
 
 
 @pytest.mark.parametrize("unroll, shape", [(4, {}), (1, {}), (6, {"num_key_value_heads": 1, "head_dim": 12})])
 def test_unrolled_is_what_drafting_does(unroll: int, shape: dict, tmp_path: Path) -> None:
-    """The head trained on other positions, keys, tokens or features than it drafts with, or towards another place's
-    target: off by one anywhere here costs acceptance and nothing else would tell. Also the loss, recomputed."""
-    model, said = tiny.target(**shape), marked(2, 14)
+    """Fails if the head is trained on other positions, keys, tokens or features than it drafts with, or towards another
+    position's target. Any of these, off by one, costs acceptance, and no other test shows it. Recomputes the loss too.
+    """
+    model, data = tiny.target(**shape), marked(2, 14)
     args = settings(tmp_path, length=14, unroll=unroll, regression=0.7)
-    trainer, guesses = exact(Trainer(model, args)), []
-    own = trainer.unrolled
-    trainer.unrolled = lambda *inputs: guesses.append(own(*inputs)) or guesses[-1]
-    total, agreements = trainer.train_step(said)
-    rows, expected = 14 - unroll - 1, 0.0
-    assert len(guesses) == unroll and guesses[0].shape == (2, rows, 32)
-    tokens = torch.where(said < 0, ~said, said).tolist()
-    truth = torch.stack([torch.stack([drafted(trainer.head, model, ids, s, unroll) for s in range(rows)])
+    trainer = exact(Trainer(model, args))
+    original = trainer.unrolled
+    predictions = []
+    trainer.unrolled = lambda *inputs: predictions.append(original(*inputs)) or predictions[-1]
+    total, agreements = trainer.train_step(data)
+    rows = 14 - unroll - 1
+    expected = 0.0
+    assert len(predictions) == unroll and predictions[0].shape == (2, rows, 32)
+    tokens = torch.where(data < 0, ~data, data).tolist()
+    truth = torch.stack([torch.stack([drafted(trainer.module, model, ids, s, unroll) for s in range(rows)])
                          for ids in tokens])  # [2, rows, unroll, C]
     features = torch.stack([tiny.features(model, ids) for ids in tokens])
     for j in range(1, unroll + 1):
-        guess, feature, counts = truth[:, :, j - 1], features[:, j:j + rows], said[:, j + 1:j + 1 + rows] >= 0
-        error = (guesses[j - 1] - guess).norm(dim=-1) / guess.norm(dim=-1)
+        predicted = truth[:, :, j - 1]
+        error = (predictions[j - 1] - predicted).norm(dim=-1) / predicted.norm(dim=-1)
         assert error.max() < 1e-5, j  # the attention weights are rounded to float32
-        guess, feature = guess[counts], feature[counts]  # it is the token after feature s + j that is to be learned
-        target, logits = model.lm_head(feature), model.lm_head(guess)
-        loss = F.cross_entropy(logits, target.softmax(-1)) + 0.7 * F.smooth_l1_loss(guess, feature)
+        of_answer = data[:, j + 1:j + 1 + rows] >= 0  # of the token after feature s + j, which is to be learned
+        predicted, feature = predicted[of_answer], features[:, j:j + rows][of_answer]
+        target, logits = model.lm_head(feature), model.lm_head(predicted)
+        loss = F.cross_entropy(logits, target.softmax(-1)) + 0.7 * F.smooth_l1_loss(predicted, feature)
         expected += 0.8 ** (j - 1) * loss.item()
         agree = (logits.argmax(-1) == target.argmax(-1)).double().mean()
         assert agreements[j - 1].item() == pytest.approx(agree.item())
@@ -249,22 +259,25 @@ def test_unrolled_is_what_drafting_does(unroll: int, shape: dict, tmp_path: Path
 
 
 def test_places_are_of_answers(tmp_path: Path) -> None:
-    """Places of the template or of the user taken where there are answers enough; all of them gives the same loss."""
-    model, said = tiny.target(), marked(3, 20)
-    count = int((said[:, 2:20] >= 0).sum())
+    """Fails if the loss looks at positions outside answers although there are enough in answers. As many places as
+    there are in answers must give the same loss as all places."""
+    model, data = tiny.target(), marked(3, 20)
+    count = int((data[:, 2:20] >= 0).sum())
     losses = []
     for places in (1000, count):
         trainer = exact(Trainer(model, settings(tmp_path, length=20, unroll=1, places=places)))
-        losses.append(trainer.train_step(said)[0].item())
+        losses.append(trainer.train_step(data)[0].item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_training_learns(learnable: tuple[Llama, Tensor], tmp_path: Path) -> None:
-    """A loss with the wrong sign or no gradient, an optimizer without the parameters, a target that is trained too."""
+    """Fails if the loss has the wrong sign or no gradient, the optimizers miss parameters, or the target is trained."""
     model, data = learnable
     before = {name: t.clone() for name, t in model.state_dict().items()}
     torch.manual_seed(0)
-    trainer, losses, agreements = Trainer(model, settings(tmp_path)), [], []
+    trainer = Trainer(model, settings(tmp_path))
+    losses = []
+    agreements = []
     for step in range(80):
         trainer.step = step
         loss, agreement = trainer.train_step(data[step % 32 * 8:][:8])
@@ -277,7 +290,7 @@ def test_training_learns(learnable: tuple[Llama, Tensor], tmp_path: Path) -> Non
 
 
 def test_schedule(tmp_path: Path) -> None:
-    """A warm-up from the full rate, or a rate that is still high when the steps or the minutes end."""
+    """Fails if the warm-up starts at the full rate, or the rate is still high when the steps or the minutes end."""
     trainer = Trainer(tiny.target(dtype=torch.float32), settings(tmp_path, steps=1000, minutes=10))
     rates = {}
     for at in ((0, 0), (50, 0), (200, 0), (200, 300), (1000, 0), (999, 0), (200, 600), (200, 900)):
@@ -289,10 +302,10 @@ def test_schedule(tmp_path: Path) -> None:
 
 
 def test_stopped_and_resumed(learnable: tuple[Llama, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Momentum, step, clock, or the choice of batch and places lost when training is stopped: the same parameters must
-    come out. Stopped in its fifth step, after the state was saved at the end of the fourth."""
+    """Fails if stopping loses momentum, step, clock, or the choice of batch and places: the parameters must be those of
+    a run that is not stopped. It is stopped in its fifth step, after the state was saved at the end of the fourth."""
     model, data = learnable
-    clock = itertools.count(0, 20)  # 20 s pass at every look, so that each step saves
+    clock = itertools.count(0, 20)  # 20 s pass between two looks, so that each step saves
     monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
 
     def begin(name: str, seed: int = 0) -> tuple[Trainer, Path]:
@@ -305,8 +318,8 @@ def test_stopped_and_resumed(learnable: tuple[Llama, Tensor], tmp_path: Path, mo
     stopped, work = begin("parts")
     step, calls = stopped.train_step, itertools.count(1)
 
-    def interrupted(said: Tensor) -> tuple[Tensor, Tensor]:
-        result = step(said)
+    def interrupted(batch: Tensor) -> tuple[Tensor, Tensor]:
+        result = step(batch)
         if next(calls) == 5:
             raise KeyboardInterrupt
         return result
@@ -320,7 +333,7 @@ def test_stopped_and_resumed(learnable: tuple[Llama, Tensor], tmp_path: Path, mo
     assert resumed.step == 4 and spent > 60
     resumed.run(data, work)
     assert resumed.step == whole.step == 7 and resumed.seconds > spent
-    for a, b in zip(whole.head.parameters(), resumed.head.parameters(), strict=True):
+    for a, b in zip(whole.module.parameters(), resumed.module.parameters(), strict=True):
         assert torch.equal(a, b)
     for file in ("head/model.safetensors", "head/config.json"):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes()
@@ -330,17 +343,19 @@ def test_stopped_and_resumed(learnable: tuple[Llama, Tensor], tmp_path: Path, mo
 
 
 def test_save_vocab(tmp_path: Path) -> None:
-    """What the user or the template said counted in, the rarest tokens first, tokens that were never said."""
-    said = torch.tensor([[7, 7, 3, ~5, ~5, ~5, 7], [3, 2, 9, 9, 9, 9, ~1]], dtype=torch.int32)
+    """Fails if tokens of the user or the template count, the rarest tokens come first, or tokens that never occur are
+    listed."""
+    data = torch.tensor([[7, 7, 3, ~5, ~5, ~5, 7], [3, 2, 9, 9, 9, 9, ~1]], dtype=torch.int32)
     for size, ids in ((2, [9, 7]), (3, [9, 7, 3]), (20, [9, 7, 3, 2])):
-        save_vocab(said, tmp_path / "head", size)
+        save_vocab(data, tmp_path / "head", size)
         assert json.loads((tmp_path / "head/draft_vocab.json").read_text()) == ids
 
 
 @pytest.mark.parametrize("shape", [
     {}, {"num_key_value_heads": 4}, {"head_dim": 12, "rope_theta": 5e5, "rms_norm_eps": 1e-3}])
 def test_head_round_trip(shape: dict, tmp_path: Path) -> None:
-    """Rows of q, k, v or gate, up swapped; names that no other engine knows; a config that describes another layer."""
+    """Fails if rows of q, k, v or of gate, up are swapped, a name is unknown to other engines, or the config describes
+    another layer."""
     model = tiny.target(dtype=torch.bfloat16, **shape)
     head = trainer.new_head(model.cfg, CPU)
     tiny.randomise(head, 5, torch.float32)
@@ -356,7 +371,8 @@ def test_head_round_trip(shape: dict, tmp_path: Path) -> None:
 
 
 def test_new_head_ignores_what_heads_lack() -> None:
-    """A head for Qwen3 or Llama 3.1 with norms or a RoPE scaling that the published format cannot say."""
+    """Fails if a head for Qwen3, Llama 3.1 or Mistral has norms, a RoPE scaling or a window, which the published format
+    cannot express."""
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 128}
     for shape in ({"model_type": "qwen3"}, {"rope_scaling": scaling}, {"model_type": "mistral", "sliding_window": 8}):
@@ -366,15 +382,16 @@ def test_new_head_ignores_what_heads_lack() -> None:
 
 
 def test_evaluate_counts_as_engines_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The token that prefill chose counted as a cycle, or a mean of means: it is all tokens / all cycles. The cycles
-    are counted by a drafter that is looked at, the tokens are known."""
+    """Fails if the token that prefill chose counts as a cycle, or the result is a mean of means: it is all tokens
+    divided by all cycles. A recorded drafter counts the cycles. The number of tokens is known."""
     model, eagle = tiny.pair(0, 0.1)
-    folder, recorders = tiny.save_head(eagle, tmp_path), []
+    folder = tiny.save_head(eagle, tmp_path)
+    recorders = []
 
-    def looked_at(head: EagleHead, target: Llama) -> Eagle2:
+    def recorded(head: EagleHead, target: Llama) -> Eagle2:
         recorders.append(Recorder(Eagle2(head, target)))
         return recorders[-1].drafter
-    monkeypatch.setattr(train, "Eagle2", looked_at)
+    monkeypatch.setattr(train, "Eagle2", recorded)
     prompts = [tiny.prompt(seed, 5 + 4 * seed) for seed in range(3)]
     mean = evaluate(model, folder, prompts, frozenset(), 0.0, new_tokens=30)
     assert mean == pytest.approx(3 * 29 / len(recorders[0].cycles)) and mean > 2
@@ -382,7 +399,7 @@ def test_evaluate_counts_as_engines_do(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_evaluate_is_not_a_mean_of_means(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As above, where the two differ by much; and the temperature must arrive."""
+    """Fails as the test above does, where the two means differ by much. Fails too if the temperature gets lost."""
     seen = []
 
     def generate(ids: list[int], new_tokens: int, sampling) -> list[list[int]]:
@@ -391,12 +408,13 @@ def test_evaluate_is_not_a_mean_of_means(monkeypatch: pytest.MonkeyPatch) -> Non
     for name in ("load_head", "Eagle2"):
         monkeypatch.setattr(train, name, lambda *args: None)
     monkeypatch.setattr(train, "Engine", lambda *args: SimpleNamespace(generate=generate))
-    assert evaluate(SimpleNamespace(), None, [[6], [1, 1, 1, 1], [2, 0]], frozenset(), 0.5, 9) == 12 / 7
+    model = SimpleNamespace(free_cache=lambda: None)
+    assert evaluate(model, None, [[6], [1, 1, 1, 1], [2, 0]], frozenset(), 0.5, 9) == 12 / 7
     assert seen == [(9, 0.5)] * 3
 
 
 def test_held_out_prompts() -> None:
-    """The answer given away, template tokens left negative, a dialogue without an answer evaluated as it is."""
+    """Fails if a prompt contains the answer, template tokens stay negative, or a dialogue without an answer is kept."""
     data = torch.tensor([[~1, ~5, 6, 7, ~8, 9], [~1, ~2, ~3, ~4, ~5, ~6], [~0, 3, 3, 3, 3, 3]])
     assert held_out_prompts(data) == [[1, 5], [0]]
 
@@ -407,15 +425,15 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 
 
 def test_command_from_start_to_end(command, capsys: pytest.CaptureFixture) -> None:
-    """A finished run that starts over or writes its dialogues again, a head of somebody else's overwritten,
-    --steps 0 that trains, or that refuses to write dialogues because there is a head."""
+    """Fails if a finished run starts over or writes its dialogues again, another head is overwritten, or --steps 0
+    trains or refuses to write dialogues where there is a head."""
     folder = command("--steps", 0)
     assert [p.name for p in (folder / "training").iterdir()] == ["dialogues.bin"] and not (folder / "eagle").exists()
     data = (folder / "training/dialogues.bin").read_bytes()
     assert len(data) == 4 * 48 * 25
     command("--steps", 3)
     out = capsys.readouterr().out
-    assert "resuming" not in out and "mean gained on 2 held-out dialogues: greedy 1." in out
+    assert "resuming" not in out and "tokens per step on 2 held-out dialogues: greedy 1." in out
     assert {p.name for p in (folder / "eagle").iterdir()} == {"model.safetensors", "config.json", "acceptance.json"}
     (folder / "eagle/acceptance.json").unlink()
     first = (folder / "eagle/model.safetensors").read_bytes()
@@ -428,7 +446,7 @@ def test_command_from_start_to_end(command, capsys: pytest.CaptureFixture) -> No
     command("--steps", 0, "--work", folder / "other")
     assert (folder / "other/dialogues.bin").read_bytes() == data == (folder / "training/dialogues.bin").read_bytes()
     assert (folder / "eagle/model.safetensors").read_bytes() == first
-    assert "mean gained" in capsys.readouterr().out and (folder / "eagle/acceptance.json").exists()
+    assert "tokens per step" in capsys.readouterr().out and (folder / "eagle/acceptance.json").exists()
     (folder / "eagle/acceptance.json").unlink()
     command("--steps", 0, "--draft_vocab", 12, "--eval_prompts", 0)
     assert capsys.readouterr().out == "" and not (folder / "eagle/acceptance.json").exists()
@@ -437,10 +455,10 @@ def test_command_from_start_to_end(command, capsys: pytest.CaptureFixture) -> No
 
 
 def test_held_out_dialogues_are_not_trained_on(command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An evaluation on what was learned."""
+    """Fails if the dialogues of the evaluation were trained on."""
     seen = {}
     monkeypatch.setattr(Trainer, "run", lambda self, data, work: (
-        seen.update(trained=data.long()), save_head(self.head.cfg, self.head.state_dict(), self.args.out)))
+        seen.update(trained=data.long()), save_head(self.module.cfg, self.module.state_dict(), self.args.out)))
     monkeypatch.setattr(train, "evaluate", lambda model, out, prompts, *rest: seen.update(prompts=prompts) or 1.0)
     monkeypatch.setattr(train, "save_curve", lambda model, out, prompts, stop_ids: seen.update(curve=prompts))
     rows = read(command("--steps", 3, "--eval_prompts", 10) / "training/dialogues.bin", 48)
