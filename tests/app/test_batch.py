@@ -1,4 +1,4 @@
-"""batch.py: every prompt is answered once, as it would be alone, whatever ends a run and wherever it goes on."""
+"""app/batch.py: every prompt is answered once and as it would be alone, whatever ends a run and where it resumes."""
 import fcntl
 import json
 import os
@@ -20,7 +20,7 @@ from benchmarks.workload import ask
 from formats.questions import Question
 from sampling import Sampling
 
-TIMES = {"prefill_s", "decode_s", "tokens_per_sec", "compile_s", "memory_gb"}  # what two runs differ in
+TIMES = {"prefill_s", "decode_s", "tokens_per_sec", "compile_s", "memory_gb"}  # what differs between two runs
 PROMPTS = [{"prompt": f"Tell me {n} things about fridges."} for n in range(12)]
 
 
@@ -31,14 +31,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def words(checkpoint: Path, tmp_path: Path) -> list[str]:
-    """A command line without its program; its prompts are in asked.jsonl, its answers in answers.jsonl."""
+    """The words of a command line that answers asked.jsonl in answers.jsonl."""
     return [*map(str, ("--checkpoint", checkpoint, "--eagle2", "--device", "cpu", "--max_new_tokens", 20,
                        "--prompt_file", tmp_path / "asked.jsonl", "--output", tmp_path / "answers.jsonl"))]
 
 
 @pytest.fixture
 def call(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    """Write prompts, if any, run, and give (exit code, answers if it goes well, stderr)."""
+    """Write the prompts, if any are given, and run. Returns (exit code, the answers unless the code is 2, stderr)."""
     def call(prompts: list | None = None, *more: object) -> tuple[int, list[dict], str]:
         if prompts is not None:
             write(tmp_path / "asked.jsonl", prompts)
@@ -60,15 +60,15 @@ def read(path: Path) -> list[dict]:
 
 
 def timeless(answer: object) -> object:
-    """Without what differs from run to run."""
+    """Without what differs between two runs."""
     if isinstance(answer, list):
         return [timeless(part) for part in answer]
     return {k: timeless(v) for k, v in answer.items() if k not in TIMES} if isinstance(answer, dict) else answer
 
 
 def test_all_kinds(call, checkpoint: Path) -> None:
-    """A turn asked without what came before it, a message's role lost, an id of another line, a text that depends on
-    the one before; anything but --json's object in a line."""
+    """Fails if a turn misses the turns before it, if a message's role is lost, if a line has another one's id, if a
+    text depends on the text before, or if a line holds anything but --json's object."""
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
     turns = ["How old is the moon?", "And the sun?", "Thanks."]
     code, answers, err = call([{"prompt": "Why?"}, "", {"id": "m", "messages": messages},
@@ -88,13 +88,13 @@ def test_all_kinds(call, checkpoint: Path) -> None:
         assert answer["prompt_tokens"] == len(ids) and answer["tokens"] == sum(engine.generate(ids, 20), [])
         assert answer["text"] == engine.tokenizer.decode(answer["tokens"])
     assert timeless(answers[4])["tokens"] == answers[0]["tokens"]
-    tokens, cycles = sum(a["new_tokens"] for a in found) + answers[4]["new_tokens"], sum(
-        a["cycles"] for a in [*found, answers[4]])
-    assert f"5 prompts, {tokens} tokens, " in err and f" {(tokens - 7) / cycles:.2f} tokens a cycle" in err
+    tokens = sum(a["new_tokens"] for a in [*found, answers[4]])
+    cycles = sum(a["cycles"] for a in [*found, answers[4]])
+    assert f"5 prompts, {tokens} tokens, " in err and f" {(tokens - 7) / cycles:.2f} tokens per step" in err
 
 
 def test_raw(call, checkpoint: Path) -> None:
-    """--raw that is forgotten here: the chat template around a raw prompt."""
+    """Fails if --raw is ignored and the chat template is put around a raw prompt."""
     code, answers, _ = call([{"prompt": "Once"}, {"turns": ["One", "two"]}, {"messages": [
         {"role": "user", "content": "Hi"}]}], "--raw")
     encode = Engine.load(checkpoint, device="cpu").tokenizer.encode
@@ -105,7 +105,7 @@ def test_raw(call, checkpoint: Path) -> None:
 
 
 def test_what_fails_alone(call) -> None:
-    """One bad prompt of a thousand that ends the run, or that nobody hears of; a second run that forgets it."""
+    """Fails if one bad prompt ends the run or is not reported, or if a second run forgets that it failed."""
     bad = [{"prompt": "word " * 600}, {"prompt": " \n"}, {"prompt": 7}, {"prompt": "\ud800"}, {}, {"turns": []},
            {"prompt": "x", "turns": ["x"]}, {"messages": [{"role": "user"}]}, {"turns": ["x", "word " * 600]}]
     code, answers, err = call([*bad, {"prompt": "Why?"}])
@@ -125,7 +125,7 @@ def test_what_fails_alone(call) -> None:
     ([{"id": "a", "prompt": "x"}, {"question_id": "a", "prompt": "y"}], "lines 1 and 2"),
     ([{"id": None, "prompt": "x"}], "id in line 1"), ([{"id": True, "prompt": "x"}], "id in line 1")])
 def test_bad_files(prompts: list, message: str, call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hours of a run on a file that is not what was meant; a model loaded before that is known."""
+    """Fails if a file that is not a list of prompts is accepted, or is refused only after the model was loaded."""
     monkeypatch.setattr(batch, "load_engine", None)
     code, _, err = call(prompts)
     assert code == 2 and message in err and "asked.jsonl" in err and err.count("\n") == 1
@@ -137,13 +137,13 @@ def test_bad_files(prompts: list, message: str, call, tmp_path: Path, monkeypatc
     (("--profile", "x"), "--profile"), (("--output", "/no/such/folder/x"), "no such folder"),
     (("--output", "."), "--output ."), (("--prompt_file", "/no/such/file"), "/no/such/file")])
 def test_bad_flags(more: tuple, message: str, call, tmp_path: Path) -> None:
-    """A flag that is silently ignored, a path that fails after all the work."""
+    """Fails if a flag is silently ignored, or if a bad path is found only after all the work."""
     code, _, err = call([{"prompt": "x"}], *more)
     assert code == 2 and message in err and not (tmp_path / "answers.jsonl").exists()
 
 
 def test_one_without_the_other(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Answers that go nowhere; no prompt at all."""
+    """Fails if --prompt_file or --output is accepted without the other, or a command line without any prompt."""
     for words in (["--prompt_file", "x"], ["--prompt", "x", "--output", "y"], ["--output", "y"], []):
         with pytest.raises(SystemExit):
             generate.parse_args(["--checkpoint", str(checkpoint), *words])
@@ -151,8 +151,8 @@ def test_one_without_the_other(checkpoint: Path, tmp_path: Path, capsys: pytest.
 
 
 def test_killed_anywhere(call, words: list[str], tmp_path: Path) -> None:
-    """An answer lost or written twice, half a line in the middle of the file: kill -9 in the middle of a run, then a
-    last line torn at every kind of place."""
+    """Kills a run with -9, then tears the last line at all kinds of places. Fails if resuming loses an answer, writes
+    one twice, or leaves half a line in the middle of the file."""
     asked, output = tmp_path / "asked.jsonl", tmp_path / "answers.jsonl"
     write(asked, PROMPTS)
     long = ("--max_new_tokens", "100")  # so that the kill comes in the midst of an answer
@@ -180,7 +180,7 @@ def test_killed_anywhere(call, words: list[str], tmp_path: Path) -> None:
 
 
 def test_nothing_to_do(call, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model loaded for nothing; a prompt answered again; a new one that is not."""
+    """Fails if the model is loaded for nothing, if a prompt is answered again, or if a new prompt is not answered."""
     _, first, _ = call(PROMPTS[:2])
     with monkeypatch.context() as patch:
         patch.setattr(batch, "load_engine", None)
@@ -191,8 +191,9 @@ def test_nothing_to_do(call, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ctrl_c(call, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A traceback, or an answer lost, where somebody has seen enough."""
-    answer, made = answer_module.generate, []
+    """Fails if Ctrl-C ends in a traceback or loses an answer."""
+    answer = answer_module.generate
+    made = []
 
     def stops(*inputs: object, **options: object) -> dict:
         made.append(inputs)
@@ -207,7 +208,7 @@ def test_ctrl_c(call, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_other_answers_are_left_alone(call, words: list[str], tmp_path: Path, checkpoint: Path) -> None:
-    """Answers of two models or temperatures in one file, or of other prompts; a file of somebody's that is cut."""
+    """Fails if one file gets the answers of two models, settings or prompt files, or if somebody's own file is cut."""
     output = tmp_path / "answers.jsonl"
     call(PROMPTS[:2])
     before = output.read_bytes()
@@ -234,8 +235,27 @@ def test_other_answers_are_left_alone(call, words: list[str], tmp_path: Path, ch
         weights.write_bytes(data)
 
 
+def test_settings(checkpoint: Path) -> None:
+    """Fails if the settings in the answers of earlier versions no longer match, so that their runs cannot be resumed;
+    or if they depend on how a method is spelled."""
+    folder = str(checkpoint)
+    words = ["--checkpoint", folder, "--prompt_file", "x", "--output", "y"]
+    common = {"model": "model.safetensors", "weights": batch.fingerprint(checkpoint / "model.safetensors"),
+              "max_new_tokens": 256, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0, "stop": [],
+              "lookup_rule": "longest", "window": [7, 5, 7]}
+    for flags, own in (
+            ([], {"method": "vanilla"}), (["--eagle2", "--lookup"], {"method": "eagle2+lookup"}),
+            (["--method", "eagle2"], {"method": "eagle2"}), (["--lookahead"], {"method": "lookahead"}),
+            (["--medusa", folder], {"method": "medusa", "medusa": folder}),
+            (["--speculate", folder, "--rejection"], {"method": "speculate+rejection", "speculate": folder}),
+            (["--eagle2", "--tree_table"], {"method": "eagle2"}),
+            (["--lookahead", "--window", "5", "3", "5"], {"method": "lookahead", "window": [5, 3, 5]}),
+            (["--eagle2", "--draft_tokens", "9", "--raw"], {"method": "eagle2", "draft_tokens": 9, "raw": True})):
+        assert batch.settings(generate.parse_args([*words, *flags])) == common | own
+
+
 def test_fingerprint(tmp_path: Path) -> None:
-    """Weights that were changed in place taken for the same: at the beginning, at the end, in length."""
+    """Fails if weights that changed at the beginning, at the end or in length have the fingerprint they had before."""
     digests = set()
     for data in (b"0123456789", b"1123456789", b"0123456780", b"01234056789", b"01", b""):
         (tmp_path / "x").write_bytes(data)
@@ -244,7 +264,7 @@ def test_fingerprint(tmp_path: Path) -> None:
 
 
 def test_two_at_once(call, tmp_path: Path) -> None:
-    """Two runs that write into one file, each all the answers."""
+    """Fails if two runs write to one file at the same time."""
     with open(tmp_path / "answers.jsonl", "ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         code, _, err = call(PROMPTS[:1])
@@ -252,8 +272,10 @@ def test_two_at_once(call, tmp_path: Path) -> None:
 
 
 def test_on_the_disk_before_the_next(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An answer that waits in a buffer while the next prompt, which may be the last for this machine, goes on."""
-    events, answer, sync, output = [], answer_module.generate, os.fsync, tmp_path / "answers.jsonl"
+    """Fails if an answer still waits in a buffer while the next prompt is processed: a crash would lose it."""
+    events = []
+    answer, sync = answer_module.generate, os.fsync
+    output = tmp_path / "answers.jsonl"
 
     def generates(*inputs: object, **options: object) -> dict:
         events.append(("asked", output.read_bytes().count(b"\n")))
@@ -266,7 +288,7 @@ def test_on_the_disk_before_the_next(call, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_seeds(call, checkpoint: Path) -> None:
-    """Sampling that is not what the same prompt alone would get."""
+    """Fails if a sampled answer is not the one that the prompt gets alone with the same seed."""
     _, answers, _ = call(PROMPTS[:2], "--temperature", 1, "--seed", 5)
     engine = Engine.load(checkpoint, device="cpu")
     for prompt, answer in zip(PROMPTS, answers):
