@@ -23,11 +23,12 @@ MISSING = "not measured at this commit yet\n"
 
 
 def about(results: Results) -> str:
-    known = [result["environment"] for result in results.values()]
-    device, power, commit, torch, triton = (known[0][k] for k in ("device", "power", "commit", "torch", "triton"))
-    dates = sorted({each["date"] for each in known})
-    return (f"Measured on one {device}{f' (power limit {power})' if power else ''} at commit {commit}, torch {torch}, "
-            f"Triton {triton}, {' and '.join(dates)}.\n")
+    """Device, versions and commit, which all results share, and the dates."""
+    found = next(iter(results.values()))["environment"]
+    power = f" (power limit {found['power']})" if found["power"] else ""
+    dates = sorted({result["environment"]["date"] for result in results.values()})
+    return (f"Measured on one {found['device']}{power} at commit {found['commit']}, torch {found['torch']}, "
+            f"Triton {found['triton']}, {' and '.join(dates)}.\n")
 
 
 def contexts(results: Results) -> list[tuple[dict, dict]]:
