@@ -24,6 +24,7 @@ from draft import Vanilla
 from drafters import methods
 from drafters.methods import METHODS, make_drafter
 from engine import Engine
+from model import load_model
 from sampling import Sampling
 from tree import State
 
@@ -101,10 +102,11 @@ def test_command(page: str, command: str, monkeypatch: pytest.MonkeyPatch) -> No
         try:
             parse(name, words, monkeypatch)
         except Parsed:
-            return
+            monkeypatch.undo()
         except SystemExit:
-            pass
-    pytest.fail(f"{page}: {name} does not take this:\n{shown.getvalue()}")
+            pytest.fail(f"{page}: {name} does not take this:\n{shown.getvalue()}")
+        if name == "generate.py":  # also refuses options that do not fit together
+            generate.parse_args(words)
 
 
 def test_there_are_commands() -> None:
@@ -185,6 +187,20 @@ def bigram(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type:
     finally:
         sys.modules.pop("drafters.bigram", None)
         vars(drafters).pop("bigram", None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_your_own_drafter_on_a_gpu(bigram: type, demo: Path, demo_prompts: list[list[int]]) -> None:
+    """Fails if the page's drafter cannot be captured in a CUDA graph, or if a replay does not see the newer text."""
+    model = load_model(demo, "cuda", torch.float32)
+    mine, vanilla = (Engine(model, drafter, 512, frozenset([2])) for drafter in (bigram("cuda", 512), Vanilla("cuda")))
+    longest = 0
+    for ids in demo_prompts[:6]:
+        steps = list(mine.generate(ids, 64))
+        assert sum(steps, []) == sum(vanilla.generate(ids, 64), [])
+        longest = max(longest, *map(len, steps))
+    assert longest > 1  # a draft was accepted
 
 
 @pytest.mark.parametrize("flags", [["--bigram"], ["--method", "bigram"]], ids=str)
