@@ -1,7 +1,7 @@
-"""medusa.py against the formula, and a twin in plain Python that walks the published tree.
+"""drafters/medusa.py against the formula, and against a twin in plain Python that walks the published tree.
 
-The engine would write the right text with any tree, so it is the twin that sees heads reading the wrong feature, a rank
-or a level mistaken, noise of another place.
+The engine writes the right text with any tree. So only the twin shows that a head reads the wrong feature, that ranks
+or levels are mixed up, or that noise is of another position.
 """
 import json
 import pickle
@@ -21,7 +21,7 @@ from quant.linear import quantize_linears
 from sampling import Sampling, gumbel_noise
 from tree import State, Tree
 
-# As the authors list it: the tree that their heads, and all that are compared with them, are run with
+# The tree as the authors list it. Their heads, and those of most comparisons, are run with it
 PUBLISHED_TREE = [
     [0], [0, 0], [1], [0, 1], [2], [0, 0, 0], [1, 0], [0, 2], [3], [0, 3], [4], [0, 4], [2, 0], [0, 5], [0, 0, 1], [5],
     [0, 6], [6], [0, 7], [0, 1, 0], [1, 1], [7], [0, 8], [0, 0, 2], [3, 0], [0, 9], [8], [9], [1, 0, 0], [0, 2, 0],
@@ -32,7 +32,7 @@ PUBLISHED_TREE = [
 
 def published(count: int, layers: int = 1, own: bool = True, seed: int = 0, size: int = 32, vocab_size: int = 24
               ) -> dict[str, Tensor]:
-    """Tensors under the authors' names, of heads that guess something else each."""
+    """Tensors under the authors' names, of heads that all guess different tokens."""
     random = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -64,7 +64,7 @@ def heads_of(tensors: dict[str, Tensor], model: Llama, folder: Path) -> MedusaHe
 
 
 def state_of(feature: Tensor) -> State:
-    """What `Medusa` looks at: the second of three features is the one."""
+    """A state of which `Medusa` must read the second of three features, `feature`."""
     zero = torch.zeros((), dtype=torch.int64)
     features = torch.stack((torch.ones_like(feature), feature, -feature))
     return State(torch.tensor([5, 7, 0, 0]), zero + 2, features, zero + 2, zero == 1, 128)
@@ -86,8 +86,8 @@ def vllm_names(tensors: dict[str, Tensor], layers: int, prefix: str = "") -> dic
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("layout", ["pt", "old pt", "TGI", "vLLM", "vLLM with a prefix", "saved again"])
 def test_layouts(layout: str, own: bool, layers: int, tmp_path: Path) -> None:
-    """Heads or blocks in another order, a block left out, projections mixed up or replaced by the lm_head, the
-    config's number of heads believed; tokens of another level than the head's."""
+    """Fails if heads or blocks are in another order, a block is left out, projections are mixed up or replaced by the
+    lm_head, the config's number of heads is believed, or a head's tokens are put at another level."""
     model, tensors = tiny.target(), published(5, layers, own, seed=layers)
     path = tmp_path
     (tmp_path / "config.json").write_text(json.dumps({"medusa_num_heads": 2, "medusa_num_layers": 1}))
@@ -119,7 +119,8 @@ def test_layouts(layout: str, own: bool, layers: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("config", [{"version": "2"}, {"version": 2}, {"original_lm_head": True}])
 def test_shared_lm_head(config: dict, tmp_path: Path) -> None:
-    """Projections that a config says are not used, used; those of one head alone, refused."""
+    """Fails if projections are used although the config says that they are not, or if projections of one head only are
+    refused then."""
     model, tensors = tiny.target(), published(3)
     for alone in (False, True):
         if alone:
@@ -133,7 +134,7 @@ def test_shared_lm_head(config: dict, tmp_path: Path) -> None:
 
 
 def test_without_bias(tmp_path: Path) -> None:
-    """vLLM's heads, which may have none, refused; zeros instead of nothing make no difference."""
+    """Fails if heads without biases, as vLLM's may be, are refused, or get other biases than zeros."""
     model, tensors = tiny.target(), published(2)
     bare = {name: t for name, t in tensors.items() if "bias" not in name}
     heads, feature = heads_of(bare, model, tmp_path), torch.randn(32, dtype=torch.float64)
@@ -144,7 +145,8 @@ def test_without_bias(tmp_path: Path) -> None:
 
 
 def test_dtype_and_order_of_files(tmp_path: Path) -> None:
-    """Weights left in the file's half precision beside a target in fp32; a model file read instead of the heads."""
+    """Fails if weights stay in the file's half precision with a target in fp32, or a model file is read instead of the
+    heads."""
     model, tensors = tiny.target(dtype=torch.float32), published(2)
     torch.save({name: t.bfloat16() for name, t in tensors.items()}, tmp_path / "medusa_lm_head.pt")
     tiny.save_target(model, tmp_path)
@@ -203,8 +205,8 @@ def rewrite(folder: Path, how: str) -> None:
     ("a list", "not a dictionary"), ("not tensors", "not a dictionary"), ("numbers for names", "0 is no part"),
     ("truncated pt", "damaged"), ("empty pt", "damaged"), ("flipped pt", "damaged"), ("text pt", "damaged")])
 def test_refused(how: str, message: str, tmp_path: Path) -> None:
-    """Heads of another model or kind, or damaged ones, that load and draft nonsense; a traceback; a pickle that runs
-    code."""
+    """Fails if damaged heads, or those of another model or kind, load and draft nonsense; if the error is no single
+    line; or if a pickle runs code."""
     folder, target = tmp_path / "medusa", tiny.target()
     heads_of(published(3), target, folder)
     rewrite(folder, how)
@@ -216,7 +218,7 @@ def test_refused(how: str, message: str, tmp_path: Path) -> None:
 
 
 def test_refused_file_and_model(tmp_path: Path) -> None:
-    """A path to a file that is not there, a checkpoint taken for heads."""
+    """Fails if a path to a missing file, or a checkpoint, is accepted as heads."""
     model = tiny.target()
     with pytest.raises(FileNotFoundError, match="no Medusa heads there"):
         load_medusa(tmp_path / "medusa_lm_head.pt", model)
@@ -228,14 +230,15 @@ def test_refused_file_and_model(tmp_path: Path) -> None:
 
 
 def test_published_tree() -> None:
-    """A path that is not in the authors' tree or lacks there; levels of other sizes than the paper's figures are of."""
+    """Fails if a path is missing or not in the authors' tree, or a level has another size than in the paper's
+    figures."""
     assert sorted(MEDUSA_TREE) == sorted(map(tuple, PUBLISHED_TREE)) and len(set(MEDUSA_TREE)) == 63
     assert [sum(len(path) == depth for path in MEDUSA_TREE) for depth in range(1, 6)] == [10, 28, 23, 2, 0]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
 def test_shape(count: int) -> None:
-    """A child before its parent, levels for which there is no head, a depth that is not what the engine reserves."""
+    """Fails if a child comes before its parent, a level has no head, or max_depth is not the depth of the tree."""
     model = tiny.target()
     drafter = Medusa(MedusaHeads(32, count).double(), model)
     depth, parents = drafter.shape.depth.tolist(), drafter.shape.parents.tolist()
@@ -245,7 +248,8 @@ def test_shape(count: int) -> None:
 
 
 def test_impossible_trees() -> None:
-    """More nodes than an int64 has bits, ranks that the GPU's kernel does not keep, or that the vocabulary lacks."""
+    """Fails if a tree is accepted with more nodes than an int64 has bits, or more ranks than the GPU's kernel keeps or
+    the vocabulary has."""
     heads = MedusaHeads(32, 2).double()
     for choices, size in ([(i,) for i in range(10)] + [(i, j) for i in range(9) for j in range(6)], 24), (
             [(10,)], 24), ([(9,)], 9):
@@ -256,7 +260,7 @@ def test_impossible_trees() -> None:
 
 
 class Watched(Medusa):
-    """Notes what it found and what it proposed."""
+    """Records the state that it found and the tree that it proposed."""
 
     def propose(self, state: State) -> Tree:
         tree = super().propose(state)
@@ -266,7 +270,7 @@ class Watched(Medusa):
 
 
 def twin(tensors: dict[str, Tensor], model: Llama, feature: Tensor, noise: Tensor) -> dict[tuple[int, ...], list[int]]:
-    """For each path of the published tree the tokens on it."""
+    """For each path of the published tree, the tokens on it."""
     best = []
     for head in range(4):
         logits = (formula(tensors, model, head, feature).float() + noise[head]).tolist()
@@ -277,8 +281,8 @@ def twin(tensors: dict[str, Tensor], model: Llama, feature: Tensor, noise: Tenso
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.8, seed=3)])
 def test_tree_equals_twin(sampling: Sampling, own: bool, tmp_path: Path) -> None:
-    """Heads that read the feature of another token, in the first cycle or after several tokens were accepted; ranks and
-    levels mixed up; noise of another place."""
+    """Fails if heads read another token's feature, in the first cycle or after several tokens were accepted; if ranks
+    or levels are mixed up; or if noise is of another position."""
     model, tensors = tiny.target(3), published(5, own=own, seed=2)
     drafter = Watched(heads_of(tensors, model, tmp_path), model)
     ids = tiny.prompt(1, 9)
@@ -287,8 +291,8 @@ def test_tree_equals_twin(sampling: Sampling, own: bool, tmp_path: Path) -> None
     assert max(gains) > 1 and len(drafter.seen) == len(gains)
     features = tiny.features(model, text)
     for length, feature, tree in drafter.seen:
-        places = torch.arange(length - 1, length + 4)  # of the root and the levels under it
-        noise = sampling.temperature * gumbel_noise(torch.tensor(sampling.seed), places, 24)
+        positions = torch.arange(length - 1, length + 4)  # of the root and the levels below it
+        noise = sampling.temperature * gumbel_noise(torch.tensor(sampling.seed), positions, 24)
         assert torch.allclose(feature, features[length - 2], atol=1e-9)
         assert int((model.lm_head.weight @ feature + noise[0]).argmax()) == text[length - 1]
         found = {}
@@ -305,8 +309,8 @@ def test_tree_equals_twin(sampling: Sampling, own: bool, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("seed", range(12))
 def test_equals_vanilla(seed: int, tmp_path: Path) -> None:
-    """Text that depends on the drafts: any number of heads and blocks, V1 and V2, greedy and sampled, with a stop id
-    within an accepted path, up to the last slot of the context."""
+    """Fails if the text depends on the drafts: with 1 to 5 heads of 1 or 2 blocks, V1 and V2, greedy and sampled, with
+    a stop id within an accepted path, and up to the last slot of the context."""
     model = tiny.target(seed, vocab_size=(12, 24, 60)[seed % 3])
     size, ids = model.cfg.vocab_size, tiny.prompt(seed, 1 + 2 * seed, model.cfg.vocab_size)
     heads = heads_of(published(1 + seed % 5, 1 + seed % 2, seed % 4 < 2, seed, vocab_size=size), model, tmp_path)
@@ -322,7 +326,8 @@ def test_equals_vanilla(seed: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", [None, "int8", "int4"])
 def test_equals_vanilla_in_fp32(mode: str | None, tmp_path: Path) -> None:
-    """A tensor of the wrong dtype in the cycle: all else here runs in float64; a quantised lm_head."""
+    """Fails if a tensor of the cycle has the wrong dtype, which the other tests, in float64, do not show; or if
+    drafting cannot read a quantised lm_head."""
     model = tiny.target(1, torch.float32)
     if mode:
         quantize_linears(model, mode)
@@ -334,8 +339,8 @@ def test_equals_vanilla_in_fp32(mode: str | None, tmp_path: Path) -> None:
 
 
 def knowing(model: Llama, own: bool, wrong: bool = False) -> MedusaHeads:
-    """Heads for a target of which the next token depends on the last alone: each maps the feature to what the text will
-    be at its place, or as surely to anything but that."""
+    """Heads for a target whose next token depends on the last one only: each maps the feature to the token that the
+    text will have at its position or, with `wrong`, always to another one."""
     model.allocate_cache(256, 128)
     features = tiny.features(model, list(range(24)))  # [24, C], linearly independent
     inverse, due = torch.linalg.pinv(features.mT), features @ model.lm_head.weight.mT
@@ -346,7 +351,7 @@ def knowing(model: Llama, own: bool, wrong: bool = False) -> MedusaHeads:
         if own:
             one_hot = torch.zeros(24, 24, dtype=torch.float64).scatter(0, after[None], -1.0 if wrong else 1.0)
             heads.projections.data[head] = one_hot @ inverse
-        else:  # silu(z) is z where z is large, and what is added to make it so the lm_head does not see
+        else:  # silu(z) is z for large z, and what is added to make z large is nothing to the lm_head
             heads.weight.data[0, head] = ((-guess if wrong else guess) - features).mT @ inverse
             heads.bias.data[0, head] = 100
     return heads.requires_grad_(False)
@@ -355,8 +360,8 @@ def knowing(model: Llama, own: bool, wrong: bool = False) -> MedusaHeads:
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("wrong", [True, False])
 def test_always_right_and_always_wrong(wrong: bool, own: bool) -> None:
-    """Heads paired with another level, or reading a feature one place off, which the text does not show: right ones
-    gain every level and the bonus token each cycle, wrong ones the bonus token alone."""
+    """Fails if heads are paired with another level, or read the feature of the position before or after: the text would
+    not show it. Right heads must gain every level and the bonus token each cycle, wrong ones only the bonus token."""
     model, _ = tiny.pair(4, noise=0.0)
     model.lm_head.weight.data -= model.lm_head.weight.data.mean(1, keepdim=True)
     ids = tiny.prompt(0, 5)
@@ -365,8 +370,9 @@ def test_always_right_and_always_wrong(wrong: bool, own: bool) -> None:
     assert len(set(sum(cycles, []))) > 2 and sum(cycles, []) == vanilla(model, ids, 41)
 
 
-def test_noise_of_the_right_place(tmp_path: Path) -> None:
-    """Heads that guess without the noise, or with that of another place: where it drowns the logits, it is the text."""
+def test_noise_of_the_right_position(tmp_path: Path) -> None:
+    """Fails if heads guess without the noise, or with that of another position. At this temperature the noise alone
+    decides the text."""
     model = tiny.target(5)
     heads = heads_of(published(4, own=False), model, tmp_path)
     cycles = cycle_by_cycle(Engine(model, Medusa(heads, model), 256), [1, 2, 3], 41, Sampling(temperature=1e6, seed=7))
@@ -377,7 +383,7 @@ def test_noise_of_the_right_place(tmp_path: Path) -> None:
 
 
 def test_new_heads(tmp_path: Path) -> None:
-    """Heads that do not begin as what they read, cannot be trained, or are others once saved and loaded."""
+    """Fails if new heads change the feature, cannot be trained, or differ after saving and loading."""
     heads, random = MedusaHeads(32, 3, 2), torch.Generator().manual_seed(0)
     features = torch.randn(2, 7, 32, generator=random)
     assert torch.equal(heads(features), features.expand(3, 2, 7, 32)) and heads.weight.dtype == torch.float32

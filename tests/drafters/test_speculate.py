@@ -1,4 +1,4 @@
-"""speculate.py: the text with either rule, what is drafted, and the staged chain."""
+"""drafters/speculate.py: the text with either rule, what is drafted, and the staged chain."""
 import json
 from pathlib import Path
 
@@ -30,12 +30,13 @@ def models(seed: int, apart: float = 0.05) -> tuple[Llama, Llama]:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_text_is_vanillas(seed: int) -> None:
-    """A draft token fed at another place than its own, noise of another place, a blank node accepted: alone and staged,
-    with a stop id and to the end of the context; and drafts must be accepted, or nothing is tested."""
+    """Fails if a drafted token is fed at another position, noise is of another position, or a blocked node is accepted:
+    plain and staged, with a stop id, and to the end of the context. Drafts must be accepted, or nothing is tested."""
     model, draft = models(seed)
-    ids, gained = tiny.prompt(seed, 2 + 5 * seed), []
+    ids = tiny.prompt(seed, 2 + 5 * seed)
+    gained = []
     drafters = [Speculate(draft, model, length) for length in (1, 5, 16)] + [
-        Speculate(draft, model, 8, False, Retrieval(chain), rounds) for chain, rounds in ((1, 4), (3, 4), (4, 9))]
+        Speculate(draft, model, 8, False, Retrieval(chain), forwards) for chain, forwards in ((1, 4), (3, 4), (4, 9))]
     for how in SAMPLINGS:
         wanted = sum(Engine(model, Vanilla(), 90, frozenset([3])).generate(ids, 80, how), [])
         for drafter in drafters:
@@ -47,8 +48,8 @@ def test_text_is_vanillas(seed: int) -> None:
 
 @pytest.mark.parametrize("length", [1, 5, 9])
 def test_a_draft_model_that_knows_gains_everything(length: int) -> None:
-    """A chain that is not fed to its end: after a chain accepted as a whole, its last token is missing in the draft
-    model's cache, and the next cycle drafts nonsense."""
+    """Fails if the last token of a chain that was accepted as a whole is not fed: it is missing in the draft model's
+    cache then, and the next cycle drafts nonsense."""
     model, same = tiny.pair(2, 0.3)[0], tiny.pair(2, 0.3)[0]
     for how in (Sampling(), Sampling(1.0, seed=2)):
         for rejection in (False, True):
@@ -59,12 +60,13 @@ def test_a_draft_model_that_knows_gains_everything(length: int) -> None:
 
 @pytest.mark.parametrize("how", SAMPLINGS)
 def test_chain_is_what_the_draft_model_writes(how: Sampling) -> None:
-    """Drafts of something else than the draft model's own choices, staged or not; and the staged one as long as what
-    was found in the text allows: at least one token a round."""
+    """Fails if a draft is not what the draft model itself would write, plain or staged, or if a staged chain is shorter
+    than one token a forward."""
     model, draft = models(4)
-    ids, longest = tiny.prompt(3, 30), 0
-    for retrieval, rounds, length in ((None, 5, 5), (Retrieval(3), 4, 12), (Retrieval(1), 3, 6)):
-        drafter = Speculate(draft, model, length, False, retrieval, rounds)
+    ids = tiny.prompt(3, 30)
+    most_retrieved = 0
+    for retrieval, forwards, length in ((None, 5, 5), (Retrieval(3), 4, 12), (Retrieval(1), 3, 6)):
+        drafter = Speculate(draft, model, length, False, retrieval, forwards)
         engine = Engine(model, drafter, 128)
         state = engine.prefill(ids, 60, how)
         while not state.done:
@@ -74,20 +76,21 @@ def test_chain_is_what_the_draft_model_writes(how: Sampling) -> None:
             engine.draw_noise()
             tree = drafter.propose(state)
             drafted = [t for t in tree.tokens[1:].tolist() if t >= 0]
-            assert drafted == wanted[:len(drafted)] and len(drafted) >= min(rounds, length)
+            assert drafted == wanted[:len(drafted)] and len(drafted) >= min(forwards, length)
             assert tree.tokens[0] == text[-1] and all(t < 0 for t in tree.tokens[1 + len(drafted):])
-            longest = max(longest, len(drafted) - rounds) if retrieval else longest
+            if retrieval:
+                most_retrieved = max(most_retrieved, len(drafted) - forwards)
             engine.cycle()
-    assert longest > 1, "no stage has ever helped"
+    assert most_retrieved > 1, "retrieval has never helped"
 
 
 def plain_chain(draft: Llama, text: list[int], length: int, how: Sampling) -> list[int]:
-    """By whole forwards, with the noise of each place."""
+    """The chain by forwards without a cache, with the noise of each position."""
     text, n = list(text), len(text)
-    for place in range(n, n + length):
+    for position in range(n, n + length):
         logits = tiny.logits(draft, text)[-1:]
         if how.temperature:
-            noise = gumbel_noise(torch.tensor(how.seed), torch.tensor([place]), logits.shape[1])
+            noise = gumbel_noise(torch.tensor(how.seed), torch.tensor([position]), logits.shape[1])
             logits = process(logits, how.temperature, how.top_k, how.top_p, how.min_p) + noise
         text.append(int(logits.argmax()))
     return text[n:]
@@ -96,8 +99,8 @@ def plain_chain(draft: Llama, text: list[int], length: int, how: Sampling) -> li
 @pytest.mark.parametrize("how, staged", [(Sampling(1.0), False), (Sampling(1.5, top_k=5), True),
                                          (Sampling(0.8, top_p=0.9), False)])
 def test_rejection_keeps_the_distribution(how: Sampling, staged: bool) -> None:
-    """Chi-square of three tokens in a row against the target's exact distribution, over 1,200 seeds: q taken for p, the
-    rest not subtracted, a blank node treated as rejected."""
+    """Fails if q is taken for p, q is not subtracted after a rejection, or a blocked node counts as rejected.
+    Chi-square of three tokens in a row against the target's exact distribution, over 1,200 seeds."""
     model, draft = (tiny.target(seed, vocab_size=8, num_hidden_layers=1) for seed in (0, 1))
     ids = tiny.prompt(5, 6, 8)
     drafter = Speculate(draft, model, 2, True, Retrieval(1), 1) if staged else Speculate(draft, model, 2, True)
@@ -114,7 +117,7 @@ def test_rejection_keeps_the_distribution(how: Sampling, staged: bool) -> None:
         expected.append(1200 * p)
     assert not counts, f"texts that the target never writes: {counts}"
     order = sorted(range(len(expected)), key=lambda i: -expected[i])
-    groups, total = [[0.0, 0.0]], 0.0  # joined until each group expects ten
+    groups, total = [[0.0, 0.0]], 0.0  # joined until each group expects ten texts
     for i in order:
         if groups[-1][1] >= 10:
             groups.append([0.0, 0.0])
@@ -131,7 +134,8 @@ def test_rejection_keeps_the_distribution(how: Sampling, staged: bool) -> None:
 
 @torch.no_grad()
 def test_three_streams_of_noise() -> None:
-    """One stream used for two of drafting, accepting and choosing: the choices after 32,000 nodes with one p and q."""
+    """Fails if two of drafting, accepting and resampling use the same noise: chi-square of the choices after 32,000
+    nodes that all have the same p and q."""
     model, p, q = tiny.target(0, vocab_size=6), *torch.tensor([[[2.0, 1, 0, 0, 1, -1]], [[0.0, 1, 2, 1, 0, 0]]])
     drafter, counts = Speculate(tiny.target(0, vocab_size=6), model, 16, True), torch.zeros(6)
     engine = Engine(model, drafter, 64)
@@ -147,7 +151,7 @@ def test_three_streams_of_noise() -> None:
 
 
 def texts(model: Llama, ids: list[int], length: int, how: Sampling, odds: float = 1.0) -> list[tuple[tuple, float]]:
-    """Every continuation and its probability."""
+    """Every continuation of `length` tokens and its probability."""
     if not length:
         return [((), odds)]
     p = process(tiny.logits(model, ids)[-1:], how.temperature, how.top_k, how.top_p, how.min_p).softmax(-1)[0].tolist()
@@ -156,7 +160,8 @@ def texts(model: Llama, ids: list[int], length: int, how: Sampling, odds: float 
 
 
 def test_more_is_accepted_by_rejection() -> None:
-    """With drafts that are far off, the rule of the papers accepts more than equal choices do: sum of min(p, q)."""
+    """Fails if the rejection rule does not accept more than keyed noise does, although the draft model is often wrong.
+    Its share is sum(min(p, q))."""
     model, draft = models(1, 0.5)
     cycles = [sum(len(list(Engine(model, Speculate(draft, model, 3, rejection), 400).generate([1, 2], 300, Sampling(
         1.0, seed=seed)))) for seed in range(4)) for rejection in (True, False)]
@@ -164,7 +169,7 @@ def test_more_is_accepted_by_rejection() -> None:
 
 
 def test_load(tmp_path: Path) -> None:
-    """A file without embedding whose layers land elsewhere, or whose target is another."""
+    """Fails if the layers of a file without embedding are mixed up, or another target's file is accepted."""
     model = tiny.target(0, torch.float32)
     draft = tiny.target(1, torch.float32, num_hidden_layers=1)
     rest = {k: v for k, v in draft.state_dict().items() if not k.startswith(("embed.", "lm_head."))}

@@ -49,17 +49,28 @@ def test_curve_is_what_trees_gain(seed: int, noise: float, vocab: int, stop: int
     train.save_curve(model, folder, [ids], stops, 26)
     assert counts[0][0] == text[:len(ids) + 1]
     curve, head = read_curve(folder), load_head(folder, model)
-    for i, nodes in enumerate(NODES):
-        for levels in range(1, LEVELS + 1):
-            engine, total = Engine(model, Eagle2(head, model, nodes, levels, TOPK), 64, stops), 0
-            for before, gains in counts:
-                state = engine.prefill(before[:-1], len(text) - len(before) + 1, Sampling())
-                assert state.tokens[:int(state.length)].tolist() == before
-                engine.cycle()
-                gain = int(state.length) - len(before)
-                assert gain == gains[i, levels - 1], (len(before), nodes, levels)
-                total += gain
-            assert curve[i][levels - 1] == round(total / len(counts), 3)
+    totals = torch.zeros(len(NODES), LEVELS)
+    for levels in range(1, LEVELS + 1):
+        drafter = Eagle2(head, model, NODES[-1], levels, TOPK)
+        sizes = [Eagle2(head, model, nodes, levels, TOPK).num_nodes for nodes in NODES]
+        engine = Engine(model, drafter, 64, stops)
+        for before, gains in counts:
+            state = engine.prefill(before[:-1], len(text) - len(before) + 1, Sampling())
+            assert state.tokens[:int(state.length)].tolist() == before
+            drafter.num_nodes = sizes[-1]
+            with torch.inference_mode():
+                drafter.propose(state)  # once for all sizes: the levels decide what is drafted, the nodes what is kept
+                began = state.length.clone(), state.committed.clone(), state.done.clone()
+                for i, drafter.num_nodes in enumerate(sizes):
+                    for value, was in zip((state.length, state.committed, state.done), began):
+                        value.copy_(was)
+                    tree = drafter.rerank(state)
+                    assert len(tree.tokens) == sizes[i]
+                    engine.commit(state.length - 1, tree, *engine.verify(state.length - 1, tree))
+                    gain = int(state.length) - len(before)
+                    assert gain == gains[i, levels - 1], (len(before), sizes[i], levels)
+                    totals[i, levels - 1] += gain
+    assert [[round(x / len(counts), 3) for x in row] for row in totals.tolist()] == curve
     assert len({x for row in curve for x in row}) > 5 or vocab, "trees of all sizes commit the same"
 
 
@@ -105,7 +116,7 @@ def test_profile_is_of_a_cycle(monkeypatch: pytest.MonkeyPatch) -> None:
         (int(engine.state.length), engine.state.width)) or original(engine, rows, timer))
     for slots in (2, 300, 2000):  # also contexts with less room than 512 tokens
         assert len(measure(*tiny.pair(), slots)) == 9
-    assert seen[::2] == seen[1::2] == [(2, 130), (300, 428), (512, 640)], "a text of this length reads so much of the cache"
+    assert seen[::2] == seen[1::2] == [(2, 130), (300, 428), (512, 640)], "slots that such a text reads"
 
 
 def test_too_slow(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, cache: Path) -> None:
@@ -127,7 +138,7 @@ def test_cache(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert cached_profile("b", model, head, 64) == profile and len(calls) == 2
     assert json.loads(cache.read_text()) == {"a": profile, "b": profile}
     assert os.listdir(cache.parent) == ["trees.json"] and capsys.readouterr().err == ""
-    assert fit(model, head, FLAT, 64, show=True) == (8, 1, TOPK) and len(calls) == 3, "without a key the cache is not used"
+    assert fit(model, head, FLAT, 64, show=True) == (8, 1, TOPK) and len(calls) == 3, "no key, no cache"
     assert "verify, ms" in capsys.readouterr().err
     bad = [[1.0] * 8, [1.0] * 8 + [float("nan")], [1.0] * 8 + [0.0], [1.0] * 8 + ["1"], "123456789", None, {"a": 1}]
     for damaged in [b"", b"{", b"\xff\xfe", b"[]", b"3", b"[" * 100_000,
