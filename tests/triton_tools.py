@@ -1,17 +1,34 @@
-"""Running and compiling Triton kernels without a GPU: the interpreter, and ahead of time for named GPUs."""
+"""Running and compiling Triton kernels on a machine without a GPU.
+
+The interpreter (TRITON_INTERPRET=1) runs a kernel with numpy: it shows wrong numbers, but accepts what the compiler
+refuses. Compiling ahead of time for a named GPU shows what the compiler refuses, spilled registers and too much shared
+memory, but computes nothing. So every kernel meets both. Triton chooses between them when it is imported: tests marked
+`interpreted` run in a second pytest process, which `run_interpreted` starts. To see them one by one:
+
+    TRITON_INTERPRET=1 python -m pytest tests/ops/test_linear.py
+"""
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
-from ops import linear as linear_module
-from ops.linear import Tiling as Config
+from ops.linear import linear_kernel
+from ops.tiling import Tiling
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRET, reason="runs in the interpreter: see test_in_the_interpreter")
+not_interpreted = pytest.mark.skipif(INTERPRET, reason="not in the interpreter's process")
+
+CARDS = {80: 108, 86: 82, 89: 128, 90: 132}  # architecture: multiprocessors of A100, RTX 3090, RTX 4090, H100 SXM
+SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448}  # bytes of shared memory that a program may use
+
 ROWS = (1, 2, 7, 10, 16, 33, 60, 64)
 SHAPES = {  # [N, K] of wqkv, wo, w13, w2, lm_head (and EAGLE's fc)
     "7B": [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (32000, 4096), (4096, 8192)],
@@ -19,54 +36,102 @@ SHAPES = {  # [N, K] of wqkv, wo, w13, w2, lm_head (and EAGLE's fc)
     "Llama-3-8B": [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)],
     "SmolLM2": [(960, 576), (576, 576), (3072, 576), (576, 1536), (49152, 576)],
 }
-CARDS = {(8, 0): 108, (8, 6): 82, (8, 9): 128, (9, 0): 132}  # capability: multiprocessors
-LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448}  # bytes of shared memory a program may have
 
 
-def in_child(call: str, interpret: bool, file: str) -> str:
-    """Run functions of a test file in a process of its own. A failed assertion there is one here."""
+def run_interpreted(file: str) -> None:
+    """Run the tests of `file` that are marked `interpreted`, in a pytest process where Triton interprets."""
     pytest.importorskip("triton")
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (HERE.parent, HERE, Path(file).parent)))}
-    env["TRITON_INTERPRET"] = str(int(interpret))
-    child = subprocess.run([sys.executable, "-c", f"from {Path(file).stem} import *; {call}"], text=True,
-                           capture_output=True, env=env)
-    assert child.returncode == 0, child.stdout[-2000:] + child.stderr[-4000:]
-    return child.stdout
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "triton_tools", file]
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "tests")}
+    done = subprocess.run(command, env=env, cwd=ROOT, text=True, capture_output=True)
+    summary = done.stdout.strip().splitlines()[-1:]
+    assert done.returncode == 0 and "skipped" not in summary[0], done.stdout[-8000:] + done.stderr[-4000:]
 
 
-def compile_kernel(config: Config, even: bool, cap: int, options: bool, norm: bool, dtype: str = "bf16",
-                   heads: bool = False, planes: int = 0, group: int = 0) -> tuple:
-    """-> (PTX, TTGIR, bytes spilt, bytes of shared memory, cubin). planes, group: see qlinears.Quantized.
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In the process of `run_interpreted`, which loads this file as a plugin: drop all tests but the interpreted."""
+    items[:] = [item for item in items if interpreted.mark in item.iter_markers()]
 
-    options: bias, gated and, without a norm, a residual: what is normed is never what is added to it."""
+
+def run_without_triton(code: str) -> str:
+    """Run Python code in a process where Triton cannot be imported, and return what it prints."""
+    code = "import sys; sys.modules['triton'] = None\n" + code
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+class Compiled(NamedTuple):
+    ptx: str
+    ttgir: str
+    cubin: bytes
+    spilled: int  # bytes of stack a thread: these kernels have no arrays, so all of it is spilled registers
+    shared: int  # bytes of shared memory a program
+
+
+def compile_ahead(kernel, arch: int, types: Mapping[str, str], constants: Mapping[str, Any], warps: int = 4,
+                  stages: int = 3, divisible: Collection[str] = ()) -> Compiled:
+    """Compile a kernel for architecture `arch` (90: sm_90), without a GPU.
+
+    types: Triton's type of each parameter, such as "*bf16" or "i32"; constants: the values of all constexpr parameters
+    and of those that are None, whatever `types` says of them. Pointers are divisible by 16, and so are the integers in
+    `divisible`. Nothing is found in, or left in, the cache in the home folder.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    names, pdl = linear_module.linear_kernel.arg_names, cap >= 90
-    fixed = {k: v for k, v in zip(("BM", "BN", "BK", "SK"), config)} | {
-        "GATED": options and not heads, "D": 128 if heads else 2, "KV_HEADS": 8 if heads else 0, "EVEN_K": even,
-        "STAGES": config.stages, "AHEAD": config.ahead, "PDL": pdl, "PLANES": planes, "GROUP": group,
-        "GROUPS": 128 if group else 0, "INTERPRET": False}
-    fixed |= {} if group else {"sums_ptr": None}
-    fixed |= {} if planes else dict.fromkeys(("x_scale_ptr", "w_scale_ptr"))
-    fixed |= {} if norm else {"norm_ptr": None}
-    fixed |= {} if options else {"bias_ptr": None}
-    fixed |= {} if options and not norm and not heads else {"res_ptr": None}
-    fixed |= {} if config.SK > 1 else dict.fromkeys(("partial_ptr", "count_ptr"))
-    fixed |= {} if heads else dict.fromkeys(("rope_ptr", "slot_ptr", "kv_ptr"))
-    types = {"M": "i32", "width": "i32", "K": "i32", "S": "i32", "eps": "fp32", "partial_ptr": "*fp32",
-             "count_ptr": "*i32", "slot_ptr": "*i64", "columns": "i32", "x_scale_ptr": "*fp32", "sums_ptr": "*fp32",
-             "w_scale_ptr": "*i32" if group else "*fp32"} | ({"x_ptr": "*i8", "w_ptr": "*i8"} if planes else {})
-    signature = {n: "constexpr" if n in fixed else types.get(n, "*" + dtype) for n in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names)
-               if signature[n][0] == "*" or n in ("width", "K", "columns")}
-    source = ASTSource(fn=linear_module.linear_kernel, signature=signature, attrs=aligned,
-                       constexprs={(names.index(k),): v for k, v in fixed.items()})
-    kernel = triton.compile(source, target=GPUTarget("cuda", cap, 32), options={"num_warps": config.warps})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(kernel.asm["cubin"])
-        f.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.run([tool, "-res-usage", f.name], capture_output=True, text=True, check=True).stdout
-    stack = int(re.search(r"STACK:(\d+)", usage)[1])
-    return kernel.asm["ptx"], kernel.asm["ttgir"], stack, kernel.metadata.shared, kernel.asm["cubin"]
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    aligned = [name for name in names if signature[name][0] == "*" or name in divisible]
+    source = ASTSource(fn=kernel, signature=signature,
+                       constexprs={(names.index(name),): value for name, value in constants.items()},
+                       attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned})
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", folder)
+        made = triton.compile(source, target=GPUTarget("cuda", arch, 32),
+                              options={"num_warps": warps, "num_stages": stages})
+        usage = nvidia_tool("cuobjdump", "-res-usage", made.asm["cubin"], folder)
+    spilled = int(re.search(r"STACK:(\d+)", usage)[1])
+    return Compiled(made.asm["ptx"], made.asm["ttgir"], made.asm["cubin"], spilled, made.metadata.shared)
+
+
+def nvidia_tool(name: str, option: str, cubin: bytes, folder: str) -> str:
+    """What cuobjdump or nvdisasm, which come with Triton, print about machine code."""
+    import triton
+    file = Path(folder) / "kernel.cubin"
+    file.write_bytes(cubin)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    return subprocess.run([tool, option, file], text=True, capture_output=True, check=True).stdout
+
+
+def assert_fits(made: Compiled, arch: int, what: object = "", spilled: int = 0) -> None:
+    assert made.spilled <= spilled, f"{what} spills {made.spilled} bytes on sm_{arch}"
+    assert made.shared <= SHARED[arch], f"{what} wants {made.shared} bytes of shared memory on sm_{arch}"
+
+
+def compile_linear(tiling: Tiling, even: bool, arch: int, options: bool, norm: bool, dtype: str = "bf16",
+                   heads: bool = False, planes: int = 0, group: int = 0) -> Compiled:
+    """Compile ops.linear.linear_kernel. even: BK divides K. planes, group: see ops.quantized.Quantized (0: no integers)
+
+    options: with a bias, gated and, without a norm, with a residual: what is normed is never what is added to it.
+    """
+    constants = {"BM": tiling.BM, "BN": tiling.BN, "BK": tiling.BK, "SK": tiling.SK, "STAGES": tiling.stages,
+                 "AHEAD": tiling.ahead, "PDL": arch >= 90, "EVEN_K": even, "GATED": options and not heads,
+                 "D": 128 if heads else 2, "KV_HEADS": 8 if heads else 0, "PLANES": planes, "GROUP": group,
+                 "GROUPS": 128 if group else 0, "INTERPRET": False}
+    absent = [] if group else ["sums_ptr"]
+    absent += [] if planes else ["x_scale_ptr", "w_scale_ptr"]
+    absent += [] if norm else ["norm_ptr"]
+    absent += [] if options else ["bias_ptr"]
+    absent += [] if options and not norm and not heads else ["res_ptr"]
+    absent += [] if tiling.SK > 1 else ["partial_ptr", "count_ptr"]
+    absent += [] if heads else ["rope_ptr", "slot_ptr", "kv_ptr"]
+    types = dict.fromkeys(linear_kernel.arg_names, "*" + dtype)
+    types |= dict.fromkeys(("M", "width", "K", "S", "columns"), "i32") | {"eps": "fp32"}
+    types |= dict.fromkeys(("partial_ptr", "x_scale_ptr", "sums_ptr"), "*fp32")
+    types |= {"count_ptr": "*i32", "slot_ptr": "*i64", "w_scale_ptr": "*i32" if group else "*fp32"}
+    if planes:
+        types |= {"x_ptr": "*i8", "w_ptr": "*i8"}
+    return compile_ahead(linear_kernel, arch, types, constants | dict.fromkeys(absent), tiling.warps,
+                         divisible=("width", "K", "columns"))

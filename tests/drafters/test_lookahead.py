@@ -1,12 +1,5 @@
-"""lookahead.py: a plain Python twin proposes and learns the same, and the text is the one of decoding token by token.
-
-Triton's interpreter needs a process of its own: one test runs the cases of the kernel there. They can be seen singly
-with `TRITON_INTERPRET=1 pytest tests/test_lookahead.py -k accepted`.
-"""
-import os
+"""drafters/lookahead.py against a twin in plain Python, and its text against plain decoding."""
 import random
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +8,7 @@ import torch
 from conftest import all_cores
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton_tools import interpreted, not_interpreted, run_interpreted
 
 import tree
 from draft import Vanilla
@@ -26,7 +20,6 @@ from ops.attention import tree_mask
 from sampling import Sampling
 from tree import State, Tree
 
-INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 SHAPES = [(7, 5, 7), (1, 2, 1), (5, 2, 4), (12, 3, 2), (1, 5, 4), (4, 4, 17), (15, 5, 1), (7, 9, 1)]  # W, N, G
 SAMPLINGS = [Sampling(), Sampling(temperature=0.7, top_p=0.9, seed=1), Sampling(temperature=1.0, top_k=5, seed=2**40),
              Sampling(temperature=1.5, seed=-3)]
@@ -41,7 +34,7 @@ def write(engine: Engine, ids: list[int], count: int, sampling: Sampling = Sampl
 
 
 def gained(cycles: list[list[int]]) -> float:
-    """Mean of the cycles after prefill."""
+    """Mean tokens of the cycles after prefill."""
     return sum(map(len, cycles[1:])) / len(cycles[1:])
 
 
@@ -61,7 +54,7 @@ def drafter(vocab_size: int, *shape: int) -> Lookahead:
 
 
 class Twin:
-    """Lookahead with lists: the window by level, the pool by first token, oldest first."""
+    """Lookahead with lists: the window by level, and for each first token a pool, oldest n-gram first."""
 
     def __init__(self, levels: list[list[int]], guesses: int) -> None:
         self.levels, self.guesses, self.pool = levels, guesses, {}
@@ -90,20 +83,24 @@ class Twin:
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.inference_mode()
 def test_twin(shape: tuple[int, int, int]) -> None:
-    """A level or column that is shifted wrongly, an N-gram in the pool twice or under another token, the wrong one
-    pushed out: by a newer one, by one that is there already, by several of one token at once."""
-    (window, ngram, guesses), vocab, draw = shape, 3, random.Random(str(shape))
-    ours, levels = drafter(vocab, *shape), ngram - 1
-    state, hidden = text_state([2, 0, 1]), levels * window
+    """Fails if a level or column is shifted wrongly, an n-gram is in the pool twice or under another token, or the
+    wrong one is evicted: by a newer one, by one that is there already, or by several of one token at once."""
+    window, ngram, guesses = shape
+    vocab = 3
+    draw = random.Random(str(shape))
+    ours = drafter(vocab, *shape)
+    levels = ngram - 1
+    state = text_state([2, 0, 1])
+    hidden = levels * window  # rows of the window
     ours.reset(state)
     twin = Twin(ours.window.tolist(), guesses)
     for step in range(1000):
         state.tokens[2] = newest = draw.choice(range(vocab))
         made, (row, chains) = ours.propose(state), twin.propose(newest)
         assert made.tokens[0] == newest and (~made.tokens[1:hidden]).tolist() == row[1:]
-        blank = [[-1] * levels] * (guesses - len(chains))
-        assert made.tokens[hidden:].reshape(guesses, levels).tolist() == blank + chains
-        steady = step // 50 % 2  # now and then what is chosen hardly changes
+        unused = [[-1] * levels] * (guesses - len(chains))
+        assert made.tokens[hidden:].reshape(guesses, levels).tolist() == unused + chains
+        steady = step // 50 % 2  # at times the choices hardly change
         chosen = [0 if steady and draw.random() < 0.8 else draw.choice(range(vocab)) for _ in range(ours.num_nodes)]
         ours.learn(state, made, torch.tensor(chosen))
         twin.learn(chosen[hidden - window:hidden])
@@ -117,8 +114,8 @@ def test_twin(shape: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rows(shape: tuple[int, int, int]) -> None:
-    """A row that sees the future, the other branch or another chain, or stands in another place: harmless to the text,
-    not to what is guessed. Written out row by row."""
+    """Fails if a row sees the future, the other branch or another chain, or has another position. The text would not
+    show it, only worse guesses. The expected mask is written out row by row."""
     window, ngram, guesses = shape
     ours, state = drafter(9, *shape), text_state([3, 1, 4])
     ours.reset(state)
@@ -141,7 +138,7 @@ def test_rows(shape: tuple[int, int, int]) -> None:
 
 
 def test_refuses() -> None:
-    """More rows than the mask has bits, or a shape with nothing to guess, noticed much later or never."""
+    """Fails if more rows than the mask has bits, or a shape without guesses, is accepted."""
     for shape in ((7, 5, 10), (15, 5, 7), (64, 2, 1), (0, 5, 7), (7, 5, 0), (7, 1, 7), (-9, 5, 20), (-9, -1, -7)):
         with pytest.raises(ValueError, match="Lookahead: ") as error:
             drafter(9, *shape)
@@ -150,9 +147,10 @@ def test_refuses() -> None:
 
 
 def test_reset() -> None:
-    """A window of ids that are not the prompt's, of one part of it alone, or another one each time; what is left of
-    an earlier text."""
-    ours, ids = drafter(5000, 7, 5, 7), list(range(1000, 1040))
+    """Fails if the window has ids that are not in the prompt, takes them from one part of it only, or changes each
+    time; or if something is left of an earlier text."""
+    ours = drafter(5000, 7, 5, 7)
+    ids = list(range(1000, 1040))
     ours.reset(text_state(ids))
     first = ours.window.clone()
     assert set(first.flatten().tolist()) <= set(ids) and len(first.unique()) > 14
@@ -166,7 +164,7 @@ def test_reset() -> None:
 
 
 class Unread(TorchDispatchMode):
-    """Fails where the host reads a value, or a shape depends on one."""
+    """Raises where the host reads a value, or a shape depends on one."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         assert function.__name__ not in ("_local_scalar_dense.default", "nonzero.default"), function
@@ -174,31 +172,33 @@ class Unread(TorchDispatchMode):
 
 
 def test_state_stays_on_the_device() -> None:
-    """A value that the host reads or a tensor that takes the place of another: not in a CUDA graph."""
-    ours, state = drafter(9, 7, 5, 7), text_state([3, 1, 4])
-    places = ours.window.data_ptr(), ours.pool.data_ptr()
+    """Fails if the host reads a value, or a tensor is replaced by another: neither is possible in a CUDA graph."""
+    ours = drafter(9, 7, 5, 7)
+    state = text_state([3, 1, 4])
+    addresses = ours.window.data_ptr(), ours.pool.data_ptr()
     chosen = torch.arange(56) % 9
     with pytest.raises(AssertionError, match="scalar"), Unread():
         int(chosen[0])
     with Unread():
         ours.reset(state)
         ours.learn(state, ours.propose(state), chosen)
-    assert places == (ours.window.data_ptr(), ours.pool.data_ptr())
+    assert addresses == (ours.window.data_ptr(), ours.pool.data_ptr())
 
 
 # ----- What is accepted ------------------------------------------------------------------------------------------
 
 
 def accepted_cases() -> list[tuple[Tree, Tensor, int, list[int]]]:
-    """Trees, the target's choices, the deepest that may be accepted, and what must be committed."""
-    cases, draw = [], random.Random(0)
+    """Trees, the target's choice after each row, max_depth, and the tokens that must be committed."""
+    cases = []
+    draw = random.Random(0)
     for shape in SHAPES * 4:
         ours, state, window, levels = drafter(9, *shape), text_state([3, 1, 4]), shape[0], shape[1] - 1
         ours.reset(state)
         for chain in range(draw.randint(0, shape[2])):
             ours.pool[4, -1 - chain] = torch.tensor(draw.choices((5, 6), (4, 1), k=levels))
         made = ours.propose(state)
-        shown = made.tokens ^ (made.tokens >> 63)  # a target that repeats itself would confirm these, were they drafts
+        shown = made.tokens ^ (made.tokens >> 63)  # a target that repeats itself would accept these as drafts
         following = shown.clone()
         for row in range(1, len(shown)):
             following[row] = draw.choices((5, 6, 8), (16, 3, 1))[0] if draw.random() < 0.9 else shown[row]
@@ -212,8 +212,8 @@ def accepted_cases() -> list[tuple[Tree, Tensor, int, list[int]]]:
                 out.append(int(following[row]))
             best = max(best, out, key=len)
         cases.append((made, following, levels, best))
-    blank = drafter(9, 7, 5, 7).propose(text_state([0]))  # a window of zeros, an empty pool, and zeros chosen
-    return [*cases, (blank, torch.zeros(56, dtype=torch.int64), 4, [0])]
+    empty = drafter(9, 7, 5, 7).propose(text_state([0]))  # a window of zeros, an empty pool, and zeros chosen
+    return [*cases, (empty, torch.zeros(56, dtype=torch.int64), 4, [0])]
 
 
 def check_accepted(accept_commit) -> None:
@@ -229,29 +229,27 @@ def check_accepted(accept_commit) -> None:
     assert lengths >= {1, 2, 3, 5}
 
 
-@pytest.mark.skipif(INTERPRETER, reason="the kernel's turn")
+@not_interpreted
 def test_accepted() -> None:
-    """A row of the window or an empty one taken for a draft, when the token it stands for is the target's choice; not
-    the longest of the chains."""
+    """Fails if a row of the window, or of an unused chain, is accepted because its token is the target's choice, or if
+    the longest chain is not."""
     check_accepted(tree.accept_commit)
     for made, following, levels, best in accepted_cases():
         path, count, out = tree.accept(made, following, levels)
         assert out[:count + 1].tolist() == best and (made.tokens[path] >= 0).all()
 
 
-@pytest.mark.skipif(not INTERPRETER, reason="runs in test_accepted_in_the_interpreter")
+@interpreted
 def test_accepted_by_the_kernel() -> None:
     """The same on a GPU."""
     check_accepted(tree_kernels.accept_commit)
 
 
-@pytest.mark.skipif(INTERPRETER, reason="this is that process")
-def test_accepted_in_the_interpreter() -> None:
-    """test_accepted_by_the_kernel, where Triton is interpreted."""
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "by_the_kernel", __file__]
-    made = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert made.returncode == 0 and "1 passed" in made.stdout, made.stdout[-4000:] + made.stderr[-2000:]
+@pytest.mark.slow
+@not_interpreted
+def test_in_the_interpreter() -> None:
+    """Fails if test_accepted_by_the_kernel fails, in Triton's interpreter."""
+    run_interpreted(__file__)
 
 
 # ----- The engine ------------------------------------------------------------------------------------------------
@@ -265,8 +263,8 @@ def vanilla(model: Llama, ids: list[int], count: int, sampling: Sampling = Sampl
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_equals_vanilla(shape: tuple[int, int, int], sampling: Sampling) -> None:
-    """A text that changes with the drafter: a guess accepted in another place, keys of the wrong rows kept, noise of a
-    place too deep to have any."""
+    """Fails if the text is not vanilla's: a guess is accepted at another position, keys of the wrong rows are kept, or
+    a row lies deeper than the noise reaches."""
     total = []
     for seed in range(3):
         model = tiny.pair(seed, 0.1)[0] if seed else tiny.target(seed)
@@ -278,7 +276,7 @@ def test_equals_vanilla(shape: tuple[int, int, int], sampling: Sampling) -> None
 
 
 def test_stops_and_limits() -> None:
-    """Tokens after a stop id within a chain, a limit overrun, a context overrun."""
+    """Fails if tokens follow a stop id within a chain, or the limit or the context is overrun."""
     model = tiny.pair(3, 0.0)[0]
     ids = tiny.prompt(3, 5)
     text = vanilla(model, ids, 60)
@@ -293,7 +291,7 @@ def test_stops_and_limits() -> None:
 
 
 def test_after_the_end() -> None:
-    """A text that goes on, or a failure, in the cycles that a GPU runs ahead."""
+    """Fails if a cycle after the end, as a GPU runs them ahead, changes the text or raises."""
     model, ids = tiny.pair(3, 0.0)[0], tiny.prompt(3, 5)
     engine = Engine(model, Lookahead(model), 128)
     state = engine.prefill(ids, 20, Sampling())
@@ -304,8 +302,8 @@ def test_after_the_end() -> None:
 
 
 def test_gains_on_what_repeats() -> None:
-    """Guesses that are verified in another place than they were made for, or never found again: of a text that goes
-    round in circles nearly every guess is right."""
+    """Fails if guesses are verified at another position than they were made for, or never found again: of a text that
+    repeats itself nearly every guess must be right."""
     for seed in range(4):
         model = tiny.pair(seed, 0.0)[0]  # each token depends on the last one alone
         cycles = cycle_by_cycle(Engine(model, Lookahead(model), 256), tiny.prompt(seed, 5), 200)
@@ -314,7 +312,7 @@ def test_gains_on_what_repeats() -> None:
 
 @pytest.mark.parametrize("sampling", SAMPLINGS[:2])
 def test_prompts_do_not_mix(sampling: Sampling) -> None:
-    """The pool or the window of one prompt seen in the next: the same text, other gains."""
+    """Fails if the pool or the window of one prompt is used in the next: the text would be the same, its cycles not."""
     model = tiny.pair(2, 0.1)[0]
     first, second = tiny.prompt(1, 30), tiny.prompt(2, 6)
     fresh, used = (Engine(model, Lookahead(model), 256) for _ in range(2))
@@ -329,8 +327,8 @@ def test_prompts_do_not_mix(sampling: Sampling) -> None:
 
 
 def test_demo(demo_model: Llama, demo_prompts: list[list[int]]) -> None:
-    """Whatever only a vocabulary of 49,152 shows; guesses that are worse than they could be. Over 128 tokens of eight
-    prompts it gains 1.51 a cycle, over these 1.56."""
+    """Fails if something goes wrong only with a vocabulary of 49,152, or if guesses get worse. Measured: 1.51 tokens
+    per step over 128 tokens of eight prompts, 1.56 over these."""
     engine, ids = Engine(demo_model, Lookahead(demo_model), 256), demo_prompts[3]
     with all_cores():
         cycles = cycle_by_cycle(engine, ids, 40)

@@ -1,12 +1,10 @@
-"""lookup.py: the chains against plain Python, the kernel against its twin, the text against plain decoding."""
-import os
+"""drafters/lookup.py: chains against plain Python, the kernel against its twin, the text against plain decoding."""
 import random
-import tempfile
 
 import pytest
 import tiny
 import torch
-from triton_tools import LIMIT, in_child
+from triton_tools import assert_fits, compile_ahead, interpreted, not_interpreted, run_interpreted
 
 from draft import Eagle2, Vanilla
 from drafters.lookup import CONFIDENCE, RULES, Lookup, Retrieval, retrieve_kernel
@@ -16,11 +14,11 @@ from tree import State
 
 
 def plain(text: list[int], length: int, rule: str) -> tuple[list[int], int]:
-    """The chain that a rule makes of a text, ~0 where there is none, and the length of the match."""
+    """The chain that a rule finds in a text, ~0 where there is no token, and the length of the match."""
     n, nothing = len(text), [~0] * length
     if rule == "longest":
         best, at = 0, None
-        for end in range(1, n):  # the match is text[:end]'s end; the latest of the longest wins
+        for end in range(1, n):  # the match ends before `end`; of equally long ones the latest wins
             match = 0
             while match < min(RULES[rule], end) and text[end - 1 - match] == text[n - 1 - match]:
                 match += 1
@@ -40,14 +38,15 @@ def plain(text: list[int], length: int, rule: str) -> tuple[list[int], int]:
 
 
 def state_of(text: list[int], slots: int) -> State:
-    """Behind the text lies something else."""
+    """The state after a text. Its newest token also fills the slots behind it, which must not be read."""
     tokens = torch.tensor(text + [text[-1]] * (slots + 1 - len(text)))
     return State(tokens, torch.tensor(len(text)), torch.zeros(1), torch.tensor(1), torch.tensor(False), slots)
 
 
 def texts(count: int, seed: int = 0) -> list[list[int]]:
-    """Random ones of few tokens, so that there are matches of all lengths; some repeat a passage."""
-    draw, made = random.Random(seed), []
+    """Random texts of few different tokens, so that matches of all lengths occur. Some repeat a passage."""
+    draw = random.Random(seed)
+    made = []
     for _ in range(count):
         text = [draw.randrange(draw.choice([2, 4, 9])) for _ in range(draw.randint(1, 60))]
         if draw.random() < 0.3:
@@ -59,8 +58,8 @@ def texts(count: int, seed: int = 0) -> list[list[int]]:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_chain(rule: str) -> None:
-    """The first match taken for the latest, the end matched with itself, a chain that runs past the text, a match
-    counted too long: 2,000 texts."""
+    """Fails if the first match is taken for the latest, the end of the text matches itself, a chain runs past the text,
+    or a match counts as too long. 2,000 texts."""
     seen = set()
     for i, text in enumerate(texts(2000)):
         length = 1 + i % 16
@@ -77,8 +76,9 @@ def test_chain(rule: str) -> None:
     assert len(seen) == RULES[rule] + 1, "not all lengths of a match have occurred"
 
 
-def check_kernel() -> None:
-    """In Triton's interpreter: blocks of a long text, and all rules."""
+@interpreted
+def test_kernel() -> None:
+    """Fails if the kernel finds another chain than its twin: with any rule, and in texts of several blocks."""
     long = [random.Random(5).randrange(3) for _ in range(2500)]
     for rule in RULES:
         for text in [*texts(25, 7), long, long[:1024], long[:1025], long[:1], [1, 1]]:
@@ -90,34 +90,26 @@ def check_kernel() -> None:
                 assert all(map(torch.equal, *made)), (rule, text, length)
 
 
-def test_kernel() -> None:
-    in_child("check_kernel()", True, __file__)
+@pytest.mark.slow
+@not_interpreted
+def test_in_the_interpreter() -> None:
+    """Fails if test_kernel fails, in Triton's interpreter."""
+    run_interpreted(__file__)
 
 
-def check_compiles() -> None:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    for cap in (86, 89, 90):
-        for rule, scored in (("longest", True), ("pld", False)):
-            types = {"text": "*i64", "length": "*i64", "tokens": "*i64", "scores": "*fp32", "table": "*fp32"}
-            fixed = {"K": 10, "MAX_MATCH": RULES[rule], "LATEST_MATCH": rule == "longest", "WHOLE_CHAIN": rule == "pld",
-                     "BLOCK": 1024, "PDL": cap >= 90} | ({} if scored else {"scores": None})
-            names = retrieve_kernel.arg_names
-            signature = {n: "constexpr" if n in fixed else types[n] for n in names}
-            source = ASTSource(fn=retrieve_kernel, signature=signature, constexprs={
-                (names.index(n),): value for n, value in fixed.items()})
-            kernel = triton.compile(source, target=GPUTarget("cuda", cap, 32), options={"num_warps": 8})
-            assert kernel.metadata.shared <= LIMIT[cap]
-
-
-def test_compiles() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["TRITON_CACHE_DIR"] = folder
-        try:
-            in_child("check_compiles()", False, __file__)
-        finally:
-            del os.environ["TRITON_CACHE_DIR"]
+@pytest.mark.slow
+@not_interpreted
+@pytest.mark.parametrize("arch", [86, 89, 90])
+def test_compiles(arch: int) -> None:
+    """Fails if the kernel does not compile for a GPU, spills, or wants too much shared memory."""
+    pytest.importorskip("triton")
+    types = {"text": "*i64", "length": "*i64", "tokens": "*i64", "scores": "*fp32", "table": "*fp32"}
+    for rule in ("longest", "pld"):
+        constants = {"K": 10, "MAX_MATCH": RULES[rule], "LATEST_MATCH": rule == "longest", "WHOLE_CHAIN": rule == "pld",
+                     "BLOCK": 1024, "PDL": arch >= 90}
+        if rule == "pld":
+            constants["scores"] = None
+        assert_fits(compile_ahead(retrieve_kernel, arch, types, constants, warps=8), arch, rule)
 
 
 SAMPLINGS = [Sampling(), Sampling(0.8, top_p=0.9, seed=4), Sampling(1.0, seed=-3)]
@@ -125,8 +117,8 @@ SAMPLINGS = [Sampling(), Sampling(0.8, top_p=0.9, seed=4), Sampling(1.0, seed=-3
 
 @pytest.mark.parametrize("seed", range(6))
 def test_text_is_vanillas(seed: int) -> None:
-    """A blank node accepted, a chain at the wrong depth, a retrieved node kept without its parent: alone, and among
-    EAGLE-2's candidates in trees of all sizes, with a stop id and at the end of the context."""
+    """Fails if a blocked node is accepted, a chain has the wrong depth, or a retrieved node is kept without its parent:
+    alone, and among EAGLE-2's candidates in trees of all sizes, with a stop id and at the end of the context."""
     model, head = tiny.pair(seed, [0.03, 0.1, 0.3][seed % 3])
     ids = tiny.prompt(seed, 4 + 3 * seed)
     shapes = [(8, 3, 3), (2, 1, 1), (64, 8, 10), (20, 2, 5)]
@@ -139,16 +131,17 @@ def test_text_is_vanillas(seed: int) -> None:
 
 
 def test_a_text_that_repeats_itself_is_drafted_in_full() -> None:
-    """A chain that stops where the text ends, or begins a place off: what repeats gains all of it and one more."""
+    """Fails if a chain stops where the text ends, or starts one position off: a text that repeats itself must gain the
+    whole chain and the bonus token."""
     model, ids = tiny.target(5), tiny.prompt(1, 6)
-    model.layers = model.layers[:0]  # the next token depends on the last one alone: a cycle within 24 tokens
+    model.layers = model.layers[:0]  # the next token depends on the last one only: it repeats within 24 tokens
     cycles = [len(new) for new in Engine(model, Lookup(length=10), 300).generate(ids, 200)]
     assert cycles[-5:-1] == [11] * 4 and sum(cycles) == 200
 
 
 def test_retrieval_helps_eagle2_where_the_text_repeats_itself() -> None:
-    """Retrieved candidates that are never verified, or that push out better ones: on a text that comes back, far fewer
-    cycles, with the same number of nodes."""
+    """Fails if retrieved candidates are never verified, or push out better ones: on a text that repeats itself, the
+    same number of nodes must need far fewer cycles."""
     model, head = tiny.pair(3, 0.3)
     model.layers, head = model.layers[:0], tiny.head(model)  # a head that knows nothing
     counts = [len(list(Engine(model, Eagle2(head, model, 8, 3, 3, retrieval), 300).generate(tiny.prompt(2, 6), 200)))
@@ -157,6 +150,7 @@ def test_retrieval_helps_eagle2_where_the_text_repeats_itself() -> None:
 
 
 def test_bad_sizes() -> None:
+    """Fails if a chain of an impossible length, or an unknown rule, is accepted."""
     for bad in ({"length": 0}, {"length": 17}, {"length": 3, "rule": "none"}):
         with pytest.raises(ValueError, match="chain"):
             Retrieval(**bad)

@@ -1,89 +1,80 @@
-"""tree_kernels.py without a GPU: Triton's interpreter against tree.py, draft.py and generate.py, and its compiler.
-
-The interpreter accepts what the compiler refuses and the compiler computes nothing, so each kernel meets both. They
-exclude one another in one process: one test runs this file again in the interpreter, another as a script, which
-compiles what the launchers launch for three GPUs. `TRITON_INTERPRET=1 pytest tests/test_tree_kernels.py` shows the
-interpreter's cases singly.
-"""
-import json
-import os
-import re
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
-
+"""ops/tree.py and ops/topk.py without a GPU: Triton's interpreter against tree.py, draft.py and sampling.py, and
+Triton's compiler (tests/triton_tools.py)."""
+import pytest
+import tiny
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
+from triton_tools import assert_fits, compile_ahead, interpreted, not_interpreted, run_interpreted, run_without_triton
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import sampling
 import tree
-from ops import tree as tree_kernels
-
-if __name__ != "__main__":
-    import pytest
-    import tiny
-    from hypothesis import example, given, settings
-    from hypothesis import strategies as st
 from draft import Eagle2
 from drafters.eagle1 import Eagle1
 from engine import Engine
-from ops.tree import accept_commit, argmax, catch_up, compact, grow, gumbel_noise, rerank, top_children
+from ops import topk
+from ops import tree as tree_kernels
+from ops.topk import argmax, top_children
+from ops.tree import accept_commit, catch_up, compact, grow, gumbel_noise, rerank
 from tree import Candidates, Level, State, Tree, accept, best_first, build_tree, start_tree
 
-INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 CPU = torch.device("cpu")
-SHARED = {86: 101376, 89: 101376, 90: 232448}  # bytes of shared memory a block may have
 
 
-def compile_launches() -> list[dict]:
-    """Call every launcher with kernels that compile what they are launched with instead of running it."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    results, tools = [], Path(triton.__file__).parent / "backends/nvidia/bin"
-    types = {torch.int64: "*i64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+# ----- The compiler ------------------------------------------------------------------------------------------------
+
+
+class Compiling:
+    """Takes the place of a kernel: a launch compiles it for three GPUs, the way it is launched, and does not run it."""
+    TYPES = {torch.int64: "*i64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
              torch.bool: "*i1"}
 
-    def compile_for(kernel, gpu: int, args: tuple, num_warps: int = 4, **_) -> None:
-        args = *args, gpu >= 90  # PDL
-        signature, constants, attributes = {}, {}, {}
-        for i, (parameter, value) in enumerate(zip(kernel.params, args, strict=True)):
-            pointer = isinstance(value, Tensor)
-            one = not pointer and value == 1 and not parameter.do_not_specialize
-            if parameter.is_constexpr or value is None or one:
-                signature[parameter.name], constants[i,] = "constexpr", value
-                continue
-            signature[parameter.name] = types[value.dtype] if pointer else "i32"
-            if pointer or (value % 16 == 0 and not parameter.do_not_specialize):
-                attributes[i,] = [["tt.divisibility", 16]]
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-        made = triton.compile(source, target=GPUTarget("cuda", gpu, 32), options={"num_warps": num_warps})
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(made.asm["cubin"])
-            file.flush()
-            usage = subprocess.run([tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True)
-        registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout).groups()
-        results.append({"kernel": kernel.__name__, "gpu": gpu, "registers": int(registers), "stack": int(stack),
-                        "shared": made.metadata.shared, "constants": str(constants)})
+    def __init__(self, kernel) -> None:
+        self.kernel = kernel
+        self.compiled = set()
 
-    class Compiled:
-        def __init__(self, kernel) -> None:
-            self.kernel = kernel
+    def __getitem__(self, grid: tuple):
+        return self.launch
 
-        def __getitem__(self, grid: tuple):
-            return lambda *args, **options: [compile_for(self.kernel, gpu, args, **options) for gpu in SHARED]
+    def launch(self, *args, num_warps: int = 4, **_) -> None:
+        types, constants, divisible = {}, {}, []
+        for parameter, value in zip(self.kernel.params, (*args, None), strict=True):  # the last one is PDL
+            name, specialized = parameter.name, not parameter.do_not_specialize
+            if isinstance(value, Tensor):
+                types[name] = self.TYPES[value.dtype]
+            elif parameter.is_constexpr or value is None or (value == 1 and specialized):
+                constants[name] = value
+            else:
+                types[name] = "i32"
+                if value % 16 == 0 and specialized:
+                    divisible.append(name)
+        launch = str((types, constants, divisible, num_warps))
+        if launch in self.compiled:
+            return
+        self.compiled.add(launch)
+        for arch in (86, 89, 90):
+            made = compile_ahead(self.kernel, arch, types, constants | {"PDL": arch >= 90}, num_warps,
+                                 divisible=divisible)
+            assert_fits(made, arch, (self.kernel.__name__, launch))
 
-    for name in [name for name in vars(tree_kernels) if name.endswith("_kernel")]:
-        setattr(tree_kernels, name, Compiled(getattr(tree_kernels, name)))
+
+@pytest.mark.slow
+@not_interpreted
+def test_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a kernel does not compile as it is launched, spills, or wants too much shared memory."""
+    pytest.importorskip("triton")
+    kernels = {}
+    for module in (topk, tree_kernels):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            kernels[name] = Compiling(getattr(module, name))
+            monkeypatch.setattr(module, name, kernels[name])
     launch_all()
-    return results
+    assert len(kernels) == 8 and all(kernel.compiled for kernel in kernels.values())
 
 
 def launch_all() -> None:
-    """Every launcher, in the shapes it is used with: Llama-2's, Llama-3's and a chain."""
+    """Call every launcher with the shapes it is used with: Llama-2's, Llama-3's and a chain's."""
     count = torch.tensor(0)
     state = State(torch.zeros(100, dtype=torch.int64), count, torch.zeros(1), count, count > 0, 0)
     for vocab, k, depth, nodes, dtype in ((32000, 10, 6, 60, torch.bfloat16), (128256, 10, 6, 64, torch.float16),
@@ -105,44 +96,23 @@ def launch_all() -> None:
         catch_up(state, depth + 1, torch.zeros(2, (depth - 1) * k, dtype=torch.int64))
 
 
-if __name__ == "__main__":
-    print(json.dumps(compile_launches()))
-    sys.exit()
-
-
-def run(*command: str, interpret: bool = False) -> str:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
-    made = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
-    assert made.returncode == 0, made.stdout[-8000:] + made.stderr[-3000:]
-    return made.stdout
-
-
-def test_compiles() -> None:
-    """What only the interpreter accepts; spilled registers; more shared memory than an RTX 3090 has."""
-    results = json.loads(run(__file__).splitlines()[-1])
-    assert {r["kernel"] for r in results} == {n for n in vars(tree_kernels) if n.endswith("_kernel")}
-    for result in results:
-        assert result["stack"] == 0 and result["shared"] <= SHARED[result["gpu"]], result
-
-
 def test_imports_without_triton() -> None:
-    """A machine without a GPU that cannot even start."""
-    folder = str(Path(tree_kernels.__file__).parents[1])
-    run("-c", f"import sys; sys.modules['triton'] = None; sys.path.insert(0, {folder!r}); import tree_kernels")
+    """Fails if importing needs Triton: then a machine without a GPU could not even start."""
+    run_without_triton("import ops.tree")
 
 
-@pytest.mark.skipif(INTERPRETER, reason="this is that process")
+# ----- The interpreter ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@not_interpreted
 def test_in_the_interpreter() -> None:
-    """Everything below."""
-    run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not compiles", __file__, interpret=True)
-
-
-interpreted = pytest.mark.skipif(not INTERPRETER, reason="runs in test_in_the_interpreter")
+    """Fails if one of the tests below fails."""
+    run_interpreted(__file__)
 
 
 def rows(kind: str, n: int, vocab: int, seed: int = 0) -> Tensor:
-    """Logits [n, vocab] with something wrong with them."""
+    """Logits [n, vocab], random or of a difficult kind."""
     random = torch.Generator().manual_seed(seed)
     x = 4 * torch.randn(n, vocab, generator=random)
     if kind == "ties":
@@ -160,8 +130,8 @@ def rows(kind: str, n: int, vocab: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["random", "ties", "excluded", "certain", "negative"])
 def test_top_children(kind: str, dtype: torch.dtype) -> None:
-    """A tie to the higher id, a token of the padding, the last block or the last row forgotten, a sum without its
-    block's peak, log p above 0 or nan where whole blocks are excluded."""
+    """Fails if a tie goes to the higher id, if a token of the padding wins, if the last block or row is forgotten, if a
+    block's sum is not scaled by its peak, or if log p is above 0, or NaN where whole blocks are excluded."""
     for n, vocab, k in ((1, 3000, 10), (5, 1025, 3), (16, 12, 10), (2, 1024, 1), (1, 1, 1)):
         logits = rows(kind, n, vocab).to(dtype)
         tokens, log_p = top_children(logits, k)
@@ -174,7 +144,7 @@ def test_top_children(kind: str, dtype: torch.dtype) -> None:
 
 @interpreted
 def test_top_children_of_a_view() -> None:
-    """Rows taken to be next to each other though the logits are columns of a padded matrix."""
+    """Fails if rows are taken for contiguous though the logits are columns of a wider matrix."""
     logits = rows("random", 3, 1100)
     assert torch.equal(top_children(logits[:, :1050], 4)[0], top_children(logits[:, :1050].contiguous(), 4)[0])
 
@@ -182,7 +152,7 @@ def test_top_children_of_a_view() -> None:
 @interpreted
 @pytest.mark.parametrize("kind", ["random", "ties", "excluded"])
 def test_argmax(kind: str) -> None:
-    """As above, for verification."""
+    """Fails like test_top_children, with the shapes of verification."""
     for n, vocab in ((1, 1), (2, 2049), (64, 40), (3, 5000)):
         logits = rows(kind, n, vocab).bfloat16()
         assert torch.equal(argmax(logits), logits.float().sort(descending=True, stable=True).indices[:, 0])
@@ -198,8 +168,9 @@ def bit_rows(bits: Tensor, width: int) -> Tensor:
 @pytest.mark.parametrize("kind, k, levels", [("random", 1, 8), ("certain", 2, 4), ("excluded", 7, 3), ("ties", 10, 8),
                                              ("random", 10, 2)])
 def test_grow(kind: str, k: int, levels: int) -> None:
-    """Children under another row's score, candidates at another level's place, the frontier unstable at a tie, masks
-    across the border of the two words. The log-probabilities are top_children's: all the rest must be equal."""
+    """Fails if children get another row's score, if candidates are stored at another level's place, if the next level
+    is chosen differently at a tie, or if masks are wrong across the border of the two words. The log-probabilities are
+    top_children's, so everything must be equal."""
     level, candidates = start_tree(k, levels, CPU)
     parents, seen, used = level.index, torch.zeros(1, 8 * k, dtype=torch.bool), 0
     for depth in range(levels):
@@ -225,7 +196,7 @@ def test_grow(kind: str, k: int, levels: int) -> None:
 
 @interpreted
 def test_grow_where_children_are_impossible() -> None:
-    """-inf scores: all tie, and nan or an index out of range must not come of adding to them."""
+    """Fails if scores of -inf, which all tie, lead to NaN or to an index out of range."""
     _, candidates = start_tree(3, 3, CPU)
     level = Level(torch.zeros(3, dtype=torch.int64), torch.tensor([-1.0, -torch.inf, -torch.inf]), torch.arange(3),
                   torch.arange(3), torch.zeros(3, 2, dtype=torch.int64))
@@ -245,7 +216,8 @@ def text_state(tokens: list[int], slots: int = 100, done: bool = False) -> State
 @given(st.data())
 @settings(max_examples=15)
 def test_rerank(data) -> None:
-    """An unstable choice, a parent's number off by the root, depth or bits wrong at the deepest level, padding kept."""
+    """Fails if a tie is decided differently, if a parent's number is off by one, if depth or ancestors are wrong at the
+    deepest level, or if padding is kept."""
     k, max_depth = data.draw(st.sampled_from([(1, 1), (1, 8), (2, 3), (3, 8), (10, 1), (10, 3), (10, 8)]))
     random = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
     step = data.draw(st.sampled_from([0.0, 0.5, 5.0, torch.inf]))
@@ -285,8 +257,8 @@ def trees(draw: st.DrawFn) -> tuple[list[int], list[int]]:
 @example((list(range(64)), STAR), None)
 @settings(max_examples=120)
 def test_accept_commit(drawn: tuple[list[int], list[int]], data) -> None:
-    """Bit 63, the bonus token of another node, a stop id inside the path, the limit in the middle of it, both at
-    once, a cycle after the end that changes anything."""
+    """Fails if bit 63 is lost, if the bonus token is another node's, if a stop id inside the path, the limit in the
+    middle of it, or both at once are overlooked, or if a cycle after the end changes anything."""
     draw = (lambda strategy: data.draw(strategy)) if data else None
     tokens, parents = drawn
     depths = build_tree(torch.tensor(tokens), torch.tensor(parents), 63).depth
@@ -304,7 +276,7 @@ def test_accept_commit(drawn: tuple[list[int], list[int]], data) -> None:
     assert torch.equal(path, accept(made, torch.tensor(next_tokens), max_depth)[0])
     tree.accept_commit(made, torch.tensor(next_tokens), theirs, stop_ids, limit, max_depth, expected_report)
     if done:
-        theirs.tokens = text_state([5, 6, tokens[0]]).tokens  # PyTorch's writes past the end, where nobody reads
+        theirs.tokens = text_state([5, 6, tokens[0]]).tokens  # the twin writes past the end, where nothing is read
     for name in ("tokens", "length", "committed", "done"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
         assert getattr(ours, name).dtype == getattr(theirs, name).dtype
@@ -315,7 +287,8 @@ def test_accept_commit(drawn: tuple[list[int], list[int]], data) -> None:
 @pytest.mark.parametrize("size", [4, 5])
 @pytest.mark.parametrize("path", [[0], [0, 0, 0], [0, 1, 2], [0, 2, 3, 5, 9, 9, 9, 9, 9], [0, 60, 61, 62, 63]])
 def test_compact(path: list[int], size: int) -> None:
-    """A row overwritten before it was read, a head or layer left out, the padding of the head dimension."""
+    """Fails if a row is overwritten before it is read, if a head or layer is left out, or if the padding of the head
+    dimension is moved too."""
     kv, features, base = torch.randn(3, 2, 1, 2, 80, size), torch.randn(64, 11), torch.tensor(7)
     expected, path = kv.clone(), torch.tensor(path)
     expected.index_copy_(4, base + torch.arange(len(path)), kv.index_select(4, base + path))
@@ -328,25 +301,26 @@ def test_compact(path: list[int], size: int) -> None:
 @interpreted
 @pytest.mark.parametrize("seed", [0, -1, 2**31, 2**32 + 1, 2**63 - 1, -2**63])
 def test_gumbel_noise(seed: int) -> None:
-    """Another noise on a GPU than what the tests of sampling.py are about: a signed shift, a tail cut off."""
-    places = torch.tensor([0, 7, 2**31 + 5])
-    noise = gumbel_noise(torch.tensor(seed), places, 3000)
-    torch.testing.assert_close(noise, sampling.gumbel_noise(torch.tensor(seed), places, 3000), rtol=1e-5, atol=1e-5)
+    """Fails if a GPU's noise is another than the one that the tests of sampling.py check: by a signed shift, or a tail
+    cut off."""
+    positions = torch.tensor([0, 7, 2**31 + 5])
+    noise = gumbel_noise(torch.tensor(seed), positions, 3000)
+    torch.testing.assert_close(noise, sampling.gumbel_noise(torch.tensor(seed), positions, 3000), rtol=1e-5, atol=1e-5)
 
 
 @interpreted
 def test_best_of_some_tokens() -> None:
-    """A place in the draft's vocabulary taken for a token."""
+    """Fails if an index into the head's vocabulary is taken for a token."""
     logits, ids = rows("random", 5, 1100), torch.randperm(5000)[:1100].sort().values
     noise = torch.randn(5000)
-    for given, shifted in ((None, logits), (noise, logits + noise[ids])):
-        assert torch.equal(tree_kernels.best_tokens(logits, 4, ids, given), tree.best_tokens(logits, 4, ids, given))
-        assert torch.equal(tree.best_tokens(logits, 4, ids, given), ids[shifted.topk(4).indices])
+    for added, shifted in ((None, logits), (noise, logits + noise[ids])):
+        assert torch.equal(tree_kernels.best_tokens(logits, 4, ids, added), tree.best_tokens(logits, 4, ids, added))
+        assert torch.equal(tree.best_tokens(logits, 4, ids, added), ids[shifted.topk(4).indices])
         trees = []
-        for steps in (tree, tree_kernels):
+        for ops in (tree, tree_kernels):
             level, candidates = start_tree(4, 2, CPU)
-            level = steps.grow(logits[:1], level, candidates, 0, 4, ids, given)
-            trees.append((steps.grow(logits[1:], level, candidates, 1, 4, ids, given).tokens, candidates.tokens))
+            level = ops.grow(logits[:1], level, candidates, 0, 4, ids, added)
+            trees.append((ops.grow(logits[1:], level, candidates, 1, 4, ids, added).tokens, candidates.tokens))
         for ours, theirs in zip(*trees, strict=True):
             assert torch.equal(ours, theirs) and torch.isin(ours, ids).all()
     every = rows("random", 5, 5000)  # of all tokens: noise needs no list
@@ -355,27 +329,27 @@ def test_best_of_some_tokens() -> None:
 
 @interpreted
 def test_catch_up() -> None:
-    """A place or a token off by one, a slot of another tree's node."""
+    """Fails if a position or a token is off by one, or a slot is that of another node."""
     random = torch.Generator().manual_seed(0)
     for n, fed in ((1, 0), (7, 3), (9, 50)):
         length, committed = torch.tensor(60 - n), torch.tensor(max(1, n - 2))
         state = State(torch.randint(99, (61,), generator=random), length, torch.zeros(1), committed, length > 99, 0)
-        where = torch.randint(40, (2, fed), generator=random)
+        scratch = torch.randint(40, (2, fed), generator=random)
         first = int(length - committed) - 1
         wanted = (state.tokens[first + 1:first + 1 + n], torch.arange(first, first + n), committed[None] - 1,
-                  length + where)
+                  length + scratch)
         for step in (tree.catch_up, catch_up):
-            for ours, theirs in zip(step(state, n, where), wanted, strict=True):
+            for ours, theirs in zip(step(state, n, scratch), wanted, strict=True):
                 assert torch.equal(ours, theirs)
 
 
 class FusedEagle2(Eagle2):
-    """Eagle2 whose tree is grown by the kernels, and compared with what tree.py grows."""
+    """An Eagle2 that grows each tree with tree.py and with the kernels, and compares them."""
     trees = 0
 
     def propose(self, state: State) -> Tree:
         made = []
-        for self.steps in (tree, tree_kernels):
+        for self.tree_ops in (tree, tree_kernels):
             made.append(super().propose(state))
         for ours, theirs in zip(*made, strict=True):
             assert torch.equal(ours, theirs)
@@ -386,7 +360,7 @@ class FusedEagle2(Eagle2):
 @interpreted
 @pytest.mark.parametrize("shape", [(2, 1, 1), (9, 8, 1), (12, 3, 3), (64, 6, 10)])
 def test_cycle(shape: tuple[int, int, int]) -> None:
-    """The kernels put together in the wrong order, or one's output read as another thing: same trees, same text."""
+    """Fails if the kernels do not fit together: they must give the same trees and the same text as tree.py."""
     model, head = tiny.pair()
     ids, stop = tiny.prompt(0, 9), frozenset([7])
     expected = list(Engine(model, Eagle2(head, model, *shape), 128, stop).generate(ids, 5))
@@ -399,7 +373,7 @@ def test_cycle(shape: tuple[int, int, int]) -> None:
 
 @interpreted
 def test_cycle_of_eagle1() -> None:
-    """The fixed tree gives the kernels what they can read: the same drafts, so the same cycles."""
+    """Fails if the kernels cannot read what the fixed tree gives them: the cycles must be the same."""
     model, head = tiny.pair(noise=0.05)
     engines = [Engine(model, Eagle1(head, model), 128) for _ in range(2)]
     engines[1].tree_ops = engines[1].drafter.tree_ops = tree_kernels
