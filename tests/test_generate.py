@@ -19,19 +19,23 @@ from app import answer, options
 from drafters import methods, tree_size
 from sampling import Sampling
 
-HEADS = ROOT / "heads/SmolLM2-135M-Instruct"
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint with all that generate.py can load."""
+    return tiny.save_everything(tmp_path_factory.mktemp("generate") / "everything")
 
 
 @pytest.fixture
-def copy(demo: Path, tmp_path: Path) -> Path:
-    """The demo folder with links for files, so that a test may break any of them."""
+def copy(everything: Path, tmp_path: Path) -> Path:
+    """The tiny checkpoint with links for files, so that a test may break any of them."""
     folder = tmp_path / "copy"
-    shutil.copytree(demo, folder, copy_function=lambda a, b: Path(b).symlink_to(Path(a).resolve()))
+    shutil.copytree(everything, folder, copy_function=lambda a, b: Path(b).symlink_to(Path(a).resolve()))
     return folder
 
 
 def test_compare_json(call, demo: Path) -> None:
-    """Guards the documented JSON, and that streamed text, decoded tokens and counts are about the same run."""
+    """Fails if a key of the documented JSON is missing, or if streamed text, decoded tokens and counts do not agree."""
     code, out, err = call("--checkpoint", demo, "--eagle2", "--compare", "--json", "--prompt", "Name three colours.",
                           "--max_new_tokens", 24, "--dtype", "float32", "--device", "cpu")
     assert code == 0
@@ -48,7 +52,7 @@ def test_compare_json(call, demo: Path) -> None:
 
 
 def test_readme(call, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """README's Python that no longer runs, or says something else than the command line does."""
+    """Fails if README's Python no longer runs, or prints something else than the command line does."""
     snippet = (ROOT / "README.md").read_text(encoding="utf-8").partition("### From Python")[2]
     snippet = snippet.partition("```python\n")[2].partition("```")[0]
     folder = tmp_path / DEMO.relative_to(ROOT)
@@ -64,7 +68,7 @@ def test_readme(call, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_sampled_text_does_not_depend_on_the_drafter(call, demo: Path) -> None:
-    """Guards the promise of --seed: same seed, same text, whatever drafts; another seed, another text."""
+    """Fails if the text of a seed depends on the drafter, or not on the seed."""
     words = ("--checkpoint", demo, "--prompt", "Tell me a joke.", "--max_new_tokens", 16, "--dtype", "float32",
              "--temperature", 1, "--device", "cpu")
     texts = [call(*words, *more)[1] for more in (["--seed", 7], ["--seed", 7, "--eagle"], ["--seed", 7, "--eagle2"],
@@ -73,8 +77,8 @@ def test_sampled_text_does_not_depend_on_the_drafter(call, demo: Path) -> None:
 
 
 def test_stop(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Guards --stop: the text before it alone is shown, whoever drafts ends at the same token, and the cycle that it
-    stands in is counted as far as it counts."""
+    """Fails if --stop shows more than the text before it, if another drafter ends at another token, or if the last
+    cycle's tokens after it are counted."""
     words = ["--checkpoint", str(tiny.save_everything(tmp_path / "x")), "--device", "cpu", "--dtype", "float32",
              "--max_seq_len", "128", "--prompt", "Count", "--stop", "never", "--stop", "ever"]
     args = generate.parse_args([*words, "--eagle2", "--draft_vocab", "0"])
@@ -101,7 +105,7 @@ def test_stop(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 
 def test_nobody_reads_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """A traceback behind `| head`, or on Ctrl-C."""
+    """Fails if there is a traceback behind `| head`, or on Ctrl-C."""
     folder, pipe = tiny.save_everything(tmp_path / "x"), subprocess.PIPE
     words = ["generate.py", "--checkpoint", str(folder), "--device", "cpu", "--prompt", "x"]
     run = subprocess.Popen([sys.executable, *words, "--json"], cwd=ROOT, stdout=pipe, stderr=pipe)
@@ -118,7 +122,7 @@ def test_nobody_reads_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_context_is_filled_and_named(call, demo: Path) -> None:
-    """Guards generation past the context: it must write what fits and say that the context ended it."""
+    """Fails if a full context is an error, is left partly unused, or is not named as what ended the text."""
     code, out, _ = call("--checkpoint", demo, "--raw", "--prompt", "One two three four", "--max_seq_len", 12,
                         "--eagle2", "--json", "--device", "cpu")
     result = json.loads(out.splitlines()[-1])
@@ -126,13 +130,14 @@ def test_context_is_filled_and_named(call, demo: Path) -> None:
     assert result["prompt_tokens"] + result["new_tokens"] == 12
 
 
-def test_prompt_from_file_and_stdin(call, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards @FILE and -: the same text must reach the model by all three ways."""
+def test_prompt_from_file_and_stdin(call, everything: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if another text reaches the model by @FILE or - than by --prompt."""
     (tmp_path / "p.txt").write_text("Hello there", encoding="utf-8")
-    words = ("--checkpoint", demo, "--max_new_tokens", 3, "--device", "cpu", "--prompt")
+    words = ("--checkpoint", everything, "--max_new_tokens", 20, "--device", "cpu", "--prompt")
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello there"))
     outs = {call(*words, source)[1] for source in ("Hello there", f"@{tmp_path}/p.txt", "-")}
     assert len(outs) == 1 and outs != {""}
+    assert call(*words, "Hello where")[1] not in outs
 
 
 @pytest.mark.parametrize("words, message", [
@@ -150,8 +155,8 @@ def test_prompt_from_file_and_stdin(call, demo: Path, tmp_path: Path, monkeypatc
     (["--prompt", "x", "--eagle2", "--chain", "9"], "--chain"),
     (["--prompt", "x", "--lookup", "--chain", "0"], "1 to 16"),
     (["--prompt", "x", "--eagle2", "--lookup", "--chain", "0"], "1 to 16"),
-    (["--prompt", "x", "--speculate", HEADS / "draft_model", "--chain", "0"], "1 to 16"),
-    (["--prompt", "x", "--speculate", HEADS / "draft_model", "--lookup", "--chain", "0"], "1 to 16"),
+    (["--prompt", "x", "--speculate", "DRAFT", "--chain", "0"], "1 to 16"),
+    (["--prompt", "x", "--speculate", "DRAFT", "--lookup", "--chain", "0"], "1 to 16"),
     (["--prompt", "x", "--lookahead", "--window", "0", "0", "0"], "at least 1"),
     (["--prompt", "x", "--max_seq_len", "0"], "--max_seq_len must be 2 to"),
     (["--prompt", "x", "--max_seq_len", "1"], "--max_seq_len must be 2 to"),
@@ -193,18 +198,19 @@ def test_prompt_from_file_and_stdin(call, demo: Path, tmp_path: Path, monkeypatc
     (["--prompt", "x", "--eagle2", "--draft_vocab", "99999999"], "draft_vocab.json"),
     (["--prompt", "x", "--eagle2", "--draft", "/no/such/head"], "/no/such/head"),
 ])
-def test_bad_flags(words: list[str], message: str, call, demo: Path) -> None:
+def test_bad_flags(words: list[str], message: str, call, everything: Path) -> None:
     """Fails if a command line that makes no sense ends in a traceback, in more than one line of error, or in a guess:
     0, say, taken for an option that was not given."""
-    code, out, err = call("--checkpoint", demo, "--device", "cpu", *words)
+    words = [everything / "draft" if word == "DRAFT" else word for word in words]
+    code, out, err = call("--checkpoint", everything, "--device", "cpu", *words)
     *usage, error = err.splitlines()
     assert code == 2 and message in error and "error: " in error and out == ""
     assert all(line.startswith(("usage: ", " ")) for line in usage)
 
 
 def test_tree_that_fits(call, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards --draft_tokens auto: a head without a curve refused in one line, the table shown on request alone, the
-    measurement kept for the next run, and the tree that is drafted the one that was chosen."""
+    """Fails if --draft_tokens auto does not refuse a head without a curve in one line, shows its table unasked, is
+    measured again in the next run, or drafts another tree than the chosen one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     words = ("--checkpoint", copy, "--device", "cpu", "--prompt", "x", "--eagle2", "--max_new_tokens", 4, "--json")
     curve = copy / "eagle/acceptance.json"
@@ -233,7 +239,8 @@ def test_tree_that_fits(call, copy: Path, tmp_path: Path, monkeypatch: pytest.Mo
     (("--draft_topk", "4"), False, (8, 3, 4)), (("--draft_depth", "0"), False, (8, 0, 3)),
     (("--draft_tokens", "0"), True, (0, 6, 10)), (("--no_compile",), True, methods.GPU_TREE)])
 def test_which_tree(words: tuple, cuda: bool, tree: tuple | str, tmp_path: Path, monkeypatch) -> None:
-    """Guards what was asked for against what fits, and the defaults where there is no curve, or no time to measure."""
+    """Fails if the best size replaces one that was asked for, 0 included, or if defaults are wrong where there is no
+    curve or no time to measure."""
     model = SimpleNamespace(embed=SimpleNamespace(weight=SimpleNamespace(is_cuda=cuda)))
     head = tmp_path / "eagle"
     head.mkdir()
@@ -253,18 +260,19 @@ def test_which_tree(words: tuple, cuda: bool, tree: tuple | str, tmp_path: Path,
     assert methods.tree_shape(setup) == (default if tree == "fit" else tree)
 
 
-def test_no_cuda(call, demo: Path) -> None:
-    """Guards against a CUDA initialisation traceback on a machine without one."""
+def test_no_cuda(call, everything: Path) -> None:
+    """Fails if --device cuda ends in a traceback on a machine without CUDA."""
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    code, _, err = call("--checkpoint", demo, "--device", "cuda", "--prompt", "x")
+    code, _, err = call("--checkpoint", everything, "--device", "cuda", "--prompt", "x")
     assert code == 2 and "--device cuda" in err
 
 
 @pytest.mark.parametrize("how", ["missing", "half converted", "not converted", "truncated", "garbage", "no tokenizer",
                                  "other head", "evil head", "truncated head", "no head"])
 def test_bad_checkpoints(how: str, call, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the first thing that goes wrong for a user: one line that names the file, nothing executed."""
+    """Fails if a bad checkpoint or head is not refused in one line that names the file, or if a pickle is executed: the
+    first thing that goes wrong for a user."""
     monkeypatch.chdir(tmp_path)
     weights, head = copy / "model.safetensors", copy / "eagle"
     data = weights.read_bytes() if how in ("truncated", "not converted") else b""
