@@ -8,8 +8,8 @@ There are three rules:
     longest  the longest match of at most 16 tokens, and the latest of equally long ones. A chain that reaches the end
              of the text starts again at its first token, so a text that repeats itself is drafted in full.
     pld      prompt lookup decoding (github.com/apoorvumang/prompt-lookup-decoding): the first match of 3 tokens, else
-             of 2, else of 1. All tokens of the chain must be there, and the match must end before the last tokens,
-             which it is compared with, begin.
+             of 2, else of 1. The text must have all tokens of the chain, and the match must end before the tokens that
+             it is compared with.
     hf       transformers' prompt_lookup_num_tokens: the first match of 2 tokens, else of 1. The chain may be shorter.
 
 EAGLE-2 can let a retrieved chain compete with its own candidates: the length of the match tells how likely the text is
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from draft import Drafter
-from ops.device import pdl_options, tl, triton, wait_for_previous_kernel
+from ops.device import pdl_options, tl, triton, wait_for_previous
 from tree import State, Tree, chain_tree
 
 RULES = {"longest": 16, "pld": 3, "hf": 2}  # the most tokens that a match may have
@@ -97,7 +97,7 @@ def retrieve_kernel(text, length, tokens, scores, table, K: tl.constexpr, MAX_MA
     """Retrieval.write on a GPU. text [S + 1] int64, length 0-d int64, tokens [K + 1] int64, scores [K] fp32 or None,
     table: Retrieval.scores. Grid: one program. A text of 4,000 tokens is four blocks of BLOCK = 1024, and all loads of
     a block are under way at once. The best match is kept as one int64: its length above 32 bits of its place."""
-    wait_for_previous_kernel(PDL)
+    wait_for_previous(PDL)
     n = tl.load(length)
     best = tl.full((), -1, tl.int64)
     for start in range(0, n - 1, BLOCK):

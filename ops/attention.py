@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops.device import by_device, device_limits, pdl_options, tl, triton, wait_for_previous_kernel
+from ops.device import by_device, device_limits, pdl_options, tl, triton, wait_for_previous
 
 
 class TreeMask(NamedTuple):
@@ -106,7 +106,7 @@ def attention_kernel(q, kv, base, bits, out, parts, logs, S, T: tl.constexpr, H:
     Pointers: q [T, H, D], kv [2, K, S, D], base int64, bits [T, WORDS] int64 (None: causal), out [T, H, D];
     parts [T * H, NS, D] fp32, the attention over each split, and logs [T * H, NS] fp32, log2 of its sum of weights.
     """
-    wait_for_previous_kernel(PDL)
+    wait_for_previous(PDL)
     tile, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     G: tl.constexpr = H // K
     d = tl.arange(0, DP)
@@ -162,7 +162,7 @@ def merge_splits_kernel(parts, logs, out, ROWS: tl.constexpr, D: tl.constexpr, D
     Grid (tiles of ROWS): a program merges BM rows. Pointers: parts [ROWS, NS, D] and logs [ROWS, NS] as
     `attention_kernel` wrote them, out [ROWS, D]; ROWS = T * H.
     """
-    wait_for_previous_kernel(PDL)
+    wait_for_previous(PDL)
     row, d = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, DP)
     valid, mask = row < ROWS, (row < ROWS)[:, None] & (d < D)[None, :]
     top = tl.full(row.shape, float("-inf"), tl.float32)

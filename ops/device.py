@@ -48,7 +48,7 @@ def pdl_options(device: torch.device) -> dict[str, bool]:
 
 
 @triton.jit
-def wait_for_previous_kernel(PDL: tl.constexpr):
+def wait_for_previous(PDL: tl.constexpr):
     """Let the next kernel start, then wait until everything that the previous kernel wrote is visible. Without PDL,
     nothing: kernels then run one after another."""
     if PDL:

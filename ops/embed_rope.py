@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops.device import by_device, pdl_options, tl, triton, wait_for_previous_kernel
+from ops.device import by_device, pdl_options, tl, triton, wait_for_previous
 
 
 @triton.jit
@@ -19,7 +19,7 @@ def embed_kernel(table, tokens, rope, positions, addend, stride, addend_rows, x,
     Pointers: table [V, C], tokens [rows] int64, rope [2, S, D], positions [T] int64, addend [any, C] with rows
     `stride` apart (or None), addend_rows [rows] int64 (or None: in order), x [rows, C], angles [2, T, D].
     """
-    wait_for_previous_kernel(PDL)
+    wait_for_previous(PDL)
     row, i = tl.program_id(0), tl.arange(0, SIZE)
     out = tl.load(table + tl.load(tokens + row) * C + i, mask=i < C)
     if addend is not None:
@@ -79,7 +79,7 @@ def rope_store_kernel(qkv, rope, slots, kv, q_norm, k_norm, out, eps, S, H: tl.c
     Pointers: qkv [T, H + 2K, D], rope [2, T, D], slots [T] int64, kv [2, K, S, D], q_norm and k_norm [D] (or None), out
     [T, H, D].
     """
-    wait_for_previous_kernel(PDL)
+    wait_for_previous(PDL)
     token, head = tl.program_id(0), (tl.program_id(1) * BH + tl.arange(0, BH))[:, None]
     d = tl.arange(0, DP // 2)[None, :]
     half, rotates = d < D // 2, head < H + K

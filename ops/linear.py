@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops.device import INTERPRET, device_limits, pdl_options, tl, triton, wait_for_previous_kernel
+from ops.device import INTERPRET, device_limits, pdl_options, tl, triton, wait_for_previous
 from ops.embed_rope import rope_store
 from ops.quantized import Quantized, integer_linear, multiply_int4, multiply_int8, quantize_triton
 from ops.tiling import Tiling, integer_config, linear_config
@@ -142,7 +142,7 @@ def norm_kernel(x_ptr, norm_ptr, out_ptr, eps, K: tl.constexpr, PADDED: tl.const
     power of two."""
     k = tl.arange(0, PADDED)
     g = tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-    wait_for_previous_kernel(PDL)
+    wait_for_previous(PDL)
     x = tl.load(x_ptr + tl.program_id(0) * K + k, mask=k < K, other=0.0).to(tl.float32)
     tl.store(out_ptr + tl.program_id(0) * K + k, x * tl.rsqrt(tl.sum(x * x, 0) / K + eps) * g, mask=k < K)
 
@@ -167,7 +167,7 @@ def linear_kernel(
     w_rows = w_ptr + row.to(tl.int64)[:, None] * columns
     blocks = tl.cdiv(columns, BK)
     first, last = split * blocks // SK * BK, (split + 1) * blocks // SK * BK
-    if PDL:  # as wait_for_previous_kernel; but weights depend on no kernel, so they may be fetched before the wait
+    if PDL:  # as wait_for_previous; but weights depend on no kernel, so they may be fetched before the wait
         tl.extra.cuda.gdc_launch_dependents()
         if AHEAD:
             prefetch(w_rows, first, columns, AHEAD * BK, 128 if PLANES else 64)

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops.device import pdl_options, tl, triton, wait_for_previous_kernel
+from ops.device import pdl_options, tl, triton, wait_for_previous
 
 ROTATION = 16  # columns that are rotated together; K is a multiple of it
 
@@ -153,7 +153,7 @@ def quantize_kernel(x_ptr, norm_ptr, out_ptr, scale_ptr, sums_ptr, groups, eps, 
     k, row = tl.arange(0, PADDED), tl.program_id(0).to(tl.int64)
     if norm_ptr is not None:
         g = tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-    wait_for_previous_kernel(PDL)
+    wait_for_previous(PDL)
     x = tl.load(x_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
     y = x
     if norm_ptr is not None:

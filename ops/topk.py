@@ -8,7 +8,7 @@ Letters: V tokens of the vocabulary, or of the part of it that a draft head know
 import torch
 from torch import Tensor
 
-from ops.device import pdl_options, tl, triton, wait_for_previous_kernel
+from ops.device import pdl_options, tl, triton, wait_for_previous
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def best_of_block_kernel(logits, noise, ids, keys, peaks, sums, V, stride, K: tl
     Pointers: logits [rows, V] with rows `stride` apart, noise [all tokens] fp32 (or None), ids [V] int64 (or None),
     keys [rows, blocks, K] int64, peaks and sums [rows, blocks] fp32: each block's maximum and its sum of exp(x - peak).
     """
-    wait_for_previous_kernel(PDL)
+    wait_for_previous(PDL)
     row, block = tl.program_id(0), tl.program_id(1)
     at = row * tl.num_programs(1) + block
     token = block * BLOCK + tl.arange(0, BLOCK)
@@ -71,7 +71,7 @@ def merge_blocks_kernel(keys, peaks, sums, ids, tokens, logs, BLOCKS, K: tl.cons
     another take longer than the comparisons. Pointers: keys, peaks, sums, ids as in `best_of_block_kernel`, tokens
     [rows, K] int64, logs [rows, K] fp32. SIZE and B are BLOCKS * K and BLOCKS rounded up to a power of two.
     """
-    wait_for_previous_kernel(PDL)
+    wait_for_previous(PDL)
     row, i, block = tl.program_id(0), tl.arange(0, SIZE), tl.arange(0, B)
     key = tl.load(keys + row * BLOCKS * K + i, mask=i < BLOCKS * K, other=-(1 << 63))
     if SUM:

@@ -15,7 +15,7 @@ Letters: T nodes of a tree, N drafted candidates, V tokens of the vocabulary.
 import torch
 from torch import Tensor
 
-from ops.device import pdl_options, tl, triton, wait_for_previous_kernel
+from ops.device import pdl_options, tl, triton, wait_for_previous
 from ops.topk import argmax, best_tokens, key_index, key_value, sort_key, top_children  # noqa: F401  (tree.py's names)
 from tree import Candidates, Level, State, Tree
 
@@ -34,7 +34,7 @@ def noise_kernel(seed, positions, out, V, BLOCK: tl.constexpr, PDL: tl.constexpr
 
     Pointers: seed int64, positions [any] int64, out [any, V] fp32.
     """
-    wait_for_previous_kernel(PDL)
+    wait_for_previous(PDL)
     row, token = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     key = tl.load(seed)
     h = mix32(key.to(tl.uint32)) ^ mix32((key >> 32).to(tl.uint32) ^ 0x5BD1E995)
@@ -53,7 +53,7 @@ def catch_up_kernel(text, length, committed, scratch, tokens, positions, last_ro
     Pointers, all int64: text [any], length and committed 0-d, scratch [W], tokens and positions [N], last_row [1],
     absolute [W]. SIZE is the larger of N and W, rounded up to a power of two.
     """
-    wait_for_previous_kernel(PDL)
+    wait_for_previous(PDL)
     i = tl.arange(0, SIZE)
     end, new = tl.load(length), tl.load(committed)
     position = end - new - 1 + i
@@ -73,7 +73,7 @@ def grow_kernel(children, logs, level_scores, level_index, level_visible,  # of 
     Pointers: children [N, K] int64 and logs [N, K] fp32, the K best tokens below each node and their log-probabilities;
     all others as in tree.Level and tree.Candidates, visible as [k, 2].
     """
-    wait_for_previous_kernel(PDL)
+    wait_for_previous(PDL)
     lane, rank = tl.arange(0, 16), tl.arange(0, 16)[None, :]
     fed = lane < N
     child, real = lane[:, None] * K + rank, fed[:, None] & (rank < K)
@@ -107,7 +107,7 @@ def rerank_kernel(tokens, scores, parents, text, length, tree_tokens, tree_paren
     Pointers: tokens, scores, parents [N] as in tree.Candidates, text [any] int64, length 0-d int64; tree_* [n + 1]
     int64 as in tree.Tree. SIZE is N rounded up to a power of two, at least 64.
     """
-    wait_for_previous_kernel(PDL)
+    wait_for_previous(PDL)
     index, node = tl.arange(0, SIZE), tl.arange(0, 64).to(tl.int64)
     score = tl.load(scores + index, mask=index < N, other=0.0)
     best = key_index(tl.topk(sort_key(score, index, index < N), 64))
@@ -139,7 +139,7 @@ def accept_commit_kernel(tokens, parents, depths, ancestors, next_tokens, text, 
     bool, which change in place; stop_ids [STOPS], limit, path [STEPS], report [STEPS + 2] int64; STEPS = max_depth + 1.
     PATH and STOP_TILE are STEPS and STOPS rounded up to a power of two.
     """
-    wait_for_previous_kernel(PDL)
+    wait_for_previous(PDL)
     node, step = tl.arange(0, 64).to(tl.int64), tl.arange(0, PATH)
     real, taken = node < T, step < STEPS
     parent = tl.load(parents + node, mask=real, other=0)
@@ -180,7 +180,7 @@ def compact_kernel(kv, base, path, features, kept, CELLS, S, D, C, STEPS, ROWS: 
     Pointers: kv [CELLS, S, D], base 0-d int64, path [STEPS] int64, features [T, C], kept [STEPS, C]. ROWS and COLUMNS
     are STEPS and D rounded up to a power of two.
     """
-    wait_for_previous_kernel(PDL)
+    wait_for_previous(PDL)
     cell, step, column = tl.program_id(0), tl.arange(0, ROWS), tl.arange(0, COLUMNS)[None, :]
     source = tl.load(path + step, mask=step < STEPS, other=0)[:, None]
     step = step[:, None].to(tl.int64)
