@@ -175,6 +175,7 @@ class Speculate(Drafter):
             return self.tree_ops.argmax(perturb(logits, state.noise[depth], s.temperature, s.top_k, s.top_p, s.min_p))
         logits = process(logits, s.temperature, s.top_k, s.top_p, s.min_p)
         self.q.index_copy_(0, depth, logits.softmax(-1))
+        # `process` has divided the logits by the temperature, so this noise is not multiplied by it.
         return self.tree_ops.argmax(logits + gumbel_noise(state.seed ^ DRAFTING, state.length + depth, logits.shape[1]))
 
     def choose(self, state: State, tree: Tree, logits: Tensor) -> Tensor:
