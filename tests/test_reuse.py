@@ -1,4 +1,5 @@
-"""Caches kept from one text to the next: nothing but time may change, for any drafter, however the last text ended."""
+"""generate(reuse=True): cache entries kept from the last text save time and change nothing, for any drafter and however
+the last text ended."""
 import random
 from collections.abc import Callable
 
@@ -21,7 +22,7 @@ SLOTS = 160
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Llama, Drafter]]:
-    """A drafter of each method, and its target; fp32. Medusa's heads and the draft model are right now and then."""
+    """Makes a method's drafter and its target, fp32. Medusa's heads and the draft model are right now and then."""
     model, head = tiny.pair(0, 0.1, torch.float32)
     folder = tiny.save_target(model, tmp_path_factory.mktemp("checkpoint") / "target")
     tiny.save_head(head, folder / "eagle")
@@ -36,7 +37,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Llam
 
 
 def turns(seed: int, text: list[int]) -> list[list[int]]:
-    """Prompts that share more or less with a text."""
+    """Prompts that share nothing, a part or all of a text."""
     new, n = tiny.prompt(seed, 9), len(text)
     other = [(text[i] + 1) % 24 for i in range(n)]
     return [text + new, text, text[:-1], [*text[:-1], other[-1]], [*text[:n // 2], other[n // 2], *new], text[:n // 2],
@@ -46,8 +47,9 @@ def turns(seed: int, text: list[int]) -> list[list[int]]:
 @pytest.mark.parametrize("ahead, how", [(False, SAMPLINGS[2]), (True, GREEDY)], ids=["cpu", "running ahead"])
 @pytest.mark.parametrize("method", METHODS)
 def test_second_turn(method: str, ahead: bool, how: Sampling, make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reused slot that another token, another feature or a rejected draft has written; an entry of the head, a draft
-    model's key, a feature or a pool left from the last text: drafts would gain less, long before texts differ."""
+    """Fails if a reused slot was written by another token, another feature or a rejected draft, or if an entry of the
+    head, a draft model's key, a feature or a pool is left from the last text. Compared cycle by cycle, since fewer
+    drafts would be accepted long before texts differ."""
     monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 16)
     model, drafter = make(method)
     first, reused, count = tiny.prompt(5, 23), [], 8
@@ -67,7 +69,8 @@ def test_second_turn(method: str, ahead: bool, how: Sampling, make, monkeypatch:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_whole_conversation(method: str, make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small error that every turn adds to; a text cut by a stop id, its length, its reader or the context."""
+    """Fails if errors add up from turn to turn, or if a text is continued wrongly that ended by a stop id, its length,
+    its reader or the context."""
     monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 16)
     model, drafter = make(method)
     stop = frozenset(tiny.prompt(3, 2))
@@ -91,7 +94,7 @@ def test_a_whole_conversation(method: str, make, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("method", ["vanilla", "eagle2", "medusa", "speculate"])
 def test_only_new_rows_are_run(method: str, make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reuse that is claimed, while the whole prompt is processed all the same; the default, which reuses nothing. (The
+    """Fails if the whole prompt is processed although `reused` says otherwise, or if the default reuses anything. (The
     engine rounds rows up to 16.)"""
     model, drafter = make(method)
     engine, rows, forward = Engine(model, drafter, SLOTS), [], model.forward
@@ -108,7 +111,7 @@ def test_only_new_rows_are_run(method: str, make, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("reuse, ahead", [(False, True), (True, False), (True, True)])
 def test_abandoned(reuse: bool, ahead: bool, make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What 200 texts that nobody read to their ends left behind, seen by a later one, in its tokens or its drafts."""
+    """Fails if many texts that were abandoned half-way change a later one, in its tokens or in its drafts."""
     monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 16)
     dice = random.Random(1)
     for method in ("eagle2+lookup", "lookahead", "speculate+lookup"):
@@ -135,7 +138,8 @@ class Interrupt(Exception):
 
 @pytest.mark.parametrize("method", ["eagle2", "speculate+lookup"])
 def test_interrupted_anywhere(method: str, make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C in the middle of a prefill or a cycle, which has written to some layers' caches and not to others."""
+    """Fails if a text is wrong after Ctrl-C in the middle of a prefill or a cycle, when some layers' caches had been
+    written and others not."""
     monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 16)
     model, drafter = make(method)
     engine, fresh, ids = (Engine(model, drafter, SLOTS), Engine(model, drafter, SLOTS), tiny.prompt(4, 30))
@@ -160,8 +164,8 @@ def test_interrupted_anywhere(method: str, make, monkeypatch: pytest.MonkeyPatch
 
 
 def test_who_may_go_on(make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A generator that goes on in the caches of a newer text, and writes neither; a text that is reused though another
-    engine, a larger one or a look at some scores wrote over it."""
+    """Fails if a generator goes on in the caches of a newer text, or if a text is reused although something wrote over
+    it: another engine, a larger one, compiling, a look at some scores."""
     model, drafter = make("eagle2")
     engine, ids = Engine(model, drafter, SLOTS), tiny.prompt(1, 20)
     other = Engine(model, Vanilla(), SLOTS)
