@@ -30,12 +30,13 @@ from tree import State
 
 PAGES = sorted(page.relative_to(ROOT).as_posix() for page in (
     ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")))
-NAMED = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
-OWN_DRAFTER = NAMED["docs/your_own_drafter.md"]
+TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+OWN_DRAFTER = TEXTS["docs/your_own_drafter.md"]
 ELSEWHERE = {"drafters/bigram.py", "pydoc_data/topics.py"}  # the reader writes the one, Python has the other
 # Files of an earlier layout. Some names live on in a folder: only the bare name is out of date.
-FORMER = ("kernels", "tree_kernels", "linears", "qlinears", "quantizers", "autotree", "profiling", "timing", "drafter",
-          "baselines", "tensor_files", "train_peers", "cycle", "watch", "workload", "widen", "methods", "memory")
+FORMER_NAMES = (
+    "kernels", "tree_kernels", "linears", "qlinears", "quantizers", "autotree", "profiling", "timing", "drafter",
+    "baselines", "tensor_files", "train_peers", "cycle", "watch", "workload", "widen", "methods", "memory")
 
 
 def code_blocks(text: str, language: str) -> list[str]:
@@ -51,7 +52,7 @@ def without_code(text: str) -> str:
 
 def commands() -> Iterator[tuple[str, str]]:
     """(page, command) of every `python ...` in a code block or between backticks."""
-    for page, text in NAMED.items():
+    for page, text in TEXTS.items():
         blocks = "".join(code_blocks(text, "(?:bash|sh)?")).replace("\\\n", " ")
         spans = "\n".join(span.replace("\n", " ") for span in re.findall(r"`([^`]+)`", without_code(text)))
         for line in (blocks + spans).splitlines():
@@ -138,7 +139,7 @@ def slug(heading: str) -> str:
 @pytest.mark.parametrize("page", PAGES)
 def test_links(page: str) -> None:
     """Fails if a link leads to a file or a heading that does not exist."""
-    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", NAMED[page]):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", TEXTS[page]):
         file = (ROOT / page).parent / target if target else ROOT / page
         assert file.exists(), f"{page}: there is no {target}"
         if anchor:
@@ -149,7 +150,7 @@ def test_links(page: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_files(page: str) -> None:
     """Fails if a page names a source file, a page or a folder that does not exist."""
-    for name in re.findall(r"`([\w./-]+)`", without_code(NAMED[page])):
+    for name in re.findall(r"`([\w./-]+)`", without_code(TEXTS[page])):
         if name.endswith((".py", ".md", ".toml", ".png", "/")) and name not in ELSEWHERE:
             assert (ROOT / name).exists(), f"{page}: there is no {name}"
 
@@ -157,12 +158,12 @@ def test_files(page: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_former_names(page: str) -> None:
     """Fails if a page names a file of the earlier layout."""
-    assert not re.findall(rf"(?<![\w/])(?:{'|'.join(FORMER)})\.py\b", NAMED[page])
+    assert not re.findall(rf"(?<![\w/])(?:{'|'.join(FORMER_NAMES)})\.py\b", TEXTS[page])
 
 
 def test_readme() -> None:
     """Fails if README grows past what a newcomer reads, or a number that is filled in has lost one of its marks."""
-    text = NAMED["README.md"]
+    text = TEXTS["README.md"]
     assert len(text.splitlines()) <= 170
     marks = re.findall(r"<!-- (number: \w+|end) -->", text)
     assert all(mark.startswith("number") for mark in marks[::2]) and set(marks[1::2]) <= {"end"}
@@ -220,6 +221,16 @@ def test_your_own_drafter(bigram: type, flags: list[str], sampling: Sampling, tm
         assert max(map(len, steps)) == drafter.max_depth + 1  # a whole chain was right
 
 
+def test_your_own_drafter_on_the_command_line(bigram: type, call, tmp_path: Path) -> None:
+    """Fails if something that the page promises for a new row does not work with it: --memory, which builds the drafter
+    without memory, --compare, --show_tree."""
+    words = ["--checkpoint", tiny.save_everything(tmp_path / "x"), "--device", "cpu", "--dtype", "float32", "--bigram"]
+    code, out, _ = call(*words, "--memory")
+    assert code == 0 and "GB" in out
+    code, _, err = call(*words, "--prompt", "la la la la", "--max_new_tokens", 12, "--compare", "--show_tree")
+    assert code == 0 and "identical tokens" in err and "bigram" in err
+
+
 def test_your_own_drafter_proposes_what_followed(bigram: type) -> None:
     """Fails if the page's drafter is a token off, which its text would not show."""
     text = [5, 1, 2, 3, 4, 9, 7, 1, 6, 8, 5, 2, 9, 1]
@@ -242,7 +253,7 @@ def test_your_own_drafter_reads_nothing_on_the_host(bigram: type) -> None:
 
 def test_readme_shows_the_same_drafter() -> None:
     """Fails if README's taste of a drafter is not the `propose` of the page."""
-    taste = next(block for block in code_blocks(NAMED["README.md"], "python") if "class Bigram" in block)
+    taste = next(block for block in code_blocks(TEXTS["README.md"], "python") if "class Bigram" in block)
     lines = [re.sub(r"\s+#.*", "", line) for line in taste.splitlines()[1:]]
     page = [re.sub(r"\s+#.*", "", line) for line in OWN_DRAFTER.splitlines()]
     assert set(lines) <= set(page)
