@@ -1,6 +1,6 @@
 """draft.py against a plain builder: a head that is run row by row, trees that are Python lists.
 
-The engine would write the right text with any tree, so only these tests and those of acceptance see a drafter that
+The engine writes the right text with any tree. So only these tests, and those of acceptance, notice a drafter that
 reads the wrong position, feature or cache slot.
 """
 import json
@@ -35,7 +35,7 @@ KeyValue = tuple[Tensor, Tensor]  # rotated key and value of one row, [K, D] eac
 
 
 class PlainHead:
-    """The head as the tensors on the hub define it, one row at a time. There is no cache: a row is handed the keys
+    """The head as the tensors on the hub define it, one row at a time. There is no cache: each row is given the keys
     and values of the rows that it sees."""
 
     def __init__(self, tensors: dict[str, Tensor], cfg: Config, target: Llama) -> None:
@@ -76,8 +76,8 @@ class PlainHead:
         return x + self.linear("mlp.down_proj", F.silu(gate) * up)
 
     def rankings(self, features: list[Tensor], noise: Tensor | float) -> list[list[tuple[int, float]]]:
-        """After each feature the 11 likeliest next tokens with their log-probabilities, best first; all of one place
-        in the text, to whose logits sampling will add `noise`."""
+        """After each feature the 11 most probable next tokens with their log-probabilities, best first. All are of one
+        position in the text, to whose logits sampling will add `noise`."""
         logits = torch.stack(features) @ self.lm_head.T + noise
         best = logits.topk(11)
         log_p = best.values.double() - logits.logsumexp(-1, keepdim=True).double()
@@ -97,14 +97,14 @@ class Node:
 
 @dataclass
 class Plain:
-    """What a builder did: the nodes of the tree in order, the nodes it fed level by level, its closest call."""
+    """What a builder did: the nodes of the tree in order, the nodes it fed level by level, and its closest decision."""
     nodes: list[Node]
     fed: list[list[Node]]
     margin: float
 
 
 class Builder:
-    """Grows trees over a text whose target features are known. Committed rows see true features."""
+    """Grows trees over a text whose target features are known. Rows of committed tokens see true features."""
 
     def __init__(self, head: PlainHead, text: list[int], features: Tensor, sampling: Sampling = Sampling()) -> None:
         self.head, self.text, self.features, self.sampling = head, text, features, sampling
@@ -190,7 +190,7 @@ def same_tree(tree: Tree, plain: Plain, root: int) -> bool:
 
 
 def check_rows(cycle: Cycle, plain: Plain, builder: Builder, atol: float) -> None:
-    """What the head was given: tokens, features, places, and through the mask the very rows each one may see."""
+    """Check what the head was given: tokens, features, positions, and by the mask exactly the rows each one may see."""
     length, (extend, *levels) = cycle.length, cycle.calls
     first, n = length - 1 - cycle.committed, cycle.committed
     assert extend.tokens[:n] == builder.text[first + 1:length]
@@ -214,9 +214,8 @@ def check_rows(cycle: Cycle, plain: Plain, builder: Builder, atol: float) -> Non
 
 
 def check_cycles(recorder: Recorder, builder: Builder, grow, atol: float) -> tuple[int, int]:
-    """Compare every cycle with `grow(length)`; returns how many there were and how many were close calls. Where a
-    choice hung on less than MARGIN, either outcome is right, and a different tree, or the same one grown in another
-    order, is passed over."""
+    """Compare every cycle with `grow(length)`. Returns how many cycles there were and how many were close calls: if a
+    choice hung on less than MARGIN, another tree, or the same one grown in another order, is right too."""
     close = 0
     for cycle in recorder.cycles:
         plain = grow(cycle.length)
@@ -247,8 +246,8 @@ def tiny_run(drafter: Eagle1 | Eagle2, model: Llama, seed: int) -> tuple[Recorde
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_eagle2_tiny(shape: tuple[int, int, int]) -> None:
-    """Anything that changes which tree is drafted: a feature, token or place shifted by one, a level that sees its
-    siblings or its parent's siblings, scores not summed, levels mixed up, the rerank cut at the wrong node."""
+    """Fails if another tree is drafted: by a feature, token or position shifted by one, a node that sees its siblings
+    or its parent's siblings, scores that are not summed, levels mixed up, a rerank cut at the wrong node."""
     total = close = 0
     for seed, changes in enumerate(HEADS):
         model = tiny.target(seed, num_key_value_heads=(1, 2, 4)[seed % 3])
@@ -262,7 +261,7 @@ def test_eagle2_tiny(shape: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("choices", [EAGLE1_TREE, [(0,)], [(3,)], [(0,), (1,), (0, 2), (1, 0), (1, 0, 3), (1, 0, 3, 1)],
                                      [(2,), (0,), (2, 1), (0, 0), (0, 0, 0), (2, 1, 0), (0, 0, 1)]])
 def test_eagle1_tiny(choices: list[tuple[int, ...]]) -> None:
-    """The fixed tree with a child under the wrong parent, of the wrong rank, or fed with another node's feature."""
+    """Fails if a node of the fixed tree is under the wrong parent, has the wrong rank, or is fed another's feature."""
     total = close = 0
     for seed, changes in enumerate(HEADS):
         model = tiny.target(seed)
@@ -274,7 +273,7 @@ def test_eagle1_tiny(choices: list[tuple[int, ...]]) -> None:
 
 
 def test_eagle1_tree_is_the_published_one() -> None:
-    """A slip in the list of paths: 4, 8, 8, 3 and 2 nodes by level, and no node without its parent."""
+    """Fails if a path in the list is mistyped: there are 4, 8, 8, 3 and 2 nodes by level, each with its parent."""
     assert [sum(len(path) == depth for path in EAGLE1_TREE) for depth in range(1, 6)] == [4, 8, 8, 3, 2]
     assert len(set(EAGLE1_TREE)) == 25
     assert all(path[:-1] in EAGLE1_TREE for path in EAGLE1_TREE if len(path) > 1)
@@ -282,7 +281,7 @@ def test_eagle1_tree_is_the_published_one() -> None:
 
 @pytest.fixture(scope="module")
 def plain_demo_head(demo: Path, demo_model: Llama) -> PlainHead:
-    """Read straight from the files, past load_head."""
+    """The demo head, read straight from its files without load_head."""
     folder = demo / "eagle"
     return PlainHead(load_file(folder / "model.safetensors"), Config.load(folder), demo_model)
 
@@ -290,7 +289,7 @@ def plain_demo_head(demo: Path, demo_model: Llama) -> PlainHead:
 @pytest.mark.xdist_group("demo")
 @torch.inference_mode()
 def test_eagle2_demo(demo_runs, demo_model: Llama, plain_demo_head: PlainHead) -> None:
-    """The same on the head that ships, fp32, at 200 places of 16 texts."""
+    """Fails if the head in heads/ drafts another tree, in fp32, at any of 200 positions of 16 texts."""
     total = close = 0
     with all_cores():
         for _, text, recorder in demo_runs:
@@ -303,7 +302,7 @@ def test_eagle2_demo(demo_runs, demo_model: Llama, plain_demo_head: PlainHead) -
 
 @torch.inference_mode()
 def test_eagle1_demo(demo_model: Llama, demo_head: EagleHead, demo_prompts, plain_demo_head: PlainHead) -> None:
-    """The same for EAGLE-1's fixed tree, on one text."""
+    """Fails if it fills EAGLE-1's fixed tree with other tokens, on one text."""
     with all_cores():
         recorder = Recorder(Eagle1(demo_head, demo_model))
         text = demo_prompts[0] + sum(Engine(demo_model, recorder.drafter, 512).generate(demo_prompts[0], 32), [])
@@ -314,7 +313,7 @@ def test_eagle1_demo(demo_model: Llama, demo_head: EagleHead, demo_prompts, plai
 
 @pytest.mark.parametrize("shape", [(1, 6, 10), (65, 6, 10), (60, 0, 10), (60, 9, 10), (60, 6, 0), (60, 6, 11)])
 def test_impossible_shapes(shape: tuple[int, int, int]) -> None:
-    """Trees that overflow the 64 bits of a node's ancestors or the spare cache slots."""
+    """Fails if a tree is accepted that overflows the 64 bits of a node's ancestors or the spare cache slots."""
     model = tiny.target()
     with pytest.raises(ValueError, match="draft_tokens"):
         Eagle2(tiny.head(model), model, *shape)
@@ -326,8 +325,8 @@ def test_impossible_shapes(shape: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("kind", [Eagle1, Eagle2])
 def test_draft_vocabulary(kind: type, temperature: float) -> None:
-    """Rows of the lm_head, noise or tokens that do not belong together: the trees are those of all rows where the other
-    tokens are impossible, and the text is vanilla's."""
+    """Fails if rows of the lm_head, noise and token ids of a draft vocabulary do not belong together: the trees must be
+    those of the whole lm_head with the other tokens made impossible, and the text must be vanilla's."""
     model, head = tiny.pair(4, 0.1)
     ids, sampling = tiny.prompt(4, 9), Sampling(temperature, seed=3)
     vocab, runs = torch.tensor([0, 1, 2, 5, 6, 7, 8, 9, 11, 12, 13, 17, 19, 23]), []
@@ -338,8 +337,8 @@ def test_draft_vocabulary(kind: type, temperature: float) -> None:
             impossible, read = torch.full((24,), -1e9).index_fill(0, vocab, 0), drafter.read_logits
 
             def read_less(*args, read=read, impossible=impossible):
-                logits, onward = read(*args)
-                return logits + impossible, onward
+                logits, fc_of_feature = read(*args)
+                return logits + impossible, fc_of_feature
 
             drafter.read_logits = read_less
         runs.append((list(Engine(model, drafter, 96).generate(ids, 30, sampling)), recorder.cycles))
@@ -350,7 +349,7 @@ def test_draft_vocabulary(kind: type, temperature: float) -> None:
 
 
 def test_load_draft_vocabulary(tmp_path: Path) -> None:
-    """The rarest tokens kept instead of the most frequent, a list that would index past the lm_head."""
+    """Fails if the rarest tokens are kept instead of the most frequent, or if a bad list is not refused."""
     target = tiny.target(3)
     folder = tiny.save_head(tiny.head(target, 4), tmp_path)
     assert load_head(folder, target).vocab is None and load_head(folder, target, 0).vocab is None
@@ -387,8 +386,8 @@ def outputs(head: EagleHead, target: Llama) -> Tensor:
 @pytest.mark.parametrize("changes", [*HEADS, {"fc_bias": True}, {"qkv_bias": True}, {"hidden_act": "silu"}])
 @pytest.mark.parametrize("form", ["safetensors", "bin", "with embedding"])
 def test_load_head(changes: dict, form: str, tmp_path: Path) -> None:
-    """A bias dropped or demanded, q, k and v fused in another order, the target's shape taken for the head's own, the
-    embedding in the file used instead of the target's."""
+    """Fails if a bias is dropped or demanded, if q, k and v are fused in another order, if the target's shape is taken
+    for the head's own, or if the file's embedding is used instead of the target's."""
     target = tiny.target(3)
     wanted = tiny.head(target, 4, **changes)
     extra = {"embed_tokens.weight": torch.randn(24, 32)} if form == "with embedding" else {}
@@ -408,7 +407,7 @@ def test_load_head(changes: dict, form: str, tmp_path: Path) -> None:
 
 
 def test_load_head_takes_the_targets_dtype(tmp_path: Path) -> None:
-    """Weights left in the file's half precision beside a target in fp32."""
+    """Fails if weights keep the file's half precision beside a target in fp32."""
     wanted = tiny.head(tiny.target())
     folder = tiny.save_head(wanted, tmp_path)
     half = {name: t.bfloat16() for name, t in load_file(folder / "model.safetensors").items()}
@@ -470,8 +469,8 @@ def rewrite(folder: Path, how: str) -> None:
     ("not tensors", "pytorch_model.bin"), ("truncated bin", "damaged"), ("empty bin", "damaged"),
     ("text bin", "damaged"), ("no file", "pytorch_model.bin")])
 def test_refused_head(how: str, message: str, tmp_path: Path) -> None:
-    """A head of another model or kind, or a damaged one, that loads and drafts nonsense; a traceback; a pickle that
-    runs code."""
+    """Fails if a head of another model or kind, or a damaged one, is loaded or ends in a traceback, or if a pickle runs
+    code."""
     target = tiny.target()
     folder = tiny.save_head(tiny.head(target), tmp_path / "eagle")
     load_head(folder, target)
@@ -483,13 +482,13 @@ def test_refused_head(how: str, message: str, tmp_path: Path) -> None:
 
 
 def test_no_head_there(tmp_path: Path) -> None:
-    """A message that does not say where a head comes from."""
+    """Fails if the message does not say where a head comes from."""
     with pytest.raises(FileNotFoundError, match="--draft"):
         load_head(tmp_path / "eagle", tiny.target())
 
 
-def test_find_head(tmp_path: Path):
-    """A bfloat16 head beside an int8 model whose own was made, or a file that is not there."""
+def test_find_head(tmp_path: Path) -> None:
+    """Fails if an int8 model is given the bfloat16 head although there is an int8 one, or a file that is not there."""
     (tmp_path / "eagle").mkdir()
     for name in ("model", "model-int8", "model-int4", "eagle/model-int8"):
         (tmp_path / f"{name}.safetensors").touch()

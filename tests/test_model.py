@@ -1,4 +1,5 @@
-"""model.py against transformers: the same logits for every family, from the files on; and what it refuses."""
+"""model.py and formats/config.py against transformers: the same logits for every family, starting from the files; and
+what is refused."""
 import json
 import math
 import os
@@ -42,7 +43,7 @@ FAMILIES = {
 
 
 def oracle(family: str) -> nn.Module:
-    """A transformers model with random weights: sharp attention, no norm or bias left at its neutral value."""
+    """A transformers model with random weights: sharp attention, and no norm or bias at its neutral value."""
     name, changes = FAMILIES[family]
     config = getattr(transformers, f"{name}Config")(**SMALL | changes)
     model = getattr(transformers, f"{name}ForCausalLM")(config)
@@ -73,14 +74,15 @@ def ids(length: int, batch: int = 2, vocab: int = 100) -> Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
-    """Fused rows in the wrong order, the other RoPE layout, a norm, bias, epsilon or scaling that is forgotten."""
+    """Fails if rows are fused in the wrong order, if RoPE has the other layout, or if a norm, bias, epsilon or scaling
+    is forgotten."""
     theirs = oracle(family)
     assert_same_logits(native(theirs, tmp_path), theirs, ids(300))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_sharded_folder(family: str, tmp_path: Path) -> None:
-    """A tensor lost, or taken from the wrong file, where a model comes in several."""
+    """Fails if a tensor is lost, or taken from the wrong file, where a model comes in several."""
     theirs = oracle(family)
     ours = native(theirs, tmp_path, max_shard_size="100KB")
     assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 1
@@ -88,7 +90,8 @@ def test_sharded_folder(family: str, tmp_path: Path) -> None:
 
 
 def test_comparison_is_sharp(tmp_path: Path) -> None:
-    """Test models so smooth that they agree with transformers whatever is wrong: each change here must show."""
+    """Fails if the test models are so smooth that they agree with transformers whatever is wrong: each change here must
+    show."""
     theirs = oracle("llama 3.1")
     native(theirs, tmp_path)
     raw = json.loads((tmp_path / "native/config.json").read_text())
@@ -103,7 +106,7 @@ def test_comparison_is_sharp(tmp_path: Path) -> None:
 
 
 def test_old_and_new_config(tmp_path: Path) -> None:
-    """rope_theta and rope_scaling read from one of their two places only: transformers 5 moved them."""
+    """Fails if rope_theta and rope_scaling are read from one of their two places only: transformers 5 moved them."""
     theirs = oracle("llama 3.1")
     ours = native(theirs, tmp_path)
     path = tmp_path / "native/config.json"
@@ -123,7 +126,8 @@ def test_old_and_new_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama 3.1", "qwen3", "qwen2"])
 @torch.inference_mode()
 def test_cached_in_pieces(family: str, tmp_path: Path) -> None:
-    """Keys rotated by the slot instead of the place, a mask that is one off, siblings that overwrite each other."""
+    """Fails if keys are rotated by the slot instead of the position, if a mask is off by one, or if siblings overwrite
+    each other."""
     model = native(oracle(family), tmp_path).double()
     text = tiny.prompt(9, 40, 100)
     model.allocate_cache(64, spare=8)
@@ -153,7 +157,7 @@ def test_cached_in_pieces(family: str, tmp_path: Path) -> None:
 
 
 def test_batch_in_cache() -> None:
-    """Sequences of a batch that share keys (training generates its dialogues in batches)."""
+    """Fails if sequences of a batch share keys (training generates its dialogues in batches)."""
     model = tiny.target()
     rows = torch.tensor([tiny.prompt(seed, 20) for seed in range(3)])
     model.allocate_cache(32, batch=3)
@@ -164,7 +168,7 @@ def test_batch_in_cache() -> None:
 
 
 def test_rope_table_far_out() -> None:
-    """Angles from half-precision positions: beyond 2048 neighbours would share an angle."""
+    """Fails if angles are made of half-precision positions: beyond 2048, neighbours would share an angle."""
     cfg = Config.from_dict(tiny.SHAPE | {"head_dim": 64})
     cos, sin = rope_table(cfg, 9000)
     angle = 8191 / 10000 ** (torch.arange(0, 64, 2, dtype=torch.float64) / 64)
@@ -194,7 +198,7 @@ REFUSED = {
     "factor": {"rope_scaling": {"rope_type": "llama3"}},
     "low_freq_factor should be below": {"rope_parameters": LLAMA31 | {"low_freq_factor": 4.0}},
 }
-# Numbers that load and then write nonsense or NaN: every key with every value that none of them may have.
+# Keys whose numbers must be positive. With a wrong one a model would load, and then write nonsense or NaN.
 NUMBERS = [
     ("rope_theta", {}), ("rms_norm_eps", {}), ("sliding_window", {"model_type": "mistral"}),
     *((key, {"rope_parameters": LLAMA31}) for key in LLAMA31 if key != "rope_type"),
@@ -204,7 +208,8 @@ NOT_POSITIVE = [math.nan, math.inf, -math.inf, -1.0, 0, 0.0, "10000", True, [1.0
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_refused_by_name(message: str, tmp_path: Path) -> None:
-    """An architecture that runs, approximately: wrong text instead of an error that says what is missing."""
+    """Fails if an architecture that is not implemented runs approximately, or if the error does not say what is
+    missing."""
     (tmp_path / "config.json").write_text(json.dumps(tiny.SHAPE | REFUSED[message]))
     with pytest.raises(ValueError) as error:
         Config.load(tmp_path)
@@ -214,7 +219,8 @@ def test_refused_by_name(message: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key, beside", NUMBERS)
 def test_numbers_refused(key: str, beside: dict, tmp_path: Path) -> None:
-    """A zero taken for a missing value, NaN from a division by a scaling of 0, text converted or a late traceback."""
+    """Fails if a zero is taken for a missing value, if a scaling of 0 divides, if text is converted to a number, or if
+    the error comes late."""
     def config(value: object) -> dict:
         inner = {name: scaling | {key: value} for name, scaling in beside.items() if isinstance(scaling, dict)}
         return tiny.SHAPE | beside | (inner or {key: value})
@@ -230,14 +236,14 @@ def test_numbers_refused(key: str, beside: dict, tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '"x"', "[" * 100000, '{"model_type": "llama"}',
                                   '{"model_type": "llama", "rope_scaling": "linear"}'])
 def test_broken_config(text: str, tmp_path: Path) -> None:
-    """A traceback for a config.json that is empty, cut off or of the wrong kind."""
+    """Fails if a config.json that is empty, cut off or of the wrong kind ends in a traceback."""
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match="config.json"):
         Config.load(tmp_path)
 
 
 def test_sliding_window() -> None:
-    """A window silently ignored beyond its length, or refused where it makes no difference."""
+    """Fails if a window is silently ignored beyond its length, or refused where it makes no difference."""
     mistral = Config.from_dict(tiny.SHAPE | {"model_type": "mistral", "sliding_window": 64})
     Llama(mistral).allocate_cache(64, spare=16)
     with pytest.raises(ValueError, match="sliding window of 64"):
@@ -255,7 +261,7 @@ def test_sliding_window() -> None:
 
 
 def break_file(folder: Path, how: str) -> None:
-    """One way in which a checkpoint can be broken."""
+    """Break a checkpoint in the way that `how` names."""
     file, config = folder / "model.safetensors", folder / "config.json"
     data, tensors = file.read_bytes(), load_file(file)
     rewrite = {
@@ -282,7 +288,7 @@ def break_file(folder: Path, how: str) -> None:
     "truncated", "half a header", "empty", "random bytes", "huge header", "json, wrong", "another shape",
     "a tensor less", "a tensor more", "not converted", "no config", "no weights", "config of another model"])
 def test_broken_checkpoint(how: str, tmp_path: Path) -> None:
-    """A traceback, a message of many lines, or none that names the file, for a download that went wrong."""
+    """Fails if a broken download ends in a traceback, in several lines, or in a line that does not name the file."""
     folder = tiny.save_target(tiny.target(), tmp_path)
     load_model(folder)
     break_file(folder, how)
@@ -292,7 +298,8 @@ def test_broken_checkpoint(how: str, tmp_path: Path) -> None:
 
 
 def test_load_keeps_or_changes_dtype(tmp_path: Path) -> None:
-    """A tied lm_head that became a second copy, a file named instead of its folder, a dtype ignored."""
+    """Fails if a tied lm_head becomes a second copy, if a file cannot be named instead of its folder, or if a dtype is
+    ignored."""
     model = tiny.target(tie_word_embeddings=True)
     folder = tiny.save_target(model, tmp_path)
     text = tiny.prompt(0, 12)
@@ -327,7 +334,7 @@ def unfused(model: Llama) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def test_demo_logits_equal_transformers(demo: Path, demo_model: Llama) -> None:
-    """A conversion and a model that are wrong in the same way for tiny shapes, right sizes, or trained weights."""
+    """Fails if conversion or model are right for tiny random weights only, and wrong for trained ones of real size."""
     raw = json.loads((demo / "config.json").read_text())
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**raw, dtype="float32")).eval()
     theirs.load_state_dict(unfused(demo_model))
@@ -337,7 +344,8 @@ def test_demo_logits_equal_transformers(demo: Path, demo_model: Llama) -> None:
 
 @torch.inference_mode()
 def test_demo_reads_english(demo: Path, demo_model: Llama) -> None:
-    """Rows of q and k left in GGUF's order: the comparison above undoes our own conversion, and would not notice."""
+    """Fails if rows of q and k are left in GGUF's order: the comparison above undoes our own conversion, and would not
+    notice."""
     text = ("The capital of France is Paris. The capital of Germany is Berlin. The capital of Italy is Rome. "
             "The capital of Spain is")
     tokenizer = Tokenizer(demo)
@@ -372,7 +380,7 @@ def gguf_weights(path: Path) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def test_demo_from_gguf(tmp_path: Path) -> None:
-    """Blocks dequantised or rows of q and k reordered wrongly, as seen from the file itself."""
+    """Fails if blocks are dequantised wrongly, or rows of q and k reordered wrongly, compared with the file itself."""
     path = Path(os.environ.get("DEMO_GGUF", ""))
     if not path.is_file():
         pytest.skip("DEMO_GGUF names no file: set it to the SmolLM2-135M-Instruct GGUF")

@@ -1,4 +1,5 @@
-"""tree.py against plain Python: bits, masks, acceptance, reranking, and the distribution that sampling follows."""
+"""tree.py and sampling.py against plain Python and transformers: ancestors, masks, acceptance, reranking, noise, and
+the distribution that sampled texts follow."""
 import math
 from functools import partial
 
@@ -72,7 +73,7 @@ STAR = (list(range(64)), [0] * 64)
 
 
 def test_typed_tree() -> None:
-    """Depth, ancestor bits or mask wrong by one anywhere (a node that does not see itself, or sees its sibling)."""
+    """Fails if a depth, an ancestor bit or a mask is off by one: a node that does not see itself, or sees a sibling."""
     made = build_tree(torch.arange(7), torch.tensor(PARENTS), 3)
     assert made.depth.tolist() == DEPTH
     assert made.ancestors.tolist() == ANCESTORS
@@ -84,7 +85,8 @@ def test_typed_tree() -> None:
 @example(CHAIN, 1, 0)
 @example(STAR, 0, 3)
 def test_build_and_mask(drawn: tuple[list[int], list[int]], base: int, extra: int) -> None:
-    """A bound on depth that stops too early, bit 63's sign, or a tree mask shifted against the prefix."""
+    """Fails if the bound on depth stops too early, if bit 63, the sign, is lost, or if the tree's mask is shifted
+    against the prefix."""
     tokens, parents = drawn
     paths = [path_of(parents, node) for node in range(len(parents))]
     depth = [len(path) - 1 for path in paths]
@@ -97,7 +99,7 @@ def test_build_and_mask(drawn: tuple[list[int], list[int]], base: int, extra: in
 
 
 def walk(tokens: list[int], parents: list[int], next_tokens: list[int]) -> list[int]:
-    """Acceptance as one would do it by hand: from the root, follow the child that the target chose."""
+    """Acceptance by hand: from the root on, follow the child that the target chose."""
     path = [0]
     while True:
         children = [i for i in range(1, len(tokens)) if parents[i] == path[-1] and tokens[i] == next_tokens[path[-1]]]
@@ -118,7 +120,8 @@ def check_accept(tokens: list[int], parents: list[int], next_tokens: list[int], 
 
 @given(trees(), st.data())
 def test_accept_random(drawn: tuple[list[int], list[int]], data: st.DataObject) -> None:
-    """A node accepted though its parent was not, a path too short or long by one, the bonus token of another node."""
+    """Fails if a node is accepted though its parent was not, if a path is too short or long by one, or if the bonus
+    token is another node's."""
     tokens, parents = drawn
     max_depth = max(len(path_of(parents, node)) for node in range(len(parents))) - 1 + data.draw(st.integers(0, 3))
     children = [[i for i in range(1, len(tokens)) if parents[i] == node] for node in range(len(tokens))]
@@ -132,7 +135,7 @@ def test_accept_random(drawn: tuple[list[int], list[int]], data: st.DataObject) 
 
 @pytest.mark.parametrize("right", [0, 1, 62, 63])
 def test_accept_chain_of_64(right: int) -> None:
-    """Bit 63, the sign of an int64: the last node of a full tree wrongly refused or accepted."""
+    """Fails if the last node of a full tree is wrongly refused or accepted: its bit is the sign of an int64."""
     tokens = [node % 2 for node in range(64)]
     next_tokens = [(node + 1) % 2 if node < right else 9 for node in range(64)]
     check_accept(tokens, CHAIN[1], next_tokens, 63)
@@ -140,14 +143,15 @@ def test_accept_chain_of_64(right: int) -> None:
 
 
 def test_root_never_judged() -> None:
-    """The root compared with its own `next` (parents[0] = 0): every cycle would then gain one token only."""
+    """Fails if the root is compared with the target's choice after it (parents[0] = 0): every cycle would then commit
+    one token only."""
     check_accept([5, 7], [0, 0], [7, 3], 1)  # the target chose 7, not 5, after the root 5
 
 
 @given(st.data())
 def test_rerank(data: st.DataObject) -> None:
-    """A child kept without its parent where scores tie exactly or were rounded to bf16 (a defect of the reference),
-    and nodes out of level order."""
+    """Fails if a child is kept without its parent where scores tie exactly or were rounded to bf16 (a defect of the
+    reference), or if nodes are not in level order."""
     size = data.draw(st.integers(1, 120))
     parents, scores = [], []
     step = data.draw(st.sampled_from([0.0, 0.25, 1.0]))  # few different values, many ties
@@ -168,7 +172,7 @@ def test_rerank(data: st.DataObject) -> None:
 
 
 def test_rerank_bf16_levels() -> None:
-    """The connectedness of trees grown the way EAGLE-2 grows them, from bf16 logits with very likely tokens."""
+    """Fails if a tree that is grown as EAGLE-2 does it, from bf16 logits with very probable tokens, loses a parent."""
     random = torch.Generator().manual_seed(0)
     for _ in range(200):
         logits = (torch.randn(4, 12, generator=random) * 30).bfloat16()
@@ -184,7 +188,8 @@ def test_rerank_bf16_levels() -> None:
 
 
 def test_best_children() -> None:
-    """Scores in half precision, or above the parent's by rounding; the softmax over k tokens instead of all."""
+    """Fails if scores are in half precision, are above the parent's by rounding, or come from a softmax over k tokens
+    instead of all."""
     random = torch.Generator().manual_seed(0)
     logits = (5 * torch.randn(50, 40, generator=random)).bfloat16()
     above = -torch.rand(50, generator=random)
@@ -202,8 +207,9 @@ def test_best_children() -> None:
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0, 1.7])
 def test_process_equals_transformers(temperature: float, ties: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Top-p that drops the token crossing the threshold, warpers in another order, temperature applied late."""
-    # which of several equal logits top-p drops, transformers leaves to an unstable sort: pin it to the stable one
+    """Fails if top-p drops the token that crosses the threshold, if filters run in another order, or if the temperature
+    comes late."""
+    # transformers sorts unstably, which leaves open which of several equal logits top-p drops: make it sort stably
     monkeypatch.setattr(torch, "sort", partial(torch.sort, stable=True))
     random = torch.Generator().manual_seed(int(temperature * 10))
     for top_k in (0, 1, 5, 50, 1000):
@@ -225,7 +231,7 @@ def choose(logits: Tensor, noise: Tensor, **sampling: float) -> Tensor:
 
 
 def test_perturb() -> None:
-    """Noise added before the excluded tokens are, greedy decoding that samples, or a sample from unscaled logits."""
+    """Fails if noise is added before tokens are excluded, if top_k 1 samples, or if logits are not scaled."""
     random = torch.Generator().manual_seed(0)
     logits = torch.randn(2000, 30, generator=random)
     noise = gumbel_noise(torch.tensor(3), torch.arange(2000), 30)
@@ -241,7 +247,8 @@ SEEDS = [0, 1, -1, 42, 2**31, 2**32, 2**32 + 1, 2**63 - 1, -2**63]
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_gumbel_distribution(seed: int) -> None:
-    """A uniform in the wrong half, a missing minus, or a hash that is poor for negative or long seeds."""
+    """Fails if the uniform is in the wrong half, if a minus is missing, or if the hash is poor for negative or long
+    seeds."""
     noise = gumbel_noise(torch.tensor(seed), torch.arange(400), 1000).double()
     assert not noise.isnan().any()
     assert abs(noise.mean() - 0.5772157) < 5 * (math.pi**2 / 6 / noise.numel()) ** 0.5
@@ -252,7 +259,8 @@ def test_gumbel_distribution(seed: int) -> None:
 
 
 def test_gumbel_independence() -> None:
-    """Noise shared between neighbours in the text, tokens or seeds: runs of the same choice, seeds that agree."""
+    """Fails if neighbouring positions, tokens or seeds share noise: the same choice would come several times in a
+    row."""
     positions, vocab = torch.arange(300), 800
     by_seed = {seed: gumbel_noise(torch.tensor(seed), positions, vocab) for seed in SEEDS}
     noise = by_seed[42]
@@ -268,7 +276,7 @@ def test_gumbel_independence() -> None:
 
 
 def test_gumbel_depends_on_place_alone() -> None:
-    """Noise that depends on how many rows are drawn together: sampled text would change with the tree's size."""
+    """Fails if noise depends on how many rows are drawn together: sampled text would change with the tree's size."""
     seed = torch.tensor(7)
     noise = gumbel_noise(seed, torch.arange(100), 50)
     assert torch.equal(gumbel_noise(seed, torch.tensor([31, 4, 31]), 50), noise[[31, 4, 31]])
@@ -276,8 +284,8 @@ def test_gumbel_depends_on_place_alone() -> None:
 
 
 def test_gumbel_extremes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ends of the hash's range: nan, a tail cut off at fp32's 2^-24, or -inf, which makes an excluded token as
-    good as the only one that is left."""
+    """Fails if the ends of the hash's range give nan, a tail cut off at fp32's 2^-24, or -inf, which would make an
+    excluded token as good as the only one that is left."""
     for word in (0, 1, 2**31, 2**32 - 1):
         monkeypatch.setattr(sampling, "mix32", lambda x, word=word: torch.full_like(x, word))
         noise = gumbel_noise(torch.tensor(0), torch.arange(2), 3)
@@ -287,9 +295,9 @@ def test_gumbel_extremes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ----- The distribution of what is committed ---------------------------------------------------------------------
 #
-# A "model" that is a table: the logits after each of 12 tokens. A drafter that is another one. Three tokens are
-# written cycle by cycle, for many seeds at once, by gumbel_noise, choose and accept; how often each of the 1728
-# texts comes out is compared with the product of the table's probabilities.
+# The model is a table, the logits after each of 12 tokens, and the drafter is another one. gumbel_noise, choose and
+# accept write three tokens cycle by cycle, for many seeds at once. How often each of the 1,728 texts comes out is
+# compared with the product of the table's probabilities.
 
 VOCAB, DRAWS = 12, 120_000
 SHAPE = torch.tensor([0, 0, 0, 0, 1, 1, 2, 4, 4])  # three children, of which two have children, one of which has two
@@ -306,7 +314,7 @@ def tables() -> tuple[Tensor, Tensor]:
 
 
 def draft(root: Tensor, noise: Tensor, guess: Tensor) -> Tree:
-    """The drafter sees the noise [4, 12] of the places to come, as Eagle.logits does."""
+    """The drafter sees the noise [4, 12] of the positions to come, as draft.Eagle.noise gives it."""
     tokens = [root]
     for parent, rank in zip(SHAPE[1:].tolist(), RANK[1:].tolist(), strict=True):
         ranking = (guess[tokens[parent]] + noise[SHAPE_DEPTH[parent]]).argsort(descending=True)
@@ -327,7 +335,7 @@ def right_cycle(root: Tensor, seed: Tensor, length: Tensor, target: Tensor, gues
 
 def bonus_of_parents_place(root: Tensor, seed: Tensor, length: Tensor, target: Tensor,
                            guess: Tensor) -> tuple[Tensor, Tensor]:
-    """Wrong: below the root, a node's next token is drawn with the noise of the node's own place."""
+    """Wrong: below the root, a node's next token is drawn with the noise of the node's own position."""
     noise = noise_after(length, seed)
     made = draft(root, noise, guess)
     wrong = noise[(made.depth - 1).clamp(min=0)]
@@ -337,7 +345,7 @@ def bonus_of_parents_place(root: Tensor, seed: Tensor, length: Tensor, target: T
 
 def likely_child_taken(root: Tensor, seed: Tensor, length: Tensor, target: Tensor,
                        guess: Tensor) -> tuple[Tensor, Tensor]:
-    """Wrong: a drafted child that the target finds more likely than 0.35 is taken without being its choice."""
+    """Wrong: a drafted child of a probability above 0.35 is accepted without being the target's choice."""
     noise = noise_after(length, seed)
     made = draft(root, noise, guess)
     chosen = choose(target[made.tokens], noise[made.depth], **SAMPLING)
@@ -374,7 +382,7 @@ def p_value(cycle, draws: int = DRAWS) -> tuple[float, float]:
 
 
 def test_distribution() -> None:
-    """Any bias that sampling through a tree adds, which no comparison of one text with another would show."""
+    """Fails if sampling through a tree adds a bias, which no comparison of one text with another would show."""
     p, deep = p_value(right_cycle)
     assert deep > 0.1  # depth 2 and 3 took part
     assert p > 1e-3
@@ -382,5 +390,5 @@ def test_distribution() -> None:
 
 @pytest.mark.parametrize("cycle", [bonus_of_parents_place, likely_child_taken])
 def test_distribution_sees_wrong_rules(cycle) -> None:
-    """A chi-square too weak to see a wrong rule of acceptance."""
+    """Fails if the chi-square test is too weak to see a wrong rule of acceptance."""
     assert p_value(cycle)[0] < 1e-6

@@ -54,7 +54,7 @@ def test_every_method(method: str, checkpoint: tuple[Path, Llama]) -> None:
 
 @pytest.fixture(scope="module")
 def loadable(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As `checkpoint`, with a tokenizer."""
+    """A tiny checkpoint with a tokenizer and all heads."""
     folder = tiny_checkpoint(tmp_path_factory.mktemp("loadable"))
     save_medusa(MedusaHeads(tiny.SHAPE["hidden_size"], 4), folder / "medusa")
     return folder
@@ -66,7 +66,7 @@ OPTIONS = {"speculate+lookup": {"chain": 6, "lookup_rule": "pld"}, "eagle2": {"d
 
 @pytest.mark.parametrize("method", METHODS)
 def test_load(method: str, loadable: Path) -> None:
-    """Engine.load that makes another engine than the command line with the same options."""
+    """Fails if Engine.load makes another engine than the command line does with the same options."""
     given = OPTIONS.get(method, {})
     flags = [word for name, value in given.items() if value is not None for word in (
         f"--{name}", *map(str, value if isinstance(value, tuple) else [value]))]
@@ -86,7 +86,7 @@ def test_load(method: str, loadable: Path) -> None:
 
 
 def test_load_what_is_asked_for(loadable: Path) -> None:
-    """An argument of Engine.load that goes nowhere; a subclass that is forgotten."""
+    """Fails if an argument of Engine.load is ignored, or if a subclass's load does not make one of the subclass."""
     class Mine(Engine):
         pass
     for dtype in ("float16", torch.float16):
@@ -107,7 +107,8 @@ def test_load_what_is_asked_for(loadable: Path) -> None:
     ({"draft": "lookup", "chain": True}, "--chain"), ({"draft": "eagle", "speculate": "x"}, "--speculate is for"),
     ({"draft": "lookup", "tree_table": True}, "--tree_table"), ({"draft_tokens": 8}, "--draft_tokens")])
 def test_load_refuses(options: dict, message: str, loadable: Path) -> None:
-    """An engine that is not the one that was asked for; SystemExit, which ends somebody's program."""
+    """Fails if Engine.load makes something of options that do not fit, or raises SystemExit, which would end somebody's
+    program."""
     with pytest.raises(ValueError, match=message):
         Engine.load(loadable, **options)
     with pytest.raises(TypeError, match="no option 'draft_token': there are chain, "):
@@ -116,9 +117,8 @@ def test_load_refuses(options: dict, message: str, loadable: Path) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_limits(method: str, checkpoint: tuple[Path, Llama], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts of one token, of whole chunks and one more or less, of all slots but one; texts up to the very last slot,
-    where no tree fits any more; stop ids within a path that is accepted. Every drafter must write what the plainest
-    decoding writes."""
+    """Fails if a drafter changes the text at a limit: prompts of one token, of whole chunks and one more or less, of
+    all slots but one; texts up to the last slot, where no tree fits any more; stop ids within an accepted path."""
     folder, model = checkpoint
     monkeypatch.setattr("engine.PREFILL_CHUNK", 8)
     args = generate.parse_args(arguments(folder, *method_words(method, folder)))
@@ -139,7 +139,7 @@ def test_limits(method: str, checkpoint: tuple[Path, Llama], monkeypatch: pytest
 
 
 def test_sizes(checkpoint: tuple[Path, Llama]) -> None:
-    """A size that is not passed on: a tree counts the root, a chain does not."""
+    """Fails if a size is not passed on: --draft_tokens counts the root, --chain does not."""
     folder, model = checkpoint
     for method, words, nodes in (("lookup", ("--chain", "4"), 5), ("eagle2", ("--draft_tokens", "5"), 5),
                                  ("speculate", ("--chain", "9"), 10), ("lookup", (), 11), ("speculate", (), 6),
@@ -149,6 +149,7 @@ def test_sizes(checkpoint: tuple[Path, Llama]) -> None:
 
 
 def test_parts_are_loaded_once(checkpoint: tuple[Path, Llama], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if methods that share weights load them more than once."""
     folder, model = checkpoint
     args, parts, loads = generate.parse_args(arguments(folder, "--eagle2")), {}, []
     load = draft.load_head
@@ -158,7 +159,8 @@ def test_parts_are_loaded_once(checkpoint: tuple[Path, Llama], monkeypatch: pyte
 
 
 def test_refused(checkpoint: tuple[Path, Llama], demo: Path, tmp_path: Path) -> None:
-    """A draft model whose tokens have other ids, found by its acceptance alone; heads that nobody named."""
+    """Fails if a draft model whose tokens have other ids is accepted, or if missing weights are not asked for by
+    name."""
     folder, model = checkpoint
     args = generate.parse_args(arguments(folder))
     args.medusa = args.speculate = None
@@ -188,8 +190,8 @@ def test_refused(checkpoint: tuple[Path, Llama], demo: Path, tmp_path: Path) -> 
 @pytest.mark.xdist_group("demo")
 @pytest.mark.parametrize("method, least", [("medusa", 2.0), ("speculate", 2.8)])
 def test_demo_peers(method: str, least: float, demo: Path, demo_model: Llama, demo_runs) -> None:
-    """What heads/ brings to be compared with EAGLE: drafted a place off, or read as something else, it would write the
-    same text and gain little. Here Medusa gains 2.14 tokens a cycle and the draft model 3.04."""
+    """Fails if the Medusa heads or the draft model in heads/ are read wrongly or draft one position off: the text would
+    be the same, with fewer tokens per step. Here Medusa has 2.14 and the draft model 3.04."""
     heads = ROOT / "heads/SmolLM2-135M-Instruct"
     args = generate.parse_args(arguments(demo))
     args.medusa, args.speculate = heads / "medusa", heads / "draft_model"
