@@ -1,5 +1,5 @@
-"""watch.py: what it tells of a cycle is what happened in it, it changes nothing of the text, and what it prints and
-draws is whole and harmless."""
+"""app/watch.py and app/draw_tree.py: records are what happened, watching changes no text, and what is printed and drawn
+is complete and harmless."""
 import io
 import json
 import math
@@ -19,7 +19,7 @@ from helpers import FLAGS, Scripted, arguments, vanilla
 import generate
 from app import draw_tree
 from app import watch as watch_module
-from app.draw_tree import answer, columns, page, token_text, tree_lines
+from app.draw_tree import answer_text, columns, token_text, tree_lines, write_page
 from app.watch import RING, View, Watch
 from draft import Eagle2, load_head
 from drafters.lookahead import Lookahead
@@ -35,7 +35,7 @@ CHROMIUM = Path("/usr/bin/chromium")
 
 def watched(engine: Engine, ids: list[int], count: int, sampling: Sampling = Sampling()
             ) -> tuple[list[list[int]], list[dict]]:
-    """What was committed, prefill's token first, and the cycles that `read` tells of."""
+    """What was committed, prefill's token first, and what Watch.read returned for each cycle."""
     news, cycles = [], []
     for new in engine.generate(ids, count, sampling):
         news.append(new)
@@ -48,7 +48,7 @@ def watched(engine: Engine, ids: list[int], count: int, sampling: Sampling = Sam
 
 
 class Remembers(Scripted):
-    """Keeps its trees as Python lists."""
+    """Keeps each tree as (length of the text, tokens, parents, depth)."""
 
     def propose(self, state) -> Tree:
         tree = super().propose(state)
@@ -57,16 +57,17 @@ class Remembers(Scripted):
 
 
 def longest(tokens: list[int], parents: list[int], text: list[int], node: int = 0) -> list[int]:
-    """The nodes below `node` along which a tree spells the text, the most there are."""
+    """The longest path below `node` that spells the beginning of the text."""
     below = [i for i in range(node + 1, len(tokens)) if parents[i] == node and text and tokens[i] == text[0]]
     return max(([i, *longest(tokens, parents, text[1:], i)] for i in below), key=len, default=[])
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_records_are_what_happened(seed: int) -> None:
-    """A row of another cycle, a node's parent or the target's choice mixed up with another's, a path that is too long
-    or of another branch: also in the first cycle, in one that a stop id or the limit cut, and in a second answer."""
-    model, size = tiny.target(seed % 3), [2, 7, 20, 64][seed % 4]
+    """Fails if a record is another cycle's, if a node gets another one's parent or choice, or if the path is too long
+    or on another branch: also in the first cycle, where a stop id or the limit cuts one, and in a second answer."""
+    model = tiny.target(seed % 3)
+    size = [2, 7, 20, 64][seed % 4]
     ids = tiny.prompt(seed, 1 + seed)
     text = ids + vanilla(model, ids, 60)
     stop = frozenset([text[len(ids) + 25]]) if seed % 2 else frozenset()
@@ -87,16 +88,16 @@ def test_records_are_what_happened(seed: int) -> None:
 
 
 def test_equal_siblings() -> None:
-    """The first of two equal siblings taken for the accepted one, where the path goes on below the second: a text that
-    is looked up, and Lookahead's n-grams, draft a token that is there already."""
-    assert watch_module.accepted([5, 7, 7, 8, 9], [0, 0, 0, 2, 1], [7, 8, 8, 4, 4]) == [2, 3]
-    assert watch_module.accepted([5, 7, 7], [0, 0, 0], [7, 8, 8]) == [1]
-    assert watch_module.accepted([5, ~7, 8], [0, 0, 1], [7, 8, 8]) == []
+    """Fails if the first of two equal siblings counts as accepted where the path goes on below the second. Lookup and
+    Lookahead can draft the same token twice."""
+    assert watch_module.accepted_path([5, 7, 7, 8, 9], [0, 0, 0, 2, 1], [7, 8, 8, 4, 4]) == [2, 3]
+    assert watch_module.accepted_path([5, 7, 7], [0, 0, 0], [7, 8, 8]) == [1]
+    assert watch_module.accepted_path([5, ~7, 8], [0, 0, 1], [7, 8, 8]) == []
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_drafter_writes_the_same(method: str, checkpoint) -> None:  # noqa: F811
-    """A method of the drafter that is not passed on, or one that watching disturbs: same tokens, same gains."""
+    """Fails if a hook of the drafter is not passed on, or if watching changes the tokens or what each cycle commits."""
     folder, model = checkpoint
     words = [str(folder / word) if word in (".", "medusa") else word for word in FLAGS[method]]
     args = generate.parse_args(arguments(folder, *words))
@@ -104,7 +105,7 @@ def test_every_drafter_writes_the_same(method: str, checkpoint) -> None:  # noqa
         for ids in (tiny.prompt(1, 9), tiny.prompt(2, 30)):
             plain = list(Engine(model, make_drafter(method, args, model, 128), 128).generate(ids, 30, sampling))
             engine = Engine(model, Watch(make_drafter(method, args, model, 128)), 128)
-            engine.compile(*[1, 8] * (method != "lookahead"), engine.drafter.num_nodes)  # what it runs must not count
+            engine.compile(*[1, 8] * (method != "lookahead"), engine.drafter.num_nodes)  # what it runs is not a cycle
             news, cycles = watched(engine, ids, 30, sampling)
             assert news == plain
             text = ids + news[0]
@@ -119,16 +120,19 @@ def test_every_drafter_writes_the_same(method: str, checkpoint) -> None:  # noqa
 
 @pytest.mark.parametrize("chain", [0, 6])
 def test_confidence(chain: int) -> None:
-    """A node given another's confidence, the chain's nodes not known from the head's: for every node there is a
-    candidate with its path and its score, and of each candidate there are no more nodes than one."""
+    """Fails if a node gets another one's confidence, or if a node of the retrieved chain counts as the head's: each
+    node must match a candidate of its own in path, score and origin."""
     model, head = tiny.pair(2, 0.1)
     ids = tiny.prompt(0, 12) * 2
     drafter = Eagle2(head, model, 24, 4, 5, Retrieval(chain) if chain else None)
-    propose, before = drafter.propose, []
+    propose = drafter.propose
+    before = []
 
     def spy(state):
-        tree, (tokens, scores, parents) = propose(state), (t.tolist() for t in drafter.candidates[:3])
-        own, paths = len(tokens) - chain, {}
+        tree = propose(state)
+        tokens, scores, parents = (t.tolist() for t in drafter.candidates[:3])
+        own = len(tokens) - chain
+        paths = {}
         for i, parent in enumerate(parents):
             paths[i] = () if i == own - 1 and chain else (*paths.get(parent, ()), tokens[i])
         before.append([(path, round(math.exp(scores[i]), 4), i >= own) for i, path in paths.items() if path])
@@ -148,10 +152,11 @@ def test_confidence(chain: int) -> None:
 
 
 def test_host_reads_one_cycle_behind() -> None:
-    """As on a GPU, where the next cycle runs, and one past the end, before the last one is read: a ring of one row, a
-    row found by the device's count; and a reader who comes too late told so, not shown another cycle."""
+    """As on a GPU, where the next cycle runs before the last one is read, and one more runs after the end. Fails if the
+    ring has one row or is indexed by the device's count, or if a late reader gets another cycle instead of an error."""
     model, head = tiny.pair(1, 0.1)
-    ids, found = tiny.prompt(3, 7), []
+    ids = tiny.prompt(3, 7)
+    found = []
     engine = Engine(model, Watch(Eagle2(head, model, 20, 3, 4)), 128)
     news, expected = watched(engine, ids, 40)
     state = engine.prefill(ids, 40, Sampling())
@@ -163,7 +168,7 @@ def test_host_reads_one_cycle_behind() -> None:
         count, done, *tokens = reports[turn]
         found.append(engine.drafter.read(tokens[:count]))
     assert done and reports[-1][0] == 0 and found == [None, *expected]
-    assert int(engine.drafter.count) == len(expected)  # a cycle that changes nothing is none
+    assert int(engine.drafter.count) == len(expected)  # the cycle after the end does not count
     engine.prefill(ids, 40, Sampling())
     for _ in range(RING + 1):
         engine.cycle()
@@ -175,8 +180,8 @@ def test_host_reads_one_cycle_behind() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu(demo: Path, demo_prompts: list[list[int]]) -> None:
-    """A row read before it is written, or written over by the cycle that runs meanwhile; candidates ranked otherwise
-    than the kernel ranks them; another text. And the records of a graph are those of kernels launched from Python."""
+    """Fails if a row is read before it is written or overwritten by the cycle that runs meanwhile, if candidates are
+    ranked otherwise than by the kernel, if the text changes, or if a graph's records differ from launched kernels'."""
     model = load_model(demo, "cuda", torch.float32)
     head, retrieval = load_head(demo / "eagle", model), Retrieval(6, device="cuda")
     for make in (lambda: Eagle2(head, model), lambda: Eagle2(head, model, 40, 5, 8, retrieval), lambda: Lookup("cuda"),
@@ -192,7 +197,7 @@ def test_on_a_gpu(demo: Path, demo_prompts: list[list[int]]) -> None:
     watch = Watch(Eagle2(head, model), "cuda")
     engine = Engine(model, watch, 512)
     engine.prefill(demo_prompts[2], 60, Sampling())
-    for _ in range(RING):  # what was ranked is what the kernel chose
+    for _ in range(RING):  # Watch ranked as the kernel did
         engine.cycle()
         row, n = watch.ring[(int(watch.count) - 1) % RING], watch.num_nodes
         assert watch.drafter.candidates.tokens[row[3 + 5 * n:]].equal(row[3:2 + n])
@@ -206,7 +211,7 @@ TEXTS = {0: "␣is", 1: "\\n", 2: EVIL, 3: "日本語", 4: "e", 5: "␣" * 40, 6
 
 
 def made_up(seed: int, nodes: int = 60, confident: bool = True, chain: bool = False) -> dict:
-    """A cycle of random tokens of TEXTS, some of them blank, part of it accepted."""
+    """A cycle of random tokens of TEXTS, some of them blocked (~t), a random path of them accepted."""
     draw = random.Random(seed)
     parents = [0] + [node - 1 if chain else draw.randrange(node) // 2 for node in range(1, nodes)]
     share, depth = [1.0], [0]
@@ -232,8 +237,8 @@ def plain_text(text: str) -> str:
 
 @pytest.mark.parametrize("width", [32, 40, 59, 60, 80, 200])
 def test_lines(width: int) -> None:
-    """A line wider than the terminal; a node lost, or counted twice, by folding; an accepted one not shown; a blank one
-    shown; a colour that changes more than the colour."""
+    """Fails if a line is wider than the terminal, if folding loses a node or counts it twice, if an accepted node is
+    hidden or a blocked one shown, or if colour changes the text."""
     for seed in range(30):
         cycle = made_up(seed, [60, 2, 17][seed % 3], seed % 2 > 0, seed % 7 == 6)
         cycle["path"] = cycle["path"][:16]
@@ -252,7 +257,7 @@ def test_lines(width: int) -> None:
 
 
 def test_a_small_tree_exactly() -> None:
-    """What a reader of a pipe sees: branches, marks, percentages, bars, what was folded, the path down to the bonus."""
+    """Fails if what a pipe shows changes: branches, marks, percentages, bars, folding, the path down to the bonus."""
     cycle = {"tokens": [0, 4, 8, 1, 4, 3], "parents": [0, 0, 0, 1, 1, 2], "depth": [0, 1, 1, 2, 2, 2], "gained": 2,
              "next": [4, 3, 0, 0, 0, 0], "confidence": [1, 0.5, 0.25, 0.25, 0.005, 0.1], "looked_up": [3], "path": [1]}
     assert tree_lines(cycle, TEXTS, 1, 80, most=4) == [
@@ -280,8 +285,8 @@ class Letters:
 
 
 def test_token_text() -> None:
-    """A newline, an escape sequence or half a character that reaches the terminal as it is; a token that shows as
-    nothing, or like another one."""
+    """Fails if a newline, an escape sequence or half a character reaches the terminal as it is, or if a token shows as
+    nothing or like another one."""
     words = {0: b" is", 1: b"\n\n", 2: b"\x1b[2J", 3: "é".encode()[:1], 4: b"a" + "日".encode()[:2], 5: b"\\n",
              6: "\u0301".encode(), 7: "\u202e".encode(), 8: "é日".encode(), 9: b"\t'", 10: "\u00a0".encode()}
     shown = {i: token_text(Letters(words), i) for i in words}
@@ -291,7 +296,7 @@ def test_token_text() -> None:
 
 
 def test_colour_only_where_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Escape sequences in a file, or in spite of NO_COLOR; none in a terminal."""
+    """Fails if escape sequences go to a file or in spite of NO_COLOR, or if a terminal gets none."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     terminal = SimpleNamespace(isatty=lambda: True)
@@ -303,19 +308,19 @@ def test_colour_only_where_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_answer() -> None:
-    """A token told to have come in another way than it did; a text that colours change."""
+    """Fails if a token is shown at another depth than it was drafted at, or if colours change the text."""
     cycles = [{"path": [1, 4], "gained": 3}, {"path": [], "gained": 1}, {"path": [2, 3], "gained": 2}]
     pieces = ["A", "b", "c", "D", "E", "f\n", "g"]
-    assert draw_tree.came(cycles) == [0, 1, 2, 0, 0, 1, 2]
-    text, legend = answer(cycles, pieces, False).split("\n\n")
-    assert text == "⟨A⟩bc⟨D⟩⟨E⟩f\ng" and legend == ("7 tokens in 3 cycles: 3 of the model's own ⟨⟩, drafted "
-                                                     "at depth 1: 2, 2: 2")
-    assert plain_text(answer(cycles, pieces, True)).startswith("Abc" "DEf\ng\n\n")
-    assert answer([], ["A"], False) == "⟨A⟩\n\n1 tokens in 0 cycles: 1 of the model's own ⟨⟩"
+    assert draw_tree.draft_depths(cycles) == [0, 1, 2, 0, 0, 1, 2]
+    text, legend = answer_text(cycles, pieces, False).split("\n\n")
+    assert text == "⟨A⟩bc⟨D⟩⟨E⟩f\ng"
+    assert legend == "7 tokens in 3 cycles: 3 of the model's own ⟨⟩; drafted: 2 at depth 1, 2 at depth 2"
+    assert plain_text(answer_text(cycles, pieces, True)).startswith("Abc" "DEf\ng\n\n")
+    assert answer_text([], ["A"], False) == "⟨A⟩\n\n1 tokens in 0 cycles: 1 of the model's own ⟨⟩"
 
 
 def test_view(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trees, the answer or texts of tokens lost between drafter and JSON; a tree printed that nobody asked for."""
+    """Fails if trees, the answer or texts of tokens are lost on the way to JSON, or if trees are printed unasked."""
     model, head = tiny.pair(1, 0.1)
     monkeypatch.setenv("COLUMNS", "50")
     for trees in (True, False):
@@ -342,9 +347,9 @@ def run_of(cycles: list[dict]) -> dict:
 
 
 def test_page_holds_the_run(tmp_path: Path) -> None:
-    """A run that does not come back as it was; a token that ends the script; anything fetched from elsewhere."""
+    """Fails if the page holds another run, if a token can end the script, or if anything is fetched from elsewhere."""
     result = run_of([made_up(seed) for seed in range(5)])
-    page(result, tmp_path / "page.html")
+    write_page(result, tmp_path / "page.html")
     html = (tmp_path / "page.html").read_text(encoding="utf-8")
     data = re.search('<script type="application/json" id="run">(.*?)</script>', html, re.S)[1]
     assert json.loads(data) == json.loads(json.dumps(result)) and "<" not in data
@@ -354,7 +359,7 @@ def test_page_holds_the_run(tmp_path: Path) -> None:
 
 
 def browse(html: Path, script: str, tmp_path: Path) -> str:
-    """The page as it stands in Chromium after `script`."""
+    """The page's DOM in Chromium after `script`."""
     copy = tmp_path / "copy.html"
     copy.write_text(html.read_text(encoding="utf-8").replace("</body>", f"<script>{script}</script></body>"), "utf-8")
     quiet = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
@@ -366,9 +371,9 @@ def browse(html: Path, script: str, tmp_path: Path) -> str:
 
 @pytest.mark.skipif(not CHROMIUM.is_file(), reason="no Chromium")
 def test_page_in_a_browser(tmp_path: Path) -> None:
-    """A script with an error in it; a key, a click or a link that goes to another cycle; a token that is run."""
+    """Fails if the script has an error, if a key, a click or a link shows a wrong cycle, or if a token is executed."""
     cycles = [made_up(seed) for seed in range(1, 7)]
-    page(run_of(cycles), tmp_path / "page.html")
+    write_page(run_of(cycles), tmp_path / "page.html")
     dom = browse(tmp_path / "page.html", """
         const seen = [], press = key => document.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
         const look = () => seen.push(at("figures").textContent.split(" ")[1]);
@@ -390,8 +395,8 @@ def test_page_in_a_browser(tmp_path: Path) -> None:
 
 
 def test_command_line(call, demo: Path, tmp_path: Path) -> None:  # noqa: F811
-    """Another text, or JSON without trees, with --show_tree; a page that differs from what is drawn from the JSON; an
-    error after the run, or a traceback, where the page cannot be written or the JSON is of something else."""
+    """Fails if --show_tree changes the text or its JSON lacks the trees, if --tree_html and app.watch write different
+    pages, or if a page that cannot be written or a wrong file ends in a traceback or is found only after the run."""
     size = json.loads((demo / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     model, head = tiny.pair(0, 0.1, torch.float32, vocab_size=size)
     folder = tiny.save_target(model, tmp_path / "model")
@@ -405,7 +410,7 @@ def test_command_line(call, demo: Path, tmp_path: Path) -> None:  # noqa: F811
     result = json.loads(out.splitlines()[-1])
     assert code == 0 and result["gained"] == [cycle["gained"] for cycle in result["trees"]["cycles"]]
     assert "".join(result["trees"]["pieces"]) == result["text"] and "cycle 1: " in out and "\x1b" not in out
-    assert out.startswith(draw_tree.MARKS)  # the text is not streamed between the trees
+    assert out.startswith(draw_tree.LEGEND)  # the text is not streamed between the trees
     saved.write_text(out, encoding="utf-8")
     watch_module.main(saved, again)
     assert again.read_bytes() == html.read_bytes()
