@@ -1,5 +1,5 @@
-"""bench.py, baselines.py, report.py, plots.py and what workload.py does for them, on a CPU: the numbers are those of
-the texts that were written, and everybody is asked the same.
+"""bench.py and its parts in benchmarks/ (race, engines, report, plots, workload), on a CPU: the numbers belong to the
+texts that were written, and all methods answer the same prompts.
 """
 import argparse
 import importlib.util
@@ -36,7 +36,7 @@ from tokenizer import Tokenizer
 
 QUESTIONS = [{"question_id": 81, "category": "chat", "turns": ["How old is the moon?", "And the sun?"]},
              {"question_id": "b", "category": "coding", "turns": ["Sort a list."]}]
-# What gpt_fast_decoder relies on in gpt-fast's model.py: names, layouts, and RoPE that turns neighbours.
+# What gpt_fast_decoder relies on in gpt-fast's model.py: names, layouts, and RoPE that rotates neighbours.
 STAND_IN = '''
 from dataclasses import dataclass
 import torch
@@ -100,7 +100,6 @@ class Transformer(nn.Module):
 '''
 
 
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
@@ -108,7 +107,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def arguments(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., argparse.Namespace]:
-    """bench.py's own parser on these words; the tiny shape is among its shapes."""
+    """Parses command lines with bench.py's own parser; --shape tiny exists."""
     monkeypatch.setitem(SHAPES, "tiny", SHAPE)
     (tmp_path / "asked.jsonl").write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
 
@@ -128,7 +127,8 @@ def gpt_fast(tmp_path: Path) -> Path:
 
 
 def clockwork(order: list, *, fails: str = "", stops: int = 10**9, seconds: float = 1.0) -> dict[str, Contestant]:
-    """Methods that write two cycles of 1 and 2 tokens, each in so many seconds, and note who was asked when."""
+    """Contestants that write two cycles, of 1 and 2 tokens, in `seconds` each, and append every call to `order`.
+    fails: the one that runs out of memory. stops: Ctrl-C comes after this number of calls."""
     def decode(ids: list[int], new_tokens: int, sampling: Sampling, name: str) -> Run:
         order.append((name, sampling.temperature, ids[0], sampling.seed))
         if len(order) > stops:
@@ -150,8 +150,8 @@ def run_race(*, runs: int = 2, **how) -> tuple[list, dict, dict]:
 
 
 def test_methods_take_turns() -> None:
-    """One method's runs all in a row, so that it alone has a cool GPU; another seed for each method or run; greedy
-    engines asked to sample."""
+    """Fails if all runs of one method come first, on a GPU that is still cool; if the seed depends on the method or the
+    run; if a greedy engine is asked to sample."""
     order, result, runs = run_race()
     once = [(name, t, prompt, seed) for t in (0.0, 1.0) for name in ("vanilla", "b", "other")
             for seed, prompt in enumerate((7, 8)) if name != "other" or t == 0]
@@ -161,7 +161,7 @@ def test_methods_take_turns() -> None:
 
 
 def test_a_method_that_fails_leaves_the_others(capsys) -> None:
-    """A traceback after an hour; a text of two prompts counted as one of all."""
+    """Fails if one method's error ends the race with a traceback, or if its incomplete run is counted."""
     order, result, runs = run_race(fails="b")
     assert [name for name, *_ in order].count("b") == 1 and result["failed"] == {"b": "out of memory"}
     assert list(runs[0.0]) == ["vanilla", "other"] and len(runs[1.0]["vanilla"]) == 2
@@ -169,7 +169,7 @@ def test_a_method_that_fails_leaves_the_others(capsys) -> None:
 
 
 def test_interrupted() -> None:
-    """All lost, or a half-measured method in the tables beside the others' whole runs."""
+    """Fails if Ctrl-C loses the complete runs, or if the incomplete run is counted."""
     order, result, runs = run_race(runs=3, stops=10 + 3)  # in the second run, at b's second prompt
     assert [len(group) for part in runs.values() for group in part.values()] == [1] * 5
     assert result["interrupted"].startswith("run 2 of 3 at temperature 0 and every")
@@ -177,8 +177,8 @@ def test_interrupted() -> None:
 
 
 def test_speeds() -> None:
-    """The token of prefill counted as decoded, means of ratios, prefill where it does not belong, cycles of one run
-    divided into seconds of all."""
+    """Fails if the token of prefill counts as decoded; if speeds are means of ratios, or contain prefill where they
+    must not; if the seconds of all runs are divided by the cycles of one."""
     runs = [[Run([1, 2, 3, 4], [3], 1.0, s), Run([5, 6, 7], [1, 1], 2.0, s)] for s in (0.5, 2.0, 1.0)]
     numbers = race.speeds(runs)
     assert numbers["tokens_per_sec"] == {"median": 2.5, "q1": 1.875, "q3": 3.75, "runs": [5.0, 1.25, 2.5]}
@@ -186,26 +186,26 @@ def test_speeds() -> None:
     assert numbers["mean_gained"] == 5 / 3 and numbers["cycle_ms"] == pytest.approx(2000 / 3)
     assert numbers["histogram"] == [0, 2, 0, 1]
     assert race.spread([3.0]) == {"median": 3.0, "q1": 3.0, "q3": 3.0, "runs": [3.0]}
-    nothing = race.speeds([[Run([1], [], 1.0, 0.0)]])  # a text of one token: prefill's
+    nothing = race.speeds([[Run([1], [], 1.0, 0.0)]])  # a text of one token, which prefill chose
     assert nothing["tokens_per_sec"]["median"] == nothing["mean_gained"] == 0
 
 
 def test_distinct4() -> None:
-    """Repetition that is not noticed, or found between two texts."""
+    """Fails if repetition within a text is missed, or if two texts that share 4-grams count as repetition."""
     assert race.distinct4([[1, 2, 3, 4, 5], [1, 2, 3, 4], [7]]) == 1
     assert race.distinct4([[1] * 13]) == 0.1 and race.distinct4([[1]]) == 0
 
 
 @pytest.mark.parametrize("t", [0.0, 1.0])
-def test_gap_where_texts_part(t: float) -> None:
-    """The gap is that of vanilla's scores after the last token that both wrote, with that text's own noise."""
+def test_gap_where_texts_differ(t: float) -> None:
+    """Fails if the gap is not that of vanilla's scores after the last common token, with that text's own noise."""
     model, prompts = tiny.target(3), [Prompt("1", 1, "x", tiny.prompt(4, 12)), Prompt("2", 1, "y", tiny.prompt(5, 12))]
     vanilla = Engine(model, Vanilla(), 64)
     base = [run(vanilla, p.ids, 12, Sampling(t, seed=i)) for i, p in enumerate(prompts)]
     other = [base[0], base[1]._replace(tokens=[*base[1].tokens[:3], base[1].tokens[3] ^ 1, *base[1].tokens[4:]],
                                        gained=[3, 1, 3, 4])]
     vanilla.state.seed.fill_(99)
-    vanilla.state.sampling = Sampling(1 - t)  # what another method left behind
+    vanilla.state.sampling = Sampling(1 - t)  # as another text left it
     known = {"max_depth": 3, "rejection": False, "split_ms": {str(t): "split"}}
     entry = race.summarise("x", t, {"vanilla": [base] * 2, "x": [other] * 2}, prompts, vanilla, known)
     logits = tiny.logits(model, prompts[1].ids + base[1].tokens[:3])[-1:].float()
@@ -219,12 +219,12 @@ def test_gap_where_texts_part(t: float) -> None:
     unsteady = race.summarise("x", t, {"vanilla": [base] * 2, "x": [base, other]}, prompts, vanilla, known)
     assert not unsteady["steady"] and unsteady["same"] == 2
     own = race.summarise("x", t, {"vanilla": [base], "x": [other]}, prompts, vanilla, known | {"rejection": True})
-    assert own["same"] == (None if t else 1), "one that draws otherwise is compared where nobody draws"
+    assert own["same"] == (None if t else 1), "a method with its own draws is compared only when greedy"
 
 
 def test_second_turns(checkpoint: Path, tmp_path: Path) -> None:
-    """A second question asked without the first answer, or with another one than plain decoding's; turns of one
-    question in another's; a category lost."""
+    """Fails if a second question is asked without the first answer, or with an answer that plain decoding does not
+    give; if a prompt contains turns of another question; if a category is lost."""
     tokenizer, model = Tokenizer(checkpoint), load_model(checkpoint, "cpu", torch.float32)
     questions = [Question("81", "chat", ["One?", "Two?", "Three?"]), Question("b", "all", ["Four?"])]
     prompts = workload.ask(model, tokenizer, questions, 10)
@@ -243,7 +243,7 @@ def test_second_turns(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_questions_of_another_form(tmp_path: Path) -> None:
-    """A traceback where the file is at fault; a file without ids and categories refused."""
+    """Fails if a bad file gives a traceback, or if a file without ids and categories is refused."""
     path = tmp_path / "asked.jsonl"
     for text in ("What?", '{"turn": "What?"}', '{"turns": []}', "[1]", '{"turns": "What?"}', '{"turns": [1]}'):
         path.write_text('{"turns": ["Why?"]}\n' + text)
@@ -260,8 +260,9 @@ def test_questions_of_another_form(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", [(), ("--shape", "tiny")])
 def test_command_line(shape: tuple, arguments, gpt_fast: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
                       ) -> None:
-    """Everything at once: all write one text, at both temperatures and in the wide model; the numbers in the file are
-    those of the texts in it; what is missing is said and stops nobody; and nothing changed against the same file."""
+    """Everything at once. Fails if methods write different texts, at either temperature or in the wide model; if the
+    numbers in the file are not those of its texts; if a method without weights is not reported or stops the others; if
+    a run differs from itself with --against."""
     monkeypatch.setattr(graphs, "elapsed", operations)
     out, both = tmp_path / "out.json", ("--methods", "eagle,medusa,eagle2", "--runs", 2, "--temperature", 0, 1, *shape)
     arguments(*both, "--transformers", "--gpt_fast", gpt_fast, "--json", out)
@@ -290,12 +291,12 @@ def test_command_line(shape: tuple, arguments, gpt_fast: Path, tmp_path: Path, c
     arguments(*both, "--against", out)
     assert bench.main() == 0
     printed = capsys.readouterr().out
-    assert "differs: True -> False" in printed and printed.count("differs") == 2, "other engines, asked for and not"
+    assert "differs: True -> False" in printed and printed.count("differs") == 2, "the two options for other engines"
 
 
 @pytest.mark.parametrize("shape", [(), ("--shape", "tiny")])
 def test_quantized(shape: tuple, arguments, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A head of other weights than the target it reads, or a result that does not say what it is of."""
+    """Fails if the head does not belong to the quantised target, or if the result does not name the weight format."""
     monkeypatch.setattr(graphs, "elapsed", operations)
     args, result = arguments("--methods", "eagle2", "--quantize", "int8", "--runs", 1, *shape), {}
     bench.bench(args, result)
@@ -304,7 +305,7 @@ def test_quantized(shape: tuple, arguments, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_interrupted_command_line(arguments, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C that loses the complete runs, the file or the exit code."""
+    """Fails if Ctrl-C loses the complete runs, the file or the exit code."""
     monkeypatch.setattr(graphs, "elapsed", operations)
     calls = []
 
@@ -319,7 +320,7 @@ def test_interrupted_command_line(arguments, tmp_path: Path, capsys, monkeypatch
     arguments("--methods", "eagle", "--json", tmp_path / "out.json")
     assert bench.main() == 130 and "interrupted; missing: everything" in capsys.readouterr().err
     calls.clear()
-    stop = 2 + 6 + 4  # warm-ups, a run, half of another
+    stop = 2 + 6 + 4  # two warm-ups, a complete run of two methods, part of the next run
     assert bench.main() == 130
     result, (out, error) = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr()
     assert "missing: run 2 of 5 at temperature 0" in error and "temperature 0, 1 run " in out
@@ -327,7 +328,8 @@ def test_interrupted_command_line(arguments, tmp_path: Path, capsys, monkeypatch
 
 
 def test_against() -> None:
-    """A change within the noise called one, or one beyond it overlooked; a difference of settings kept quiet."""
+    """Fails if a change within the spread is reported as beyond it, or the reverse; if different settings are not
+    listed."""
     def result(speeds: list[float], device: str, nodes: int) -> dict:
         entries = [{"method": "vanilla", "temperature": 0.0, "tokens_per_sec": race.spread([10.0, 11.0])},
                    {"method": "eagle2", "temperature": 0.0, "tokens_per_sec": race.spread(speeds)}]
@@ -347,8 +349,8 @@ def test_against() -> None:
 
 
 def test_pictures(tmp_path: Path) -> None:
-    """A picture that fails for want of plain decoding, categories, drafts or a second temperature; of another width
-    than a README's."""
+    """Fails if a picture cannot be drawn without vanilla, categories, drafts or a second temperature, or if its width
+    is not 1600 pixels."""
     pytest.importorskip("matplotlib")
     from benchmarks.plots import draw
     numbers = race.speeds([[Run([1, 2, 3], [2], 1.0, 1.0)]] * 2)
@@ -378,8 +380,8 @@ def wide_subject(arguments, *words: object) -> tuple[argparse.Namespace, Subject
 
 @pytest.mark.parametrize("vocab_size", [200, 320])
 def test_widened_medusa(vocab_size: int, arguments, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Heads that guess otherwise in the wide model than in the small one: both lm_heads and projections of their own,
-    in a vocabulary that is cut or padded."""
+    """Fails if Medusa heads guess differently in the wide model than in the small one: with the lm_head or projections
+    of their own, in a vocabulary that is cut or padded."""
     monkeypatch.setitem(SHAPE, "vocab_size", vocab_size)
     model, prompts, _, wide = wide_subject(arguments)[1]
     ids = prompts[0].ids
@@ -399,7 +401,8 @@ def test_widened_medusa(vocab_size: int, arguments, monkeypatch: pytest.MonkeyPa
 
 
 def test_widened_draft_model(checkpoint: Path, arguments, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A draft model with the small model's ids: the target, as its own draft model, is accepted as a whole."""
+    """Fails if a draft model keeps the small model's ids: then the target, as its own draft model, would be
+    rejected."""
     for vocab_size in (200, 320):
         monkeypatch.setitem(SHAPE, "vocab_size", vocab_size)
         args, subject = wide_subject(arguments, "--speculate", checkpoint, "--methods", "speculate")
@@ -414,7 +417,7 @@ def test_widened_draft_model(checkpoint: Path, arguments, monkeypatch: pytest.Mo
 
 
 def test_what_methods_expect(arguments) -> None:
-    """A part that make_drafter does not look for under this name: it would load the small model's head instead."""
+    """Fails if make_drafter does not find the widened head under its option: it would load the small model's."""
     args, subject = wide_subject(arguments)
     for name in ("eagle", "eagle2"):
         weights = workload.load_weights(name, args, subject)
@@ -426,7 +429,8 @@ def test_what_methods_expect(arguments) -> None:
     {}, {"num_key_value_heads": 4}, {"tie_word_embeddings": True, "rope_theta": 50.0, "rms_norm_eps": 1.0}],
     ids=["gqa", "mha", "tied"])
 def test_other_engines_write_our_text(changes: dict, gpt_fast: Path) -> None:
-    """A weight in the wrong place, rows not reordered for the other RoPE, prefill off by one, a stop id ignored."""
+    """Fails if a weight is in the wrong place, if rows are not reordered for the other RoPE, if prefill is off by one,
+    or if a stop id is ignored."""
     model, stop = tiny.target(3, torch.float32, **changes), frozenset([7])
     ours, lengths = Engine(model, Vanilla(), 96, stop), set()
     others = [transformers_decoder(model, stop, "dynamic"), transformers_decoder(model, stop, "static"),
@@ -439,11 +443,11 @@ def test_other_engines_write_our_text(changes: dict, gpt_fast: Path) -> None:
             theirs = decode(ids, 25)
             assert theirs.tokens == text and theirs.gained == [1] * (len(text) - 1)
             assert theirs.prefill_s > 0 and (theirs.decode_s > 0 or len(text) == 1)
-    assert len(lengths) > 1, "no text was ended by a stop id"
+    assert len(lengths) > 1, "no text ended with a stop id"
 
 
 def test_other_engines_share_our_weights(gpt_fast: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second copy of a 13B does not fit: only q, k and v are copied, for gpt-fast."""
+    """Fails if more is copied than q, k and v for gpt-fast: a second 13B would not fit."""
     model, taken = tiny.target(), {}
     model.allocate_cache(64)
     original = torch.nn.Module.load_state_dict
@@ -458,7 +462,7 @@ def test_other_engines_share_our_weights(gpt_fast: Path, monkeypatch: pytest.Mon
 
 
 def test_models_that_others_lack_are_refused(gpt_fast: Path) -> None:
-    """A wrong text instead of one clear line."""
+    """Fails if a model that the other engine computes wrongly is not refused with one clear line."""
     for decoder in (partial(transformers_decoder, cache="dynamic"), partial(gpt_fast_decoder, folder=gpt_fast)):
         model = tiny.target(model_type="qwen3")
         model.allocate_cache(64)
@@ -474,7 +478,6 @@ def test_models_that_others_lack_are_refused(gpt_fast: Path) -> None:
         gpt_fast_decoder(model, frozenset(), gpt_fast)
 
 
-
 @pytest.mark.parametrize("words, message", [
     (("--max_new_tokens", 1), "2 or more"), (("--runs", 0), "1 or more"),
     (("--gpt_fast", "no/such/clone"), "no model.py"),
@@ -483,14 +486,14 @@ def test_models_that_others_lack_are_refused(gpt_fast: Path) -> None:
     (("--transformers", "--quantize", "int8"), "without --quantize"), (("--json", "no/such/x.json"), "no such folder"),
     (("--methods", "lookup", "--draft_vocab", 9), "--draft_vocab is for the methods eagle, eagle2")])
 def test_refused(words: tuple, message: str, arguments, capsys) -> None:
-    """Bad input found before the model is loaded."""
+    """Fails if bad input is found only after the model is loaded."""
     with pytest.raises(SystemExit) as exit:
         arguments(*words)
     assert exit.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_bad_files(arguments, tmp_path: Path, capsys) -> None:
-    """A traceback, or hours of measuring before it is found that there is nothing to compare with."""
+    """Fails if a bad --against file gives a traceback, or is found only after everything is measured."""
     (tmp_path / "old.json").write_text("[]")
     for old, message in (("old.json", "not what bench.py --json writes"), ("gone.json", "No such file")):
         arguments("--against", tmp_path / old)
@@ -499,6 +502,7 @@ def test_bad_files(arguments, tmp_path: Path, capsys) -> None:
 
 @pytest.mark.parametrize("name, words", [("transformers", ("--transformers",)), ("matplotlib", ("--plots", "x"))])
 def test_not_installed(name: str, words: tuple, arguments, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a missing package is found only after everything is measured, or without saying what to install."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         arguments(*words)

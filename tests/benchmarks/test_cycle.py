@@ -1,5 +1,5 @@
-"""cycle.py, workload.py and timing.py on a CPU: the parts are those of a cycle, the text is the small model's. Times
-are counted in operations where a test compares them: a busy machine counts alike.
+"""benchmarks/cycle.py, workload.py and ops/graphs.py on a CPU: the parts are those of a cycle, the text is the small
+model's. Where a test compares times it counts operations instead, which do not depend on how busy the machine is.
 """
 import argparse
 import json
@@ -39,7 +39,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def arguments(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., argparse.Namespace]:
-    """cycle.py's own parser on these words; the tiny shape is among its shapes."""
+    """Parses command lines with benchmarks/cycle.py's own parser; --shape tiny exists."""
     monkeypatch.setitem(SHAPES, "tiny", SHAPE)
     (tmp_path / "asked.jsonl").write_text("".join(cycle.QUESTIONS.read_text().splitlines(keepends=True)[:3]))
 
@@ -57,13 +57,13 @@ def engines(stop_ids: frozenset[int] = frozenset(), slots: int = 96) -> dict[str
 
 
 def check_numbers(part: dict, context: int) -> None:
-    """What must hold between the numbers of one context, whatever they are."""
+    """What must hold between the numbers of one context. Times are numbers of operations."""
     assert part["context"] == context and context + 6 <= part["timed_at"] <= context + 6 + 4
     names = [p["part"] for p in part["parts"]]
     assert [name.split(",")[0] for name in names] == [
         "draft: extend", "draft: expansion 1", "draft: expansion 2", "rerank", "verify", "accept and compact"]
     assert part["sum_ms"] == sum(p["ms"] for p in part["parts"]) and all(p["ms"] > 0 for p in part["parts"])
-    assert part["cycle_ms"] == part["sum_ms"] + 1, "all but the root's slot belongs to some part"
+    assert part["cycle_ms"] == part["sum_ms"] + 1, "its parts, and one operation for the slot of the root"
     verify = part["parts"][4]
     assert part["cycle_ms"] > verify["ms"] and part["verify_ratio"] == verify["ms"] / part["vanilla_ms"] > 0.5
     assert part["cycle_ratio"] == part["cycle_ms"] / part["vanilla_ms"] > 1.5
@@ -80,8 +80,8 @@ def check_numbers(part: dict, context: int) -> None:
 
 
 def test_command_line(arguments, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything at once, in operations instead of milliseconds: the JSON is about the run that was asked for, parts
-    make up the cycle, and every table says what it is of."""
+    """Everything at once, in operations instead of milliseconds. Fails if the JSON describes another run, if the parts
+    do not add up to the cycle, or if a table does not say what it is of."""
     monkeypatch.setattr(graphs, "elapsed", operations)
     arguments("--shape", "tiny", "--contexts", 60, 40, "--max_new_tokens", 12, "--rounds", 2, "--rows",
               "--json", tmp_path / "out.json")
@@ -108,8 +108,8 @@ def test_command_line(arguments, tmp_path: Path, capsys, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("mode, per_weight", [("int8", 1), ("int8dyn", 1), ("int4", 0.5)])
 @pytest.mark.parametrize("shape", [("--shape", "tiny"), ()])
 def test_quantized(mode: str, per_weight: float, shape: tuple, arguments, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights quantised before they are widened, GB/s of bytes that nobody reads any more, or a table that does not say
-    that it is of integers."""
+    """Fails if weights are quantised before they are widened, if GB counts bytes that are no longer read, or if the
+    result does not name the weight format."""
     monkeypatch.setattr(graphs, "elapsed", operations)
     args, result = arguments(*shape, "--quantize", mode, "--contexts", 40, "--max_new_tokens", 8, "--rounds", 1,
                              *(["--group", 64] if mode == "int4" else [])), {}
@@ -125,7 +125,7 @@ def test_quantized(mode: str, per_weight: float, shape: tuple, arguments, monkey
 
 
 def test_tree_that_fits(arguments, monkeypatch: pytest.MonkeyPatch) -> None:
-    """--tree auto that measures another tree than the one it chose."""
+    """Fails if --tree auto measures another tree than the one it chose."""
     monkeypatch.setattr(graphs, "elapsed", operations)
     monkeypatch.setattr("drafters.tree_size.measure", lambda *inputs: [1.0] * 9)
     args, result = arguments("--tree", "auto", "--contexts", 40, "--max_new_tokens", 8, "--rounds", 1), {}
@@ -139,8 +139,8 @@ def test_tree_that_fits(arguments, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_parts_are_those_of_a_cycle() -> None:
-    """A part forgotten, or timed on a state that the cycle never sees: drafting and verifying alone, on a frozen
-    engine, gives the tree and the choices of that engine's own cycle."""
+    """Fails if a part is forgotten, or is timed on a state that the cycle never sees. Drafting and verifying alone, on
+    a frozen engine, must give the tree and the choices of that engine's own cycle."""
     engine = engines()["eagle2"]
     length = freeze(engine, tiny.prompt(0, 20), 12)
     assert 32 <= length <= 36 and engine.state.done
@@ -157,7 +157,7 @@ def test_parts_are_those_of_a_cycle() -> None:
 
 
 def test_rows_are_those_of_a_chain() -> None:
-    """Nodes that see other nodes than a draft would, or places beyond the cache."""
+    """Fails if a node sees other nodes than in a draft, or slots beyond the cache."""
     engine, seen = engines()["eagle2"], {}
     length = freeze(engine, tiny.prompt(0, 20), 12)
     engine.verify = lambda base, tree: seen.update({len(tree.tokens): (int(base), tree)})
@@ -168,7 +168,7 @@ def test_rows_are_those_of_a_chain() -> None:
 
 
 def test_a_frozen_cycle_does_all_its_work() -> None:
-    """Once frozen nothing is committed, yet a cycle is as long as that of a running text."""
+    """Fails if a frozen cycle commits tokens, or does less work than the cycle of a running text."""
     for engine in engines().values():
         freeze(engine, tiny.prompt(1, 20), 5)
         still = operations(engine.cycle)
@@ -179,7 +179,7 @@ def test_a_frozen_cycle_does_all_its_work() -> None:
 
 
 def test_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Milliseconds of one call, not of all, nor seconds; and the middle one of several rounds."""
+    """Fails if the time is that of all calls, is in seconds, or is not the median of the rounds."""
     assert 5 <= graphs.timed(lambda: time.sleep(0.005), CPU) < 50
     taken, called = iter([9.0, 3.0, 6.0, 60.0, 0.3, 8.0, 5.0, 7.0]), []
     monkeypatch.setattr(graphs, "elapsed", lambda function, calls, device: called.append(calls) or next(taken))
@@ -188,8 +188,8 @@ def test_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_timed_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All the calls of a graph taken for one, or calls timed that are no replays. A call is 2 ms of a clock that only
-    replays move."""
+    """Fails if all calls of a graph count as one, or if anything but a replay is timed. The clock moves only with
+    replays, 2 ms for each call in the graph."""
     class Graph:
         def replay(self) -> None:
             clock.append(2.0 * self.calls)
@@ -226,14 +226,15 @@ def test_timed_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_speed_of() -> None:
-    """The token of prefill counted as decoded, means of ratios, the slowest round instead of the middle one."""
+    """Fails if the token of prefill counts as decoded, if speeds are means of ratios, or if not the median round
+    counts. """
     runs = [[Run([1, 2, 3, 4], [3], 9.0, s), Run([5, 6], [1], 9.0, s)] for s in (0.5, 3.0, 1.0)]
     assert speed_of(runs) == {"tokens_per_sec": 2.0, "mean_gained": 2.0, "cycle_ms": 1000.0}
 
 
 def test_run() -> None:
-    """Cycles and tokens counted otherwise than the engine made them, sampling left out, or the prompt's time in that of
-    decoding."""
+    """Fails if cycles or tokens are not those that the engine yields, if sampling is ignored, or if decoding's time
+    contains the prompt's."""
     for engine in engines().values():
         for sampling in (Sampling(), Sampling(1.0, seed=3)):
             ids = tiny.prompt(2, 10)
@@ -247,7 +248,8 @@ def test_run() -> None:
 
 
 def test_choose_kept_ids() -> None:
-    """Used ids wherever they are, then the lowest; never twice, never more than fit."""
+    """Fails if a used id is dropped, if the others are not the lowest, if an id comes twice, or if too many are
+    kept."""
     assert widen.choose_kept_ids({7, 2, 90}, 100, 6) == [0, 1, 2, 3, 7, 90]
     assert widen.choose_kept_ids({0, 5}, 6, 9) == list(range(6)), "a larger vocabulary moves nothing"
     assert widen.choose_kept_ids({8, 3}, 10, 2) == [3, 8]
@@ -262,8 +264,8 @@ def contexts(args: argparse.Namespace, model: Llama, tokenizer: Tokenizer) -> li
 
 
 def texts(args: argparse.Namespace) -> tuple[list[list[int]], list[int]]:
-    """Answers to all prompts in the checkpoint's ids (an id of a widened model is the one of the same embedding), and
-    the cycles that each took."""
+    """Answers to all prompts in the checkpoint's ids, and how many cycles each took. Ids of a widened model are
+    translated by their embeddings."""
     subject = workload.load(args, partial(contexts, args))
     model, prompts, stop, _ = subject
     head = workload.load_weights("eagle2", args, subject)["draft"]
@@ -277,17 +279,17 @@ def texts(args: argparse.Namespace) -> tuple[list[list[int]], list[int]]:
 
 
 def test_cut_vocabulary_keeps_the_text(arguments) -> None:
-    """Ids that only the answers use cut away, prompts or stops not mapped: prompt, text and stops are the small
-    model's, though a third of its ids is gone."""
+    """Fails if ids that only the answers use are cut, or if prompts or stops are not translated: prompt, text and stops
+    are the small model's, although the wide one has a third fewer ids."""
     words = ("--contexts", 50, 40, "--max_new_tokens", 12)
     (wide, cycles), plain = texts(arguments(*words, "--shape", "tiny")), texts(arguments(*words))
     assert wide == plain[0] and len(wide) == 6
-    assert max(sum(cycles), sum(plain[1])) < 0.6 * 6 * 11, "drafts that the cut vocabulary lacks give way to others"
+    assert max(sum(cycles), sum(plain[1])) < 0.6 * 6 * 11, "the draft head must still guess well with fewer ids"
     assert len({i for text in wide for i in text if i >= SHAPE["vocab_size"]}) > 5
 
 
 def test_larger_vocabulary_needs_no_answers(arguments, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ids moved where all of them fit."""
+    """Fails if ids change, or answers are written to find them, where the wide vocabulary holds all ids."""
     monkeypatch.setitem(SHAPES, "tiny", SHAPE | {"vocab_size": 320})
     monkeypatch.setattr(widen, "Engine", None)
     wide, plain = (workload.load(args, partial(contexts, args)) for args in (
@@ -296,7 +298,7 @@ def test_larger_vocabulary_needs_no_answers(arguments, monkeypatch: pytest.Monke
 
 
 def test_prompts_of_a_context(checkpoint: Path) -> None:
-    """Exactly so many tokens, the template whole around them, the question last, whatever else had to be cut."""
+    """Fails if a prompt has another length, if the template around it is cut, or if the question is not at its end."""
     tokenizer, questions = Tokenizer(checkpoint), ["How old is the moon?", "Name a river."]
     for length in (40, 200):
         for ids, question in zip(workload.fill_context(tokenizer, questions, length), questions, strict=True):
@@ -315,7 +317,7 @@ def test_prompts_of_a_context(checkpoint: Path) -> None:
 
 
 def test_startup(arguments) -> None:
-    """Measured to the first text of a process of its own, and a process that fails is no fast start."""
+    """Fails if the time does not end at the first text, or if a process that fails counts as a fast start."""
     seconds = cycle.startup_seconds(arguments())
     assert list(seconds) == ["cold", "warm"] and all(1e-1 < s < 300 for s in seconds.values())
     with pytest.raises(ValueError, match="generate.py ended with exit code 2"):
@@ -328,7 +330,7 @@ def test_startup(arguments) -> None:
     (("--shape", "7b"), "invalid choice"), (("--tree", 8, 3), "--tree takes nodes"),
     (("--tree", "auto", 3, 3), "--tree takes nodes")])
 def test_refused(words: tuple, message: str, arguments, capsys) -> None:
-    """Bad input found before the model is loaded."""
+    """Fails if bad input is found only after the model is loaded."""
     with pytest.raises(SystemExit) as exit:
         arguments(*words)
     assert exit.value.code == 2 and message in capsys.readouterr().err

@@ -1,6 +1,7 @@
-"""widen.py: a small model in a large shape computes, writes and drafts what it did, and nothing in it is idle.
+"""benchmarks/widen.py: a small model in a large shape computes, writes and drafts what it did before, and few of the
+large weights are zero.
 
-float64, where the only difference left is the order of sums, so that a forgotten term of any size shows.
+In float64 the order of sums makes the only difference, so that a forgotten term of any size shows.
 """
 from dataclasses import replace
 
@@ -44,7 +45,7 @@ def widened(model: Llama, head: EagleHead, shape: dict[str, int], seed: int = 0)
 
 @torch.inference_mode()
 def outputs(model: Llama, head: EagleHead, ids: list[int]) -> tuple[Tensor, Tensor]:
-    """The target's features and what the head makes of them and the ids, [len(ids), C]."""
+    """The target's features, and the head's output for them and the ids, both [len(ids), C]."""
     model.allocate_cache(len(ids))
     head.allocate_cache(len(ids))
     features = tiny.features(model, ids)
@@ -59,7 +60,8 @@ def assert_near(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
 @pytest.mark.parametrize("shape", TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 5e-5)], ids=["fp64", "fp32"])
 def test_same_features_and_logits(shape: dict[str, int], dtype: torch.dtype, tolerance: float):
-    """Scales of norms and keys, eps, rotary pairs, which slot reads which key/value head, what is dead."""
+    """Fails if norms, keys or eps are scaled wrongly, if rotary pairs are in the wrong place, if a slot reads another
+    key/value head, or if a dead channel is not zero."""
     ids, model = tiny.prompt(3, 60), tiny.target(dtype=dtype, rms_norm_eps=0.05)  # an eps that cannot be forgotten
     head = tiny.head(model, fc_bias=True, rms_norm_eps=0.3)
     wide, wide_head = widened(model, head, shape)
@@ -74,7 +76,7 @@ def test_same_features_and_logits(shape: dict[str, int], dtype: torch.dtype, tol
                                      {"tie_word_embeddings": True}, {"rope_theta": 100.0}],
                          ids=["mha", "mqa", "tied", "theta"])
 def test_other_small_models(changes: dict):
-    """Small models whose heads share otherwise, embeddings are tied, or RoPE has another base."""
+    """Fails for small models with other groups of heads, tied embeddings or another base of RoPE."""
     ids, model = tiny.prompt(4, 50), tiny.target(**changes)
     head = tiny.head(model, **{k: v for k, v in changes.items() if "tie" not in k})
     for shape in (MHA, TARGETS["gqa of other groups"]):
@@ -87,8 +89,8 @@ def test_other_small_models(changes: dict):
 @pytest.mark.parametrize("name", ["mha", "gqa with spare heads", "padded"])
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, seed=3)], ids=["greedy", "sampled"])
 def test_same_cycles(name: str, sampling: Sampling):
-    """Text and drafts: the widened pair commits, cycle by cycle, what the small pair does. Padding that took any
-    probability would change sampled text and the scores that trees are made of."""
+    """Fails if the widened pair does not commit, cycle by cycle, what the small pair does. Padding with any probability
+    would change sampled text and the scores that trees are made of."""
     model, head = tiny.pair(seed=7, noise=0.1)
     wide, wide_head = widened(model, head, TARGETS[name])
     accepted = 0
@@ -103,7 +105,7 @@ def test_same_cycles(name: str, sampling: Sampling):
 
 
 def test_noise_reaches_nothing():
-    """Other noise, the same bits: whatever is noise meets zeros or is never read."""
+    """Fails if another noise changes a single bit: noise must meet zeros or never be read."""
     model, ids, head = tiny.target(), tiny.prompt(6, 30), tiny.head(tiny.target())
     for shape in TARGETS.values():
         (wide, wide_head), (other, other_head) = (widened(model, head, shape, seed) for seed in (1, 2))
@@ -114,7 +116,8 @@ def test_noise_reaches_nothing():
 
 
 def test_padding_never_wins():
-    """Not where every real logit is negative, even without the constant; and with it, it has no probability at all."""
+    """Fails if padding wins where every real logit is negative, even without the constant, or if it has any probability
+    with the constant."""
     model = tiny.target()
     model.lm_head.weight.data += 3
     wide = widen_model(model, TARGETS["padded"], dtype=torch.float64)
@@ -129,7 +132,7 @@ def test_padding_never_wins():
 
 
 def test_cut_vocabulary():
-    """Kept ids in an order of their own: the same text under the map, where the small model writes only kept ids."""
+    """Fails if kept ids in any order change the text, translated back, where the small model writes only kept ids."""
     model = tiny.target(vocab_size=60)
     ids = tiny.prompt(9, 12, 60)
     text = sum(Engine(model, Vanilla(), 128).generate(ids, 40), [])
@@ -146,7 +149,7 @@ def busy(module: nn.Module) -> float:
 
 
 def test_dead_weights_are_noise():
-    """Zeros would make the large model cheaper in power. Where C is a seventh of C', few weights must be zero."""
+    """Fails if many weights are zero, which would cost less power than a real model. C is a seventh of C' here."""
     shape = dict(zip(FIELDS, (V, 7 * C, 7 * 48, 3, 16, 16, 16)))
     wide, head = widened(tiny.target(), tiny.head(tiny.target()), shape)
     for part in (*wide.layers, head):
@@ -158,7 +161,7 @@ def test_dead_weights_are_noise():
 
 
 def test_bf16_is_as_near_as_the_small_model():
-    """From fp32 weights: bf16 costs the widened model no more than it costs the small one."""
+    """Fails if rounding fp32 weights to bf16 costs the widened model more than the small one."""
     off = []
     for seed in range(4):
         model, ids = tiny.target(seed, torch.float32), tiny.prompt(seed, 60)
@@ -177,6 +180,7 @@ def model_with_cache(model: Llama) -> Llama:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes_have_the_size_of_their_models(name: str):
+    """Fails if a shape does not have the number of parameters of the model that it is named after."""
     cfg = wide_config(replace(tiny.target().cfg, head_dim=64, rope_theta=1e5, num_kv_heads=1), SHAPES[name])
     with torch.device("meta"):
         assert sum(p.numel() for p in Llama(cfg).parameters()) == PARAMETERS[name]
@@ -193,11 +197,13 @@ def test_shapes_have_the_size_of_their_models(name: str):
     ({"vocab_size": V - 1}, None, f"1 to {V - 1} distinct ids below {V}"),
     ({}, [1, 2, 1], "distinct"), ({}, [V], "distinct"), ({}, [-1], "distinct"), ({}, [], "distinct")])
 def test_what_does_not_fit(shape: dict[str, int], kept_ids: list[int] | None, message: str):
+    """Fails if a shape or ids that do not fit are not refused, or the message does not say why."""
     with pytest.raises(ValueError, match=message):
         widen_model(tiny.target(), MHA | shape, kept_ids)
 
 
 def test_biases_of_attention_are_refused():
+    """Fails if biases that would be lost are not refused."""
     model = tiny.target()
     with pytest.raises(ValueError, match="biases"):
         widen_head(tiny.head(model, qkv_bias=True), MHA)
@@ -205,7 +211,8 @@ def test_biases_of_attention_are_refused():
 
 @pytest.mark.xdist_group("demo")
 def test_demo(demo_model: Llama, demo_head: EagleHead, demo_prompts: list[list[int]], demo):
-    """The real thing, fp32, with heads twice as long and none shared: the same text, gained in the same cycles."""
+    """Fails if the demo model and its head, in fp32, with heads twice as long and none shared, do not commit the same
+    tokens in the same cycles."""
     stop, ids = Tokenizer(demo).stop_ids, demo_prompts[6]
     shape, dtype = dict(zip(FIELDS, (49_200, 600, 1536, 31, 9, 9, 128))), torch.float32
     wide, wide_head = widen_model(demo_model, shape, dtype=dtype), widen_head(demo_head, shape, dtype=dtype)
@@ -216,7 +223,8 @@ def test_demo(demo_model: Llama, demo_head: EagleHead, demo_prompts: list[list[i
 
 @pytest.mark.parametrize("mode", ["int8", "int8dyn", "int4"])
 def test_quantized_layer_by_layer(mode: str):
-    """The same as quantising the whole: a 13B in bfloat16 need not fit where its int8 does."""
+    """Fails if quantising layer by layer, which a 13B needs in order to fit, differs from quantising the whole
+    model."""
     whole = widen_model(tiny.target(), MHA, generator=noise(0))
     quantize_linears(whole, mode, 64)
     parts = widen_model(tiny.target(), MHA, generator=noise(0), quantize=(mode, 64))
