@@ -1,4 +1,4 @@
-"""profiling.py: a trace that viewers open, with phases where they are, and an engine that is afterwards as before."""
+"""app/trace.py: a trace that viewers open, with every phase at its place, and an engine that is the same afterwards."""
 import gzip
 import json
 import sys
@@ -18,7 +18,7 @@ from sampling import Sampling
 
 
 def ranges(path: Path) -> dict[str, list[tuple[float, float]]]:
-    """The named ranges of a trace: from, to."""
+    """The named ranges of a trace: (beginning, end) of each."""
     found = {}
     for e in json.loads(path.read_text())["traceEvents"]:
         if e.get("cat") == "user_annotation":
@@ -27,17 +27,19 @@ def ranges(path: Path) -> dict[str, list[tuple[float, float]]]:
 
 
 def parts(engine: Engine) -> dict:
-    """All of it but what a text changes."""
+    """The engine's attributes, without those that a text changes."""
     return {name: part for name, part in vars(engine).items() if name not in ("text", "sequence", "written", "reused")}
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, seed=3)])
 def test_phases(sampling: Sampling, tmp_path: Path) -> None:
-    """A phase that is missing, counted twice, or outside of its cycle; a profile that a stop id ends; an engine that
-    goes on to be profiled, or no longer stops."""
+    """Fails if a phase is missing, counted twice or outside of its cycle, if a stop id ends the trace, or if the engine
+    stays changed: its methods still record, or it no longer stops."""
     model, head = tiny.pair(3, 0.1)
-    engine, ids = Engine(model, Eagle2(head, model, 12, 3, 3), 128, frozenset(range(24))), tiny.prompt(4, 9)
-    before, stop_ids = parts(engine), engine.stop_ids.clone()
+    engine = Engine(model, Eagle2(head, model, 12, 3, 3), 128, frozenset(range(24)))
+    ids = tiny.prompt(4, 9)
+    before = parts(engine)
+    stop_ids = engine.stop_ids.clone()
     own = {**vars(engine.drafter)}
     text = write_trace(engine, ids, sampling, tmp_path / "trace.json")
     found = ranges(tmp_path / "trace.json")
@@ -55,11 +57,11 @@ def test_phases(sampling: Sampling, tmp_path: Path) -> None:
 
 
 def test_graphs_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU: launched cycles alone, which are not how decoding runs, or graphs that are lost. Here a stand-in for
-    capturing."""
+    """As on a GPU, with a stand-in for capturing. Fails if the trace lacks replayed cycles, which are how decoding
+    runs, or if the engine's graphs are lost."""
     monkeypatch.setattr(engine_module, "capture", lambda function: function)
-    model = tiny.target(1)
-    engine, ids = Engine(model, Vanilla(), 128), tiny.prompt(4, 9)
+    engine = Engine(tiny.target(1), Vanilla(), 128)
+    ids = tiny.prompt(4, 9)
     engine.graphs = {}
     text = [*engine.generate(ids, 9)]
     graphs = {**engine.graphs}
@@ -71,7 +73,7 @@ def test_graphs_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_full_context(tmp_path: Path) -> None:
-    """A division by no cycles where a prompt leaves room for one token."""
+    """Fails if means are divided by 0 cycles where a prompt leaves room for only one token."""
     engine = Engine(tiny.target(1), Vanilla(), 16)
     shown = write_trace(engine, tiny.prompt(1, 15), Sampling(), tmp_path / "trace.json")
     assert "prefill" in shown and LAUNCHED not in shown
@@ -83,8 +85,8 @@ def event(cat: str, ts: float, dur: float, name: str = "", correlation: int | No
 
 
 def test_time_on_the_gpu() -> None:
-    """Kernels given to the phase during which they run, which is a later one than the one that launched them; kernels
-    that overlap counted twice; of a graph the first kernel alone."""
+    """Fails if kernels count for the phase in which they run instead of the earlier one that launched them, if kernels
+    that overlap count twice, or if only the first kernel of a graph counts."""
     events = [event("user_annotation", 0, 100, "draft"), event("user_annotation", 100, 100, "verify"),
               event("user_annotation", 300, 50, "draft"), event("user_annotation", 0, 200, LAUNCHED),
               event("user_annotation", 400, 10, REPLAYED), event("user_annotation", 0, 999, "another"),
@@ -103,7 +105,8 @@ def test_time_on_the_gpu() -> None:
 
 
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """A .gz that is none, a trace instead of the answer; a folder that is not there found out after all the work."""
+    """Fails if a .gz is not compressed, if the trace replaces the answer, or if a missing folder is found only after
+    all the work."""
     words = ["generate.py", "--checkpoint", str(tiny_checkpoint(tmp_path / "c")), "--device", "cpu", "--prompt", "Hi",
              "--max_new_tokens", "5", "--json", "--profile"]
     for name, message in (("no/x.json", "no such folder"), ("c", "a folder")):
