@@ -2,7 +2,7 @@
 import json
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -40,6 +40,11 @@ class Letters:
 
     def decode(self, ids: list[int]) -> str:
         return "".join(chr(0xE000 + i) for i in ids)
+
+
+def slow_but(quick: int, values: Iterable) -> list:
+    """For pytest.mark.parametrize: these values, all but the first `quick` of them marked as slow."""
+    return [value if i < quick else pytest.param(value, marks=pytest.mark.slow) for i, value in enumerate(values)]
 
 
 class Payload:

@@ -13,7 +13,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from conftest import all_cores
-from helpers import Payload
+from helpers import Payload, slow_but
 from recorder import Cycle, Recorder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -244,7 +244,7 @@ def tiny_run(drafter: Eagle1 | Eagle2, model: Llama, seed: int) -> tuple[Recorde
     return recorder, Builder(plain, text, tiny.features(model, text), sampling)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", slow_but(3, SHAPES))
 def test_eagle2_tiny(shape: tuple[int, int, int]) -> None:
     """Fails if another tree is drafted: by a feature, token or position shifted by one, a node that sees its siblings
     or its parent's siblings, scores that are not summed, levels mixed up, a rerank cut at the wrong node."""
@@ -258,6 +258,7 @@ def test_eagle2_tiny(shape: tuple[int, int, int]) -> None:
     assert total >= 20 and close <= total // 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choices", [EAGLE1_TREE, [(0,)], [(3,)], [(0,), (1,), (0, 2), (1, 0), (1, 0, 3), (1, 0, 3, 1)],
                                      [(2,), (0,), (2, 1), (0, 0), (0, 0, 0), (2, 1, 0), (0, 0, 1)]])
 def test_eagle1_tiny(choices: list[tuple[int, ...]]) -> None:
@@ -286,6 +287,7 @@ def plain_demo_head(demo: Path, demo_model: Llama) -> PlainHead:
     return PlainHead(load_file(folder / "model.safetensors"), Config.load(folder), demo_model)
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("demo")
 @torch.inference_mode()
 def test_eagle2_demo(demo_runs, demo_model: Llama, plain_demo_head: PlainHead) -> None:
@@ -300,6 +302,7 @@ def test_eagle2_demo(demo_runs, demo_model: Llama, plain_demo_head: PlainHead) -
     assert close <= total // 20
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_eagle1_demo(demo_model: Llama, demo_head: EagleHead, demo_prompts, plain_demo_head: PlainHead) -> None:
     """Fails if it fills EAGLE-1's fixed tree with other tokens, on one text."""

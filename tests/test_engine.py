@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from conftest import all_cores
-from helpers import GREEDY, SAMPLINGS, Scripted, as_on_a_gpu, cycle_by_cycle, vanilla, write
+from helpers import GREEDY, SAMPLINGS, Scripted, as_on_a_gpu, cycle_by_cycle, slow_but, vanilla, write
 from scipy import stats
 from soak import soak
 from torch import Tensor
@@ -58,7 +58,7 @@ def plain(model: Llama, ids: list[int], count: int, sampling: Sampling) -> list[
     return text[len(ids):]
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("sampling", slow_but(2, SAMPLINGS))
 def test_vanilla_is_plain_decoding(sampling: Sampling) -> None:
     """Fails if the baseline of the other tests is wrong itself, or if a text changes where the number of slots that are
     read does, at the multiples of 128."""
@@ -69,7 +69,7 @@ def test_vanilla_is_plain_decoding(sampling: Sampling) -> None:
     assert vanilla(model, ids[:1], 24, sampling) == plain(model, ids[:1], 24, sampling)
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("sampling", slow_but(1, SAMPLINGS))
 def test_any_tree(sampling: Sampling) -> None:
     """Fails if a path is accepted too far or not far enough, if the bonus token is another node's, if keys stay where
     siblings were, or if noise is another position's. The trees are wilder than any drafter's, and what each cycle must
@@ -87,7 +87,7 @@ def test_any_tree(sampling: Sampling) -> None:
         assert sum(gains) > len(gains) or size < 7
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", slow_but(3, range(40)))
 def test_eagle2_equals_vanilla(seed: int) -> None:
     """Fails if EAGLE-2 changes the text with a tree of some shape: too few spare slots, a root with more children than
     the tree has nodes."""
@@ -106,7 +106,7 @@ def test_eagle2_equals_vanilla(seed: int) -> None:
         assert write(engine, ids, 24, sampling) == expected, shape
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", slow_but(1, range(10)))
 def test_eagle1_equals_vanilla(seed: int) -> None:
     """Fails if EAGLE-1's fixed tree changes the text."""
     model, head = tiny.pair(seed, 0.1) if seed % 2 else (tiny.target(seed), tiny.head(tiny.target(seed)))
@@ -116,6 +116,7 @@ def test_eagle1_equals_vanilla(seed: int) -> None:
         assert write(engine, ids, 24, sampling) == vanilla(model, ids, 24, sampling)
 
 
+@pytest.mark.slow
 def test_equal_in_fp32() -> None:
     """Fails if a tensor of the cycle has the wrong dtype, which shows in fp32 only: all tests above run in float64."""
     model, head = tiny.pair(1, 0.1, torch.float32)
@@ -178,7 +179,7 @@ def test_perfect_head_gains_everything(depth: int) -> None:
 # ----- Caches ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", slow_but(2, range(8)))
 @torch.inference_mode()
 def test_caches_after_cycles(seed: int) -> None:
     """Fails if accepted keys and values are not moved to the front, or from the wrong rows, or if the head keeps
@@ -246,6 +247,7 @@ def test_engines_share_a_head() -> None:
     assert cycle_by_cycle(engine, [1, 2, 3], 200) == cycles
 
 
+@pytest.mark.slow
 def test_soak() -> None:
     """Fails if texts leave something behind, in memory or for the next texts: a short run of tests/soak.py."""
     model, head = tiny.pair(7, 0.05)
@@ -256,6 +258,7 @@ def test_soak() -> None:
 # ----- Where a text ends -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_stop_ids() -> None:
     """Fails if tokens are written after a stop id that was accepted within a path, or if the stop id is not written."""
     model, ids = tiny.target(5), tiny.prompt(3, 5)
@@ -277,7 +280,7 @@ def test_max_new_tokens() -> None:
             assert write(Engine(model, drafter, 128), ids, count) == text[:count]
 
 
-@pytest.mark.parametrize("room", [1, 2, 5, 9, 30])
+@pytest.mark.parametrize("room", slow_but(1, [5, 1, 2, 9, 30]))
 def test_to_the_last_slot(room: int) -> None:
     """Fails if drafts write or read past the end of the caches, or if the context is left partly unused."""
     model, ids = tiny.target(5), tiny.prompt(4, 34)
@@ -317,6 +320,7 @@ def test_prompts_that_do_not_fit() -> None:
 # ----- The distribution ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_distribution_of_texts() -> None:
     """Fails if the whole engine's samples are biased, prefill's first token included: 3000 texts against exact
     probabilities."""
@@ -353,12 +357,14 @@ def demo_texts(demo_model: Llama, demo_prompts) -> list[list[int]]:
         return [ids + vanilla(demo_model, ids, 32, max_seq_len=512, stop_ids=frozenset([2])) for ids in demo_prompts]
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("demo")
 def test_demo_eagle2_equals_vanilla(demo_runs, demo_texts, demo_prompts) -> None:
     """Fails if EAGLE-2 changes the text of trained weights, with their sharp attention and vocabulary of 49,152."""
     assert [text[:len(ids) + 32] for (_, text, _), ids in zip(demo_runs, demo_prompts, strict=True)] == demo_texts
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("demo")
 def test_demo_eagle1_equals_vanilla(demo_model: Llama, demo_head, demo_prompts, demo_texts) -> None:
     """Fails if EAGLE-1 does; half of the prompts."""
@@ -368,6 +374,7 @@ def test_demo_eagle1_equals_vanilla(demo_model: Llama, demo_head, demo_prompts, 
             assert write(engine, ids, 32) == text[len(ids):]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0.7, top_p=0.9, seed=1), Sampling(temperature=1.0, seed=2)])
 def test_demo_sampled(sampling: Sampling, demo_model: Llama, demo_head, demo_prompts) -> None:
     """Fails if sampled text changes with the drafter: if noise depends on anything but seed, position and token."""
@@ -384,6 +391,7 @@ def test_demo_sampled(sampling: Sampling, demo_model: Llama, demo_head, demo_pro
 MEAN_GAINED = 3.7
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("demo")
 def test_demo_acceptance(demo_runs) -> None:
     """Fails if drafting is wrong in a way that leaves the text right: shifted by one position or token, blind to the

@@ -34,6 +34,7 @@ def copy(everything: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_compare_json(call, demo: Path) -> None:
     """Fails if a key of the documented JSON is missing, or if streamed text, decoded tokens and counts do not agree."""
     code, out, err = call("--checkpoint", demo, "--eagle2", "--compare", "--json", "--prompt", "Name three colours.",
@@ -51,6 +52,7 @@ def test_compare_json(call, demo: Path) -> None:
     assert "identical tokens" in err and "tokens/s" in err
 
 
+@pytest.mark.slow
 def test_readme(call, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """Fails if README's Python no longer runs, or prints something else than the command line does."""
     snippet = (ROOT / "README.md").read_text(encoding="utf-8").partition("### From Python")[2]
@@ -67,6 +69,7 @@ def test_readme(call, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert code == 0 and said == out != "\n"
 
 
+@pytest.mark.slow
 def test_sampled_text_does_not_depend_on_the_drafter(call, demo: Path) -> None:
     """Fails if the text of a seed depends on the drafter, or not on the seed."""
     words = ("--checkpoint", demo, "--prompt", "Tell me a joke.", "--max_new_tokens", 16, "--dtype", "float32",
@@ -76,6 +79,7 @@ def test_sampled_text_does_not_depend_on_the_drafter(call, demo: Path) -> None:
     assert texts[0] == texts[1] == texts[2] != texts[3]
 
 
+@pytest.mark.slow
 def test_stop(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Fails if --stop shows more than the text before it, if another drafter ends at another token, or if the last
     cycle's tokens after it are counted."""
@@ -104,6 +108,7 @@ def test_stop(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         assert result["tokens"] == write(plain, "never", stop)["tokens"] and result["new_tokens"] < 60
 
 
+@pytest.mark.slow
 def test_nobody_reads_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """Fails if there is a traceback behind `| head`, or on Ctrl-C."""
     folder, pipe = tiny.save_everything(tmp_path / "x"), subprocess.PIPE
@@ -121,6 +126,7 @@ def test_nobody_reads_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert capsys.readouterr().err.endswith("\ninterrupted\n")
 
 
+@pytest.mark.slow
 def test_context_is_filled_and_named(call, demo: Path) -> None:
     """Fails if a full context is an error, is left partly unused, or is not named as what ended the text."""
     code, out, _ = call("--checkpoint", demo, "--raw", "--prompt", "One two three four", "--max_seq_len", 12,

@@ -332,6 +332,7 @@ def unfused(model: Llama) -> dict[str, Tensor]:
     return state
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_demo_logits_equal_transformers(demo: Path, demo_model: Llama) -> None:
     """Fails if conversion or model are right for tiny random weights only, and wrong for trained ones of real size."""
@@ -342,6 +343,7 @@ def test_demo_logits_equal_transformers(demo: Path, demo_model: Llama) -> None:
         assert_same_logits(demo_model, theirs, ids(64, 1, 49152))
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_demo_reads_english(demo: Path, demo_model: Llama) -> None:
     """Fails if rows of q and k are left in GGUF's order: the comparison above undoes our own conversion, and would not
@@ -378,6 +380,7 @@ def gguf_weights(path: Path) -> dict[str, Tensor]:
     return state | {"lm_head.weight": state["model.embed_tokens.weight"]}
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_demo_from_gguf(tmp_path: Path) -> None:
     """Fails if blocks are dequantised wrongly, or rows of q and k reordered wrongly, compared with the file itself."""

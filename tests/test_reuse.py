@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import tiny
 import torch
-from helpers import FLAGS, GREEDY, SAMPLINGS, arguments, as_on_a_gpu, cycle_by_cycle, write
+from helpers import FLAGS, GREEDY, SAMPLINGS, arguments, as_on_a_gpu, cycle_by_cycle, slow_but, write
 
 import engine as engine_module
 import generate
@@ -45,7 +45,7 @@ def turns(seed: int, text: list[int]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("ahead, how", [(False, SAMPLINGS[2]), (True, GREEDY)], ids=["cpu", "running ahead"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but(1, METHODS))
 def test_second_turn(method: str, ahead: bool, how: Sampling, make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a reused slot was written by another token, another feature or a rejected draft, or if an entry of the
     head, a draft model's key, a feature or a pool is left from the last text. Compared cycle by cycle, since fewer
@@ -67,6 +67,7 @@ def test_second_turn(method: str, ahead: bool, how: Sampling, make, monkeypatch:
     assert reused == [held, held, held, held, min(half - 1, held), half - 1, 15, 16, 0, 0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_whole_conversation(method: str, make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if errors add up from turn to turn, or if a text is continued wrongly that ended by a stop id, its length,
@@ -109,6 +110,7 @@ def test_only_new_rows_are_run(method: str, make, monkeypatch: pytest.MonkeyPatc
         write(engine, ids, 30)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reuse, ahead", [(False, True), (True, False), (True, True)])
 def test_abandoned(reuse: bool, ahead: bool, make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if many texts that were abandoned half-way change a later one, in its tokens or in its drafts."""
@@ -136,6 +138,7 @@ class Interrupt(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["eagle2", "speculate+lookup"])
 def test_interrupted_anywhere(method: str, make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a text is wrong after Ctrl-C in the middle of a prefill or a cycle, when some layers' caches had been

@@ -381,6 +381,7 @@ def p_value(cycle, draws: int = DRAWS) -> tuple[float, float]:
     return stats.chisquare(observed.numpy(), expected.numpy()).pvalue, float(sum(deep) / 3)
 
 
+@pytest.mark.slow
 def test_distribution() -> None:
     """Fails if sampling through a tree adds a bias, which no comparison of one text with another would show."""
     p, deep = p_value(right_cycle)
@@ -388,6 +389,7 @@ def test_distribution() -> None:
     assert p > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cycle", [bonus_of_parents_place, likely_child_taken])
 def test_distribution_sees_wrong_rules(cycle) -> None:
     """Fails if the chi-square test is too weak to see a wrong rule of acceptance."""

@@ -118,6 +118,7 @@ def loaded(request: pytest.FixtureRequest, everything: Path) -> tuple[Llama, lis
     return load_model(everything, "cpu", torch.bfloat16, mode, group), words, mode
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, more", [*((method, ()) for method in METHODS), ("eagle2", ("--draft_vocab", "0")),
                                           ("eagle2", ("--draft_tokens", "33", "--draft_depth", "5")),
                                           ("lookahead", ("--window", "4", "3", "9")), ("lookup", ("--chain", "3"))])
@@ -232,6 +233,7 @@ def ending_memory(original: Callable) -> Callable:
     return function
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["load_model", "Llama.allocate_cache", "EagleHead.allocate_cache", "rope_table",
                                    "Engine.verify", "Engine.prefill_chunk"])
 def test_on_the_command_line(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

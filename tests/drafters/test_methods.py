@@ -115,6 +115,7 @@ def test_load_refuses(options: dict, message: str, loadable: Path) -> None:
         Engine.load(loadable, **options, draft_token=8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_limits(method: str, checkpoint: tuple[Path, Llama], monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a drafter changes the text at a limit: prompts of one token, of whole chunks and one more or less, of
@@ -187,6 +188,7 @@ def test_refused(checkpoint: tuple[Path, Llama], demo: Path, tmp_path: Path) -> 
             make_drafter("speculate", args, model, 128)
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("demo")
 @pytest.mark.parametrize("method, least", [("medusa", 2.0), ("speculate", 2.8)])
 def test_demo_peers(method: str, least: float, demo: Path, demo_model: Llama, demo_runs) -> None:
