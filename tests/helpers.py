@@ -26,8 +26,8 @@ EOS, BOS, USER, ASSISTANT, END = range(5)
 
 
 class Letters:
-    """A chat template of one token a letter: BOS (USER text END | ASSISTANT text END)* ASSISTANT. A private-use
-    character stands for the id of its own, so that any ids can be rendered."""
+    """A tokenizer with one token a letter and the template BOS (USER text END | ASSISTANT text END)* ASSISTANT.
+    Private-use characters stand for single ids, so that any ids can be written as text."""
     has_chat_template, stop_ids, bos_id = True, frozenset([EOS, END]), BOS
     head, between, tail = [BOS, USER], [USER], [END, ASSISTANT]
 
@@ -58,6 +58,7 @@ class Payload:
 
 
 def read(path: Path, length: int) -> Tensor:
+    """The rows of a training file, [any, length] int64."""
     return torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.int32).view(-1, length).long()
 
 
@@ -68,7 +69,8 @@ def marked(batch: int, length: int) -> Tensor:
 
 
 def tiny_command(main: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
-    """For fixtures: run a script's main on a tiny checkpoint, in this process, with some words added."""
+    """For fixtures: a function that runs a training command's main on a tiny checkpoint, in this process, with some
+    words added, and returns the checkpoint's folder."""
     precision = torch.get_float32_matmul_precision()
     folder = tiny.save_target(tiny.target(dtype=torch.bfloat16), tmp_path / "model")
     monkeypatch.setattr(trainer, "Tokenizer", lambda path: Letters())
@@ -84,28 +86,23 @@ def tiny_command(main: Callable[[], None], tmp_path: Path, monkeypatch: pytest.M
 
 
 def arguments(folder: Path, *words: str) -> list[str]:
+    """Words of a command line that generate.py accepts, and some more."""
     return ["--checkpoint", str(folder), "--prompt", "x", "--device", "cpu", *words]
 
 
 FLAGS = {"vanilla": (), "lookup": ("--lookup",), "lookahead": ("--lookahead",), "medusa": ("--medusa", "medusa"),
          "speculate": ("--speculate", "."), "speculate+rejection": ("--speculate", ".", "--rejection"),
          "speculate+lookup": ("--speculate", ".", "--lookup"), "eagle": ("--eagle",), "eagle2": ("--eagle2",),
-         "eagle2+lookup": ("--eagle2", "--lookup")}
+         "eagle2+lookup": ("--eagle2", "--lookup")}  # "medusa" and "." stand for folders of weights
 
-
+# What --json prints
 KEYS = {"method", "text", "tokens", "prompt_tokens", "new_tokens", "cycles", "gained", "mean_gained", "accept_by_depth",
         "prefill_s", "decode_s", "tokens_per_sec", "compile_s", "memory_gb", "device", "dtype", "torch", "seed", "stop"}
 
-
-V, CPU = 300, torch.device("cpu")
-
-
+V = 300  # tokens of the tokenizer of `tiny_checkpoint`
+CPU = torch.device("cpu")
 STOPS = [1, 250]  # the end of a turn, and a byte that no prompt has
-
-
-SHAPE = dict(zip(FIELDS, (200, 64, 64, 3, 8, 4, 8)))  # a third of the ids is cut away
-
-
+SHAPE = dict(zip(FIELDS, (200, 64, 64, 3, 8, 4, 8)))  # a widened shape: a third of the ids is cut away
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>reply\n"
 
 
@@ -148,10 +145,10 @@ SAMPLINGS = [GREEDY, Sampling(temperature=0.7, top_p=0.9, seed=1), Sampling(temp
 
 
 def cycle_by_cycle(engine: Engine, ids: list[int], count: int, sampling: Sampling = GREEDY) -> list[list[int]]:
-    """What prefill and each cycle after it committed."""
+    """The tokens that prefill and each cycle after it committed."""
     cycles = []
     for new in engine.generate(ids, count, sampling):
-        assert new, "a cycle that commits nothing"  # it would go on for ever
+        assert new, "a cycle that commits nothing"  # the loop would not end
         cycles.append(new)
     return cycles
 
@@ -166,8 +163,8 @@ def vanilla(model: Llama, ids: list[int], count: int, sampling: Sampling = GREED
 
 
 class Scripted(Vanilla):
-    """Drafts a tree of a random shape every cycle, knowing the text that is to come: along one path the tokens are
-    right, down to a random depth, and `gains` lists what each cycle must therefore commit. All other nodes are wrong
+    """Drafts a tree of a random shape every cycle from the known rest of the text. Along one path the tokens are right,
+    down to a random depth; `gains` lists how many tokens each cycle must therefore commit. All other nodes are wrong
     somewhere on their path, though often right by themselves."""
 
     def __init__(self, text: list[int], size: int, max_depth: int, seed: int, vocab_size: int = 24) -> None:
