@@ -1,8 +1,8 @@
 """Random models of a few thousand weights, in memory and on disk. The same seed gives the same model.
 
-Weights are scaled so that attention is sharp and the next token depends on the context: a small initialisation,
-as training starts with, would hide a wrong mask or position below any tolerance. float64 by default, so that how
-many rows are computed together makes no difference to the tokens.
+Weights are large enough that attention is sharp and the next token depends on the context. With the small weights that
+training starts from, a wrong mask or position would change the output by less than any tolerance. The default is
+float64: there the number of rows computed together does not change the tokens.
 """
 import json
 import shutil
@@ -29,7 +29,8 @@ SHAPE = {"model_type": "llama", "vocab_size": 24, "hidden_size": 32, "intermedia
 
 
 def randomise(module: nn.Module, seed: int, dtype: torch.dtype) -> None:
-    """Fill a module, norms near 1, biases small, everything else with unit gain; ready for inference."""
+    """Give every parameter random values, and make the module ready for inference. Norms are near 1, biases of the
+    order of 0.5, and matrices make their outputs two or three times as large as their inputs."""
     random = torch.Generator().manual_seed(seed)
     for name, weight in module.named_parameters():
         noise = torch.randn(weight.shape, generator=random, dtype=torch.float64)
@@ -44,14 +45,14 @@ def randomise(module: nn.Module, seed: int, dtype: torch.dtype) -> None:
 
 
 def target(seed: int = 0, dtype: torch.dtype = torch.float64, **changes) -> Llama:
-    """A Llama of shape SHAPE with some entries of its config.json changed."""
+    """A Llama whose config.json is SHAPE with `changes`."""
     model = Llama(Config.from_dict(SHAPE | changes))
     randomise(model, seed, dtype)
     return model
 
 
 def head(model: Llama, seed: int = 1, fc_bias: bool = False, qkv_bias: bool = False, **changes) -> EagleHead:
-    """A draft head for `model`, in its dtype, with some entries of its own config.json changed."""
+    """A draft head for `model`, in the same dtype. `changes` are entries of the head's own config.json."""
     shape = {"vocab_size": model.cfg.vocab_size, "hidden_size": model.cfg.hidden_size, "num_hidden_layers": 1}
     eagle = EagleHead(Config.from_dict(SHAPE | shape | changes), fc_bias=fc_bias, qkv_bias=qkv_bias)
     randomise(eagle, seed, model.embed.weight.dtype)
@@ -59,11 +60,14 @@ def head(model: Llama, seed: int = 1, fc_bias: bool = False, qkv_bias: bool = Fa
 
 
 def pair(seed: int = 0, noise: float = 0.3, dtype: torch.dtype = torch.float64, **changes) -> tuple[Llama, EagleHead]:
-    """A target and a head that guesses it well, for trees whose deep nodes are accepted too. With noise 0 a feature
-    is the token's own embedding, the head knows it exactly, and the next token depends on the last one alone; `noise`
-    scales what the layers of both add to that."""
+    """A target, and a head that guesses it well enough that deep nodes of a tree are accepted too.
+
+    With noise 0 a feature is the embedding of its token. The head then knows it exactly, and the next token depends on
+    the last one alone. `noise` scales what the layers of both models add to the embedding.
+    """
     model = target(seed, dtype, **changes)
-    eagle, size = head(model, seed + 1000), model.cfg.hidden_size
+    eagle = head(model, seed + 1000)
+    size = model.cfg.hidden_size
     embed = model.embed.weight.data
     embed /= embed.pow(2).mean(1, keepdim=True).sqrt()
     model.norm.weight.data.fill_(1)
@@ -75,7 +79,7 @@ def pair(seed: int = 0, noise: float = 0.3, dtype: torch.dtype = torch.float64, 
 
 
 def config_json(cfg: Config) -> dict:
-    """The config.json of a Config, as Hugging Face writes it."""
+    """The entries of config.json that give this Config."""
     raw = {"model_type": "qwen3" if cfg.qk_norm else "llama", "num_hidden_layers": cfg.num_layers,
            "num_attention_heads": cfg.num_heads, "num_key_value_heads": cfg.num_kv_heads}
     same = ("vocab_size", "hidden_size", "intermediate_size", "head_dim", "rope_theta", "rms_norm_eps",
@@ -84,7 +88,7 @@ def config_json(cfg: Config) -> dict:
 
 
 def save_target(model: Llama, folder: Path) -> Path:
-    """A native checkpoint folder, as convert_hf_checkpoint.py writes it (without a tokenizer)."""
+    """Save a converted checkpoint, as convert_hf_checkpoint.py writes it, without a tokenizer. Returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = model.state_dict()
     if model.cfg.tie_word_embeddings:
@@ -95,8 +99,9 @@ def save_target(model: Llama, folder: Path) -> Path:
 
 
 def published(eagle: EagleHead) -> dict[str, Tensor]:
-    """The tensors of a head under the names that heads on the hub have."""
-    cfg, own = eagle.cfg, eagle.state_dict()
+    """The tensors of a head under the names that heads on the hub have, with q, k, v and gate, up apart."""
+    cfg = eagle.cfg
+    own = eagle.state_dict()
     names = {"layer.wo.weight": "layers.0.self_attn.o_proj.weight", "layer.w2.weight": "layers.0.mlp.down_proj.weight",
              "layer.mlp_norm.weight": "layers.0.post_attention_layernorm.weight"}
     tensors = {names.get(name, name): t for name, t in own.items() if "wqkv" not in name and "w13" not in name}
@@ -111,7 +116,8 @@ def published(eagle: EagleHead) -> dict[str, Tensor]:
 
 
 def save_head(eagle: EagleHead, folder: Path, **extra: Tensor) -> Path:
-    """A draft head as published: config.json and model.safetensors; `extra` tensors go into the file too."""
+    """Save a draft head as published: config.json and model.safetensors, with `extra` tensors too. Returns the folder.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config_json(eagle.cfg)))
     save_file(published(eagle) | {name: t.contiguous() for name, t in extra.items()}, folder / "model.safetensors")
@@ -119,48 +125,62 @@ def save_head(eagle: EagleHead, folder: Path, **extra: Tensor) -> Path:
 
 
 def save_everything(folder: Path) -> Path:
-    """A folder that generate.py runs, of 256 bytes and two special tokens: target, tokenizer with a chat template, and
-    in folders of their own EAGLE head, Medusa heads (both also as pickles), draft model, and the target in int8."""
+    """Save a folder that generate.py can run with any method, for a vocabulary of 256 bytes, 2 special tokens and 2
+    unused ids. Returns the folder. It holds the target with a tokenizer and a chat template, and in folders below
+
+        eagle, medusa                  draft heads
+        eagle_pickle, medusa_pickle    the same as pickles
+        draft                          a draft model of one layer
+        int8                           the target in int8
+    """
     model, eagle = pair(0, 0.3, torch.float32, vocab_size=260)
     save_target(model, folder)
-    raw = config_json(model.cfg) | {"bos_token_id": 256, "eos_token_id": 257}
-    bpe = BPE(models.BPE({CHAR_OF[i]: i for i in range(256)}, []))
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(False, use_regex=False), decoders.ByteLevel()
-    bpe.add_special_tokens(["<|start|>", "<|end|>"])
-    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|end|>{% endfor %}assistant: "
-    named = {"bos_token": "<|start|>", "eos_token": "<|end|>", "chat_template": template}
     save_head(eagle, folder / "eagle")
-    curve = {"nodes": NODES, "topk": 10, "gained": [[1, 2, 3] + [3] * 5] * 6}
     save_medusa(MedusaHeads(model.cfg.hidden_size, 3, vocab_size=260), folder / "medusa")
     save_target(target(5, torch.float32, vocab_size=260, num_hidden_layers=1), folder / "draft")
-    for copy, file, pickle in (("eagle", "model.safetensors", "pytorch_model.bin"),
+    for name, file, pickle in (("eagle", "model.safetensors", "pytorch_model.bin"),
                                ("medusa", "medusa_lm_head.safetensors", "medusa_lm_head.pt")):
-        shutil.copytree(folder / copy, folder / f"{copy}_pickle")
-        torch.save(load_file(folder / copy / file), folder / f"{copy}_pickle" / pickle)
-        (folder / f"{copy}_pickle" / file).unlink()
+        copy = folder / f"{name}_pickle"
+        shutil.copytree(folder / name, copy)
+        torch.save(load_file(folder / name / file), copy / pickle)
+        (copy / file).unlink()
+    raw = config_json(model.cfg) | {"bos_token_id": 256, "eos_token_id": 257}
     quantize_linears(model, "int8")
     save_target(model, folder / "int8")
     save_file(model.state_dict(), folder / "int8/model.safetensors", {"format": FORMAT, "mode": "int8"})
     for where in (folder, folder / "draft", folder / "int8"):
-        bpe.save(str(where / "tokenizer.json"))
-        (where / "tokenizer_config.json").write_text(json.dumps(named))
+        save_tokenizer(where)
+    curve = {"nodes": NODES, "topk": 10, "gained": [[1, 2, 3] + [3] * 5] * 6}
     for name, value in (("config.json", raw), ("generation_config.json", {"eos_token_id": [257], "temperature": 0.6}),
                         (f"eagle/{VOCAB}", list(range(64, 123)) + [32]), (f"eagle/{CURVE}", curve)):
         (folder / name).write_text(json.dumps(value))
     return folder
 
 
+def save_tokenizer(folder: Path) -> None:
+    """Save a byte-level tokenizer without merges: 256 bytes, <|start|> (256) and <|end|> (257), and a chat template."""
+    bpe = BPE(models.BPE({CHAR_OF[i]: i for i in range(256)}, []))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(False, use_regex=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens(["<|start|>", "<|end|>"])
+    bpe.save(str(folder / "tokenizer.json"))
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|end|>{% endfor %}assistant: "
+    config = {"bos_token": "<|start|>", "eos_token": "<|end|>", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
 def prompt(seed: int, length: int, vocab_size: int = SHAPE["vocab_size"]) -> list[int]:
+    """Random token ids."""
     return torch.randint(vocab_size, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def logits(model: Llama, ids: list[int]) -> Tensor:
-    """The plainest forward there is: no cache, causal, all positions; [len(ids), V]."""
+    """The logits after every token, [len(ids), V], from a plain causal forward without a cache."""
     if model.rope is None or model.rope.shape[1] < len(ids):
         model.allocate_cache(max(len(ids), 64))
     return model.lm_head(features(model, ids))
 
 
 def features(model: Llama, ids: list[int]) -> Tensor:
-    """The target's hidden states after the final norm, [len(ids), C], without a cache."""
+    """The target's hidden states after the final norm, [len(ids), C], without a cache. Needs model.rope."""
     return model(torch.tensor([ids]), torch.arange(len(ids)))[0]

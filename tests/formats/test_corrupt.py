@@ -1,8 +1,10 @@
-"""Damaged files: whatever is wrong with a checkpoint, a head or a tokenizer, it ends in one line or it works.
+"""Damaged files: a damaged checkpoint, head or tokenizer either ends in a one-line error or works.
 
-Each case damages one file of a whole tiny folder, loads it as generate.py does and writes four tokens. Allowed are
-ValueError and OSError, and a text. Anything else fails here: other exceptions, a hang, memory that the files do not
-account for, code that ran. The random cases are the same ones every time.
+Each case damages one file of a complete tiny folder, loads the folder as generate.py does and writes four tokens. A
+ValueError, an OSError or a text is allowed. All else is a failure: other exceptions, a hang, or much more memory than
+such small files need. The random cases are the same in every run.
+
+    python -m pytest tests/formats/test_corrupt.py
 """
 import json
 import random
@@ -23,10 +25,11 @@ from drafters import tree_size
 from formats.eagle import CURVE
 from sampling import Sampling
 
-SPARE_BYTES = 1 << 30  # address space that a load of a few kilobytes may take on top
+SPARE_BYTES = 1 << 30  # additional address space that loading a few kilobytes may take
+# The options that load the files of each folder that tiny.save_everything makes.
 METHODS = {"": ["--eagle2"], "eagle": ["--eagle2"], "eagle_pickle": ["--eagle2", "--draft", "eagle_pickle"],
            "medusa": ["--medusa", "medusa"], "medusa_pickle": ["--medusa", "medusa_pickle"],
-           "draft": ["--speculate", "draft"], "int8": ["--checkpoint", "int8"]}  # by folder: what loads its files
+           "draft": ["--speculate", "draft"], "int8": ["--checkpoint", "int8"]}
 
 
 @pytest.fixture(scope="session")
@@ -40,12 +43,12 @@ def copy(whole: Path, tmp_path: Path) -> Path:
 
 
 class Hang(BaseException):
-    """Not an Exception: nobody swallows it."""
+    """Not an Exception, so that no `except Exception` catches it."""
 
 
 @contextmanager
 def bounded(seconds: int = 20) -> Iterator[None]:
-    """Whoever takes longer, or more memory than a small file can ask for, fails."""
+    """Fail if the block takes longer, or SPARE_BYTES more memory than before."""
     def stop(*_: object) -> None:
         raise Hang(f"still busy after {seconds} s")
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -61,11 +64,12 @@ def bounded(seconds: int = 20) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def attempt(folder: Path, *words: str) -> str:
-    """What is wrong, in the words that generate.py would print; "" where nothing is."""
-    words = [str(folder / word) if (folder / word).is_dir() else word for word in words]
+def attempt(folder: Path, *method: str) -> str:
+    """Load the folder with these options and write four tokens. Returns the error that generate.py would print; "" if
+    there is none."""
+    method = [str(folder / word) if (folder / word).is_dir() else word for word in method]
     args = generate.parse_args(["--checkpoint", str(folder), "--device", "cpu", "--max_seq_len", "64",
-                                "--prompt", "Hi", *words])
+                                "--prompt", "Hi", *method])
     with bounded():
         try:
             engine = options.load_engine(args)
@@ -80,36 +84,40 @@ def attempt(folder: Path, *words: str) -> str:
     return ""
 
 
-def files_of(whole: Path, pattern: str = "*") -> list[Path]:
-    return sorted(path.relative_to(whole) for path in whole.rglob(pattern) if path.is_file())
+def files_of(folder: Path, pattern: str = "*") -> list[Path]:
+    """Paths of all files, relative to the folder."""
+    return sorted(path.relative_to(folder) for path in folder.rglob(pattern) if path.is_file())
 
 
-def words_for(file: Path) -> list[str]:
+def options_for(file: Path) -> list[str]:
+    """The options with which generate.py loads this file."""
     return METHODS[str(file.parent).replace(".", "")]
 
 
 def test_whole_folder_works(copy: Path) -> None:
-    """The other tests would pass if nothing ever loaded."""
-    for words in METHODS.values():
-        assert attempt(copy, *words) == ""
+    """Fails if the undamaged folder does not load: then the other tests would prove nothing."""
+    for method in METHODS.values():
+        assert attempt(copy, *method) == ""
 
 
 @pytest.mark.parametrize("part", range(5))
 def test_flipped_bytes(part: int, copy: Path) -> None:
-    """Guards every loader against what a bad disk, a proxy or an editor makes of a file: bytes changed anywhere, or in
-    its first 2,000, or its end cut off. A damaged pickle raises KeyError, IndexError and worse; a NaN must not hang."""
-    draw, files, loads = random.Random(part), files_of(copy), 0
+    """Fails if a loader cannot cope with changed bytes, anywhere or in the first 2,000, or with a file that is cut off.
+    A damaged pickle can raise any exception, and a NaN in the weights must not hang."""
+    draw = random.Random(part)
+    files = files_of(copy)
+    loads = 0
     for _ in range(100):
         file = draw.choice(files)
         data = (copy / file).read_bytes()
         changed = bytearray(data)
         for _ in range(draw.choice((1, 1, 2, 8))):
-            place = draw.randrange(draw.choice((len(data), min(len(data), 2000))))
-            changed[place] = draw.choice((draw.randrange(256), draw.choice(b'0123456789"{}[],:-eE.')))
+            position = draw.randrange(draw.choice((len(data), min(len(data), 2000))))
+            changed[position] = draw.choice((draw.randrange(256), draw.choice(b'0123456789"{}[],:-eE.')))
         if draw.random() < 0.1:
             changed = changed[:draw.randrange(len(data))]
         (copy / file).write_bytes(changed)
-        loads += attempt(copy, *words_for(file)) == ""
+        loads += attempt(copy, *options_for(file)) == ""
         (copy / file).write_bytes(data)
     assert 10 < loads < 90  # some flips are in weights, some in headers
 
@@ -120,11 +128,12 @@ def safetensors_file(header: object, data: bytes, size: int | None = None) -> by
 
 
 def with_entry(**changes: object) -> Callable[[dict, bytes], bytes]:
-    """A file whose entry of norm.weight is changed."""
+    """Makes a file in which the header's entry of norm.weight is changed."""
     return lambda header, data: safetensors_file(
         header | {"norm.weight": header["norm.weight"] | changes}, data)
 
 
+# Makes a damaged file from the header and the data of a whole one.
 HEADERS = {
     "no length": lambda header, data: b"\x01\x02",
     "length 0": lambda header, data: safetensors_file(header, data, 0),
@@ -148,7 +157,7 @@ HEADERS = {
     "offsets past the end": with_entry(data_offsets=[2**40, 2**40 + 128]),
     "offsets backwards": with_entry(data_offsets=[128, 0]),
     "offsets below 0": with_entry(data_offsets=[-128, 0]),
-    "a dtype that there is not": with_entry(dtype="F31"),
+    "an unknown dtype": with_entry(dtype="F31"),
     "a dtype of another size": with_entry(dtype="F64"),
     "integers": with_entry(dtype="I32"),
     "booleans": with_entry(dtype="BOOL", shape=[128]),
@@ -162,7 +171,7 @@ HEADERS = {
 
 @pytest.mark.parametrize("how", HEADERS)
 def test_headers(how: str, copy: Path) -> None:
-    """Guards against believing a header: sizes that overflow, places that are another tensor's, no metadata."""
+    """Fails if a header is trusted: sizes that overflow, offsets into another tensor's data, missing metadata."""
     file = copy / "model.safetensors"
     raw = file.read_bytes()
     size = int.from_bytes(raw[:8], "little")
@@ -172,41 +181,49 @@ def test_headers(how: str, copy: Path) -> None:
 
 VALUES = [None, -1, 0, 1, 10**9, 2**31 - 1, 2**40, 2**70, 1e300, -0.5, float("nan"), float("inf"), "", "x", [], {},
           True, [1, 2], {"a": 1}, [None], [[]], ["x"], [2**70], [-1]]
+# Keys that the files of the tiny folder lack, to be set too.
 MORE = {"config.json": ["rope_scaling", "rope_parameters", "sliding_window", "layer_types", "quantization_config"],
         "tokenizer_config.json": ["added_tokens_decoder", "additional_special_tokens", "tokenizer_class", "unk_token"],
-        "tokenizer.json": ["truncation", "padding", "normalizer", "post_processor"]}  # keys that the files here lack
+        "tokenizer.json": ["truncation", "padding", "normalizer", "post_processor"]}
 
 
-def places(value: object, at: tuple = ()) -> Iterator[tuple]:
-    """Every way down into a JSON value, of long lists the first few entries."""
-    yield at
-    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in list(entries)[:25]:
-        yield from places(inner, (*at, key))
+def key_paths(value: object, path: tuple = ()) -> Iterator[tuple]:
+    """The path of keys and indices to every value inside a JSON value; of long lists and objects the first 25."""
+    yield path
+    if isinstance(value, dict):
+        entries = list(value.items())
+    elif isinstance(value, list):
+        entries = list(enumerate(value))
+    else:
+        entries = []
+    for key, inner in entries[:25]:
+        yield from key_paths(inner, (*path, key))
 
 
-def changed(value: object, at: tuple, new: object) -> object:
-    if not at:
+def replaced(value: object, path: tuple, new: object) -> object:
+    """A copy of a JSON value with the value at this path replaced."""
+    if not path:
         return new
     copied = dict(value) if isinstance(value, dict) else list(value)
-    copied[at[0]] = changed(copied[at[0]] if len(at) > 1 else None, at[1:], new)
+    copied[path[0]] = replaced(copied[path[0]] if len(path) > 1 else None, path[1:], new)
     return copied
 
 
 def test_json_of_another_kind(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards every number, list and name that is read from JSON against being another thing. Sizes of 10**9 must be
-    refused before anything is allocated, and 10**9 layers before they are made one by one."""
+    """Fails if a value of the wrong kind or size in a JSON file is not refused cleanly. A size of 10**9 must be refused
+    before anything is allocated, and 10**9 layers before they are built one by one."""
     monkeypatch.setattr(tree_size, "measure", lambda *inputs: [1.0] * 9)
     monkeypatch.setenv("XDG_CACHE_HOME", str(copy / "cache"))
     draw = random.Random(0)
     for file in files_of(copy, "*.json"):
         data = (copy / file).read_text()
-        value, words = json.loads(data), words_for(file)
-        words = words + ["--draft_tokens", "auto"] * (file.name == CURVE)
-        cases = [(at, new) for at in [*places(value), *((key,) for key in MORE.get(file.name, ()))] for new in VALUES]
-        for at, new in draw.sample(cases, min(len(cases), 20 if file.parent.name else 50)):
-            (copy / file).write_text(json.dumps(changed(value, at, new)))
-            attempt(copy, *words)
+        value = json.loads(data)
+        method = options_for(file) + ["--draft_tokens", "auto"] * (file.name == CURVE)
+        paths = [*key_paths(value), *((key,) for key in MORE.get(file.name, ()))]
+        cases = [(path, new) for path in paths for new in VALUES]
+        for path, new in draw.sample(cases, min(len(cases), 20 if file.parent.name else 50)):
+            (copy / file).write_text(json.dumps(replaced(value, path, new)))
+            attempt(copy, *method)
         (copy / file).write_text(data)
 
 
@@ -214,16 +231,16 @@ def test_json_of_another_kind(copy: Path, monkeypatch: pytest.MonkeyPatch) -> No
     {"hidden_size": 10**9}, {"hidden_size": 2**31 - 8}, {"vocab_size": 2**31 - 1, "hidden_size": 2**31 - 8},
     {"num_hidden_layers": 10**9}, {"head_dim": 2**31 - 2, "num_attention_heads": 2**30, "num_key_value_heads": 2},
     {"vocab_size": 2**40}, {"max_position_embeddings": 2**40}, {"eos_token_id": {}}, {"eos_token_id": 2**70}])
-def test_sizes_out_of_this_world(changes: dict, copy: Path) -> None:
-    """Guards against layers made one by one for minutes, and products that overflow in PyTorch, both before the file
-    of weights is looked at; and ids that fit no tensor."""
+def test_impossible_sizes(changes: dict, copy: Path) -> None:
+    """Fails if impossible sizes are not refused before the weight file is opened: layers would be built one by one for
+    minutes, and products would overflow in PyTorch. Fails too for ids that fit into no tensor."""
     raw = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(raw | changes))
     assert str(copy) in attempt(copy)
 
 
 def test_on_the_command_line(copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """Guards what the user sees: exit code 2 and one line."""
+    """Fails if the command does not end with exit code 2 and one line that names the damaged file."""
     for file, data in (("model.safetensors", b"\xff" * 99), ("config.json", b'{"hidden_size": 1e9}'),
                        ("generation_config.json", b'{"eos_token_id": {}}'), ("tokenizer.json", b"{}"),
                        ("tokenizer_config.json", b"\x00"), ("eagle/config.json", b"[]"),

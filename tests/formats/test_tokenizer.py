@@ -1,6 +1,6 @@
 """tokenizer.py against transformers, sentencepiece and tiktoken, on small tokenizers trained here.
 
-    python -m pytest tests/test_tokenizer.py
+    python -m pytest tests/formats/test_tokenizer.py
 """
 
 import base64
@@ -73,7 +73,8 @@ def write(path: Path, value: object) -> None:
 
 
 def save_byte_level(folder: Path, kind: str) -> Path:
-    """A folder as transformers saves it: ChatML tokens, one added token that is not special, one with a space."""
+    """Save a folder as transformers does, with ChatML tokens, an added token that is not special, and one with a space.
+    """
     bpe = train_byte_level(BYTE_LEVEL[kind], SPECIAL)
     if kind in ("llama3", "qwen"):
         bpe.normalizer = normalizers.NFC()
@@ -113,13 +114,13 @@ def tiktoken_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiktoken")
     vocab = train_byte_level(BYTE_LEVEL["llama3"], []).get_vocab()
     tokens = [bytes(BYTE_OF[c] for c in token) for token in sorted(vocab, key=vocab.get)]
-    lines = map(base64.b64encode, [*tokens, b" zyxwvu"])  # the last: a whole word that no merges lead to
+    lines = map(base64.b64encode, [*tokens, b" zyxwvu"])  # the last one: a whole word that no merges make
     (folder / "tokenizer.model").write_bytes(b"".join(b"%s %d\n" % (line, i) for i, line in enumerate(lines)))
     return folder
 
 
 def copy_with(source: Path, target: Path, **config: object) -> Path:
-    """A copy of a tokenizer folder with other values in tokenizer_config.json."""
+    """Copy a tokenizer folder, and set these values in its tokenizer_config.json."""
     target.mkdir()
     for path in source.iterdir():
         (target / path.name).write_bytes(path.read_bytes())
@@ -135,20 +136,21 @@ def assert_same(ours: Tokenizer, oracle: PreTrainedTokenizerFast, strings: list[
         assert ours.decode(ids) == oracle.decode(ids, skip_special_tokens=True), repr(text)
 
 
-# ids and text
+# ----- Ids and text ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", BYTE_LEVEL)
 def test_byte_level_as_transformers(byte_level: dict[str, Path], kind: str) -> None:
-    """Guards the pre-tokenizer, normalizer, post-processor and added tokens of tokenizer.json; a cleaned-up text
-    (clean_up_tokenization_spaces is true in these files, as in Llama 3's, and must not be obeyed) also fails here."""
+    """Fails if a part of tokenizer.json is ignored: pre-tokenizer, normalizer, post-processor or added tokens. Fails
+    too if decoded text is cleaned up: clean_up_tokenization_spaces is true here, as in Llama 3's files, and must not be
+    obeyed."""
     ours, oracle = Tokenizer(byte_level[kind]), AutoTokenizer.from_pretrained(byte_level[kind])
     assert_same(ours, oracle, [*STRINGS, "deux mots <think>", "a , b ."])
     assert (ours.vocab_size, ours.bos_id) == (len(oracle), oracle.bos_token_id)
 
 
 def llama_oracle(folder: Path, **options: object) -> LlamaTokenizer:
-    """transformers' tokenizer for a sentencepiece model, built from its pieces (its own reader needs protobuf)."""
+    """transformers' tokenizer for a sentencepiece model, built from the pieces, since its own reader needs protobuf."""
     spm = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     vocab = {spm.id_to_piece(i): i for i in range(len(spm))}
     pairs = [(p[:k], p[k:], i) for p, i in vocab.items() for k in range(1, len(p))]
@@ -160,7 +162,8 @@ def llama_oracle(folder: Path, **options: object) -> LlamaTokenizer:
     "options", [{}, {"legacy": True}, {"add_prefix_space": False}, {"add_eos_token": True}, {"add_bos_token": False}]
 )
 def test_sentencepiece_as_transformers(spm_folder: Path, tmp_path: Path, options: dict[str, bool]) -> None:
-    """Guards the leading space (one, only before the text unless legacy), byte fallback, bos and eos of a .model."""
+    """Fails if a tokenizer.model gives other ids than transformers: the leading space (one before the text, with legacy
+    one before every segment), byte fallback, bos and eos."""
     oracle = llama_oracle(spm_folder, **options)
     ours = Tokenizer(copy_with(spm_folder, tmp_path / "x", tokenizer_class="LlamaTokenizer", **options))
     assert_same(ours, oracle, STRINGS)
@@ -168,11 +171,11 @@ def test_sentencepiece_as_transformers(spm_folder: Path, tmp_path: Path, options
 
 
 def test_sentencepiece_as_sentencepiece(spm_folder: Path) -> None:
-    """Guards the merges that are rebuilt from the pieces: a wrong order gives other ids than sentencepiece itself."""
+    """Fails if the merges are rebuilt in a wrong order: the ids would differ from sentencepiece's own."""
     ours = Tokenizer(spm_folder)
     spm = sentencepiece.SentencePieceProcessor(model_file=str(spm_folder / "tokenizer.model"))
     compared = 0
-    for text in STRINGS:  # transformers gives a text that starts with a space no second one; sentencepiece does
+    for text in STRINGS:  # before a text that starts with a space sentencepiece adds another one, transformers does not
         if text.strip(" ") == text != "" and not any(x in text for x in ("<s>", "</s>", "<unk>", "\x00", "▁")):
             assert ours.encode(text) == [1, *spm.encode(text)], repr(text)
             compared += 1
@@ -180,8 +183,8 @@ def test_sentencepiece_as_sentencepiece(spm_folder: Path) -> None:
 
 
 def test_llama_2_tokenizer_json(spm_folder: Path, tmp_path: Path) -> None:
-    """Guards the rule that LlamaTokenizer overrides the normalizer in an old tokenizer.json: with it obeyed, every
-    segment after a special token gets a space ("<s>[INST]" is in every Llama-2 prompt)."""
+    """Fails if the normalizer of an old tokenizer.json is obeyed where transformers' LlamaTokenizer overrides it: every
+    segment after a special token would get a space, as after "<s>" in every Llama-2 prompt "<s>[INST]"."""
     bpe = llama_oracle(spm_folder).backend_tokenizer
     bpe.pre_tokenizer = None
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -195,11 +198,11 @@ def test_llama_2_tokenizer_json(spm_folder: Path, tmp_path: Path) -> None:
             oracle = AutoTokenizer.from_pretrained(tmp_path)
             seen.add(tuple(oracle("<s>[INST] a").input_ids))
             assert_same(Tokenizer(tmp_path), oracle, STRINGS[:150])
-    assert len(seen) == 2  # the two fields do make a difference
+    assert len(seen) == 2  # otherwise the two fields would prove nothing
 
 
 def test_added_tokens_of_older_folders(spm_folder: Path, tmp_path: Path) -> None:
-    """Guards added_tokens.json and special_tokens_map.json: without them <|im_end|> is spelt out in pieces."""
+    """Fails if added_tokens.json or special_tokens_map.json is ignored: <|im_end|> would become several pieces."""
     folder = copy_with(spm_folder, tmp_path / "x")
     size = Tokenizer(spm_folder).vocab_size
     write(folder / "added_tokens.json", {"<think>": size + 1, "<|im_end|>": size})
@@ -211,7 +214,8 @@ def test_added_tokens_of_older_folders(spm_folder: Path, tmp_path: Path) -> None
 
 
 def test_added_tokens_decoder(spm_folder: Path, tmp_path: Path) -> None:
-    """Guards the flags of added_tokens_decoder (rstrip swallows the spaces after a token, as in Phi-3) and its ids."""
+    """Fails if the flags or ids in added_tokens_decoder are ignored. rstrip, as in Phi-3, swallows the spaces after a
+    token."""
     size = Tokenizer(spm_folder).vocab_size
     flags = {"lstrip": False, "normalized": False, "rstrip": True, "single_word": False, "special": True}
     listed = {str(size + i): {"content": name, **flags} for i, name in enumerate(["<|user|>", "<|end|>"])}
@@ -225,7 +229,7 @@ def test_added_tokens_decoder(spm_folder: Path, tmp_path: Path) -> None:
 
 
 def meta_encoding(folder: Path) -> tiktoken.Encoding:
-    """Llama 3 as in Meta's release: the file's ranks, then 256 special tokens."""
+    """Llama 3's encoding as in Meta's release: the ranks of the file, then 256 special tokens."""
     lines = (folder / "tokenizer.model").read_bytes().splitlines()
     ranks = {base64.b64decode(line.split()[0]): i for i, line in enumerate(lines)}
     special = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(4))]
@@ -236,7 +240,8 @@ def meta_encoding(folder: Path) -> tiktoken.Encoding:
 
 
 def test_llama_3_as_tiktoken(tiktoken_folder: Path) -> None:
-    """Guards the ranks, the split and the 256 special ids of Meta's own tokenizer.model, which no other file names."""
+    """Fails if Meta's own tokenizer.model is read wrong: the ranks, the split into words, or the 256 special ids, which
+    are in no file."""
     ours, meta = Tokenizer(tiktoken_folder), meta_encoding(tiktoken_folder)
     bos = meta.encode_single_token("<|begin_of_text|>")
     assert (ours.bos_id, ours.vocab_size, ours.stop_ids) == (bos, meta.n_vocab, {bos + 1})
@@ -248,7 +253,7 @@ def test_llama_3_as_tiktoken(tiktoken_folder: Path) -> None:
 
 
 def test_llama_3_names_of_the_folder(tiktoken_folder: Path, tmp_path: Path) -> None:
-    """Guards Llama 3.1, which renames reserved tokens: added as new ones, they would get ids beyond the model's."""
+    """Fails if tokens that Llama 3.1 renames are added as new ones: their ids would be beyond the vocabulary."""
     bos = Tokenizer(tiktoken_folder).bos_id
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     listed = {str(bos + 8): {"content": "<|eom_id|>", **flags}, str(bos + 9): {"content": "<|eot_id|>", **flags}}
@@ -270,27 +275,31 @@ def meta(tiktoken_folder: Path) -> tiktoken.Encoding:
 @settings(max_examples=500, deadline=None)
 @given(text=st.text(st.sampled_from("abe \n'1.") | st.characters(exclude_categories=["Cs"], exclude_characters="<▁")))
 def test_any_text(loaded: dict[str, Tokenizer], meta: tiktoken.Encoding, text: str) -> None:
-    """Guards rare characters and ties between merges: Meta's ids, and every text comes back as it was."""
+    """Fails if rare characters or ties between merges give other ids than Meta's code, or if a text is not the same
+    after encoding and decoding."""
     assert loaded["tiktoken"].encode(text)[1:] == meta.encode(text)
     assert loaded["tiktoken"].decode(meta.encode(text)) == text
     assert loaded["gpt2"].decode(loaded["gpt2"].encode(text)) == text
     assert loaded["spm"].decode(loaded["spm"].encode(text)) == text.removeprefix(" ")
 
 
-# Incremental decoding
+# ----- Incremental decoding ----------------------------------------------------------------------------------------
+
 
 KINDS = [*BYTE_LEVEL, "spm", "tiktoken"]
 STREAMS = {"ids": st.lists(st.integers(0, 2**16), max_size=60), "cuts": st.lists(st.integers(0, 60), max_size=8)}
 
 
 @functools.cache
-def part_tokens(tokenizer: Tokenizer) -> list[int]:
+def single_bytes(tokenizer: Tokenizer) -> list[int]:
+    """The ids of tokens of one byte that is no character by itself."""
     return [i for i in range(tokenizer.vocab_size) if len(b := tokenizer.token_bytes(i)) == 1 and b[0] >= 0x80]
 
 
 def byte_heavy(tokenizer: Tokenizer, numbers: list[int]) -> list[int]:
-    """Random ids, half of them tokens of a single byte that is no character: broken UTF-8 of every kind."""
-    single = part_tokens(tokenizer)
+    """Ids from random numbers. Half of them are tokens of a single byte that is no character: all kinds of broken UTF-8.
+    """
+    single = single_bytes(tokenizer)
     return [single[n // 2 % len(single)] if n % 2 else n // 2 % (tokenizer.vocab_size + 5) for n in numbers]
 
 
@@ -298,8 +307,8 @@ def byte_heavy(tokenizer: Tokenizer, numbers: list[int]) -> list[int]:
 @settings(max_examples=1000, deadline=None)
 @given(**STREAMS)
 def test_stream_is_decode(loaded: dict[str, Tokenizer], kind: str, ids: list[int], cuts: list[int]) -> None:
-    """Guards lost, doubled or changed text at the borders between pushes: half characters, leading spaces, special
-    ids, ids beyond the vocabulary, broken bytes. Whatever has been pushed must also be a prefix of the whole."""
+    """Fails if text is lost, doubled or changed between two pushes: half characters, leading spaces, special ids, ids
+    beyond the vocabulary, broken bytes. After every push the text so far must be a prefix of the whole text."""
     tokenizer = loaded[kind]
     ids = byte_heavy(tokenizer, ids)
     stream, whole, text = tokenizer.stream(), tokenizer.decode(ids), ""
@@ -310,8 +319,8 @@ def test_stream_is_decode(loaded: dict[str, Tokenizer], kind: str, ids: list[int
 
 
 def first_stop(tokenizer: Tokenizer, ids: list[int], stops: list[str]) -> tuple[str, int | None]:
-    """Text before the first stop to be complete, and the number of ids that complete it; the plain way: each beginning
-    of the ids is decoded anew, as far as the text is sure."""
+    """The text before the first stop that is complete, and the number of ids that complete it (None: no stop). This is
+    the plain way: every prefix of the ids is decoded from the start, as far as its text is final."""
     for count in range(len(ids) + 1):
         text = tokenizer.stream().push(ids[:count])
         for end in range(len(text) + 1):
@@ -327,12 +336,12 @@ def first_stop(tokenizer: Tokenizer, ids: list[int], stops: list[str]) -> tuple[
 @settings(max_examples=400, deadline=None)
 @given(data=st.data())
 def test_stops(loaded: dict[str, Tokenizer], kind: str, data: st.DataObject) -> None:
-    """Guards stop texts: one that straddles tokens, or pushes; one that begins in another one, or is begun in vain;
-    half a character; anything of it shown. And that cycles of other lengths end at the same token."""
+    """Fails if a stop text is missed or shown: one that spans several tokens or pushes, begins inside another one, is
+    begun but not completed, or holds half a character. Fails too if the stop depends on where the pushes end."""
     tokenizer = loaded[kind]
     text = data.draw(st.text(st.sampled_from("aab é"), min_size=4, max_size=20))
     ids = tokenizer.encode(text, add_special_tokens=False)
-    if data.draw(st.booleans()):  # not as they are encoded: byte by byte
+    if data.draw(st.booleans()):  # other ids of the same text: one for each byte
         single = {tokenizer.token_bytes(i): i for i in range(tokenizer.vocab_size)}
         ids = [i for byte in text.encode() if (i := single.get(bytes([byte]))) is not None]
     ids = ids[:data.draw(st.integers(1, len(ids)))] if ids else ids
@@ -348,7 +357,7 @@ def test_stops(loaded: dict[str, Tokenizer], kind: str, data: st.DataObject) -> 
 
 
 def test_stop_holds_back_no_more_than_it_must(loaded: dict[str, Tokenizer]) -> None:
-    """Guards a stream that shows the beginning of a stop, or that is late with text that cannot become one."""
+    """Fails if the beginning of a stop is shown, or if text that cannot become a stop is held back."""
     tokenizer = loaded["gpt2"]
     stream = tokenizer.stream(["\n\nUser:", "END"])
     shown = [stream.push(tokenizer.encode(piece, False)) for piece in ("Hi E", "N", "T", "\n\n", "Us", "er", ":", "x")]
@@ -359,7 +368,8 @@ def test_stop_holds_back_no_more_than_it_must(loaded: dict[str, Tokenizer]) -> N
 @settings(max_examples=500, deadline=None)
 @given(ids=STREAMS["ids"])
 def test_byte_level_decode_is_its_own(loaded: dict[str, Tokenizer], kind: str, ids: list[int]) -> None:
-    """Guards the number of U+FFFD for broken UTF-8 and the text of added tokens: the `tokenizers` decoder is right."""
+    """Fails if the text differs from that of the decoder of `tokenizers`: the number of U+FFFD for broken UTF-8, and
+    added tokens."""
     ids = byte_heavy(loaded[kind], ids)
     assert loaded[kind].decode(ids) == loaded[kind].bpe.decode(ids, skip_special_tokens=True)
 
@@ -367,7 +377,8 @@ def test_byte_level_decode_is_its_own(loaded: dict[str, Tokenizer], kind: str, i
 @settings(max_examples=1000, deadline=None)
 @given(ids=STREAMS["ids"])
 def test_sentencepiece_decode_is_its_own(loaded: dict[str, Tokenizer], spm_folder: Path, ids: list[int]) -> None:
-    """Guards broken byte tokens: one U+FFFD for each stray byte, and the characters around it stay whole."""
+    """Fails if broken byte tokens are decoded differently from sentencepiece: one U+FFFD for each stray byte, and the
+    characters around it unchanged."""
     spm = sentencepiece.SentencePieceProcessor(model_file=str(spm_folder / "tokenizer.model"))
     ids = [i for i in byte_heavy(loaded["spm"], ids) if 2 < i < len(spm)]  # special tokens are skipped beforehand
     assert loaded["spm"].decode(ids) == spm.decode([spm.piece_to_id("a"), *ids])[1:].removeprefix(" ")
@@ -375,9 +386,10 @@ def test_sentencepiece_decode_is_its_own(loaded: dict[str, Tokenizer], spm_folde
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_stream_does_not_wait(loaded: dict[str, Tokenizer], kind: str) -> None:
-    """Guards a stream that holds text back (or blocks for good on a genuine or a broken U+FFFD) though nothing that
-    follows can change it, and one whose cost grows: every id must be looked up exactly once."""
-    tokenizer, text = loaded[kind], "Hi 你好 👩‍👩‍👧‍👦 \ufffd"
+    """Fails if a stream holds back text that nothing can change any more, for example at a U+FFFD, real or from broken
+    bytes. Fails too if its cost grows with the text: every id must be looked up exactly once."""
+    tokenizer = loaded[kind]
+    text = "Hi 你好 👩‍👩‍👧‍👦 \ufffd"
     lookups: list[int] = []
     stream = tokenizer.stream()
     stream.token_bytes = lambda i: lookups.append(i) or tokenizer.token_bytes(i)
@@ -391,7 +403,7 @@ def test_stream_does_not_wait(loaded: dict[str, Tokenizer], kind: str) -> None:
     assert len(lookups) == len(ids) + 12
 
 
-# Chat templates and stop ids
+# ----- Chat templates and stop ids ---------------------------------------------------------------------------------
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou"
@@ -511,8 +523,9 @@ CHATS = [TALK, TALK[1:2], TALK[1:], TALK[:2]]
 @pytest.mark.parametrize("form", ["jinja", "string", "list"])
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_chat_as_transformers(byte_level: dict[str, Path], tmp_path: Path, name: str, form: str) -> None:
-    """Guards the template's environment: blocks trimmed, bos_token, raise_exception, strftime_now, tojson without
-    HTML escapes, break and continue, generation blocks, tools that are none; and a second bos."""
+    """Fails if a template runs differently from transformers: trimmed blocks, bos_token, raise_exception, strftime_now,
+    tojson without HTML escapes, break and continue, generation blocks, tools that are none. Fails too if bos comes
+    twice."""
     config = {
         "jinja": {"chat_template": "not this one"},
         "string": {"chat_template": TEMPLATES[name]},
@@ -529,7 +542,7 @@ def test_chat_as_transformers(byte_level: dict[str, Path], tmp_path: Path, name:
 
 
 def test_chat_on_sentencepiece(spm_folder: Path, tmp_path: Path) -> None:
-    """Guards the spaces around [INST] where sentencepiece and special tokens meet, as transformers has them."""
+    """Fails if the spaces around [INST], where sentencepiece and special tokens meet, are not those of transformers."""
     ours = Tokenizer(copy_with(spm_folder, tmp_path / "x", chat_template=LLAMA_2))
     oracle = llama_oracle(spm_folder, chat_template=LLAMA_2)
     for chat in CHATS:
@@ -537,7 +550,7 @@ def test_chat_on_sentencepiece(spm_folder: Path, tmp_path: Path) -> None:
 
 
 def test_template_refuses(byte_level: dict[str, Path], tmp_path: Path) -> None:
-    """Guards the template's own message: without it the user cannot know what is wrong with the conversation."""
+    """Fails if the template's own error message is lost: it says what is wrong with the conversation."""
     ours = Tokenizer(copy_with(byte_level["gpt2"], tmp_path / "x", chat_template=LLAMA_2))
     with pytest.raises(ValueError, match="chat template failed: Conversation roles must alternate"):
         ours.chat([TALK[1], TALK[1]])
@@ -564,15 +577,16 @@ def test_template_refuses(byte_level: dict[str, Path], tmp_path: Path) -> None:
     ],
 )
 def test_template_is_sandboxed(byte_level: dict[str, Path], tmp_path: Path, template: str) -> None:
-    """Guards the sandbox: a template comes with a download, and plain jinja2 runs any code that it holds."""
+    """Fails if a template can run code or never ends. It comes with a download, and plain jinja2 would run any code."""
     ours = Tokenizer(copy_with(byte_level["gpt2"], tmp_path / "x", chat_template="." + template))
     with pytest.raises(ValueError, match="chat template failed"):
         ours.chat(TALK)
 
 
 def test_stop_ids(byte_level: dict[str, Path], tmp_path: Path) -> None:
-    """Guards each source of stop ids. Without the last, Llama-3-Instruct without generation_config.json never stops:
-    its config.json names <|end_of_text|> only, and a turn ends with <|eot_id|>."""
+    """Fails if one of the sources of stop ids is ignored. Without the last one, the chat template, Llama-3-Instruct
+    never stops if it has no generation_config.json: its config.json names only <|end_of_text|>, and a turn ends with
+    <|eot_id|>."""
     folder = copy_with(byte_level["gpt2"], tmp_path / "x", eos_token="<|endoftext|>")
     assert Tokenizer(folder).stop_ids == {0}
     write(folder / "config.json", {"eos_token_id": [7, 8]})
@@ -589,7 +603,7 @@ def test_stop_ids(byte_level: dict[str, Path], tmp_path: Path) -> None:
     assert Tokenizer(folder).stop_ids == {0, 7, 8, 9}
 
 
-# Broken files
+# ----- Broken files ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -614,7 +628,7 @@ def test_stop_ids(byte_level: dict[str, Path], tmp_path: Path) -> None:
     ],
 )
 def test_broken_file_is_named(byte_level: dict[str, Path], tmp_path: Path, name: str, data: bytes) -> None:
-    """Guards tracebacks from inside a library, which do not say which file to replace."""
+    """Fails if the error does not name the file to replace, or is longer than a line."""
     folder = copy_with(byte_level["gpt2"], tmp_path / "x")
     (folder / name).write_bytes(data)
     with pytest.raises(ValueError, match=name.replace(".", r"\.")) as raised:
@@ -623,7 +637,7 @@ def test_broken_file_is_named(byte_level: dict[str, Path], tmp_path: Path, name:
 
 
 def test_truncated_model_is_named(spm_folder: Path, tiktoken_folder: Path, tmp_path: Path) -> None:
-    """Guards half a download: read without complaint, it would shift the ids of all special tokens."""
+    """Fails if half a download is accepted: the ids of all special tokens would shift."""
     for number, source in enumerate([spm_folder, tiktoken_folder]):
         folder = copy_with(source, tmp_path / str(number))
         data = (source / "tokenizer.model").read_bytes()
@@ -631,7 +645,8 @@ def test_truncated_model_is_named(spm_folder: Path, tiktoken_folder: Path, tmp_p
             (folder / "tokenizer.model").write_bytes(data[:size])
             with pytest.raises(ValueError, match=r"tokenizer\.model"):
                 Tokenizer(folder)
-    (folder / "tokenizer.model").write_bytes(b"".join(data.splitlines(keepends=True)[:-9]))  # nothing odd in itself
+    # Without its last lines the file alone looks right.
+    (folder / "tokenizer.model").write_bytes(b"".join(data.splitlines(keepends=True)[:-9]))
     write(folder / "config.json", {"bos_token_id": Tokenizer(source).bos_id})
     with pytest.raises(ValueError, match=r"tokenizer\.model.*lines are missing"):
         Tokenizer(folder)
@@ -642,9 +657,11 @@ def test_truncated_model_is_named(spm_folder: Path, tiktoken_folder: Path, tmp_p
 
 @pytest.mark.parametrize("kind", ["spm", "tiktoken"])
 def test_flipped_bytes(kind: str, spm_folder: Path, tiktoken_folder: Path, tmp_path: Path) -> None:
-    """Guards a tokenizer.model with bytes changed anywhere: an error that names it, or some tokenizer that works."""
+    """Fails if a tokenizer.model with changed bytes gives neither an error that names it nor a tokenizer that works."""
     folder = copy_with({"spm": spm_folder, "tiktoken": tiktoken_folder}[kind], tmp_path / "x")
-    data, draw, named = (folder / "tokenizer.model").read_bytes(), random.Random(0), 0
+    data = (folder / "tokenizer.model").read_bytes()
+    draw = random.Random(0)
+    named = 0
     for _ in range(60):
         broken = bytearray(data)
         for _ in range(draw.choice((1, 2, 8))):
@@ -661,7 +678,8 @@ def test_flipped_bytes(kind: str, spm_folder: Path, tiktoken_folder: Path, tmp_p
 
 
 def test_other_kinds_are_refused(tmp_path: Path, byte_level: dict[str, Path]) -> None:
-    """Guards tokens that are not fixed bytes (WordPiece glues them by context): streamed text would be wrong."""
+    """Fails if tokens whose bytes depend on their neighbours are accepted, such as WordPiece's: streams would be wrong.
+    """
     bpe = BPE.from_file(str(byte_level["gpt2"] / "tokenizer.json"))
     for decoder in (decoders.WordPiece(), decoders.Metaspace(), None):
         bpe.decoder = decoder
@@ -671,7 +689,7 @@ def test_other_kinds_are_refused(tmp_path: Path, byte_level: dict[str, Path]) ->
 
 
 def test_unigram_is_refused(tmp_path: Path) -> None:
-    """Guards a sentencepiece unigram model: read as BPE it gives plausible ids that the model has never seen."""
+    """Fails if a sentencepiece unigram model is read as BPE: the ids look right, but the model never saw such texts."""
     options = {"vocab_size": 300, "model_type": "unigram", "hard_vocab_limit": False, "minloglevel": 2}
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(PIECES[:30] * 5), model_prefix=str(tmp_path / "tokenizer"), **options
@@ -681,19 +699,20 @@ def test_unigram_is_refused(tmp_path: Path) -> None:
 
 
 def test_surrogates_are_refused(loaded: dict[str, Tokenizer]) -> None:
-    """Guards a prompt read from bytes that are not UTF-8: a TypeError about TextInputSequence says nothing."""
+    """Fails if a prompt from bytes that are not UTF-8 ends in a TypeError that does not say so."""
     with pytest.raises(ValueError, match="surrogate"):
         loaded["gpt2"].encode("caf\udce9")
 
 
-# The demo model
+# ----- The demo model ----------------------------------------------------------------------------------------------
 
 DEMO = Path(__file__).parents[2] / "checkpoints" / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
 
 
 @pytest.mark.skipif(not DEMO.is_dir(), reason="no demo checkpoint: run make demo")
 def test_demo_checkpoint() -> None:
-    """Guards the tokenizer files that the converter writes from a GGUF file: ids, chat and stops of the real model."""
+    """Fails if the tokenizer files that the converter wrote from a GGUF file give other ids, chats or stops than
+    transformers."""
     ours, oracle = Tokenizer(DEMO), AutoTokenizer.from_pretrained(DEMO)
     assert_same(ours, oracle, STRINGS)
     for chat in CHATS:
