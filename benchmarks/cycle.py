@@ -138,7 +138,8 @@ def measure_context(engines: dict[str, Engine], prompts: list[list[int]], args: 
     length = freeze(eagle2, prompts[0], args.max_new_tokens // 2)
     parts = cycle_parts(eagle2)
     cycle_ms = timed(eagle2.cycle, eagle2.device, 1)
-    fast, verify_ms = speed["eagle2"], parts[-2]["ms"]
+    fast = speed["eagle2"]
+    verify_ms = parts[-2]["ms"]
     return {"context": max(map(len, prompts)), "timed_at": length,
             "parts": parts, "sum_ms": sum(p["ms"] for p in parts), "cycle_ms": cycle_ms,
             "cycle_gb": sum(p["gb"] for p in parts), "between_ms": fast["cycle_ms"] - cycle_ms,
@@ -280,7 +281,7 @@ def last_table(result: dict) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description="Time the parts of an EAGLE-2 cycle.")
+    p = argparse.ArgumentParser("python -m benchmarks.cycle", description="Time the parts of an EAGLE-2 cycle.")
     p.add_argument("--checkpoint", type=Path, required=True, help="converted folder, or a model file in it")
     p.add_argument("--draft", type=Path, help="EAGLE head: its folder, or a file in it (default: <checkpoint>/eagle)")
     p.add_argument("--quantize", choices=MODES, help="quantise target and draft head, after widening")

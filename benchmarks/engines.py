@@ -17,7 +17,7 @@ from app.answer import Run
 from model import Llama
 from ops.quantized import Quantized
 
-Decoder = Callable[[list[int], int], Run]  # from a prompt's ids and the most new tokens
+Decoder = Callable[[list[int], int], Run]  # (prompt ids, max_new_tokens) -> Run
 
 
 def layer_weights(model: Llama) -> list[dict[str, Tensor]]:

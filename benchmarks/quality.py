@@ -94,7 +94,8 @@ def quality(folder: Path, files: list[Path], questions: Path, tokens: int, new_t
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description="Measure what each quantisation mode costs in quality.")
+    p = argparse.ArgumentParser("python -m benchmarks.quality",
+                                description="Measure what each quantisation mode costs in quality.")
     p.add_argument("--checkpoint", type=Path, required=True, help="converted folder")
     p.add_argument("texts", type=Path, nargs="+", metavar="TEXT_FILE", help="texts to measure perplexity on")
     p.add_argument("--group", type=int, choices=GROUPS, default=128,

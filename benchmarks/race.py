@@ -62,12 +62,13 @@ from engine import Engine, first_difference
 from ops.graphs import timed
 from sampling import Sampling
 
-FAILURES = (ValueError, OSError, RuntimeError, ImportError)  # that end one method only; RuntimeError: out of memory too
+# Errors that end one method, not the race. Running out of memory is a RuntimeError.
+FAILURES = (ValueError, OSError, RuntimeError, ImportError)
 
 
 class Contestant(NamedTuple):
     """A method that takes part in the race."""
-    decode: Callable[[list[int], int, Sampling], Run]  # of a prompt's ids, the most new tokens, and how to sample
+    decode: Callable[[list[int], int, Sampling], Run]  # (prompt ids, max_new_tokens, sampling) -> Run
     engine: Engine | None = None  # None: an engine of another project, which decodes greedily only
 
 
@@ -171,8 +172,10 @@ def summarise(name: str, t: float, runs: dict[str, list[list[Run]]], prompts: li
     for i, prompt in enumerate(prompts):
         indices.setdefault(prompt.category, []).append(i)
     numbers = speeds(own)
-    histogram, depths = numbers["histogram"], range(1, about.get("max_depth", 0) + 1)
-    same, gaps = None, []
+    histogram = numbers["histogram"]
+    depths = range(1, about.get("max_depth", 0) + 1)
+    same = None
+    gaps = []
     draws_otherwise = t > 0 and about.get("rejection")  # other texts, from the same distribution
     if BASELINE in runs and not draws_otherwise:
         expected = [r.tokens for r in runs[BASELINE][0]]

@@ -63,7 +63,8 @@ def speed_table(t: float, entries: list[dict], base: dict | None) -> str:
 def cycle_table(t: float, entries: list[dict], methods: dict) -> str:
     """The parts of a cycle, timed alone at one moment of a text; and the mean time of a cycle in the runs."""
     def row(e: dict) -> tuple:
-        about, ms = methods[e["method"]], e["split_ms"]
+        about = methods[e["method"]]
+        ms = e["split_ms"]
         own_gb = "" if about["own_gb"] is None else f"{about['own_gb']:.2f}"
         return (e["method"], about["nodes"], *(f"{ms[part]:.3f}" for part in ("draft", "verify", "other", "cycle")),
                 f"{e['cycle_ms']:.3f}", own_gb)

@@ -70,7 +70,8 @@ def widen_model(model: Llama, shape: dict[str, int], kept_ids: list[int] | None 
     """
     small, wide = model.cfg, wide_config(model.cfg, shape)
     kept_ids = list(range(small.vocab_size)) if kept_ids is None else kept_ids
-    kept, size = len(kept_ids), small.hidden_size
+    kept = len(kept_ids)
+    size = small.hidden_size
     if not 0 < kept <= wide.vocab_size or len(set(kept_ids) & set(range(small.vocab_size))) < kept:
         raise ValueError(f"kept_ids should be 1 to {wide.vocab_size} distinct ids below {small.vocab_size}")
     noise = partial(torch.normal, 0.0, 0.02, generator=generator, device=device, dtype=dtype)
@@ -158,7 +159,8 @@ def write_live_columns(weight: Tensor, rows: Tensor | slice, block: Tensor, cons
 
 def widen_norm(norm: RMSNorm, wide: Config, like: Tensor) -> Tensor:
     """A norm's weights [C'], with the dtype and device of `like`."""
-    weight, size = like.new_ones(wide.hidden_size), len(norm.weight)
+    weight = like.new_ones(wide.hidden_size)
+    size = len(norm.weight)
     weight[:size] = (norm.weight.double() * (size / wide.hidden_size)**0.5).to(like)
     return weight
 
@@ -266,7 +268,8 @@ class Widening:
     def medusa(self, small: MedusaHeads) -> MedusaHeads:
         """Their blocks leave the dead channels of a feature at zero and its constant channel unchanged."""
         layers, count, size, _ = small.weight.shape
-        wide, kept = self.shape["hidden_size"], len(self.kept_ids)
+        wide = self.shape["hidden_size"]
+        kept = len(self.kept_ids)
         has_projections = small.projections is not None
         with torch.device("meta"):
             heads = MedusaHeads(wide, count, layers, self.shape["vocab_size"] if has_projections else None)
