@@ -42,10 +42,10 @@ def run_interpreted(file: str) -> None:
     """Run the tests of `file` that are marked `interpreted`, in a pytest process where Triton interprets."""
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "triton_tools", file]
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "tests")}
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": with_path(ROOT / "tests")}
     done = subprocess.run(command, env=env, cwd=ROOT, text=True, capture_output=True)
-    summary = done.stdout.strip().splitlines()[-1:]
-    assert done.returncode == 0 and "skipped" not in summary[0], done.stdout[-8000:] + done.stderr[-4000:]
+    passed = done.returncode == 0 and "skipped" not in done.stdout.splitlines()[-1]
+    assert passed, done.stdout[-8000:] + done.stderr[-4000:]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -53,10 +53,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if interpreted.mark in item.iter_markers()]
 
 
+def with_path(folder: Path) -> str:
+    return os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+
+
 def run_without_triton(code: str) -> str:
     """Run Python code in a process where Triton cannot be imported, and return what it prints."""
     code = "import sys; sys.modules['triton'] = None\n" + code
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env = os.environ | {"PYTHONPATH": with_path(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=env, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
