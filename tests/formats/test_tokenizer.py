@@ -297,7 +297,7 @@ def single_bytes(tokenizer: Tokenizer) -> list[int]:
 
 
 def byte_heavy(tokenizer: Tokenizer, numbers: list[int]) -> list[int]:
-    """Ids from random numbers. Half of them are tokens of a single byte that is no character: all kinds of broken UTF-8.
+    """Ids from random numbers. Half of them are tokens of a single byte that is no character: broken UTF-8 of any kind.
     """
     single = single_bytes(tokenizer)
     return [single[n // 2 % len(single)] if n % 2 else n // 2 % (tokenizer.vocab_size + 5) for n in numbers]
