@@ -10,7 +10,7 @@ from tree import State, Tree
 
 @dataclass
 class Call:
-    """One run of the head over some rows."""
+    """One run of the head."""
     tokens: list[int]
     given: Tensor  # [rows, C]: fc's output for each row's token and feature
     rope_pos: list[int]

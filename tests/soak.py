@@ -1,5 +1,5 @@
-"""Hundreds of prompts of mixed length through one engine: its memory stays flat, and what it writes is what an engine
-writes that has seen nothing before. Every option of generate.py is one here too; minutes with the demo model.
+"""Run hundreds of prompts of mixed length through one engine: its memory must stay flat, and its texts must be those of
+a fresh engine. Takes generate.py's options and --prompts N; a few minutes with the demo model.
 
     python tests/soak.py --prompts 500 --checkpoint checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct --eagle2
 """
@@ -13,17 +13,17 @@ from resource import getpagesize
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this file is run as a script
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from any folder
 
 import generate
-from app import options
+from app.options import load_engine
 from drafters.methods import make_drafter
 from engine import Engine
 from sampling import Sampling
 
 
-def taken(device: torch.device) -> int:
-    """Bytes: on a GPU those of live tensors, else all that this process has in memory."""
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: on a GPU of all live tensors, on a CPU the resident size of this process."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -32,42 +32,53 @@ def taken(device: torch.device) -> int:
 
 
 def soak(make: Callable[[], Engine], prompts: int, vocab_size: int, sample: int, seed: int = 0) -> tuple[int, int, int]:
-    """Prompts of 1 to all tokens but one, most of them short, each continued by 1 to 40, every third one sampled, some
-    abandoned halfway. Returns how many bytes were taken after a fifth of them and at the end, and how many of `sample`
-    texts differ from a fresh engine's."""
-    draw, engine, texts, early = random.Random(seed), make(), [], 0
+    """Continue random prompts of 1 to max_seq_len - 1 tokens, most of them short, by 1 to 40 tokens each. Every third
+    text is sampled, every seventh is abandoned after its first token.
+
+    Returns the bytes in use after a fifth of the prompts and at the end, and how many of `sample` texts differ from a
+    fresh engine's. `make` makes an engine."""
+    draw = random.Random(seed)
+    engine = make()
+    texts = []
+    early = 0
     for number in range(prompts):
         length = int((engine.max_seq_len - 1) ** draw.random())
-        ids, count = [draw.randrange(vocab_size) for _ in range(length)], draw.randrange(1, 41)
-        how = Sampling(temperature=0.8, top_p=0.9, seed=number) if number % 3 == 0 else Sampling()
-        cycles = engine.generate(ids, count, how)
+        ids = [draw.randrange(vocab_size) for _ in range(length)]
+        count = draw.randrange(1, 41)
+        sampling = Sampling(temperature=0.8, top_p=0.9, seed=number) if number % 3 == 0 else Sampling()
+        cycles = engine.generate(ids, count, sampling)
         if number % 7 == 0:
             next(cycles)
             cycles.close()
         else:
-            texts.append((ids, count, how, sum(cycles, [])))
+            texts.append((ids, count, sampling, sum(cycles, [])))
         if number == prompts // 5:
-            early = taken(engine.device)
-    late, wrong = taken(engine.device), 0
-    for ids, count, how, text in draw.sample(texts, sample):
-        engine.model.free_cache()  # a fresh one has a cache of its own
-        wrong += sum(make().generate(ids, count, how), []) != text
+            early = memory_in_use(engine.device)
+    late = memory_in_use(engine.device)
+    wrong = 0
+    for ids, count, sampling, text in draw.sample(texts, sample):
+        engine.model.free_cache()  # so that the fresh engine gets a new cache too
+        wrong += sum(make().generate(ids, count, sampling), []) != text
     return early, late, wrong
 
 
 def main() -> None:
-    at = sys.argv.index("--prompts") if "--prompts" in sys.argv else 0
-    prompts = int(sys.argv[at + 1]) if at else 500
-    words = sys.argv[1:at] + sys.argv[at + 2:] if at else sys.argv[1:]
+    words = sys.argv[1:]
+    prompts = 500
+    if "--prompts" in words:
+        at = words.index("--prompts")
+        prompts = int(words[at + 1])
+        del words[at:at + 2]
     args = generate.parse_args([*words, "--prompt", "-"])
-    engine = options.load_engine(args)
-    tokenizer = engine.tokenizer
-    model, slots, stops, start = engine.model, engine.max_seq_len, tokenizer.stop_ids, time.perf_counter()
+    engine = load_engine(args)
+    model, slots, stop_ids = engine.model, engine.max_seq_len, engine.tokenizer.stop_ids
+    start = time.perf_counter()
 
     def make() -> Engine:
-        return Engine(model, make_drafter(args.method, args, model, slots), slots, stops, not args.no_compile)
+        return Engine(model, make_drafter(args.method, args, model, slots), slots, stop_ids, not args.no_compile)
 
-    early, late, wrong = soak(make, prompts, min(tokenizer.vocab_size, model.cfg.vocab_size), 20)
+    vocab_size = min(engine.tokenizer.vocab_size, model.cfg.vocab_size)
+    early, late, wrong = soak(make, prompts, vocab_size, 20)
     print(f"{prompts} prompts in {time.perf_counter() - start:.0f} s: {early / 1e6:.1f} MB after a fifth of them, "
           f"{late / 1e6:.1f} MB at the end; {wrong} of 20 texts differ from a fresh engine's")
     sys.exit(wrong > 0 or late > 1.02 * early)
