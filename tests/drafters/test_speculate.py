@@ -96,6 +96,7 @@ def plain_chain(draft: Llama, text: list[int], length: int, how: Sampling) -> li
     return text[n:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how, staged", [(Sampling(1.0), False), (Sampling(1.5, top_k=5), True),
                                          (Sampling(0.8, top_p=0.9), False)])
 def test_rejection_keeps_the_distribution(how: Sampling, staged: bool) -> None:
@@ -132,6 +133,7 @@ def test_rejection_keeps_the_distribution(how: Sampling, staged: bool) -> None:
     assert stats.chi2.sf(statistic, len(groups) - 1) > 1e-4
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_three_streams_of_noise() -> None:
     """Fails if two of drafting, accepting and resampling use the same noise: chi-square of the choices after 32,000
@@ -159,6 +161,7 @@ def texts(model: Llama, ids: list[int], length: int, how: Sampling, odds: float 
             for rest, q in texts(model, [*ids, token], length - 1, how, odds * each)]
 
 
+@pytest.mark.slow
 def test_more_is_accepted_by_rejection() -> None:
     """Fails if the rejection rule does not accept more than keyed noise does, although the draft model is often wrong.
     Its share is sum(min(p, q))."""

@@ -28,6 +28,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home/cache/eagle2/trees.json"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed, noise, vocab, stop", [(0, 0.1, 0, 0), (3, 0.3, 0, 20), (5, 0.1, 12, 0), (7, 0.5, 0, 0)])
 def test_curve_is_what_trees_gain(seed: int, noise: float, vocab: int, stop: int, tmp_path: Path,
                                   monkeypatch: pytest.MonkeyPatch) -> None:

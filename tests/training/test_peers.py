@@ -111,6 +111,7 @@ def test_loss_place_by_place(heads: int, shape: dict, tmp_path: Path) -> None:
     assert total.item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_heads_learn_their_offsets(tmp_path: Path) -> None:
     """Fails if a head or the draft model learns another offset than its own. Trained on a target that counts, written
     and loaded again, the heads must know the token 2, 3, 4 and 5 positions on, and the draft model the next one."""
@@ -133,6 +134,7 @@ def test_heads_learn_their_offsets(tmp_path: Path) -> None:
     assert min(agreed) > 0.95 and overlap > 0.8
 
 
+@pytest.mark.slow
 def test_draft_model_learns(tmp_path: Path) -> None:
     """Fails if the loss has the wrong sign, the optimizers miss a parameter, or the target, embedding or lm_head is
     trained too. At first two of five layers know little of what all five predict."""

@@ -270,6 +270,7 @@ def test_places_are_of_answers(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_training_learns(learnable: tuple[Llama, Tensor], tmp_path: Path) -> None:
     """Fails if the loss has the wrong sign or no gradient, the optimizers miss parameters, or the target is trained."""
     model, data = learnable
