@@ -222,6 +222,7 @@ def test_gap_where_texts_differ(t: float) -> None:
     assert own["same"] == (None if t else 1), "a method with its own draws is compared only when greedy"
 
 
+@pytest.mark.slow
 def test_second_turns(checkpoint: Path, tmp_path: Path) -> None:
     """Fails if a second question is asked without the first answer, or with an answer that plain decoding does not
     give; if a prompt contains turns of another question; if a category is lost."""
@@ -257,6 +258,7 @@ def test_questions_of_another_form(tmp_path: Path) -> None:
     assert len({q.category for q in read_questions(bench.QUESTIONS)}) == 6, "the default file"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(), ("--shape", "tiny")])
 def test_command_line(shape: tuple, arguments, gpt_fast: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
                       ) -> None:
@@ -294,6 +296,7 @@ def test_command_line(shape: tuple, arguments, gpt_fast: Path, tmp_path: Path, c
     assert "differs: True -> False" in printed and printed.count("differs") == 2, "the two options for other engines"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(), ("--shape", "tiny")])
 def test_quantized(shape: tuple, arguments, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if the head does not belong to the quantised target, or if the result does not name the weight format."""
@@ -304,6 +307,7 @@ def test_quantized(shape: tuple, arguments, monkeypatch: pytest.MonkeyPatch) -> 
     assert result["measured"][1]["mean_gained"] > 1.5
 
 
+@pytest.mark.slow
 def test_interrupted_command_line(arguments, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if Ctrl-C loses the complete runs, the file or the exit code."""
     monkeypatch.setattr(graphs, "elapsed", operations)
@@ -348,6 +352,7 @@ def test_against() -> None:
     assert lines[4].split("|")[1:4] == [" gone    ", " 1           ", " 5.0          "] and len(lines) == 5
 
 
+@pytest.mark.slow
 def test_pictures(tmp_path: Path) -> None:
     """Fails if a picture cannot be drawn without vanilla, categories, drafts or a second temperature, or if its width
     is not 1600 pixels."""
@@ -378,6 +383,7 @@ def wide_subject(arguments, *words: object) -> tuple[argparse.Namespace, Subject
     return args, workload.load(args, lambda model, tokenizer: workload.ask(model, tokenizer, questions, 12))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocab_size", [200, 320])
 def test_widened_medusa(vocab_size: int, arguments, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if Medusa heads guess differently in the wide model than in the small one: with the lm_head or projections
@@ -400,6 +406,7 @@ def test_widened_medusa(vocab_size: int, arguments, monkeypatch: pytest.MonkeyPa
         assert vocab_size == 200 or (logits[1][..., 300:] < logits[0].amin() - 100).all()
 
 
+@pytest.mark.slow
 def test_widened_draft_model(checkpoint: Path, arguments, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a draft model keeps the small model's ids: then the target, as its own draft model, would be
     rejected."""
@@ -416,6 +423,7 @@ def test_widened_draft_model(checkpoint: Path, arguments, monkeypatch: pytest.Mo
     assert workload.load_weights("eagle", args, subject)["draft"].cfg.hidden_size == SHAPE["hidden_size"]
 
 
+@pytest.mark.slow
 def test_what_methods_expect(arguments) -> None:
     """Fails if make_drafter does not find the widened head under its option: it would load the small model's."""
     args, subject = wide_subject(arguments)
@@ -425,6 +433,7 @@ def test_what_methods_expect(arguments) -> None:
         assert methods.make_drafter(name, args, subject.model, 64, weights).head is head
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [
     {}, {"num_key_value_heads": 4}, {"tie_word_embeddings": True, "rope_theta": 50.0, "rms_norm_eps": 1.0}],
     ids=["gqa", "mha", "tied"])
@@ -446,6 +455,7 @@ def test_other_engines_write_our_text(changes: dict, gpt_fast: Path) -> None:
     assert len(lengths) > 1, "no text ended with a stop id"
 
 
+@pytest.mark.slow
 def test_other_engines_share_our_weights(gpt_fast: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if more is copied than q, k and v for gpt-fast: a second 13B would not fit."""
     model, taken = tiny.target(), {}

@@ -29,6 +29,7 @@ torch.set_num_threads(1)
 # ----- Hugging Face folders ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_kind_of_file_gives_the_same_folder(family, tmp_path):
     """Fails if a reader loses, reorders or rounds tensors: from shards or from pickles the folder must be the same."""
@@ -252,6 +253,7 @@ def test_failed_conversion_keeps_an_earlier_one(tmp_path, monkeypatch):
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
 
+@pytest.mark.slow
 def test_killed_run_is_cleaned_up_by_the_next(tmp_path):
     """Fails if files that a killed run left stay for ever, or get mixed with new ones."""
     hf_folder(tmp_path / "hf")

@@ -167,6 +167,7 @@ def test_former_names(page: str) -> None:
     assert not re.findall(rf"(?<![\w/])(?:{'|'.join(FORMER_NAMES)})\.py\b", TEXTS[page])
 
 
+@pytest.mark.slow
 def test_readme() -> None:
     """Fails if README grows past what a newcomer reads, or a number that is filled in has lost one of its marks."""
     text = TEXTS["README.md"]
@@ -210,6 +211,7 @@ def test_your_own_drafter_on_a_gpu(bigram: type, demo: Path, demo_prompts: list[
     assert longest > 1  # a draft was accepted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--bigram"], ["--method", "bigram"]], ids=str)
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, seed=3)], ids=["greedy", "sampled"])
 def test_your_own_drafter(bigram: type, flags: list[str], sampling: Sampling, tmp_path: Path) -> None:
@@ -227,6 +229,7 @@ def test_your_own_drafter(bigram: type, flags: list[str], sampling: Sampling, tm
         assert max(map(len, steps)) == drafter.max_depth + 1  # a whole chain was right
 
 
+@pytest.mark.slow
 def test_your_own_drafter_on_the_command_line(bigram: type, call, tmp_path: Path) -> None:
     """Fails if something that the page promises for a new row does not work with it: --memory, which builds the drafter
     without memory, --compare, --show_tree."""
@@ -237,6 +240,7 @@ def test_your_own_drafter_on_the_command_line(bigram: type, call, tmp_path: Path
     assert code == 0 and "identical tokens" in err and "bigram" in err
 
 
+@pytest.mark.slow
 def test_your_own_drafter_proposes_what_followed(bigram: type) -> None:
     """Fails if the page's drafter is a token off, which its text would not show."""
     text = [5, 1, 2, 3, 4, 9, 7, 1, 6, 8, 5, 2, 9, 1]

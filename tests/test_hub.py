@@ -136,6 +136,7 @@ def test_hub_errors_name_the_page(answer, message, hub, monkeypatch, capsys):
     assert ("hf auth login" in error) == (message != "failed")
 
 
+@pytest.mark.slow
 def test_interrupted_download_is_an_error_and_goes_on(hub, tmp_path, monkeypatch, capsys):
     """Fails if half a download is converted, or if the next run does not go on with it."""
     hf_folder(tmp_path / "repo")
@@ -150,6 +151,7 @@ def test_interrupted_download_is_an_error_and_goes_on(hub, tmp_path, monkeypatch
     assert hub.asked.count("config.json") == 1  # complete files are kept
 
 
+@pytest.mark.slow
 def test_cut_connection_is_taken_up_again(hub, tmp_path, monkeypatch):
     """Fails if a connection that breaks within a file makes the next try start at its beginning."""
     hf_folder(tmp_path / "repo")

@@ -66,6 +66,7 @@ def timeless(answer: object) -> object:
     return {k: timeless(v) for k, v in answer.items() if k not in TIMES} if isinstance(answer, dict) else answer
 
 
+@pytest.mark.slow
 def test_all_kinds(call, checkpoint: Path) -> None:
     """Fails if a turn misses the turns before it, if a message's role is lost, if a line has another one's id, if a
     text depends on the text before, or if a line holds anything but --json's object."""
@@ -150,6 +151,7 @@ def test_one_without_the_other(checkpoint: Path, tmp_path: Path, capsys: pytest.
         assert "--prompt" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_killed_anywhere(call, words: list[str], tmp_path: Path) -> None:
     """Kills a run with -9, then tears the last line at all kinds of places. Fails if resuming loses an answer, writes
     one twice, or leaves half a line in the middle of the file."""
@@ -190,6 +192,7 @@ def test_nothing_to_do(call, monkeypatch: pytest.MonkeyPatch) -> None:
     assert code == 0 and more[:2] == first and len(more) == 3 and "3 prompts, " in err
 
 
+@pytest.mark.slow
 def test_ctrl_c(call, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if Ctrl-C ends in a traceback or loses an answer."""
     answer = answer_module.generate

@@ -307,6 +307,7 @@ def test_write_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 # ----- Terminals and pipes ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_terminal(make, tmp_path: Path) -> None:
     """Fails if a new line sends or is lost, if the history does not come back, if Ctrl-C on a line leaves or loses the
     line, if the first Ctrl-C on an empty line leaves (it may have been meant for the answer before), or if the second
@@ -324,6 +325,7 @@ def test_terminal(make, tmp_path: Path) -> None:
     assert said(again) == ["pasted\nlines!"] * 2
 
 
+@pytest.mark.slow
 def test_terminal_asks(make) -> None:
     """Fails if turns are dropped without a yes, or if the user cannot edit a question that was refused."""
     talk = make(slots=200, limit=30)
@@ -426,6 +428,7 @@ def test_colour(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) 
 # ----- Ctrl-C ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_random(make, capsys: pytest.CaptureFixture) -> None:
     """50 interrupted answers. Fails at a traceback, if text was shown but not kept or the reverse, at half a character,
     or if what the caches hold spoils the next answer."""
@@ -464,6 +467,7 @@ def test_ctrl_c_at_random(make, capsys: pytest.CaptureFixture) -> None:
     assert talk.answers[-1].reused > 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_prefill(make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """Fails if a long prompt cannot be stopped, if its question is lost, or if a second Ctrl-C ends the chat."""
     def kill(*_: object) -> None:
@@ -482,6 +486,7 @@ def test_ctrl_c_in_prefill(make, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert len(talk.messages) == 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_between(make) -> None:
     """Fails if Ctrl-C leaves when an answer has just ended, if during an answer it stops more than that one, or if it
     does not leave while a line from a pipe is awaited."""
@@ -508,6 +513,7 @@ def test_ctrl_c_between(make) -> None:
             sys.stdin = before
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("demo")
 def test_demo_reuses_nearly_all(demo: Path, demo_model, demo_head, capsys: pytest.CaptureFixture) -> None:
     """Fails if template or tokenizer give an answer other ids than the model wrote: correct, but nothing is reused."""

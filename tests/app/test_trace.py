@@ -31,6 +31,7 @@ def parts(engine: Engine) -> dict:
     return {name: part for name, part in vars(engine).items() if name not in ("text", "sequence", "written", "reused")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, seed=3)])
 def test_phases(sampling: Sampling, tmp_path: Path) -> None:
     """Fails if a phase is missing, counted twice or outside of its cycle, if a stop id ends the trace, or if the engine
@@ -104,6 +105,7 @@ def test_time_on_the_gpu() -> None:
     assert covered([(5, 6), (0, 4), (1, 2), (3, 5)]) == 6 and covered([]) == 0
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """Fails if a .gz is not compressed, if the trace replaces the answer, or if a missing folder is found only after
     all the work."""

@@ -62,6 +62,7 @@ def longest(tokens: list[int], parents: list[int], text: list[int], node: int = 
     return max(([i, *longest(tokens, parents, text[1:], i)] for i in below), key=len, default=[])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(12))
 def test_records_are_what_happened(seed: int) -> None:
     """Fails if a record is another cycle's, if a node gets another one's parent or choice, or if the path is too long
@@ -95,6 +96,7 @@ def test_equal_siblings() -> None:
     assert watch_module.accepted_path([5, ~7, 8], [0, 0, 1], [7, 8, 8]) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_drafter_writes_the_same(method: str, checkpoint) -> None:  # noqa: F811
     """Fails if a hook of the drafter is not passed on, or if watching changes the tokens or what each cycle commits."""
@@ -369,6 +371,7 @@ def browse(html: Path, script: str, tmp_path: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM.is_file(), reason="no Chromium")
 def test_page_in_a_browser(tmp_path: Path) -> None:
     """Fails if the script has an error, if a key, a click or a link shows a wrong cycle, or if a token is executed."""
@@ -394,6 +397,7 @@ def test_page_in_a_browser(tmp_path: Path) -> None:
 # ----- The command line ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_command_line(call, demo: Path, tmp_path: Path) -> None:  # noqa: F811
     """Fails if --show_tree changes the text or its JSON lacks the trees, if --tree_html and app.watch write different
     pages, or if a page that cannot be written or a wrong file ends in a traceback or is found only after the run."""

@@ -79,6 +79,7 @@ def check_numbers(part: dict, context: int) -> None:
     assert [p["gb"] for p in part["parts"]] == [*map(pytest.approx, wanted), 0, verify["gb"], 0]
 
 
+@pytest.mark.slow
 def test_command_line(arguments, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything at once, in operations instead of milliseconds. Fails if the JSON describes another run, if the parts
     do not add up to the cycle, or if a table does not say what it is of."""
@@ -105,6 +106,7 @@ def test_command_line(arguments, tmp_path: Path, capsys, monkeypatch: pytest.Mon
     assert tables == 2 * 3 + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode, per_weight", [("int8", 1), ("int8dyn", 1), ("int4", 0.5)])
 @pytest.mark.parametrize("shape", [("--shape", "tiny"), ()])
 def test_quantized(mode: str, per_weight: float, shape: tuple, arguments, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,6 +126,7 @@ def test_quantized(mode: str, per_weight: float, shape: tuple, arguments, monkey
             3 * layer + 200 * (64 + 4) + 4 * 3 * 2 * 4 * 8 * part["timed_at"]))
 
 
+@pytest.mark.slow
 def test_tree_that_fits(arguments, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if --tree auto measures another tree than the one it chose."""
     monkeypatch.setattr(graphs, "elapsed", operations)
@@ -138,6 +141,7 @@ def test_tree_that_fits(arguments, monkeypatch: pytest.MonkeyPatch) -> None:
         "draft: extend, 3 rows", "draft: expansion 1, 10 rows", "rerank", "verify, 16 rows", "accept and compact"]
 
 
+@pytest.mark.slow
 def test_parts_are_those_of_a_cycle() -> None:
     """Fails if a part is forgotten, or is timed on a state that the cycle never sees. Drafting and verifying alone, on
     a frozen engine, must give the tree and the choices of that engine's own cycle."""
@@ -232,6 +236,7 @@ def test_speed_of() -> None:
     assert speed_of(runs) == {"tokens_per_sec": 2.0, "mean_gained": 2.0, "cycle_ms": 1000.0}
 
 
+@pytest.mark.slow
 def test_run() -> None:
     """Fails if cycles or tokens are not those that the engine yields, if sampling is ignored, or if decoding's time
     contains the prompt's."""
@@ -278,6 +283,7 @@ def texts(args: argparse.Namespace) -> tuple[list[list[int]], list[int]]:
     return [[ids[i] for i in prompt + result.tokens] for prompt, result in runs], [len(r.gained) for _, r in runs]
 
 
+@pytest.mark.slow
 def test_cut_vocabulary_keeps_the_text(arguments) -> None:
     """Fails if ids that only the answers use are cut, or if prompts or stops are not translated: prompt, text and stops
     are the small model's, although the wide one has a third fewer ids."""
@@ -316,6 +322,7 @@ def test_prompts_of_a_context(checkpoint: Path) -> None:
         workload.fill_context(tokenizer, questions, 5)
 
 
+@pytest.mark.slow
 def test_startup(arguments) -> None:
     """Fails if the time does not end at the first text, or if a process that fails counts as a fast start."""
     seconds = cycle.startup_seconds(arguments())

@@ -57,6 +57,7 @@ def assert_near(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
     assert (ours - theirs).norm() <= tolerance * theirs.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 5e-5)], ids=["fp64", "fp32"])
 def test_same_features_and_logits(shape: dict[str, int], dtype: torch.dtype, tolerance: float):
@@ -86,6 +87,7 @@ def test_other_small_models(changes: dict):
             assert_near(ours[:, :C], theirs, 1e-13)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mha", "gqa with spare heads", "padded"])
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, seed=3)], ids=["greedy", "sampled"])
 def test_same_cycles(name: str, sampling: Sampling):
@@ -160,6 +162,7 @@ def test_dead_weights_are_noise():
             assert weight.isfinite().all() and not weight.requires_grad and weight.dtype == torch.float64, name
 
 
+@pytest.mark.slow
 def test_bf16_is_as_near_as_the_small_model():
     """Fails if rounding fp32 weights to bf16 costs the widened model more than the small one."""
     off = []
@@ -209,6 +212,7 @@ def test_biases_of_attention_are_refused():
         widen_head(tiny.head(model, qkv_bias=True), MHA)
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("demo")
 def test_demo(demo_model: Llama, demo_head: EagleHead, demo_prompts: list[list[int]], demo):
     """Fails if the demo model and its head, in fp32, with heads twice as long and none shared, do not commit the same
@@ -221,6 +225,7 @@ def test_demo(demo_model: Llama, demo_head: EagleHead, demo_prompts: list[list[i
     assert len(cycles) < 9, "too few drafts accepted to say that they are the same"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["int8", "int8dyn", "int4"])
 def test_quantized_layer_by_layer(mode: str):
     """Fails if quantising layer by layer, which a 13B needs in order to fit, differs from quantising the whole

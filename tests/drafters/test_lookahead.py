@@ -239,6 +239,7 @@ def test_accepted() -> None:
         assert out[:count + 1].tolist() == best and (made.tokens[path] >= 0).all()
 
 
+@pytest.mark.slow
 @interpreted
 def test_accepted_by_the_kernel() -> None:
     """The same on a GPU."""
@@ -260,6 +261,7 @@ def vanilla(model: Llama, ids: list[int], count: int, sampling: Sampling = Sampl
     return write(Engine(model, Vanilla(), max_seq_len, stop_ids), ids, count, sampling)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_equals_vanilla(shape: tuple[int, int, int], sampling: Sampling) -> None:
@@ -275,6 +277,7 @@ def test_equals_vanilla(shape: tuple[int, int, int], sampling: Sampling) -> None
     assert max(map(len, total)) > 1 or sampling.temperature  # otherwise nothing is compared
 
 
+@pytest.mark.slow
 def test_stops_and_limits() -> None:
     """Fails if tokens follow a stop id within a chain, or the limit or the context is overrun."""
     model = tiny.pair(3, 0.0)[0]
@@ -301,6 +304,7 @@ def test_after_the_end() -> None:
     assert state.tokens[5:25].tolist() == vanilla(model, ids, 20)
 
 
+@pytest.mark.slow
 def test_gains_on_what_repeats() -> None:
     """Fails if guesses are verified at another position than they were made for, or never found again: of a text that
     repeats itself nearly every guess must be right."""
@@ -326,6 +330,7 @@ def test_prompts_do_not_mix(sampling: Sampling) -> None:
     assert torch.equal(used.drafter.window, fresh.drafter.window)
 
 
+@pytest.mark.slow
 def test_demo(demo_model: Llama, demo_prompts: list[list[int]]) -> None:
     """Fails if something goes wrong only with a vocabulary of 49,152, or if guesses get worse. Measured: 1.51 tokens
     per step over 128 tokens of eight prompts, 1.56 over these."""

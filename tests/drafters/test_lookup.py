@@ -115,6 +115,7 @@ def test_compiles(arch: int) -> None:
 SAMPLINGS = [Sampling(), Sampling(0.8, top_p=0.9, seed=4), Sampling(1.0, seed=-3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_text_is_vanillas(seed: int) -> None:
     """Fails if a blocked node is accepted, a chain has the wrong depth, or a retrieved node is kept without its parent:
@@ -139,6 +140,7 @@ def test_a_text_that_repeats_itself_is_drafted_in_full() -> None:
     assert cycles[-5:-1] == [11] * 4 and sum(cycles) == 200
 
 
+@pytest.mark.slow
 def test_retrieval_helps_eagle2_where_the_text_repeats_itself() -> None:
     """Fails if retrieved candidates are never verified, or push out better ones: on a text that repeats itself, the
     same number of nodes must need far fewer cycles."""

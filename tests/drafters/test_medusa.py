@@ -307,6 +307,7 @@ def test_tree_equals_twin(sampling: Sampling, own: bool, tmp_path: Path) -> None
 # ----- The text, and what a cycle gains ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(12))
 def test_equals_vanilla(seed: int, tmp_path: Path) -> None:
     """Fails if the text depends on the drafts: with 1 to 5 heads of 1 or 2 blocks, V1 and V2, greedy and sampled, with
@@ -324,6 +325,7 @@ def test_equals_vanilla(seed: int, tmp_path: Path) -> None:
         assert write(engine, ids, 40, sampling) == text[:17]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [None, "int8", "int4"])
 def test_equals_vanilla_in_fp32(mode: str | None, tmp_path: Path) -> None:
     """Fails if a tensor of the cycle has the wrong dtype, which the other tests, in float64, do not show; or if

@@ -28,6 +28,7 @@ def models(seed: int, apart: float = 0.05) -> tuple[Llama, Llama]:
     return model, draft
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_text_is_vanillas(seed: int) -> None:
     """Fails if a drafted token is fed at another position, noise is of another position, or a blocked node is accepted:

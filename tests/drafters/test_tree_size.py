@@ -100,6 +100,7 @@ def test_choice() -> None:
     assert "2.000 ms" in lines[0] and "one 1.000" in lines[0] and "5.000" in lines[0]
 
 
+@pytest.mark.slow
 def test_profile_is_of_a_cycle(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a part of the cycle is forgotten or counted twice, the engine still decodes, or another engine's text
     changes. It counts operations instead of milliseconds. Their sum is a cycle's, less the one that computes the root's
@@ -120,6 +121,7 @@ def test_profile_is_of_a_cycle(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen[::2] == seen[1::2] == [(2, 130), (300, 428), (512, 640)], "slots that such a text reads"
 
 
+@pytest.mark.slow
 def test_too_slow(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, cache: Path) -> None:
     """Fails if measuring goes on for minutes, the user is not told why the default tree is used, or an empty profile is
     kept in the cache."""
@@ -207,6 +209,7 @@ def test_curve_is_refused(tmp_path: Path) -> None:
             read_curve(tmp_path)
 
 
+@pytest.mark.slow
 def test_shipped_curve() -> None:
     """Fails if the demo head has no curve, or its curve falls where the tree grows."""
     curve = read_curve(ROOT / "heads/SmolLM2-135M-Instruct")

@@ -94,12 +94,14 @@ def options_for(file: Path) -> list[str]:
     return METHODS[str(file.parent).replace(".", "")]
 
 
+@pytest.mark.slow
 def test_whole_folder_works(copy: Path) -> None:
     """Fails if the undamaged folder does not load: then the other tests would prove nothing."""
     for method in METHODS.values():
         assert attempt(copy, *method) == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(5))
 def test_flipped_bytes(part: int, copy: Path) -> None:
     """Fails if a loader cannot cope with changed bytes, anywhere or in the first 2,000, or with a file that is cut off.
@@ -169,6 +171,7 @@ HEADERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", HEADERS)
 def test_headers(how: str, copy: Path) -> None:
     """Fails if a header is trusted: sizes that overflow, offsets into another tensor's data, missing metadata."""
@@ -239,6 +242,7 @@ def test_impossible_sizes(changes: dict, copy: Path) -> None:
     assert str(copy) in attempt(copy)
 
 
+@pytest.mark.slow
 def test_on_the_command_line(copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """Fails if the command does not end with exit code 2 and one line that names the damaged file."""
     for file, data in (("model.safetensors", b"\xff" * 99), ("config.json", b'{"hidden_size": 1e9}'),

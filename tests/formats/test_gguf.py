@@ -139,6 +139,7 @@ def as_hf(folder: Path, tensors: dict[str, torch.Tensor], arch: str, tied: bool)
                  rope_theta=500000.0, max_position_embeddings=4096, tie_word_embeddings=tied).save_pretrained(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TYPES)
 def test_gguf_types(kind, tmp_path):
     """Fails if a block format is decoded wrong, or if the rows of q and k stay in llama.cpp's order."""
@@ -222,6 +223,7 @@ def test_gguf_that_is_not_supported_is_named(change, message, tmp_path):
     assert_nothing_loads(tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [0, 3, 100, 0.5, 0.99])
 def test_truncated_gguf_ends_in_one_line(cut, tmp_path, monkeypatch, capsys):
     """Fails if half a download ends in a traceback, or is converted."""

@@ -23,6 +23,7 @@ def test_in_the_interpreter() -> None:
     run_interpreted(__file__)
 
 
+@pytest.mark.slow
 def test_the_twins_need_no_compiler() -> None:
     """Fails if importing needs Triton, which PyTorch for CPUs does not bring."""
     out = run_without_triton("import torch; from ops import attention; q = torch.ones(1, 1, 4); "

@@ -62,6 +62,7 @@ def check(args: tuple, config: Tiling | None = None) -> Tensor:
     return out
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_rows(dtype: torch.dtype) -> None:
@@ -73,6 +74,7 @@ def test_rows(dtype: torch.dtype) -> None:
             check(problem(M, N, K, dtype, gated=M % 2 == 0), config)
 
 
+@pytest.mark.slow
 @interpreted
 def test_options() -> None:
     """Fails if some combination of bias, norm, residual and gate is computed in the wrong order or left out."""
@@ -83,6 +85,7 @@ def test_options() -> None:
             check(problem(M, 22, 112, torch.float32, bias, norm, residual, gated), config)
 
 
+@pytest.mark.slow
 @interpreted
 def test_splits() -> None:
     """Fails if a launch leaves the counters in a state that the next one cannot use, if a split without blocks (seven
@@ -99,6 +102,7 @@ def test_splits() -> None:
         check(args, config._replace(SK=SK))
 
 
+@pytest.mark.slow
 @interpreted
 def test_heads() -> None:
     """Fails if halves of a head are paired wrongly, if angles are another token's or element's, if values are rotated,
@@ -118,6 +122,7 @@ def test_heads() -> None:
         torch.testing.assert_close(kv, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @interpreted
 def test_model_shapes() -> None:
     """Fails if the demo model's layers come out wrong with the tilings that `linear_config` gives. 100 rows of their
@@ -143,6 +148,7 @@ def before_a_wall(t: Tensor) -> Tensor:
     return torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=pages - t.nbytes).view(t.shape).copy_(t)
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs mprotect")
 def test_bounds() -> None:
@@ -181,6 +187,7 @@ def test_cpu_uses_the_twin() -> None:
     assert linear(*args).equal(linear_torch(*args))
 
 
+@pytest.mark.slow
 def test_without_triton() -> None:
     """Fails if a CPU needs Triton, which PyTorch for CPUs does not bring."""
     out = run_without_triton("import torch; from ops.linear import linear; "

@@ -130,6 +130,7 @@ def check(M: int, N: int, K: int, mode: str, config: Tiling | None = None) -> Te
     return out
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("mode", MODES)
 def test_rows(mode: str) -> None:
@@ -142,6 +143,7 @@ def test_rows(mode: str) -> None:
         check(M, 50, K, mode, Tiling(BM, 32, max(128, group), 1, 4, 3))
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("mode", MODES)
 def test_splits(mode: str) -> None:
@@ -152,6 +154,7 @@ def test_splits(mode: str) -> None:
         assert check(10, 50, 1280, mode, config).equal(check(10, 50, 1280, mode, config))
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("mode", MODES)
 def test_options(mode: str) -> None:
@@ -170,6 +173,7 @@ def test_options(mode: str) -> None:
         assert (out - wanted).norm() / wanted.norm() < (5e-3 if weight.planes == 1 else 1e-4), (mode, norm, gated, SK)
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("mode", MODES)
 def test_heads(mode: str) -> None:
@@ -208,6 +212,7 @@ def test_quantize() -> None:
             assert sums.T.equal(filled.unflatten(1, (-1, group)).sum(2).float())
 
 
+@pytest.mark.slow
 @interpreted
 def test_dequantize_by_the_kernel() -> None:
     """Fails if the kernel's weights differ from the twin's in one bit: in either half of a byte, any group, or a last

@@ -21,6 +21,7 @@ from tree import Candidates, Level, State, Tree, accept, best_first, build_tree,
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_imports_without_triton() -> None:
     """Fails if importing needs Triton: then a machine without a GPU could not even start."""
     run_without_triton("import ops.tree")
@@ -279,6 +280,7 @@ class FusedEagle2(Eagle2):
         return made[1]
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("shape", [(2, 1, 1), (9, 8, 1), (12, 3, 3), (64, 6, 10)])
 def test_cycle(shape: tuple[int, int, int]) -> None:
@@ -293,6 +295,7 @@ def test_cycle(shape: tuple[int, int, int]) -> None:
     assert drafter.trees == len(expected) - 1 > 0
 
 
+@pytest.mark.slow
 @interpreted
 def test_cycle_of_eagle1() -> None:
     """Fails if the kernels cannot read what the fixed tree gives them: the cycles must be the same."""

@@ -84,6 +84,7 @@ def test_pack() -> None:
     assert pack(q[:, :300]).shape == (3, 256), "filled up to a multiple of 256"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode, group", FORMATS)
 @pytest.mark.parametrize("K", [64, 576, 256])
 def test_error(mode: str, group: int, K: int) -> None:
@@ -134,6 +135,7 @@ def test_zeros_stay(hessian: bool) -> None:
     assert (again[:, 128:256].abs() < 1e-28).all() and (hessian or (again[:, dead].abs() < 1e-28).all())
 
 
+@pytest.mark.slow
 def test_gptq_beats_search_beats_nearest() -> None:
     """Fails if int4 loses its quality: scales that ignore the inputs, errors passed on with the wrong sign, to columns
     that are done already, or in another order than the Hessian's."""
@@ -206,6 +208,7 @@ def test_file(mode: str, group: int, tied: bool, tmp_path: Path, tokenizer) -> N
     assert error < (0.8 if mode == "int4" else 0.2), "attention is sharp in a tiny model"
 
 
+@pytest.mark.slow
 def test_one_tensor_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if the integers of one tensor are still in memory when those of the next are made: a 13B would not fit."""
     alive = []
@@ -230,6 +233,7 @@ def test_one_tensor_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert len(alive) > 20 and max(alive) <= before + 1
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_layers_run_as_quantised_so_far(folder: Path) -> None:
     """Fails if calibration passes wrong hidden states on: the next layer must get what the new weights make of the
@@ -256,6 +260,7 @@ def test_layers_run_as_quantised_so_far(folder: Path) -> None:
     assert difference < 0.83 * (uncorrected_x - original_x).norm(), "0.84 without y - x"
 
 
+@pytest.mark.slow
 def test_the_model_writes_the_text(folder: Path) -> None:
     """Fails if the text for calibration is not sampled from the model itself, differs for the same seed, or is the same
     in all rows."""
@@ -267,6 +272,7 @@ def test_the_model_writes_the_text(folder: Path) -> None:
     assert own < 0.8 * other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode, group", FORMATS)
 @pytest.mark.parametrize("draft_mode", ["same", "none"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -289,6 +295,7 @@ def test_lossless(mode: str, group: int, draft_mode: str, temperature: float) ->
     assert max(tokens_per_step) > 1.3 or temperature or draft_mode == "same", "nothing was drafted"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode, group", FORMATS)
 def test_draft_head(mode: str, group: int, folder: Path) -> None:
     """Fails if a head's file is wrong: fc cut into two halves, the embedding's half exact, the other half and the layer
@@ -335,6 +342,7 @@ def test_moves_and_bytes() -> None:
         assert gigabytes(quantized) == pytest.approx((size + 32 * 2 + 8 * 512 + 8 * 4) * 1e-9)
 
 
+@pytest.mark.slow
 def test_quality_numbers(folder: Path) -> None:
     """Fails if the numbers of benchmarks/quality.py are wrong: a model agrees with all of its own text, a broken one
     with less; perplexity counts every token but the first of a chunk once."""
@@ -401,6 +409,7 @@ def test_other_modes_and_groups() -> None:
     assert MODES == ("int8", "int8dyn", "int4") and GROUPS == (64, 128)
 
 
+@pytest.mark.slow
 def test_nothing_is_left_behind(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Fails if a failed run leaves a half-written file, or if a new conversion keeps the quantised file of the old
     model."""

@@ -149,6 +149,7 @@ def test_draft_model_learns(tmp_path: Path) -> None:
     assert not [name for name, t in trainer.module.state_dict().items() if torch.equal(t, start[name])]
 
 
+@pytest.mark.slow
 def test_begins_with_the_target(tmp_path: Path) -> None:
     """Fails if the layers are out of order, shared with the target, or used differently, or if new heads are not the
     identity."""
@@ -164,6 +165,7 @@ def test_begins_with_the_target(tmp_path: Path) -> None:
     assert len(fewer.layers) == 1 and torch.equal(fewer.layers[0].w2.weight, model.layers[0].w2.weight)
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed(tmp_path: Path) -> None:
     """Fails if stopping and resuming loses weights or momentum of one of the two."""
     model, data = counting(), counted(64, 32)
@@ -264,6 +266,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     yield from tiny_command(peers_module.main, tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
 def test_command_from_start_to_end(command, capsys: pytest.CaptureFixture) -> None:
     """Fails if a finished run starts over, other results are overwritten, EAGLE's training state is taken for the
     peers', or --steps 0 trains."""
@@ -291,6 +294,7 @@ def test_command_from_start_to_end(command, capsys: pytest.CaptureFixture) -> No
     assert "held-out" in capsys.readouterr().out and same(first)
 
 
+@pytest.mark.slow
 def test_interrupted_and_held_out(command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """Fails if Ctrl-C loses what was learned, held-out dialogues are trained on, or trained ones are evaluated."""
     step, seen = PeerTrainer.train_step, []

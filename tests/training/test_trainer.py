@@ -89,6 +89,7 @@ def test_template_stands_around_turns(tmp_path: Path, monkeypatch: pytest.Monkey
     assert lengths == set(range(1, 10)) and {EOS, END} < ends  # ended by either stop id, or cut short
 
 
+@pytest.mark.slow
 def test_dialogues_are_what_the_model_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a cache slot or mask is off by one, dialogues see each other, or a bucket of slots is entered too late.
     The dialogues must be the greedy choices of a forward without a cache."""
@@ -225,6 +226,7 @@ def drafted(head: EagleHead, model: Llama, ids: list[int], place: int, depth: in
     return torch.cat(predicted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unroll, shape", [(4, {}), (1, {}), (6, {"num_key_value_heads": 1, "head_dim": 12})])
 def test_unrolled_is_what_drafting_does(unroll: int, shape: dict, tmp_path: Path) -> None:
     """Fails if the head is trained on other positions, keys, tokens or features than it drafts with, or towards another
@@ -302,6 +304,7 @@ def test_schedule(tmp_path: Path) -> None:
     assert all(rates[at] == pytest.approx(0.02, abs=1e-4) for at in ((1000, 0), (999, 0), (200, 600), (200, 900)))
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed(learnable: tuple[Llama, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if stopping loses momentum, step, clock, or the choice of batch and places: the parameters must be those of
     a run that is not stopped. It is stopped in its fifth step, after the state was saved at the end of the fourth."""
@@ -382,6 +385,7 @@ def test_new_head_ignores_what_heads_lack() -> None:
         assert head.cfg.num_layers == 1 and head.cfg.hidden_size == 32
 
 
+@pytest.mark.slow
 def test_evaluate_counts_as_engines_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if the token that prefill chose counts as a cycle, or the result is a mean of means: it is all tokens
     divided by all cycles. A recorded drafter counts the cycles. The number of tokens is known."""
@@ -425,6 +429,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     yield from tiny_command(train.main, tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
 def test_command_from_start_to_end(command, capsys: pytest.CaptureFixture) -> None:
     """Fails if a finished run starts over or writes its dialogues again, another head is overwritten, or --steps 0
     trains or refuses to write dialogues where there is a head."""
@@ -455,6 +460,7 @@ def test_command_from_start_to_end(command, capsys: pytest.CaptureFixture) -> No
     assert (folder / "eagle/model.safetensors").read_bytes() == first
 
 
+@pytest.mark.slow
 def test_held_out_dialogues_are_not_trained_on(command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if the dialogues of the evaluation were trained on."""
     seen = {}
