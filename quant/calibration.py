@@ -1,12 +1,12 @@
-"""Weights that make up for what quantisation changed before them."""
+"""int4's calibration: the weight of a layer that makes up for the errors of all layers quantised before it."""
 import torch
 from torch import Tensor
 
 
 def corrected_weight(w: Tensor, inputs: list[tuple[Tensor, Tensor]], hidden: list[tuple[Tensor, Tensor]] | None,
                      correction: float, damp: float) -> tuple[Tensor, Tensor]:
-    """The weight [N, K] fp32 that a linear of the original weight w should have before it is rounded, and the Hessian
-    of its inputs, mean of a.T @ a [K, K] fp32.
+    """The weight [N, K] fp32 that a linear should have before rounding, where w [N, K] fp32 is its original weight; and
+    the Hessian of its inputs, the mean of a.T @ a, [K, K] fp32.
 
     A text goes through the layers twice: through those quantised so far and through the original ones. `inputs` are
     the pairs (a, b) that reach this linear in the two copies, [texts, T, K] each. If the linear adds its output to the
@@ -16,8 +16,8 @@ def corrected_weight(w: Tensor, inputs: list[tuple[Tensor, Tensor]], hidden: lis
 
         a.T a (v - w).T = a.T ((b - a) w.T + y - x)
 
-    `correction` is the part of v - w that is added to w. `damp` times the mean of the Hessian's diagonal is added to
-    the diagonal.
+    `correction` is the part of v - w that is added to w; all of it overfits the text. `damp` times the mean of the
+    Hessian's diagonal is added to the diagonal, so that it can be solved.
     """
     hessian = w.new_zeros(w.shape[1], w.shape[1])
     right_side = w.new_zeros(w.shape[1], w.shape[0])
