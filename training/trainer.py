@@ -166,7 +166,8 @@ class Trainer:
         """
         rows = self.rows(tokens)
         predicted = features[:, :rows]
-        keys, values = [], []
+        keys = []
+        values = []
         total = 0.0
         agreements = []
         for j in range(1, self.ahead + 1):  # row s predicts feature s + j from token s + j, at RoPE position s + j - 1
