@@ -10,7 +10,7 @@ else goes to stderr.
 import itertools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -67,7 +67,7 @@ class Chat:
     def __init__(self, engine: Engine, tokenizer: Tokenizer, sampling: Sampling, max_new_tokens: int,
                  system: str | None = None, stops: Sequence[str] = ()) -> None:
         if not tokenizer.has_chat_template:
-            raise ValueError("this model has no chat template, so it cannot --interactive: use --prompt TEXT --raw")
+            raise ValueError("this model has no chat template, which --interactive needs: use --prompt TEXT --raw")
         self.engine = engine
         self.tokenizer = tokenizer
         self.sampling = sampling
@@ -167,7 +167,7 @@ class Chat:
         note(report([answer]))
         return text
 
-    def stream_answer(self, cycles: itertools.chain, answer: Answer, start: float) -> tuple[str, bool]:
+    def stream_answer(self, cycles: Iterator[list[int]], answer: Answer, start: float) -> tuple[str, bool]:
         """Print the text as `cycles` yields it, or trees if they are watched. Returns the text, and whether the model
         ended it (a stop id or a stop text). Completes `answer`, which began at `start`."""
         view = View(self.engine.drafter, self.tokenizer) if isinstance(self.engine.drafter, Watch) else None

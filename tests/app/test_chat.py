@@ -288,7 +288,8 @@ def test_load_says_what_is_wrong(text: str, message: str, tmp_path: Path, make, 
 
 def test_write_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a full disk destroys what was saved before."""
-    file, messages = tmp_path / "a.json", [{"role": "system", "content": "x"}]
+    file = tmp_path / "a.json"
+    messages = [{"role": "system", "content": "x"}]
     write_messages(file, messages)
     before = file.stat().st_ino
     write_messages(file, messages)
@@ -356,7 +357,8 @@ def call(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
         monkeypatch.setattr(sys, "argv", ["generate.py", "--checkpoint", str(folder), "--device", "cpu",
                                           *map(str, words)])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(os.fsencode(text)), "utf-8"))
-        code, before = 0, signal.getsignal(signal.SIGINT)
+        code = 0
+        before = signal.getsignal(signal.SIGINT)
         try:
             generate.main()
         except SystemExit as e:
@@ -396,8 +398,8 @@ def test_no_chat_template(call, folder: Path, monkeypatch: pytest.MonkeyPatch) -
     real = Tokenizer.render
     monkeypatch.setattr(Tokenizer, "has_chat_template", property(lambda self: False, lambda *_: None), raising=False)
     code, out, err = call("x\n", "--interactive")
-    assert code == 2 and err == "error: this model has no chat template, so it cannot --interactive: use --prompt " \
-        "TEXT --raw\n" and out == ""
+    assert code == 2 and out == ""
+    assert err == "error: this model has no chat template, which --interactive needs: use --prompt TEXT --raw\n"
     monkeypatch.undo()
 
     def refuse(self: Tokenizer, messages: Messages, *rest: bool) -> str:
@@ -434,7 +436,8 @@ def test_ctrl_c_at_random(make, capsys: pytest.CaptureFixture) -> None:
     or if what the caches hold spoils the next answer."""
     dice = random.Random(0)
     turns = 50
-    timers, kept = [], []
+    timers = []
+    kept: list[dict[str, str]] = []  # the messages of the conversations that were ended to make room
     talk = make(slots=1500, limit=60)
 
     class Interrupting(Script):

@@ -36,7 +36,8 @@ CHROMIUM = Path("/usr/bin/chromium")
 def watched(engine: Engine, ids: list[int], count: int, sampling: Sampling = Sampling()
             ) -> tuple[list[list[int]], list[dict]]:
     """What was committed, prefill's token first, and what Watch.read returned for each cycle."""
-    news, cycles = [], []
+    news = []
+    cycles = []
     for new in engine.generate(ids, count, sampling):
         news.append(new)
         cycles.append(engine.drafter.read(new))
@@ -216,12 +217,14 @@ def made_up(seed: int, nodes: int = 60, confident: bool = True, chain: bool = Fa
     """A cycle of random tokens of TEXTS, some of them blocked (~t), a random path of them accepted."""
     draw = random.Random(seed)
     parents = [0] + [node - 1 if chain else draw.randrange(node) // 2 for node in range(1, nodes)]
-    share, depth = [1.0], [0]
+    share = [1.0]
+    depth = [0]
     for node in range(1, nodes):
         share.append(round(share[parents[node]] * draw.random(), 4))
         depth.append(depth[parents[node]] + 1)
     tokens = [draw.randrange(9) for _ in parents]
-    path, node = [], draw.choice(range(nodes))
+    path = []
+    node = draw.choice(range(nodes))
     while node:
         path.insert(0, node)
         node = parents[node]
@@ -326,8 +329,10 @@ def test_view(monkeypatch: pytest.MonkeyPatch) -> None:
     model, head = tiny.pair(1, 0.1)
     monkeypatch.setenv("COLUMNS", "50")
     for trees in (True, False):
-        engine, out = Engine(model, Watch(Eagle2(head, model, 20, 3, 4)), 128), io.StringIO()
-        view, tokens = View(engine.drafter, Letters({t: b"<%d>" % t for t in range(24)}), trees, out), []
+        engine = Engine(model, Watch(Eagle2(head, model, 20, 3, 4)), 128)
+        out = io.StringIO()
+        view = View(engine.drafter, Letters({t: b"<%d>" % t for t in range(24)}), trees, out)
+        tokens = []
         for new in engine.generate(tiny.prompt(3, 7), 30):
             view.push(new)
             tokens += new
