@@ -34,8 +34,7 @@ GGUF_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 GGUF_ARCHS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # tokenizer.ggml.token_type of tokens that are found in a text as a whole
-NORMAL = 1  # and of ordinary pieces
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # kinds of tokens in tokenizer.ggml.token_type
 
 
 # ----- Tensors -----------------------------------------------------------------------------------------------------
@@ -135,6 +134,15 @@ def llama3_scaling(divisors: Tensor, theta: float) -> dict:
 # ----- The tokenizer -----------------------------------------------------------------------------------------------
 
 
+# How a byte-level BPE cuts a text into words, by the name in tokenizer.ggml.pre, besides what ByteLevel does.
+WORD_SPLITS = {
+    "gpt-2": [],
+    "smollm": [pre_tokenizers.Digits(individual_digits=True)],
+    "llama-bpe": [pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")],
+    "qwen2": [pre_tokenizers.Split(Regex(LLAMA3_SPLIT.replace("{1,3}", "")), "isolated")],  # digits one by one
+}
+
+
 def write_gguf_tokenizer(metadata: dict, folder: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and generation_config.json from the metadata of a GGUF file.
     Raises ValueError for a tokenizer or a way to cut words that is not implemented."""
@@ -164,16 +172,8 @@ def write_gguf_tokenizer(metadata: dict, folder: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps(stops, indent=2))
 
 
-# How a byte-level BPE cuts a text into words, by the name in tokenizer.ggml.pre, besides what ByteLevel does.
-WORD_SPLITS = {
-    "gpt-2": [],
-    "smollm": [pre_tokenizers.Digits(individual_digits=True)],
-    "llama-bpe": [pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")],
-    "qwen2": [pre_tokenizers.Split(Regex(LLAMA3_SPLIT.replace("{1,3}", "")), "isolated")],  # digits one by one
-}
-
-
 def byte_level_bpe(ggml: dict, vocab: dict[str, int], pre: str) -> Tokenizer:
+    """A BPE over bytes written as characters, such as GPT-2's. `pre` names the way to cut a text into words."""
     merges = [tuple(merge.split(" ")) for merge in ggml["merges"]]
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre in ("gpt-2", "smollm"))
@@ -184,8 +184,9 @@ def byte_level_bpe(ggml: dict, vocab: dict[str, int], pre: str) -> Tokenizer:
 
 
 def sentencepiece_bpe(ggml: dict, vocab: dict[str, int]) -> Tokenizer:
-    """sentencepiece stores no merges, only scores of the pieces: of all pairs in a text, the one that makes the piece
-    with the highest score is merged first. So every way to cut a piece into two is a merge, in the order of scores."""
+    """A sentencepiece BPE, such as Llama 2's. It has no list of merges, only a score for each piece: of all pairs in a
+    text, the one that makes the piece with the highest score is merged first. So every way to cut a piece into two
+    pieces is a merge, and the merges are in the order of the scores."""
     tokens, scores, types = ggml["tokens"], ggml["scores"], ggml["token_type"]
     pairs = []  # sorted by score, then by the ids of the piece and its halves
     for i, token in enumerate(tokens):

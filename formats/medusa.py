@@ -18,6 +18,7 @@ FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt", "model.safetensors")
 # Names after `common_name`. A projection is numbered like a block, after the last one of its head.
 BLOCK = re.compile(r"(\d{1,3})\.(\d{1,3})\.linear\.(weight|bias)")
 PROJECTION = re.compile(r"(\d{1,3})\.(\d{1,3}|projection)\.weight")
+Place = tuple[int, int]  # where a tensor belongs: block (0 for a projection) and head
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
@@ -62,9 +63,6 @@ def arrange(path: Path, published: dict[str, Tensor], size: int, vocab_size: int
         raise ValueError(f"{path}: its projections follow {', '.join(sorted(projections_after))} blocks, but it has "
                          f"{num_blocks}")
     return stacked(found, num_blocks, num_heads)
-
-
-Place = tuple[int, int]  # block (0 for a projection) and head
 
 
 def sort_by_place(path: Path, published: dict[str, Tensor], size: int, vocab_size: int
