@@ -147,6 +147,9 @@ def norm_kernel(x_ptr, norm_ptr, out_ptr, eps, K: tl.constexpr, PADDED: tl.const
     tl.store(out_ptr + tl.program_id(0) * K + k, x * tl.rsqrt(tl.sum(x * x, 0) / K + eps) * g, mask=k < K)
 
 
+# The kernel of `linear`. Grid (tiles * SK): a program multiplies BN rows of the weights by all rows of x, over 1 / SK
+# of the columns. A pointer that is None leaves its step out. EVEN_K: no block crosses the end of K. INTERPRET: no
+# assembly.
 @triton.jit(do_not_specialize=["M"])  # one compiled kernel for every M up to BM
 def linear_kernel(
         x_ptr, w_ptr, bias_ptr, norm_ptr, eps, res_ptr, out_ptr,  # x [M, K] (or int8: [PLANES, M, K]), w [N, columns]
@@ -157,13 +160,15 @@ def linear_kernel(
         BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SK: tl.constexpr, STAGES: tl.constexpr,
         AHEAD: tl.constexpr, PDL: tl.constexpr, PLANES: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
         INTERPRET: tl.constexpr):
-    """See `linear`. Grid (tiles * SK): a program multiplies BN rows of the weights by all rows of x, over 1 / SK of the
-    columns. A pointer that is None leaves its step out. EVEN_K: no block crosses the end of K. INTERPRET: no assembly.
-    """
     tile, split = tl.program_id(0) // SK, tl.program_id(0) % SK
     ROPE: tl.constexpr = rope_ptr is not None
     HALVES: tl.constexpr = 2 if GATED or ROPE else 1  # rows of the weights that one output pairs
-    row = rows_of_tile(tile, width, D, HALVES, ROPE, BN)
+    r = tl.arange(0, BN)
+    col = tl.minimum(tile * (BN // HALVES) + r // HALVES, width - 1)  # a ragged last tile reads its last row again
+    if ROPE:  # even rows of the tile are from the first half of a head, odd ones what RoPE pairs them with
+        row = col // (D // 2) * D + col % (D // 2) + r % 2 * (D // 2)
+    else:  # gated: even rows are gate's, odd ones up's
+        row = col + r % HALVES * width
     w_rows = w_ptr + row.to(tl.int64)[:, None] * columns
     blocks = tl.cdiv(columns, BK)
     first, last = split * blocks // SK * BK, (split + 1) * blocks // SK * BK
@@ -206,19 +211,6 @@ def linear_kernel(
         if res_ptr is not None:
             acc += residual.to(tl.float32)
         tl.store(out_ptr + m * width + n, acc, mask=inside)
-
-
-@triton.jit
-def rows_of_tile(tile, width, D: tl.constexpr, HALVES: tl.constexpr, ROPE: tl.constexpr, BN: tl.constexpr):
-    """The numbers [BN] of the rows of the weights that a tile owns. With HALVES == 2, even ones are first halves and
-    odd ones what these are paired with."""
-    r = tl.arange(0, BN)
-    col = tl.minimum(tile * (BN // HALVES) + r // HALVES, width - 1)  # a ragged last tile reads its last row again
-    if ROPE:  # the two halves of a head
-        row = col // (D // 2) * D + col % (D // 2) + r % 2 * (D // 2)
-    else:  # gate and up, or the rows in order
-        row = col + r % HALVES * width
-    return row
 
 
 @triton.jit
