@@ -6,7 +6,7 @@ The project is imported within the fixtures, so that collecting a few tests stay
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -114,15 +114,16 @@ def checkpoint(tmp_path: Path):
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def call(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     """Run generate.py's command line in this process: (exit code, stdout, stderr)."""
     import generate
+    cores = all_cores if "demo" in request.fixturenames else nullcontext  # a tiny model's threads only wait
 
     def call(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, words)])
         code = 0
         try:
-            with all_cores():
+            with cores():
                 generate.main()
         except SystemExit as e:
             code = e.code if isinstance(e.code, int) else 1

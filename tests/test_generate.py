@@ -147,9 +147,9 @@ def test_prompt_from_file_and_stdin(call, everything: Path, tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--prompt", "x", "--draft_tokens", "8"], "--eagle2"),
-    (["--prompt", "x", "--draft_tokens", "auto"], "--eagle2"),
-    (["--prompt", "x", "--eagle", "--tree_table"], "--eagle2"),
+    (["--prompt", "x", "--draft_tokens", "8"], "is for the methods eagle2, eagle2+lookup"),
+    (["--prompt", "x", "--draft_tokens", "auto"], "is for the methods eagle2, eagle2+lookup"),
+    (["--prompt", "x", "--eagle", "--tree_table"], "is for the methods eagle2, eagle2+lookup"),
     (["--prompt", "x", "--eagle2", "--draft_tokens", "many"], "--draft_tokens"),
     (["--prompt", "x", "--eagle2", "--draft_tokens", "8", "--tree_table"], "--tree_table"),
     (["--prompt", "x", "--eagle2", "--draft_tokens", "auto", "--draft_depth", "2"], "choose depth"),
@@ -177,10 +177,10 @@ def test_prompt_from_file_and_stdin(call, everything: Path, tmp_path: Path, monk
     (["--prompt", "x", "--method", "speculate+lookup"], "--speculate DIR is missing"),
     (["--memory", "--prompt", "x"], "not allowed with"),
     (["--memory", "--eagle2", "--draft_tokens", "0"], "--draft_tokens"),
-    (["--prompt", "x", "--lookup", "--draft_depth", "2"], "--eagle2"),
+    (["--prompt", "x", "--lookup", "--draft_depth", "2"], "is for the methods eagle2, eagle2+lookup"),
     (["--prompt", "x", "--draft_vocab", "12"], "--draft_vocab"),
     (["--prompt", "x", "--eagle2", "--draft_vocab", "-1"], "--draft_vocab"),
-    (["--prompt", "x", "--eagle", "--draft_depth", "2"], "--eagle2"),
+    (["--prompt", "x", "--eagle", "--draft_depth", "2"], "is for the methods eagle2, eagle2+lookup"),
     (["--prompt", "x", "--quantize", "int8", "--group", "64"], "--group"),
     (["--prompt", "x", "--group", "64"], "--quantize int4"),
     (["--prompt", "x", "--quantize", "int5"], "int8dyn"),

@@ -83,6 +83,7 @@ def test_no_figure_is_typed_by_hand() -> None:
 # ----- The program ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_strip_keeps_figures_and_drops_texts(raw: dict[str, dict], results: Results, tmp_path: Path) -> None:
     """Fails if --add changes a number, keeps token ids or folders of the machine, or forgets where a result is from."""
     for name, result in results.items():

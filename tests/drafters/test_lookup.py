@@ -56,6 +56,7 @@ def texts(count: int, seed: int = 0) -> list[list[int]]:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_chain(rule: str) -> None:
     """Fails if the first match is taken for the latest, the end of the text matches itself, a chain runs past the text,

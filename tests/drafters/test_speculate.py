@@ -59,6 +59,7 @@ def test_a_draft_model_that_knows_gains_everything(length: int) -> None:
             assert [len(cycle) for cycle in cycles] == [1] + [length + 1] * 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", SAMPLINGS)
 def test_chain_is_what_the_draft_model_writes(how: Sampling) -> None:
     """Fails if a draft is not what the draft model itself would write, plain or staged, or if a staged chain is shorter

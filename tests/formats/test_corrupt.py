@@ -212,6 +212,7 @@ def replaced(value: object, path: tuple, new: object) -> object:
     return copied
 
 
+@pytest.mark.slow
 def test_json_of_another_kind(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a value of the wrong kind or size in a JSON file is not refused cleanly. A size of 10**9 must be refused
     before anything is allocated, and 10**9 layers before they are built one by one."""

@@ -29,6 +29,7 @@ def byte_heavy(tokenizer: Tokenizer, numbers: list[int]) -> list[int]:
     return [single[n // 2 % len(single)] if n % 2 else n // 2 % (tokenizer.vocab_size + 5) for n in numbers]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=1000, deadline=None)
 @given(**STREAMS)
@@ -58,6 +59,7 @@ def first_stop(tokenizer: Tokenizer, ids: list[int], stops: list[str]) -> tuple[
     return (text[:min(ends)[1]], len(ids)) if ends else (text, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt2", "spm"])
 @settings(max_examples=400, deadline=None)
 @given(data=st.data())
