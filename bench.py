@@ -15,6 +15,10 @@ Prints Markdown (benchmarks/report.py). --json FILE writes all numbers and ids; 
 --against OLD.json compares with such a file, --plots DIR draws (benchmarks/plots.py). Ctrl-C reports the runs that are
 complete. benchmarks/cycle.py times the parts of one cycle in detail.
 """
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads sleep (docs/benchmarking.md)
+
 import argparse
 import importlib.util
 import json

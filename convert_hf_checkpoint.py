@@ -13,10 +13,13 @@ The folder is --out, or checkpoints/ and the hub id, or checkpoints/ and the las
 One tensor is in memory at a time. The files appear together at the end, config.json last, so that a run that is killed
 leaves nothing that loads.
 """
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads sleep (docs/benchmarking.md)
+
 import argparse
 import json
 import math
-import os
 import shutil
 import sys
 from collections.abc import Iterator

@@ -70,7 +70,7 @@ class Engine:
             seed=zero.clone(), sampling=Sampling())
         self.limit = zero + 1  # the longest that the text may become
         self.noise_depth = drafter.noise_depth or drafter.max_depth
-        self.nodes = torch.arange(MAX_NODES, device=device)
+        self.nodes = torch.arange(max(MAX_NODES, self.noise_depth + 1), device=device)
 
         # Prefill
         self.first = zero.clone()  # the first token of the chunk

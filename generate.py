@@ -10,7 +10,7 @@ The text goes to stdout as it is written, statistics go to stderr. With --json t
 """
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: see docs/benchmarking.md
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads sleep (docs/benchmarking.md)
 
 import argparse
 import json
@@ -20,7 +20,7 @@ from pathlib import Path
 from app import memory
 from app.answer import compare, generate, report
 from app.batch import batch
-from app.draw_tree import page
+from app.draw_tree import write_page
 from app.options import (
     Engine,
     add_device_options,
@@ -183,7 +183,7 @@ def work(args: argparse.Namespace) -> None:
     result = answer(args, engine, ids, sampling)
     try:
         if args.tree_html:
-            page(result, args.tree_html)
+            write_page(result, args.tree_html)
         if args.profile:
             print(write_trace(engine, ids, sampling, args.profile), file=sys.stderr)
     except OSError as e:

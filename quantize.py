@@ -7,10 +7,13 @@
 int8 and int8dyn quantise one tensor after the other, without any text. int4 is calibrated: it needs to know what the
 inputs of each layer look like. So the model first writes 32 texts of 512 tokens itself, from an empty prompt. They then
 go through the layers twice, side by side: once through the original layers, once through those quantised so far.
-
 The new weights of a layer map the quantised inputs half-way to the original outputs; going all the way overfits the
 calibration text. GPTQ then rounds them (quant/int4.py). The embedding, norms and biases are not quantised in any mode.
 """
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads sleep (docs/benchmarking.md)
+
 import argparse
 import copy
 import sys

@@ -16,6 +16,10 @@ SGLang and the EAGLE reference load it too.
 A trap: starting from the target's last layer instead of small random weights diverges. That layer expects a normed
 input, and the head's layer has none.
 """
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads sleep (docs/benchmarking.md)
+
 import argparse
 import json
 import sys

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from app.answer import generate
 from app.options import Engine, load_engine
-from drafters.methods import METHODS, OPTIONS
+from drafters.methods import METHODS, OPTIONS, RULE, WINDOW
 from formats.questions import are_turns, read_lines
 from sampling import Sampling
 from tokenizer import Tokenizer
@@ -41,7 +41,7 @@ KINDS = ("prompt", "messages", "turns")
 # generate.py's arguments that do not change an answer: file names, and the flags whose meaning `method` holds
 METHOD_FLAGS = {part for name in METHODS for part in name.split("+")} - OPTIONS.keys()
 NO_SETTINGS = {"checkpoint", "prompt_file", "output", "tree_table"} | METHOD_FLAGS
-DEFAULTS = {"lookup_rule": "longest", "window": [7, 5, 7]}  # every answer so far records these two, even if not given
+DEFAULTS = {"lookup_rule": RULE, "window": WINDOW}  # every answer so far records these two, even if not given
 
 
 # ----- The prompts -----------------------------------------------------------------------------------------------

@@ -218,6 +218,3 @@ def write_page(result: dict, path: Path) -> None:
     template = Path(__file__).with_name("tree_page.html").read_text(encoding="utf-8")
     before, after = template.split("RUN_AS_JSON")
     path.write_text(before + data + after, encoding="utf-8")
-
-
-page = write_page  # generate.py's name for it

@@ -12,9 +12,12 @@ generations: greedy, without prefill, in turns with plain decoding.
 Prints Markdown; --json FILE writes the same numbers and more (measure_all and measure_context list the keys). bench.py
 compares all methods.
 """
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads sleep (docs/benchmarking.md)
+
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile

@@ -5,6 +5,10 @@
 Prints a Markdown table with a row for the unquantised model, for each mode of quantising on load, and for each
 quantised file in the checkpoint's folder.
 """
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads sleep (docs/benchmarking.md)
+
 import argparse
 import math
 import sys

@@ -18,7 +18,10 @@ from benchmarks.report import table
 from benchmarks.result_files import NAMES, SHAPES, Results, add, problems, read_results
 
 PAGE = Path(__file__).parent.parent / "BENCHMARKS.md"
+README = PAGE.with_name("README.md")
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+NUMBER = re.compile(r"(<!-- number: (\w+) -->).*?(<!-- end -->)")  # in README: "7b_vanilla" is of QUOTED["7b"]
+QUOTED = {"7b": "cycle-llama-2-7b-bf16", "7b_int8dyn": "cycle-llama-2-7b-int8dyn", "demo": "cycle-demo-mt-bench"}
 MISSING = "not measured at this commit yet\n"
 
 
@@ -146,11 +149,27 @@ def write(page: str, results: Results) -> str:
     return BLOCK.sub(lambda block: f"{block[1]}\n{render(block[2], results)}\n{block[3]}", page)
 
 
+def quote(name: str, results: Results) -> str | None:
+    """A number for README, of the first context that was measured; None if it was not."""
+    key, _, what = name.rpartition("_")
+    first = next(iter(results.values()), None)
+    if name == "device":
+        return first and f"one {first['environment']['device']}"
+    if QUOTED[key] not in results:
+        return None
+    speed = {method: s["tokens_per_sec"] for method, s in results[QUOTED[key]]["contexts"][0]["speed"].items()}
+    return f"{speed['eagle2'] / speed['vanilla']:.2f}" if what == "speedup" else f"{speed[what]:.0f}"
+
+
+def write_numbers(readme: str, results: Results) -> str:
+    return NUMBER.sub(lambda mark: mark[1] + (quote(mark[2], results) or "?") + mark[3], readme)
+
+
 def main() -> int:
     p = argparse.ArgumentParser(description="Print the tables of BENCHMARKS.md.")
     p.add_argument("--add", nargs=2, type=Path, metavar=("FILE", "NAME"), help="keep a result in benchmarks/results/")
     p.add_argument("--commit", help="with --add: the commit that was measured, where the file does not state it")
-    p.add_argument("--write", action="store_true", help="rewrite the tables in BENCHMARKS.md")
+    p.add_argument("--write", action="store_true", help="rewrite BENCHMARKS.md's tables and README's numbers")
     args = p.parse_args()
     try:
         if args.add:
@@ -158,6 +177,7 @@ def main() -> int:
         results = read_results()
         if args.write:
             PAGE.write_text(write(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
+            README.write_text(write_numbers(README.read_text(encoding="utf-8"), results), encoding="utf-8")
         elif not args.add:
             print(*(f"{name}\n\n{render(name, results)}" for name in BLOCKS), sep="\n")
     except (ValueError, OSError) as e:

@@ -25,6 +25,8 @@ BASELINE = "vanilla"  # plain decoding, which all others are compared with
 GPU_TREE = (60, 6, 10)  # EAGLE-2's nodes, levels and top-k: the paper's
 CPU_TREE = (8, 3, 3)  # the same on a CPU, where more rows cost more (docs/benchmarking.md)
 CHAIN = 10  # tokens that are looked up, alone or beside EAGLE-2
+RULE = "longest"  # which match of a look-up is continued
+WINDOW = (7, 5, 7)  # Lookahead's window, n-gram and guesses
 
 
 class Setup(NamedTuple):
@@ -113,9 +115,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "draft_topk": dict(type=int, help="EAGLE-2: nodes fed per level, and continuations of each"),
     "tree_table": dict(action="store_true", default=None, help="--draft_tokens auto, and show what it compared"),
     "chain": dict(type=int, help="tokens that are looked up (default: 10) or drafted by a model (5; 8 with both)"),
-    "lookup_rule": dict(choices=tuple(RULES), help="which match is continued (drafters/lookup.py; default: longest)"),
+    "lookup_rule": dict(choices=tuple(RULES), help=f"which match is continued (drafters/lookup.py; default: {RULE})"),
     "window": dict(type=int, nargs=3, metavar=("W", "N", "G"),
-                   help="Lookahead: window, n-gram and guesses (default: 7 5 7)")}
+                   help=f"Lookahead: window, n-gram and guesses (default: {' '.join(map(str, WINDOW))})")}
 TREE = ("draft_tokens", "draft_depth", "draft_topk", "tree_table", "draft_vocab")
 LOOKUP = ("chain", "lookup_rule")
 
@@ -125,15 +127,15 @@ LOOKUP = ("chain", "lookup_rule")
 
 def make_lookup(setup: Setup) -> Drafter:
     device = setup.model.embed.weight.device
-    return Lookup(device, setup.get("chain", CHAIN), setup.get("lookup_rule", "longest"))
+    return Lookup(device, setup.get("chain", CHAIN), setup.get("lookup_rule", RULE))
 
 
 def retrieval(setup: Setup, length: int) -> Retrieval:
-    return Retrieval(length, setup.get("lookup_rule", "longest"), setup.model.embed.weight.device)
+    return Retrieval(length, setup.get("lookup_rule", RULE), setup.model.embed.weight.device)
 
 
 def make_lookahead(setup: Setup) -> Drafter:
-    return Lookahead(setup.model, *setup.get("window", (7, 5, 7)))
+    return Lookahead(setup.model, *setup.get("window", WINDOW))
 
 
 def make_medusa(setup: Setup) -> Drafter:

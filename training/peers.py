@@ -16,6 +16,10 @@ target's own distribution in the answers. Both see every batch, and share the ta
 
 Stop it at any time: what was learned is written, and the same command goes on.
 """
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads sleep (docs/benchmarking.md)
+
 import argparse
 import copy
 import json

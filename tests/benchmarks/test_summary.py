@@ -183,14 +183,28 @@ def test_a_gpu_with_clocks(raw: dict[str, dict]) -> None:
     assert kept == gpu | clocks | {"power": "700.00 W"}
 
 
+def test_readme() -> None:
+    """Fails if a number in README is not what the stored results give."""
+    page = summary.README.read_text(encoding="utf-8")
+    assert summary.write_numbers(page, read_results()) == page and page.count("<!-- number: ") == 10
+
+
 def test_command_line(results: Results, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if --write leaves the page as it was, or if results that disagree are no failure."""
     page = tmp_path / "page.md"
     page.write_text("".join(f"<!-- table: {name} -->\n<!-- end -->\n" for name in BLOCKS))
+    readme = tmp_path / "readme.md"
+    readme.write_text("<!-- number: device -->?<!-- end --> and <!-- number: 7b_speedup -->9<!-- end -->x")
     monkeypatch.setattr(summary, "PAGE", page)
+    monkeypatch.setattr(summary, "README", readme)
     monkeypatch.setattr(summary, "read_results", lambda: results)
     monkeypatch.setattr(sys, "argv", ["summary.py", "--write"])
     assert summary.main() == 0 and write(page.read_text(), results) == page.read_text()
+    speed = results[CYCLES]["contexts"][0]["speed"]
+    ratio = speed["eagle2"]["tokens_per_sec"] / speed["vanilla"]["tokens_per_sec"]
+    device = results[CYCLES]["environment"]["device"]
+    assert readme.read_text() == (f"<!-- number: device -->one {device}<!-- end --> and "
+                                  f"<!-- number: 7b_speedup -->{ratio:.2f}<!-- end -->x")
     results[METHODS]["environment"]["commit"] = "fedcba9"
     monkeypatch.setattr(sys, "argv", ["summary.py"])
     assert summary.main() == 1
