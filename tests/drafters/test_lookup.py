@@ -98,7 +98,6 @@ def test_in_the_interpreter() -> None:
     run_interpreted(__file__)
 
 
-@pytest.mark.slow
 @not_interpreted
 @pytest.mark.parametrize("arch", [86, 89, 90])
 def test_compiles(arch: int) -> None:
