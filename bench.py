@@ -33,7 +33,8 @@ import torch
 from tqdm import tqdm
 
 from app.answer import Run, run
-from app.options import DTYPES, add_method_options, check_methods, fail
+from app.command import fail
+from app.options import DTYPES, add_method_options, check_methods
 from benchmarks.engines import gpt_fast_decoder, transformers_decoder
 from benchmarks.environment import environment
 from benchmarks.race import FAILURES, Contestant, race, record_failure, split_cycle, summarise

@@ -20,6 +20,7 @@ from pathlib import Path
 from app import memory
 from app.answer import compare, generate, report
 from app.batch import batch
+from app.command import fail
 from app.draw_tree import write_page
 from app.options import (
     Engine,
@@ -28,7 +29,6 @@ from app.options import (
     add_method_options,
     check_engine,
     context,
-    fail,
     flagged_method,
     load_engine,
     placement,

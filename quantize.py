@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from app.options import fail
+from app.command import fail
 from draft import load_head
 from formats.eagle import folder_of
 from formats.weights import FORMAT, read_tensors, replace_when_whole, write_file

@@ -1,6 +1,5 @@
 """Options of the command line, built from the table of methods, and the engine that they describe."""
 import argparse
-import sys
 from pathlib import Path
 from typing import NoReturn
 
@@ -105,12 +104,6 @@ def check_engine(args: argparse.Namespace) -> str | None:
         if wrong:
             return message
     return check_methods(args, [args.method])
-
-
-def fail(error: Exception) -> int:
-    """One line on stderr; the exit code for bad input is 2."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
 
 
 # ----- The engine --------------------------------------------------------------------------------------------------

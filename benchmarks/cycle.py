@@ -31,7 +31,8 @@ from statistics import median
 import torch
 
 from app.answer import Run, run
-from app.options import DTYPES, fail
+from app.command import fail
+from app.options import DTYPES
 from benchmarks.environment import describe, environment
 from benchmarks.report import table
 from benchmarks.widen import SHAPES

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from app.options import fail
+from app.command import fail
 from benchmarks.workload import gigabytes
 from draft import Vanilla
 from engine import SPARE, Engine

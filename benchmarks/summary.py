@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from app.options import fail
+from app.command import fail
 from benchmarks.report import table
 from benchmarks.result_files import NAMES, SHAPES, Results, add, problems, read_results
 

@@ -1,0 +1,49 @@
+"""How a command ends: with an exit code and at most one line on stderr, never with a traceback.
+
+    2     what the user gave cannot be used, or a file cannot be read or written: ValueError, OSError
+    130   Ctrl-C
+    141   nobody reads stdout any more, as behind `| head`
+
+Nothing here imports torch: Ctrl-C may come in the seconds that this takes.
+"""
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+
+def watch_for_ctrl_c() -> None:
+    """Let Ctrl-C end the process at once, in one line. For the time of the imports, which may swallow a
+    KeyboardInterrupt or turn it into another error; `run_command` ends it."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else ignored, as behind `nohup` and `&`
+        signal.signal(signal.SIGINT, end_at_once)
+
+
+def end_at_once(*_: object) -> None:
+    os.write(2, b"interrupted\n")
+    os._exit(130)
+
+
+def run_command(work: Callable[[], int | None]) -> None:
+    """Do the work of a command and end the process with its exit code: the one that `work` returns (None is 0), or one
+    of those above."""
+    if signal.getsignal(signal.SIGINT) is end_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code = work() or 0
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
+        code = 141
+    except (ValueError, OSError) as error:
+        code = fail(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+def fail(error: Exception) -> int:
+    """One line on stderr; the exit code for bad input is 2."""
+    print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+    return 2
