@@ -1,0 +1,145 @@
+"""What a training step does to the weights, and how the dialogues are drawn: nothing here shows in a loss that falls.
+
+    python -m pytest tests/training/test_steps.py
+"""
+import argparse
+import math
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from helpers import Letters, marked
+from torch import nn
+
+from model import Llama
+from training import dialogues
+from training.dialogues import Script
+from training.trainer import Trainer, new_head, options
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model() -> Llama:
+    return tiny.target(dtype=torch.bfloat16)
+
+
+def make(model: Llama, **changes: object) -> Trainer:
+    values = {"length": 16, "batch": 2, "unroll": 2, "decay": 0.8, "places": 64, "regression": 0.0, "lr": 0.05,
+              "steps": 400, "minutes": math.inf, "out": Path("head")}
+    torch.manual_seed(0)
+    return Trainer(model, argparse.Namespace(**values | changes))
+
+
+def pull(trainer: Trainer, gradient: float) -> None:
+    """Take a step at the peak rate, of a loss that has this gradient at every weight."""
+    parameters = list(trainer.module.parameters())
+    trainer.losses = lambda *inputs: (gradient * sum(p.sum() for p in parameters), [torch.zeros(())])
+    trainer.schedule = lambda: 1.0
+    trainer.train_step(marked(2, 16))
+
+
+def test_optimizers(model: Llama) -> None:
+    """Fails if Muon loses its weight decay, without which learning stalls after hours, if vectors are decayed, or if
+    their rate is the matrices'."""
+    trainer = make(model)
+    (muon,), (adam,) = (optimizer.param_groups for optimizer in trainer.optimizers)
+    assert [type(optimizer) for optimizer in trainer.optimizers] == [torch.optim.Muon, torch.optim.AdamW]
+    assert muon["weight_decay"] == 0.1 and muon["momentum"] == 0.95 and muon["adjust_lr_fn"] == "match_rms_adamw"
+    assert adam["weight_decay"] == 0 and adam["betas"] == (0.9, 0.95)
+    assert muon["initial_lr"] == 0.05 and adam["initial_lr"] == pytest.approx(0.01)
+    found = {id(p) for group in (muon, adam) for p in group["params"]}
+    assert found == {id(p) for p in trainer.module.parameters()} and all(p.ndim == 2 for p in muon["params"])
+    before = [p.detach().clone() for p in trainer.module.parameters()]
+    pull(trainer, 0.0)  # without a gradient, what is left is the decay
+    for old, new in zip(before, trainer.module.parameters()):
+        assert torch.allclose(new, old * (1 - 0.05 * 0.1 * (old.ndim == 2)), atol=1e-7)
+
+
+class Spy:
+    """Takes the place of the optimizers."""
+    def __init__(self, module: nn.Module) -> None:
+        self.parameters = list(module.parameters())
+        self.param_groups: list[dict] = []
+
+    def step(self) -> None:
+        self.norm = torch.cat([p.grad.flatten() for p in self.parameters]).norm().item()
+
+    def zero_grad(self) -> None:
+        for p in self.parameters:
+            p.grad = None
+
+
+def test_clipping(model: Llama) -> None:
+    """Fails if one step with a huge gradient outweighs the steps after it (gradients are clipped to a norm of 1), if
+    smaller ones are changed, or if gradients of one step are left for the next."""
+    trainer = make(model)
+    trainer.optimizers = [Spy(trainer.module)]
+    size = sum(p.numel() for p in trainer.module.parameters())
+    for norm in (1e5, 0.5, 0.25):
+        pull(trainer, norm / size**0.5)
+        assert trainer.optimizers[0].norm == pytest.approx(min(norm, 1), rel=1e-3)
+
+
+def test_rates(model: Llama) -> None:
+    """Fails if the schedule does not reach both optimizers, or reaches them twice."""
+    trainer = make(model)
+    for trainer.step in (0, 49, 300):
+        share = trainer.schedule()
+        trainer.train_step(marked(2, 16))
+        assert [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups] == pytest.approx(
+            [0.05 * share, 0.01 * share])
+    trainer.step, trainer.args.steps = 100, 200  # half-way
+    assert trainer.schedule() == pytest.approx(0.02 + 0.98 * 0.5)
+
+
+def test_defaults() -> None:
+    """Fails if what the documentation measured was trained with other defaults."""
+    args = options("Train.").parse_args(["--checkpoint", "x"])
+    found = {name: getattr(args, name) for name in ("tokens", "steps", "minutes", "length", "batch", "generate_batch",
+                                                    "decay", "places", "lr", "eval_prompts")}
+    assert found == {"tokens": 40e6, "steps": 10000, "minutes": math.inf, "length": 640, "batch": 32,
+                     "generate_batch": 2048, "decay": 0.8, "places": 8192, "lr": 5e-3, "eval_prompts": 80}
+
+
+def test_new_head(model: Llama) -> None:
+    """Fails if an untrained head does not pass on half of the feature, or starts with attention or a norm that is not
+    neutral."""
+    torch.manual_seed(0)
+    head = new_head(model.cfg, CPU)
+    half = head.fc.weight[:, 32:]
+    assert torch.equal(half, 0.5 * torch.eye(32)) and head.fc.weight[:, :32].std() < 0.03
+    assert not head.layer.wo.weight.any() and (head.layer.mlp_norm.weight == 1).all()
+    sizes = {name: p.std().item() for name, p in head.layer.named_parameters() if p.ndim == 2 and "wo" not in name}
+    assert sizes == pytest.approx({"wqkv.weight": 0.01, "w13.weight": 0.02, "w2.weight": 0.002}, rel=0.1)
+
+
+# ----- Dialogues -------------------------------------------------------------------------------------------------
+
+
+def test_temperatures() -> None:
+    """Fails if not half of the answers are greedy, a quarter at 0.7 and a quarter at 1, or a user turn is at another
+    temperature than 1."""
+    batch = 4000
+    script = Script(Letters(), CPU)
+    turns = script.start(batch, 0)
+    assert (turns.temperature == 1).all() and not turns.answering.any()
+    for answers in (True, False, True):
+        while not (turns.answering == answers).all():
+            ends = torch.where(turns.answering == answers, 9, 4)  # 4 ends a turn
+            script.step(turns, ends)
+        shares = {t: (turns.temperature == t).double().mean().item() for t in (0.0, 0.699999988079071, 1.0)}
+        assert sum(shares.values()) == 1
+        assert list(shares.values()) == pytest.approx([0.5, 0.25, 0.25] if answers else [0, 0, 1], abs=0.03)
+
+
+def test_openers() -> None:
+    """Fails if fewer than all openers are used, or if a third of the user turns does not begin without one."""
+    script = Script(Letters(), CPU)
+    count = len(dialogues.OPENERS)
+    assert script.openers == count + count // 2 and len(set(dialogues.OPENERS)) == count > 80
+    sequences = script.start(60000, 1).sequence
+    assert sequences.unique().tolist() == list(range(script.openers))
+    assert (sequences < count // 2).double().mean() == pytest.approx(1 / 3, abs=0.01)
+    assert (dialogues.MAX_USER, dialogues.MAX_ANSWER) == (80, 256)
