@@ -61,8 +61,11 @@ def load_draft_model(path: Path | str, target: Llama) -> Llama:
         raise ValueError(f"{file}: made for a target of hidden size {cfg.hidden_size}, not {target.cfg.hidden_size}")
     if metadata.get("mode") == "int8":
         for name in [name.removesuffix(".data") for name in tensors if name.endswith(".data")]:
-            weight = Quantized(tensors.pop(f"{name}.data"), tensors.pop(f"{name}.scale"), 0, 2)
-            tensors[f"{name}.weight"] = dequantize(weight, like.dtype)
+            data, scale = tensors.pop(f"{name}.data"), tensors.pop(f"{name}.scale", None)
+            if (scale is None or not scale.is_floating_point() or data.dtype != torch.int8 or data.dim() != 2
+                    or scale.shape != data.shape[:1]):
+                raise ValueError(f"{file}: {name} should be int8 with a scale for each row; train it again")
+            tensors[f"{name}.weight"] = dequantize(Quantized(data, scale, 0, 2), like.dtype)
     with torch.device("meta"):
         draft = Llama(cfg, qkv_bias="layers.0.wqkv.bias" in tensors)
     # `fill` wants the file to hold every weight of the model. So the target's modules are attached only after it.
