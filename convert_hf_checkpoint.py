@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting thr
 import argparse
 import json
 import math
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -33,7 +34,8 @@ from huggingface_hub import constants, errors, snapshot_download
 from draft import load_head
 from formats.config import Config
 from formats.eagle import CURVE, VOCAB
-from formats.gguf import gguf_config, open_gguf, write_gguf_tokenizer
+from formats.gguf import gguf_config, is_gguf, open_gguf
+from formats.gguf_tokenizer import write_gguf_tokenizer
 from formats.hf import NAMES, LazyTensor, hf_names, open_folder
 from formats.tokenizer_files import read_json
 from formats.weights import FORMAT, read_tensors, write_file
@@ -111,10 +113,11 @@ def convert(source: Path, out: Path, dtype: torch.dtype = torch.bfloat16, name: 
     if out.resolve() == source.resolve():
         raise ValueError(f"{out}: the source itself would be overwritten; choose another --out")
     with staged(out, source) as part:
-        if source.suffix == ".gguf":
+        if is_gguf(source):
             metadata, tensors = open_gguf(source)
-            (part / "config.json").write_text(json.dumps(gguf_config(metadata, tensors, dtype), indent=2))
-            config = Config.load(part)
+            raw = gguf_config(metadata, tensors, dtype)
+            config = Config.from_dict(raw)
+            (part / "config.json").write_text(json.dumps(raw, indent=2))
             write_gguf_tokenizer(metadata, part)
         else:
             config = Config.load(source / "config.json")
@@ -181,7 +184,7 @@ def main() -> None:
     try:
         source = fetch(args.source, args.token, is_target=True)
         name = "/".join(source.resolve().parts[-2:]) if source == Path(args.source) else args.source
-        out = args.out or Path("checkpoints", name.removesuffix(".gguf"))
+        out = args.out or Path("checkpoints", re.sub(r"(?i)\.gguf$", "", name))
         head = fetch(args.eagle, args.token, is_target=False) if args.eagle else None
         file = source / "model.safetensors"
         if file.is_file() and read_tensors(file)[1].get("format") == FORMAT:
