@@ -18,6 +18,8 @@ LARGE = {"texts", "gained", "runs", "gaps", "prompts", "unfinished", "histogram"
 ENVIRONMENT = re.compile(r"(?P<device>.+?)(?: \(power limit (?P<power>[^,]+),.+?\))?, torch (?P<torch>.+?), "
                          r"triton (?P<triton>.+?), commit (?P<commit>.+?), (?P<date>\d{4}-\d\d-\d\d), ")
 Results = dict[str, dict]  # by name, only those that exist
+# What reading an entry raises where it is missing or of another kind, or where numbers are far too large.
+DAMAGED = (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 def strip(raw: dict) -> dict:
@@ -69,16 +71,27 @@ def add(file: Path, name: str, commit: str | None = None, folder: Path = RESULTS
     """Store a result under one of NAMES. `commit` replaces the one that the file states."""
     if name not in NAMES:
         raise ValueError(f"no table shows {name!r}; the names are {', '.join(NAMES)}")
-    result = strip(json.loads(file.read_text(encoding="utf-8")))
-    result["environment"]["commit"] = commit or result["environment"]["commit"]
+    try:
+        result = strip(read_object(file))
+        result["environment"]["commit"] = commit or result["environment"]["commit"]
+    except DAMAGED:
+        raise ValueError(f"{file}: not what benchmarks.cycle or bench.py --json writes") from None
     path = folder / f"{name}.json"
     path.write_text(json.dumps(result) + "\n", encoding="utf-8")
     return path
 
 
+def read_object(path: Path) -> dict:
+    """The object in a JSON file; ValueError if it is anything else."""
+    try:
+        return {**json.loads(path.read_text(encoding="utf-8"))}
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError(f"{path}: not a JSON object") from None
+
+
 def read_results(folder: Path = RESULTS) -> Results:
     paths = {name: folder / f"{name}.json" for name in NAMES}
-    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.is_file()}
+    return {name: read_object(path) for name, path in paths.items() if path.is_file()}
 
 
 def problems(results: Results) -> list[str]:

@@ -62,7 +62,7 @@ def load_draft_model(path: Path | str, target: Llama) -> Llama:
     if metadata.get("mode") == "int8":
         for name in [name.removesuffix(".data") for name in tensors if name.endswith(".data")]:
             data, scale = tensors.pop(f"{name}.data"), tensors.pop(f"{name}.scale", None)
-            if (scale is None or not scale.is_floating_point() or data.dtype != torch.int8 or data.dim() != 2
+            if (scale is None or scale.dtype != torch.float32 or data.dtype != torch.int8 or data.dim() != 2
                     or scale.shape != data.shape[:1]):
                 raise ValueError(f"{file}: {name} should be int8 with a scale for each row; train it again")
             tensors[f"{name}.weight"] = dequantize(Quantized(data, scale, 0, 2), like.dtype)
