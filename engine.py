@@ -86,7 +86,6 @@ class Engine:
         self.graph_caches: tuple[Tensor, ...] = ()  # the caches that the graphs read and write
         self.text: list[int] = []  # what the host knows to be committed
         self.sequence = object()  # marks the text of this engine, see `begin_sequence`
-        self.written: tuple[Tensor, ...] = ()  # the caches it went into
         self.reused = 0  # prompt tokens that were in the caches already
         self.compile_s = 0.0
 
@@ -251,15 +250,16 @@ class Engine:
         return (self.model.kv, *self.drafter.caches())
 
     def begin_sequence(self, text: list[int]) -> None:
-        """A new sequence begins, of which the caches hold `text` already. Engines may share a model and its cache, so
-        the model remembers which sequence wrote to it last."""
+        """A new sequence begins, of which the caches hold `text` already. Engines may share a cache, so each remembers
+        which sequence was written to it last."""
         self.text = text
-        self.sequence = self.model.sequence = object()
-        self.written = self.caches()
+        self.sequence = object()
+        for cache in self.caches():
+            cache.sequence = self.sequence
 
     def owns_caches(self, sequence: object) -> bool:
-        """True if `sequence` is still this engine's, and is what the caches hold."""
-        return sequence is self.sequence is self.model.sequence and same_tensors(self.written, self.caches())
+        """True if `sequence` is still this engine's, and is what all of its caches hold."""
+        return sequence is self.sequence and all(getattr(kv, "sequence", None) is sequence for kv in self.caches())
 
     def reusable(self, ids: list[int]) -> int:
         """How many tokens of the prompt need not be processed again: the prefix that it shares with the last text, less

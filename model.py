@@ -146,7 +146,6 @@ class Llama(nn.Module):
             self.lm_head.weight = self.embed.weight
         self.kv: Tensor | None = None  # [L, 2, B, K, S, D]
         self.rope: Tensor | None = None  # [2, S, D]
-        self.sequence: object = None  # marks the sequence in the cache; an engine sets it when it begins one
 
     def allocate_cache(self, max_seq_len: int, spare: int = 0, batch: int = 1) -> None:
         """Allocate the KV cache and the RoPE table for max_seq_len + spare slots, once for all prompts that follow. The
@@ -159,7 +158,6 @@ class Llama(nn.Module):
         kv = weight.new_zeros(cfg.num_layers, 2, batch, cfg.num_kv_heads, slots, cfg.head_dim)
         self.allocate_rope(slots)
         self.kv = kv  # last: if memory runs out before, the old cache and its size stay valid
-        self.sequence = None
 
     def allocate_rope(self, length: int) -> None:
         """All that a forward without a cache needs, of texts up to this length."""
@@ -167,7 +165,7 @@ class Llama(nn.Module):
         self.rope = rope_table(self.cfg, length, weight.device).to(weight.dtype)
 
     def free_cache(self) -> None:
-        self.kv = self.sequence = None
+        self.kv = None
 
     def forward(self, tokens: Tensor, rope_pos: Tensor, cache_pos: Tensor | None = None,
                 mask: Tensor | TreeMask | None = None) -> Tensor:
