@@ -17,7 +17,11 @@ complete. benchmarks/cycle.py times the parts of one cycle in detail.
 """
 import os
 
+from app.command import run_command, watch_for_ctrl_c
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads sleep (docs/benchmarking.md)
+if __name__ == "__main__":
+    watch_for_ctrl_c()
 
 import argparse
 import importlib.util
@@ -33,7 +37,6 @@ import torch
 from tqdm import tqdm
 
 from app.answer import Run, run
-from app.command import fail
 from app.options import DTYPES, add_method_options, check_methods
 from benchmarks.engines import gpt_fast_decoder, transformers_decoder
 from benchmarks.environment import environment
@@ -191,11 +194,9 @@ def check(args: argparse.Namespace) -> str | None:
 def main() -> int:
     args = parse_args()
     result = {"measured": []}
+    old = read_result(args.against) if args.against else None
     try:
-        old = read_result(args.against) if args.against else None
         bench(args, result)
-    except (ValueError, OSError) as e:
-        return fail(e)
     except KeyboardInterrupt:
         result["interrupted"] = "everything"
     if result["measured"]:
@@ -215,4 +216,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

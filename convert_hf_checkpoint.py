@@ -10,26 +10,28 @@ The folder is --out, or checkpoints/ and the hub id, or checkpoints/ and the las
     model.safetensors              all weights, with q, k, v fused, and gate, up fused
     eagle/                         the draft head, as published
 
-One tensor is in memory at a time. The files appear together at the end, config.json last, so that a run that is killed
-leaves nothing that loads.
+One tensor is in memory at a time. What was written is loaded as generate.py would load it. Only then it replaces what
+an earlier run wrote (formats/writing.py), so that a run that is killed leaves nothing that loads half.
 """
 import os
 
+from app.command import raise_on_ctrl_c, run_command, watch_for_ctrl_c
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads sleep (docs/benchmarking.md)
+if __name__ == "__main__":
+    watch_for_ctrl_c()
 
 import argparse
 import json
 import math
-import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from functools import partial
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from huggingface_hub import constants, errors, snapshot_download
 
 from draft import load_head
 from formats.config import Config
@@ -37,46 +39,30 @@ from formats.eagle import CURVE, VOCAB
 from formats.gguf import gguf_config, is_gguf, open_gguf
 from formats.gguf_tokenizer import write_gguf_tokenizer
 from formats.hf import NAMES, LazyTensor, hf_names, open_folder
+from formats.hub import FILES, check_folder, fetch, name_of
 from formats.tokenizer_files import read_json
-from formats.weights import FORMAT, read_tensors, write_file
+from formats.weights import FORMAT, fill, read_tensors, write_file
+from formats.writing import QUANTIZED, replace_files
 from model import Llama
-
-# What is copied from a Hugging Face folder besides the weights.
-FILES = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-         "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja"}
+from tokenizer import Tokenizer
 
 
 @contextmanager
 def staged(out: Path, source: Path) -> Iterator[Path]:
-    """Yield a scratch folder in `out`. When the block ends, its files replace those of `out`, config.json last. After
-    an error `out` is as it was, and the error is a ValueError that names both folders."""
-    part = out / ".part"
-    new_folders = [folder for folder in (out, *out.parents) if not folder.exists()]
-    shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed
-    part.mkdir(parents=True)
+    """Yield a scratch folder. When the block ends, its files replace those that an earlier run wrote into `out`, and
+    what quantize.py made of them. After an error `out` is as it was, and the error is a ValueError that names both
+    folders."""
+    part = None
     try:
-        yield part
-        remove_old(out)
-        for file in sorted(part.iterdir(), key=lambda file: file.name == "config.json"):
-            os.replace(file, out / file.name)
+        with replace_files(out, (*FILES, CURVE, "model.safetensors", "pytorch_model.bin", QUANTIZED)) as part:
+            yield part
     except Exception as err:
         # Deliberately every Exception. The source is a download, and what a damaged one raises cannot be listed: gguf
         # raises IndexError and UnicodeDecodeError, a missing entry KeyError, `tokenizers` a bare Exception, the disk
         # OSError. So a bug in this file looks like bad input too; the cause keeps its traceback.
-        reason = f"{err} is missing" if isinstance(err, KeyError) else err
+        reason = f"{err} is missing" if isinstance(err, KeyError) else str(err) or type(err).__name__
+        reason = reason.replace(f"{part}/", f"{source}/" if source.is_dir() else f"{source}: ")  # `part` is gone
         raise ValueError(f"{source} -> {out} failed: {reason}") from err
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        with suppress(OSError):  # after a success `out` is not empty, so that the first rmdir fails
-            for folder in new_folders:
-                folder.rmdir()
-
-
-def remove_old(out: Path) -> None:
-    """Remove what an earlier run wrote into `out`, and what quantize.py made of it: old and new files never mix."""
-    old = ("config.json", *FILES, CURVE, "model.safetensors", "pytorch_model.bin")
-    for file in (*map(out.joinpath, old), *out.glob("model-int*.safetensors")):
-        file.unlink(missing_ok=True)
 
 
 def write_weights(path: Path, tensors: dict[str, LazyTensor], config: Config, dtype: torch.dtype, source: str) -> None:
@@ -112,6 +98,8 @@ def convert(source: Path, out: Path, dtype: torch.dtype = torch.bfloat16, name: 
     """
     if out.resolve() == source.resolve():
         raise ValueError(f"{out}: the source itself would be overwritten; choose another --out")
+    if not is_gguf(source):
+        check_folder(source)
     with staged(out, source) as part:
         if is_gguf(source):
             metadata, tensors = open_gguf(source)
@@ -134,6 +122,7 @@ def convert(source: Path, out: Path, dtype: torch.dtype = torch.bfloat16, name: 
                 config = Config.load(part)
                 tensors["lm_head.weight"] = lm_head
         write_weights(part / "model.safetensors", tensors, config, dtype, name or source.resolve().name)
+        check(part, out)
 
 
 def add_eagle(head: Path, out: Path) -> None:
@@ -147,32 +136,53 @@ def add_eagle(head: Path, out: Path) -> None:
             shutil.copyfile(head / file, part / file)
 
 
-def fetch(source: str, token: str | None, is_target: bool) -> Path:
-    """A path that exists, as it is, or else the downloaded snapshot of a hub id. Raises ValueError for a target that is
-    not implemented, before its weights are downloaded, and OSError where the download fails."""
-    if Path(source).exists():
-        return Path(source)
-    page = f"{constants.ENDPOINT}/{source}"
-    download = partial(snapshot_download, source, token=token)
-    try:
-        folder = Path(download(allow_patterns=["config.json"]))
-        if is_target:
-            Config.load(folder)
-        folder = Path(download(allow_patterns=[*FILES, "model*.safetensors", "model.safetensors.index.json"]))
-        if not any(folder.glob("model*.safetensors")):
-            download(allow_patterns=["pytorch_model*.bin", "pytorch_model.bin.index.json"])
-        return folder
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as err:
-        why = "gated" if isinstance(err, errors.GatedRepoError) else "neither a path here nor a public repository"
-        raise OSError(f"{source} is {why}: check the name or ask for access at {page}; then `hf auth login`") from err
-    except ValueError:
-        raise
-    except Exception as err:  # network errors have other classes in every version of huggingface_hub
-        raise OSError(f"{source}: downloading {page} failed ({type(err).__name__}: {str(err).splitlines()[0]}); "
-                      "check the page and the network, then run this again: complete files are kept") from err
+# ----- As generate.py will load it ---------------------------------------------------------------------------------
 
 
-def main() -> None:
+def check(folder: Path, out: Path) -> None:
+    """Load what was converted to `folder` as generate.py will load it from `out`. Raises ValueError or OSError where
+    that fails, and says on stderr what works only in part. Of the weights, one layer is run and the rest is mapped."""
+    config = Config.load(folder)
+    check_layer(folder / "model.safetensors", config)
+    remarks = []
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        remarks.append("no tokenizer.json and no tokenizer.model: generate.py needs one of them there")
+    else:
+        tokenizer = Tokenizer(folder)
+        if tokenizer.vocab_size > config.vocab_size:
+            beyond = [token for token, i in tokenizer.bpe.get_vocab().items() if i >= config.vocab_size]
+            remarks.append(f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}: prompts with "
+                           f"{', '.join(sorted(beyond)[:3])}{', ...' * (len(beyond) > 3)} will be refused")
+        if tokenizer.has_chat_template:
+            try:
+                tokenizer.chat([{"role": "user", "content": "Hello"}])
+            except ValueError as error:
+                remarks.append(f"{error}; use --raw, or --chat_template FILE")
+    for remark in remarks:
+        print(f"{out}: {remark}".replace(f"{folder}/", ""), file=sys.stderr)
+
+
+def check_layer(file: Path, config: Config) -> None:
+    """Run the first layer on two tokens. Raises ValueError where the tensors do not fit or the result is not finite."""
+    tensors = {name: tensor for name, tensor in read_tensors(file)[0].items()
+               if not name.startswith("layers.") or name.startswith("layers.0.")}
+    if config.tie_word_embeddings:
+        tensors["lm_head.weight"] = tensors["embed.weight"]
+    with torch.device("meta"):
+        model = Llama(replace(config, num_layers=1), qkv_bias="layers.0.wqkv.bias" in tensors)
+    fill(model, tensors, file, "cpu", None)
+    model.allocate_rope(2)
+    with torch.inference_mode():
+        features = model(torch.tensor([[0, config.vocab_size - 1]]), torch.arange(2))
+    if not features.isfinite().all():
+        raise ValueError("the first layer gives numbers that are not finite: the weights are damaged, or too large for "
+                         "--dtype float16")
+
+
+# ----- The command -------------------------------------------------------------------------------------------------
+
+
+def work() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="a Hugging Face folder, a hub id (ORG/NAME) or a .gguf file; or, to add a head, "
                         "a converted folder")
@@ -181,22 +191,26 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--token", help="hub token (default: the one from `hf auth login`)")
     args = parser.parse_args()
-    try:
-        source = fetch(args.source, args.token, is_target=True)
-        name = "/".join(source.resolve().parts[-2:]) if source == Path(args.source) else args.source
-        out = args.out or Path("checkpoints", re.sub(r"(?i)\.gguf$", "", name))
-        head = fetch(args.eagle, args.token, is_target=False) if args.eagle else None
-        file = source / "model.safetensors"
-        if file.is_file() and read_tensors(file)[1].get("format") == FORMAT:
-            out = source  # already converted: only add the head
-        else:
-            convert(source, out, getattr(torch, args.dtype), name)
-        if head:
-            add_eagle(head, out)
-    except (ValueError, OSError) as err:
-        print(f"error: {err}", file=sys.stderr)
-        sys.exit(2)
+    watch_for_ctrl_c()
+    source = fetch(args.source, args.token, is_target=True)
+    head = fetch(args.eagle, args.token, is_target=False) if args.eagle else None
+    raise_on_ctrl_c()
+    file = source / "model.safetensors"
+    if file.is_file() and read_tensors(file)[1].get("format") == FORMAT:
+        out = source  # already converted: only add the head
+    else:
+        name = name_of(source) if source == Path(args.source) else args.source
+        if not (name or args.out):
+            raise ValueError(f"{source}: nothing in this path names a model; choose the folder to write with --out")
+        out = args.out or Path("checkpoints", name)
+        convert(source, out, getattr(torch, args.dtype), name)
+    if head:
+        add_eagle(head, out)
     print(out)
+
+
+def main() -> None:
+    run_command(work)
 
 
 if __name__ == "__main__":

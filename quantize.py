@@ -12,23 +12,28 @@ calibration text. GPTQ then rounds them (quant/int4.py). The embedding, norms an
 """
 import os
 
+from app.command import run_command, watch_for_ctrl_c
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads sleep (docs/benchmarking.md)
+if __name__ == "__main__":
+    watch_for_ctrl_c()
 
 import argparse
 import copy
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from app.command import fail
 from draft import load_head
 from formats.eagle import folder_of
-from formats.weights import FORMAT, read_tensors, replace_when_whole, write_file
+from formats.weights import FORMAT, read_tensors, write_file
+from formats.writing import locked, replace_files
 from model import Layer, Llama, load_model, rope_table
 from ops.linear import linear
 from ops.quantized import Quantized
@@ -59,8 +64,7 @@ def quantize_checkpoint(path: Path, mode: str, group: int, device: str) -> Path:
 
 
 def quantize_draft(head: Path, checkpoint: Path, mode: str, group: int) -> Path:
-    """The same for a draft head, given by its folder or file. It is small: all on the CPU, and int4 is not calibrated.
-    """
+    """The same for a draft head, a folder or file. It is small: all on the CPU, and int4 is not calibrated."""
     eagle = load_head(head, open_model(checkpoint, mode)[0], 0, mode, group)
     tensors = eagle.state_dict()
     return write_quantized(head, tensors, tensors, iter(()), {"format": FORMAT}, mode, group)
@@ -92,8 +96,8 @@ def write_quantized(path: Path, tensors: dict[str, Tensor], like: dict[str, Tens
             else:  # .scale follows its .data
                 yield weight.scale
 
-    with replace_when_whole(file) as part:
-        write_file(part, like, pieces(), metadata, mode)
+    with replace_files(file.parent) as part:
+        write_file(part / file.name, like, pieces(), metadata, mode)
     return file
 
 
@@ -206,15 +210,11 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda, but torch finds no CUDA device")
     group = args.group or 128
-    try:
-        if args.draft is not None:
-            head = args.checkpoint / "eagle" if args.draft is True else args.draft
-            print(quantize_draft(head, args.checkpoint, args.mode, group))
-        else:
-            print(quantize_checkpoint(args.checkpoint, args.mode, group, args.device))
-    except (ValueError, OSError) as e:
-        sys.exit(fail(e))
+    source = {None: args.checkpoint, True: args.checkpoint / "eagle"}.get(args.draft, args.draft)
+    with locked(folder_of(source)) if source.exists() else nullcontext():  # its weights stay those that are read
+        print(quantize_checkpoint(source, args.mode, group, args.device) if args.draft is None
+              else quantize_draft(source, args.checkpoint, args.mode, group))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

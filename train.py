@@ -18,11 +18,14 @@ input, and the head's layer has none.
 """
 import os
 
+from app.command import run_command, watch_for_ctrl_c
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads sleep (docs/benchmarking.md)
+if __name__ == "__main__":
+    watch_for_ctrl_c()
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -31,7 +34,9 @@ from torch import Tensor
 from draft import Eagle2, load_head
 from drafters.tree_size import LEVELS, NODES, TOPK, tokens_by_size
 from engine import Engine
+from formats.config import Config
 from formats.eagle import CURVE, save_vocab
+from formats.writing import locked, replace_files
 from model import Llama, load_model
 from sampling import Sampling
 from training.trainer import Trainer, options, prepare
@@ -75,7 +80,8 @@ def save_curve(model: Llama, out: Path, prompts: list[list[int]], stop_ids: froz
         counts += [tokens_by_size(candidates, text[length:]) for length, candidates in drafted]
     mean = torch.stack(counts).double().mean(0) if counts else torch.ones(len(NODES), LEVELS)
     curve = {"nodes": NODES, "topk": TOPK, "gained": [[round(x, 3) for x in row] for row in mean.tolist()]}
-    (out / CURVE).write_text(json.dumps(curve) + "\n", encoding="utf-8")
+    with replace_files(out) as part:
+        (part / CURVE).write_text(json.dumps(curve) + "\n", encoding="utf-8")
 
 
 def held_out_prompts(data: Tensor) -> list[list[int]]:
@@ -106,8 +112,15 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    if args.steps and args.out.exists() and not (args.work / "state.pt").exists():
-        sys.exit(f"error: {args.out} holds a head already; choose another --out, or move the head away")
+    Config.load(args.checkpoint)  # says so if it is not there, before folders are made
+    with locked(args.work), locked(args.out):
+        train(args)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Write the dialogues, train, and evaluate, each as far as the options ask for it and it is not done yet."""
+    if args.steps and (args.out / "config.json").exists() and not (args.work / "state.pt").exists():
+        raise ValueError(f"{args.out} holds a head already; choose another --out, or move the head away")
     model, tokenizer, data = prepare(args)
     if args.steps:
         trainer = Trainer(model, args)
@@ -130,4 +143,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

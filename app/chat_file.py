@@ -3,8 +3,9 @@
 A system message may come first; then questions (user) and answers (assistant) alternate, and the last is an answer.
 """
 import json
-import os
 from pathlib import Path
+
+from formats.writing import replace_when_whole
 
 Messages = list[dict[str, str]]
 
@@ -40,9 +41,5 @@ def write_messages(path: Path, messages: Messages) -> None:
             read_messages(path)
         except ValueError:
             raise ValueError(f"{path}: this file exists and is not a conversation; choose another name") from None
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
+    with replace_when_whole(path) as part:
         part.write_text(json.dumps({"messages": messages}, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -24,6 +24,7 @@ from typing import TextIO
 import torch
 from torch import Tensor
 
+from app.command import run_command
 from app.draw_tree import LEGEND, SCORES_LEGEND, answer_text, token_text, tree_lines, wants_colour, write_page
 from draft import Drafter
 from engine import Engine
@@ -204,7 +205,7 @@ class View:
         return {"pieces": self.pieces, "texts": self.texts, "cycles": self.cycles}
 
 
-def main(run: Path, out: Path) -> None:
+def page_of(run: Path, out: Path) -> None:
     """Write the page of a run, a file whose last line is what generate.py --json prints. ValueError where it is not."""
     try:
         last_line = run.read_text(encoding="utf-8").strip().rpartition("\n")[2]
@@ -213,11 +214,11 @@ def main(run: Path, out: Path) -> None:
         raise ValueError(f"{run}: not what `generate.py --show_tree --json` prints") from None
 
 
-if __name__ == "__main__":
+def main() -> None:
     if len(sys.argv) != 3:
-        sys.exit("usage: python -m app.watch RUN.json PAGE.html")
-    try:
-        main(Path(sys.argv[1]), Path(sys.argv[2]))
-    except (ValueError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        raise ValueError("usage: python -m app.watch RUN.json PAGE.html")
+    page_of(Path(sys.argv[1]), Path(sys.argv[2]))
+
+
+if __name__ == "__main__":
+    run_command(main)

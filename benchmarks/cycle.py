@@ -14,7 +14,11 @@ compares all methods.
 """
 import os
 
+from app.command import run_command, watch_for_ctrl_c
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads sleep (docs/benchmarking.md)
+if __name__ == "__main__":
+    watch_for_ctrl_c()
 
 import argparse
 import json
@@ -31,7 +35,6 @@ from statistics import median
 import torch
 
 from app.answer import Run, run
-from app.command import fail
 from app.options import DTYPES
 from benchmarks.environment import describe, environment
 from benchmarks.report import table
@@ -322,12 +325,10 @@ def main() -> None:
     result = {}
     try:
         measure_all(args, result)
-    except (ValueError, OSError) as e:
-        sys.exit(fail(e))
     finally:
         if args.json and result.get("contexts"):
             args.json.write_text(json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -15,6 +15,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from app.command import run_command
 from benchmarks.report import read_result
 from drafters.methods import BASELINE
 
@@ -176,5 +177,11 @@ PICTURES = (
     Picture("cycle", cycle_panel, lambda e: bool(e["split_ms"]), lambda entries: 0.9 + 0.42 * entries))
 
 
-if __name__ == "__main__":
+def main() -> None:
+    if len(sys.argv) != 3:
+        raise ValueError("usage: python -m benchmarks.plots RESULT.json FOLDER")
     print(*draw(read_result(Path(sys.argv[1])), Path(sys.argv[2])), sep="\n")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -7,11 +7,14 @@ quantised file in the checkpoint's folder.
 """
 import os
 
+from app.command import run_command, watch_for_ctrl_c
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads sleep (docs/benchmarking.md)
+if __name__ == "__main__":
+    watch_for_ctrl_c()
 
 import argparse
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from app.command import fail
 from benchmarks.workload import gigabytes
 from draft import Vanilla
 from engine import SPARE, Engine
@@ -97,7 +99,7 @@ def quality(folder: Path, files: list[Path], questions: Path, tokens: int, new_t
               f"{size:.3f} |", flush=True)
 
 
-def main() -> None:
+def work() -> None:
     p = argparse.ArgumentParser("python -m benchmarks.quality",
                                 description="Measure what each quantisation mode costs in quality.")
     p.add_argument("--checkpoint", type=Path, required=True, help="converted folder")
@@ -114,11 +116,8 @@ def main() -> None:
         p.error("--device cuda, but torch finds no CUDA device")
     if args.new_tokens < 1:
         p.error("--new_tokens must be at least 1")
-    try:
-        quality(args.checkpoint, args.texts, args.questions, args.tokens, args.new_tokens, args.group, args.device)
-    except (ValueError, OSError) as e:
-        sys.exit(fail(e))
+    quality(args.checkpoint, args.texts, args.questions, args.tokens, args.new_tokens, args.group, args.device)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(work)

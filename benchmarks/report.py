@@ -9,8 +9,11 @@ import json
 import sys
 from hashlib import sha256
 from pathlib import Path
+from statistics import fmean
 
+from app.command import run_command
 from benchmarks.environment import describe
+from benchmarks.result_files import DAMAGED
 from drafters.methods import BASELINE
 
 CHANGES_BY_ITSELF = ("date", "clocks.sm", "temperature.gpu")  # from minute to minute
@@ -116,7 +119,8 @@ def compare_results(old: dict, new: dict) -> str:
         row = (name, f"{t:g}", *(f"{x['median']:.1f}" if x else "" for x in (a, b)))
         if a and b:
             beyond = min(b["runs"]) > max(a["runs"]) or max(b["runs"]) < min(a["runs"])
-            row += (f"{b['median'] / a['median']:.3f}", "yes" if beyond else "no")
+            ratio = f"{b['median'] / a['median']:.3f}" if a["median"] else ""
+            row += (ratio, "yes" if beyond else "no")
         rows.append(row + ("",) * (6 - len(row)))
     heading = ("method", "temperature", "old tokens/s", "new tokens/s", "ratio", "beyond the spread")
     return "\n".join([table(heading, *rows), *changed_settings(old, new)])
@@ -149,13 +153,21 @@ def read_result(path: Path) -> dict:
     """What `bench.py --json` wrote; ValueError if it is something else."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        settings(result)
         report(result)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        compare_results(result, result)
+        for entry in result["measured"]:
+            fmean(entry["tokens_per_sec"]["runs"])  # fails unless these are numbers
+    except (ValueError, *DAMAGED):
         raise ValueError(f"{path}: not what bench.py --json writes") from None
     return result
 
 
-if __name__ == "__main__":
+def main() -> None:
+    if len(sys.argv) < 2:
+        raise ValueError("usage: python -m benchmarks.report NEW.json [OLD.json ...]")
     new, *older = (read_result(Path(path)) for path in sys.argv[1:])
     print(report(new), *(compare_results(old, new) for old in older), sep="\n")
+
+
+if __name__ == "__main__":
+    run_command(main)

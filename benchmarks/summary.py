@@ -13,9 +13,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from app.command import fail
+from app.command import fail, run_command
 from benchmarks.report import table
-from benchmarks.result_files import NAMES, SHAPES, Results, add, problems, read_results
+from benchmarks.result_files import DAMAGED, NAMES, SHAPES, Results, add, problems, read_results
 
 PAGE = Path(__file__).parent.parent / "BENCHMARKS.md"
 README = PAGE.with_name("README.md")
@@ -180,12 +180,15 @@ def main() -> int:
             README.write_text(write_numbers(README.read_text(encoding="utf-8"), results), encoding="utf-8")
         elif not args.add:
             print(*(f"{name}\n\n{render(name, results)}" for name in BLOCKS), sep="\n")
+        found = problems(results)
     except (ValueError, OSError) as e:
         return fail(e)
-    for problem in problems(results):
+    except DAMAGED as e:
+        return fail(ValueError(f"a file in benchmarks/results/ is damaged ({type(e).__name__} {e}): measure it again"))
+    for problem in found:
         print(problem, file=sys.stderr)
-    return 1 if problems(results) else 0
+    return 1 if found else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

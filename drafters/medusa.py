@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 
 from draft import Drafter, drafting_rows, tree_ops
-from formats.medusa import FILES, PROJECTION, arrange, common_name, read_pickle, shares_lm_head
-from formats.weights import fill, read_tensors
+from formats.medusa import FILES, PROJECTION, arrange, common_name, open_heads, shares_lm_head
+from formats.weights import fill, save_tensors
+from formats.writing import replace_files
 from model import Llama
 from ops.linear import linear
 from tree import MAX_NODES, State, Tree, fixed_tree, root_token
@@ -77,9 +77,9 @@ def save_medusa(heads: MedusaHeads, folder: Path | str) -> None:
         tensors |= {f"{head}.{layers}.weight": t for head, t in enumerate(heads.projections)}
     config = {"version": "2" if heads.projections is None else "1", "medusa_num_heads": count,
               "medusa_num_layers": layers, "base_model_name_or_path": ""}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, folder / FILES[0], {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with replace_files(folder) as part:
+        save_tensors(part / FILES[0], {name: t.detach().contiguous() for name, t in tensors.items()}, {"format": "pt"})
+        (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def load_medusa(path: Path | str, target: Llama) -> MedusaHeads:
@@ -93,10 +93,7 @@ def load_medusa(path: Path | str, target: Llama) -> MedusaHeads:
     """
     path = Path(path)
     weight = target.embed.weight
-    file = path if path.is_file() else next((path / name for name in FILES if (path / name).is_file()), None)
-    if file is None:
-        raise FileNotFoundError(f"{path}: no Medusa heads there: neither {', '.join(FILES[:-1])} nor {FILES[-1]}")
-    published = read_pickle(file) if file.suffix == ".pt" else read_tensors(file)[0]
+    file, published = open_heads(path)
     if shares_lm_head(file.parent / "config.json"):
         published = {name: tensor for name, tensor in published.items() if not PROJECTION.fullmatch(common_name(name))}
     tensors = arrange(file, published, target.cfg.hidden_size, target.cfg.vocab_size)

@@ -28,7 +28,7 @@ from torch import Tensor
 from draft import Eagle2, EagleHead
 from engine import Engine
 from formats.eagle import CURVE, folder_of
-from formats.weights import replace_when_whole
+from formats.writing import replace_when_whole
 from model import Llama
 from ops.device import device_name, triton
 from ops.graphs import Timer, timed
@@ -114,7 +114,7 @@ def cached_profile(key: str, model: Llama, head: EagleHead, max_seq_len: int) ->
     if profile:
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replace_when_whole(path, unique=True) as part:
+            with replace_when_whole(path) as part:
                 part.write_text(json.dumps(known | {key: profile}), encoding="utf-8")
     return profile
 
@@ -162,7 +162,7 @@ def read_curve(head: Path) -> list[list[float]]:
         nodes, topk, rows = (raw[key] for key in ("nodes", "topk", "gained"))
         sound = ([nodes, topk] == [[*NODES], TOPK] and [len(row) for row in rows] == [LEVELS] * len(NODES)
                  and all(1 <= x <= LEVELS + 1 for row in rows for x in row))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         sound = False
     if not sound:
         raise ValueError(f"{path}: damaged; {again} again")

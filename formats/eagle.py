@@ -3,11 +3,12 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from formats.config import Config
-from formats.weights import replace_when_whole
+from formats.foreign import kind_of_head, pickled_by, quantized_by_tensors
+from formats.weights import read_tensors, save_tensors
+from formats.writing import replace_files
 
 VOCAB = "draft_vocab.json"  # beside a head: the target's most frequent tokens, most frequent first
 CURVE = "acceptance.json"  # beside a head: tokens per step for each size of tree (drafters/tree_size.py)
@@ -35,6 +36,43 @@ def find_head(checkpoint: Path) -> Path:
     return folder
 
 
+def open_head(path: Path) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
+    """The weight file of an EAGLE-1/2 head, which is a folder or one file in it; its tensors; its metadata.
+
+    Raises FileNotFoundError, or ValueError if the file is damaged, or of another kind, which is then named.
+    """
+    folder = folder_of(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no draft head there; fetch one with `convert_hf_checkpoint.py ... "
+                                "--eagle ID`, train one with train.py, or name its folder with --draft")
+    raw = read_config(folder)
+    files = [path] if path.is_file() else [folder / "model.safetensors", folder / "pytorch_model.bin"]
+    file = next((f for f in files if f.is_file()), None)
+    if file is None:
+        names = [file.name for file in sorted(folder.glob("*_lm_head.*"))]  # of Medusa and Hydra
+        other = kind_of_head(names, raw)
+        raise FileNotFoundError(f"{folder}: neither model.safetensors nor pytorch_model.bin is there"
+                                + (f": these are {other}" if other else ""))
+    if quantized := pickled_by(file):
+        raise ValueError(f"{file}: {quantized}")
+    tensors, metadata = read_tensors(file)
+    kind = kind_of_head(tensors, raw)
+    if kind and not kind.startswith("an EAGLE-1/2"):
+        raise ValueError(f"{file}: this is {kind}; only EAGLE-1/2 heads are implemented here")
+    if quantized := quantized_by_tensors(tensors):
+        raise ValueError(f"{file}: {quantized}")
+    return file, tensors, metadata
+
+
+def read_config(folder: Path) -> dict:
+    """The config.json in a folder as it is; {} if there is none, or no JSON object. Config.load checks it."""
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return raw if isinstance(raw, dict) else {}
+
+
 def read_vocab(path: Path, vocab_size: int, limit: int | None) -> Tensor:
     """The first `limit` ids of a draft_vocab.json (None or 0: all of them), in ascending order: [at least 10] int64.
 
@@ -45,7 +83,7 @@ def read_vocab(path: Path, vocab_size: int, limit: int | None) -> Tensor:
         raise FileNotFoundError(f"{path}: not there; train.py --draft_vocab makes it")
     try:
         ids = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         ids = None
     if not (isinstance(ids, list) and all(type(i) is int and 0 <= i < vocab_size for i in ids)
             and len(ids) == len(set(ids)) >= 10):
@@ -104,10 +142,9 @@ def save_head(cfg: Config, state: dict[str, Tensor], out: Path) -> None:
               "rms_norm_eps": cfg.rms_norm_eps, "rope_theta": cfg.rope_theta, "vocab_size": cfg.vocab_size,
               "max_position_embeddings": cfg.max_position_embeddings, "bias": False, "tie_word_embeddings": False,
               "torch_dtype": "bfloat16"}
-    out.mkdir(parents=True, exist_ok=True)
-    with replace_when_whole(out / "model.safetensors") as part:
-        save_file(tensors, part)
-    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    with replace_files(out) as part:
+        save_tensors(part / "model.safetensors", tensors)
+        (part / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
 def save_vocab(written: Tensor, out: Path, size: int) -> None:
@@ -119,5 +156,5 @@ def save_vocab(written: Tensor, out: Path, size: int) -> None:
     """
     counts = torch.bincount(written[written >= 0].long())
     ids = counts.argsort(descending=True, stable=True)[:size]
-    out.mkdir(parents=True, exist_ok=True)
-    (out / VOCAB).write_text(json.dumps(ids[counts[ids] > 0].tolist()) + "\n", encoding="utf-8")
+    with replace_files(out) as part:
+        (part / VOCAB).write_text(json.dumps(ids[counts[ids] > 0].tolist()) + "\n", encoding="utf-8")

@@ -4,10 +4,8 @@ safetensors' own `save_file` needs all tensors in memory at once. The format is 
 hand and needs one piece in memory at a time.
 """
 import json
-import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -15,6 +13,8 @@ import torch.nn as nn
 from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
+
+from formats.downloads import not_what_it_is_called
 
 FORMAT = "eagle2-native-1"  # the metadata entry "format" of a converted checkpoint; other files have another or none
 DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int8: "I8"}  # names in the header
@@ -39,8 +39,16 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; run convert_hf_checkpoint.py first") from None
     except Exception as e:  # a damaged pickle can raise any exception
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise ValueError(f"{path}: damaged, or not plain tensors ({reason}); convert or download it again") from None
+        reason = not_what_it_is_called(path)
+        if reason:
+            raise ValueError(reason) from None
+        raise ValueError(f"{path}: damaged, or not plain tensors ({first_line(e)}); convert or download it again"
+                         ) from None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its kind where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def fill(module: nn.Module, tensors: dict[str, Tensor], path: Path, device: torch.device | str,
@@ -72,12 +80,12 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], path: Path, device: torc
 
 
 def write_file(path: Path, like: dict[str, Tensor], pieces: Iterable[Tensor], metadata: dict[str, str],
-               label: str) -> None:
+               label: str | None) -> None:
     """Write a safetensors file: the length of the header (8 bytes), the header in JSON, then the data.
 
     `like` gives the names, shapes and dtypes, for example of meta tensors. `pieces` gives the data in the same order;
-    a tensor may come in several pieces, one below the other. `label` stands in front of the progress bar.
-    Raises OSError before anything is written if the disk is too full.
+    a tensor may come in several pieces, one below the other. `label` stands in front of the progress bar; None:
+    no bar. Raises OSError before anything is written if the disk is too full.
     """
     header = {"__metadata__": metadata}
     end = 0
@@ -88,25 +96,15 @@ def write_file(path: Path, like: dict[str, Tensor], pieces: Iterable[Tensor], me
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # aligns the data
     if (free := shutil.disk_usage(path.parent).free) < end + len(text):
-        raise OSError(f"{end / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free on the disk of {path.parent}")
-    with open(path, "wb") as file, tqdm(total=end, unit="B", unit_scale=True, desc=label) as bar:
+        raise OSError(f"{path.name}: {end / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free on this disk")
+    bar = tqdm(total=end, unit="B", unit_scale=True, desc=label, disable=label is None)
+    with open(path, "wb") as file, bar:
         file.write(len(text).to_bytes(8, "little") + text)
         for piece in pieces:
             bar.update(file.write(piece.cpu().contiguous().flatten().view(torch.uint8).numpy()))
 
 
-@contextmanager
-def replace_when_whole(path: Path, *, unique: bool = False) -> Iterator[Path]:
-    """Yield a scratch path beside `path`, and rename it to `path` when the block ends without an error.
-
-    So `path` is always whole: readers, and runs that are killed, see the old file or the new one, never half of one.
-    After an error the scratch file is removed and `path` is as it was. The folder must exist.
-    The scratch name is that of `path` with the suffix .part. With `unique` it also holds the process id: for files that
-    several processes may write at the same time.
-    """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part") if unique else path.with_suffix(".part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file of tensors that are in memory. (The library's `save_file` reports a full disk as an
+    error of its own kind, and lets nobody else read the file.)"""
+    write_file(path, tensors, tensors.values(), metadata or {}, None)

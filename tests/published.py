@@ -8,8 +8,10 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from convert_hf_checkpoint import main
+from formats.tokenizer_files import CHAR_OF
 from model import load_model
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -38,10 +40,19 @@ def hf_folder(folder: Path, family: str = "llama") -> dict[str, torch.Tensor]:
     tensors = {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
-    (folder / "tokenizer.json").write_text('{"any": "thing"}')
+    save_tokenizer(folder)
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "README.md").write_text("not wanted")
     return tensors
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Save a byte-level tokenizer of 64 ids: the bytes from space to underscore but the last, and <s>."""
+    tokenizer = Tokenizer(models.BPE({CHAR_OF[32 + i]: i for i in range(63)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def repack(folder: Path, tensors: dict[str, torch.Tensor], kind: str) -> None:

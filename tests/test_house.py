@@ -27,10 +27,11 @@ ORDER = [
     ("sampling", "tokenizer", "quant"),
     ("model",),
     ("draft",),
-    ("engine", "convert_hf_checkpoint"),
+    ("engine",),
     ("drafters",),
-    ("app", "training"),
-    ("generate", "train", "quantize", "benchmarks"),
+    ("app",),
+    ("training",),
+    ("generate", "convert_hf_checkpoint", "train", "quantize", "benchmarks"),
     ("bench",),
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

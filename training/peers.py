@@ -18,7 +18,11 @@ Stop it at any time: what was learned is written, and the same command goes on.
 """
 import os
 
+from app.command import run_command, watch_for_ctrl_c
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads sleep (docs/benchmarking.md)
+if __name__ == "__main__":
+    watch_for_ctrl_c()
 
 import argparse
 import copy
@@ -27,14 +31,14 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from drafters.medusa import MedusaHeads, load_medusa, save_medusa
 from drafters.speculate import load_draft_model
 from formats.config import Config
-from formats.weights import FORMAT, replace_when_whole
+from formats.weights import FORMAT, save_tensors
+from formats.writing import locked, replace_files
 from model import Llama, load_model
 from quant.linear import quantize_linears
 from training.dialogues import unmark
@@ -134,10 +138,9 @@ def save_draft_model(peers: Peers, checkpoint: Path, out: Path, int8: bool) -> N
                for name, t in draft.state_dict().items()}
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     config["num_hidden_layers"] = len(peers.layers)
-    out.mkdir(parents=True, exist_ok=True)
-    with replace_when_whole(out / "model.safetensors") as part:
-        save_file(tensors, part, metadata | {"embedding": "target"})
-    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    with replace_files(out) as part:
+        save_tensors(part / "model.safetensors", tensors, metadata | {"embedding": "target"})
+        (part / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
 # ----- Evaluation --------------------------------------------------------------------------------------------------
@@ -200,20 +203,26 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    Config.load(args.checkpoint)  # says so if it is not there, before folders are made
+    with locked(args.work), locked(args.medusa), locked(args.draft_model):
+        train(args)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Write the dialogues, train, and evaluate, each as far as the options ask for it and it is not done yet."""
     state = args.work / "peers"  # train.py's own state lies beside it; both use the same dialogues
-    taken = [out for out in (args.medusa, args.draft_model) if out.exists()]
+    taken = [out for out in (args.medusa, args.draft_model) if (out / "config.json").exists()]
     if args.steps and taken and not (state / "state.pt").exists():
-        sys.exit(f"error: {taken[0]} is there already; choose another folder, or move it away")
+        raise ValueError(f"{taken[0]} is there already; choose another folder, or move it away")
     model, _, data = prepare(args)
     if args.steps:
-        state.mkdir(exist_ok=True)
         trainer = PeerTrainer(model, args)
         trainer.resume(state)
         print("agreement: of the draft model, then of each Medusa head", flush=True)
         try:
             trainer.run(data[args.generate_batch:], state)  # the first batch, with its own seed, is held out
         except KeyboardInterrupt:
-            trainer.export()
+            trainer.save(state)
             print(f"stopped at step {trainer.step}: {args.medusa} and {args.draft_model} are written; "
                   "the same command goes on with training", file=sys.stderr)
             sys.exit(130)
@@ -227,4 +236,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from draft import EagleHead
 from formats.config import Config
 from formats.eagle import save_head
-from formats.weights import replace_when_whole
+from formats.weights import first_line
+from formats.writing import replace_files
 from model import Llama, load_model, rope_table
 from tokenizer import Tokenizer
 from training.dialogues import Script, unmark, write_dialogues
@@ -222,20 +223,26 @@ class Trainer:
         """Write the state of training to the folder `work`, and export what is trained."""
         state = {"step": self.step, "seconds": self.seconds, "head": self.module.state_dict(),
                  "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
-        with replace_when_whole(work / "state.pt") as part:
-            torch.save(state, part)
+        with replace_files(work) as part, open(part / "state.pt", "wb") as file:
+            torch.save(state, file)  # by its name, torch.save reports a full disk as a RuntimeError
         self.export()
 
     def resume(self, work: Path) -> None:
         """Go on from what `save` wrote to this folder, if there is anything."""
-        if (work / "state.pt").exists():
-            state = torch.load(work / "state.pt", map_location=self.device, weights_only=True)
+        path = work / "state.pt"
+        if not path.exists():
+            return
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
             self.module.load_state_dict(state["head"])
-            for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
             self.step = state["step"]
             self.seconds = state["seconds"]
-            print(f"resuming at step {self.step}", flush=True)
+        except Exception as error:  # a damaged pickle can raise any exception
+            raise ValueError(f"{path}: damaged, or of a training with other options ({first_line(error)}): move it "
+                             "away, or choose another --work") from error
+        print(f"resuming at step {self.step}", flush=True)
 
 
 # ----- What the commands share -------------------------------------------------------------------------------------
@@ -277,4 +284,9 @@ def prepare(args: argparse.Namespace) -> tuple[Llama, Tokenizer, Tensor]:
     rows = max(int(args.tokens / args.length), args.generate_batch + args.batch)
     write_dialogues(model, script, path, rows, args.length, args.generate_batch)
     dialogues = torch.from_file(str(path), size=rows * args.length, dtype=torch.int32)
-    return model, tokenizer, dialogues.view(rows, args.length)
+    dialogues = dialogues.view(rows, args.length)
+    begins = script.forced[:max(script.openers, 1), 0]  # what the first token of a dialogue can be
+    if not torch.isin(~dialogues[:100, 0].long(), begins.cpu()).all():
+        raise ValueError(f"{path}: its dialogues are of another --length or another model: move it away, or choose "
+                         "another --work")
+    return model, tokenizer, dialogues

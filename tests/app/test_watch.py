@@ -421,7 +421,7 @@ def test_command_line(call, demo: Path, tmp_path: Path) -> None:  # noqa: F811
     assert "".join(result["trees"]["pieces"]) == result["text"] and "cycle 1: " in out and "\x1b" not in out
     assert out.startswith(draw_tree.LEGEND)  # the text is not streamed between the trees
     saved.write_text(out, encoding="utf-8")
-    watch_module.main(saved, again)
+    watch_module.page_of(saved, again)
     assert again.read_bytes() == html.read_bytes()
     code, out, _ = call(*words, "--eagle2", "--tree_html", html)
     assert json.loads(out.splitlines()[-1])["trees"] == result["trees"] and "cycle 1" not in out.splitlines()[0]
@@ -435,4 +435,4 @@ def test_command_line(call, demo: Path, tmp_path: Path) -> None:  # noqa: F811
     for text in ("", "{}", "[1]", "no JSON", json.dumps({"method": "vanilla"})):
         saved.write_text(text)
         with pytest.raises(ValueError, match="run.json: not what"):
-            watch_module.main(saved, again)
+            watch_module.page_of(saved, again)

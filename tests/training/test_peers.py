@@ -285,9 +285,9 @@ def test_command_from_start_to_end(command, capsys: pytest.CaptureFixture) -> No
     first = [load_file(p) for p in files]
     command("--steps", 3, "--heads", 2)
     assert "resuming at step 3" in capsys.readouterr().out and same(first)
-    with pytest.raises(SystemExit, match="medusa is there already"):
+    with pytest.raises(ValueError, match="medusa is there already"):
         command("--steps", 3, "--work", folder / "other")
-    with pytest.raises(SystemExit, match="draft_model is there already"):
+    with pytest.raises(ValueError, match="draft_model is there already"):
         command("--steps", 3, "--work", folder / "other", "--medusa", folder / "m")
     assert not (folder / "other").exists()
     command("--steps", 0)

@@ -446,7 +446,7 @@ def test_command_from_start_to_end(command, capsys: pytest.CaptureFixture) -> No
     command("--steps", 3, "--eval_prompts", 0)
     assert "resuming at step 3" in capsys.readouterr().out
     assert (folder / "eagle/model.safetensors").read_bytes() == first
-    with pytest.raises(SystemExit, match="eagle holds a head already"):
+    with pytest.raises(ValueError, match="eagle holds a head already"):
         command("--steps", 3, "--work", folder / "other")
     assert (folder / "eagle/model.safetensors").read_bytes() == first and not (folder / "other").exists()
     command("--steps", 0, "--work", folder / "other")
