@@ -2,22 +2,20 @@
 
 Each case damages one file of a complete tiny folder, loads the folder as generate.py does and writes four tokens. A
 ValueError, an OSError or a text is allowed. All else is a failure: other exceptions, a hang, or much more memory than
-such small files need. The random cases are the same in every run.
+such small files need. The random cases are the same in every run. test_fuzz_loaders.py, test_fuzz_conversion.py and
+test_fuzz_texts.py damage more kinds of files and load only these.
 
     python -m pytest tests/formats/test_corrupt.py
 """
 import json
 import random
-import resource
 import shutil
-import signal
-import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny
+from damage import VALUES, bounded, flipped, key_paths, replaced, safetensors_file, split_safetensors
 
 import generate
 from app import answer, options
@@ -25,7 +23,6 @@ from drafters import tree_size
 from formats.eagle import CURVE
 from sampling import Sampling
 
-SPARE_BYTES = 1 << 30  # additional address space that loading a few kilobytes may take
 # The options that load the files of each folder that tiny.save_everything makes.
 METHODS = {"": ["--eagle2"], "eagle": ["--eagle2"], "eagle_pickle": ["--eagle2", "--draft", "eagle_pickle"],
            "medusa": ["--medusa", "medusa"], "medusa_pickle": ["--medusa", "medusa_pickle"],
@@ -40,28 +37,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copy(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "model"))
-
-
-class Hang(BaseException):
-    """Not an Exception, so that no `except Exception` catches it."""
-
-
-@contextmanager
-def bounded(seconds: int = 20) -> Iterator[None]:
-    """Fail if the block takes longer, or SPARE_BYTES more memory than before."""
-    def stop(*_: object) -> None:
-        raise Hang(f"still busy after {seconds} s")
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    before = signal.signal(signal.SIGALRM, stop)
-    resource.setrlimit(resource.RLIMIT_AS, (taken + SPARE_BYTES, hard))
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        signal.signal(signal.SIGALRM, before)
 
 
 def attempt(folder: Path, *method: str) -> str:
@@ -112,21 +87,10 @@ def test_flipped_bytes(part: int, copy: Path) -> None:
     for _ in range(100):
         file = draw.choice(files)
         data = (copy / file).read_bytes()
-        changed = bytearray(data)
-        for _ in range(draw.choice((1, 1, 2, 8))):
-            position = draw.randrange(draw.choice((len(data), min(len(data), 2000))))
-            changed[position] = draw.choice((draw.randrange(256), draw.choice(b'0123456789"{}[],:-eE.')))
-        if draw.random() < 0.1:
-            changed = changed[:draw.randrange(len(data))]
-        (copy / file).write_bytes(changed)
+        (copy / file).write_bytes(flipped(data, draw))
         loads += attempt(copy, *options_for(file)) == ""
         (copy / file).write_bytes(data)
     assert 10 < loads < 90  # some flips are in weights, some in headers
-
-
-def safetensors_file(header: object, data: bytes, size: int | None = None) -> bytes:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(text) if size is None else size) + text + data
 
 
 def with_entry(**changes: object) -> Callable[[dict, bytes], bytes]:
@@ -176,40 +140,14 @@ HEADERS = {
 def test_headers(how: str, copy: Path) -> None:
     """Fails if a header is trusted: sizes that overflow, offsets into another tensor's data, missing metadata."""
     file = copy / "model.safetensors"
-    raw = file.read_bytes()
-    size = int.from_bytes(raw[:8], "little")
-    file.write_bytes(HEADERS[how](json.loads(raw[8:8 + size]), raw[8 + size:]))
+    file.write_bytes(HEADERS[how](*split_safetensors(file.read_bytes())))
     assert "model.safetensors" in attempt(copy)
 
 
-VALUES = [None, -1, 0, 1, 10**9, 2**31 - 1, 2**40, 2**70, 1e300, -0.5, float("nan"), float("inf"), "", "x", [], {},
-          True, [1, 2], {"a": 1}, [None], [[]], ["x"], [2**70], [-1]]
 # Keys that the files of the tiny folder lack, to be set too.
 MORE = {"config.json": ["rope_scaling", "rope_parameters", "sliding_window", "layer_types", "quantization_config"],
         "tokenizer_config.json": ["added_tokens_decoder", "additional_special_tokens", "tokenizer_class", "unk_token"],
         "tokenizer.json": ["truncation", "padding", "normalizer", "post_processor"]}
-
-
-def key_paths(value: object, path: tuple = ()) -> Iterator[tuple]:
-    """The path of keys and indices to every value inside a JSON value; of long lists and objects the first 25."""
-    yield path
-    if isinstance(value, dict):
-        entries = list(value.items())
-    elif isinstance(value, list):
-        entries = list(enumerate(value))
-    else:
-        entries = []
-    for key, inner in entries[:25]:
-        yield from key_paths(inner, (*path, key))
-
-
-def replaced(value: object, path: tuple, new: object) -> object:
-    """A copy of a JSON value with the value at this path replaced."""
-    if not path:
-        return new
-    copied = dict(value) if isinstance(value, dict) else list(value)
-    copied[path[0]] = replaced(copied[path[0]] if len(path) > 1 else None, path[1:], new)
-    return copied
 
 
 @pytest.mark.slow
