@@ -25,6 +25,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from draft import Drafter, Vanilla, tree_ops
 from model import Llama
@@ -38,6 +39,7 @@ from tree import MAX_NODES, State, Tree, chain_tree
 PREFILL_CHUNK = 512  # prompt tokens of one forward
 SHORT_CHUNK = MAX_ROWS  # on a GPU, for the end of a prompt: such a forward costs as little as a verification
 SPARE = 128  # cache slots past max_seq_len, for drafts that reach beyond the last token that may be committed
+LAST_WRITTEN = WeakTensorKeyDictionary()  # cache -> the sequence that was written to it last, by any engine
 
 
 class Engine:
@@ -250,16 +252,14 @@ class Engine:
         return (self.model.kv, *self.drafter.caches())
 
     def begin_sequence(self, text: list[int]) -> None:
-        """A new sequence begins, of which the caches hold `text` already. Engines may share a cache, so each remembers
-        which sequence was written to it last."""
+        """A new sequence begins, of which the caches hold `text` already. Engines may share caches."""
         self.text = text
         self.sequence = object()
-        for cache in self.caches():
-            cache.sequence = self.sequence
+        LAST_WRITTEN.update((cache, self.sequence) for cache in self.caches())
 
     def owns_caches(self, sequence: object) -> bool:
         """True if `sequence` is still this engine's, and is what all of its caches hold."""
-        return sequence is self.sequence and all(getattr(kv, "sequence", None) is sequence for kv in self.caches())
+        return sequence is self.sequence and all(LAST_WRITTEN.get(cache) is sequence for cache in self.caches())
 
     def reusable(self, ids: list[int]) -> int:
         """How many tokens of the prompt need not be processed again: the prefix that it shares with the last text, less
