@@ -10,7 +10,11 @@ The text goes to stdout as it is written, statistics go to stderr. With --json t
 """
 import os
 
+from app.command import fail, run_command, watch_for_ctrl_c
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads sleep (docs/benchmarking.md)
+if __name__ == "__main__":
+    watch_for_ctrl_c()
 
 import argparse
 import json
@@ -20,7 +24,6 @@ from pathlib import Path
 from app import memory
 from app.answer import compare, generate, report
 from app.batch import batch
-from app.command import fail
 from app.draw_tree import write_page
 from app.options import (
     Engine,
@@ -29,10 +32,12 @@ from app.options import (
     add_method_options,
     check_engine,
     context,
+    explain_template,
     flagged_method,
     load_engine,
     placement,
 )
+from app.streams import as_utf8
 from app.trace import write_trace
 from app.watch import View, Watch, watch
 from draft import Vanilla
@@ -66,8 +71,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     text.add_argument("--top_p", type=float, default=1.0, help="1: off")
     text.add_argument("--min_p", type=float, default=0.0, help="0: off")
     text.add_argument("--seed", type=int, default=0, help="the same seed gives the same text with any drafter")
-    text.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
-    text.add_argument("--system", metavar="TEXT", help="with --interactive: begin with this system message")
+    text.add_argument("--stop", type=as_utf8, action="append", default=[], metavar="TEXT",
+                      help="end before this text; repeatable")
+    text.add_argument("--system", type=as_utf8, metavar="TEXT", help="with --interactive: the first system message")
+    text.add_argument("--chat_template", type=Path, metavar="FILE",
+                      help="a chat template (Jinja) in place of the checkpoint's (docs/usage.md)")
     text.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
 
     look = p.add_argument_group("looking at it")
@@ -113,24 +121,32 @@ def check_run(args: argparse.Namespace) -> str | None:
             (args.system and not args.interactive, "--system is for --interactive"),
             ("" in args.stop, "--stop must not be empty"),
             (args.stop and trees, "--show_tree and --tree_html are without --stop"),
+            (args.raw and args.chat_template, "--chat_template is without --raw"),
             (args.max_new_tokens < 1, "--max_new_tokens must be at least 1"),
-            (not 0 <= args.temperature < float("inf"), "--temperature must be 0 or more"),
             (args.temperature == 0 and (args.top_k, args.top_p, args.min_p) != (0, 1.0, 0.0),
-             "--top_k, --top_p and --min_p need a --temperature above 0"),
-            (args.top_k < 0 or not 0 < args.top_p <= 1 or not 0 <= args.min_p <= 1,
-             "--top_k must be 0 or more, --top_p in (0, 1], --min_p in [0, 1]"),
-            (not -2**63 <= args.seed < 2**63, "--seed must fit 64 bits")):
+             "--top_k, --top_p and --min_p need a --temperature above 0")):
         if wrong:
             return message
+    try:
+        asked_sampling(args)
+    except ValueError as error:
+        return f"--{error}"
     return None
+
+
+def asked_sampling(args: argparse.Namespace) -> Sampling:
+    return Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
 
 
 def read_prompt(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
     """The ids of --prompt, in the chat template unless --raw or there is none."""
-    if args.prompt.startswith("@"):
-        text = Path(args.prompt[1:]).read_text(encoding="utf-8")
-    else:
-        text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    try:
+        if args.prompt.startswith("@"):
+            text = Path(args.prompt[1:]).read_text(encoding="utf-8-sig")
+        else:
+            text = sys.stdin.read() if args.prompt == "-" else as_utf8(args.prompt)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt {args.prompt}: not UTF-8, convert it, for example with iconv ({error})") from None
     if not text.strip():
         raise ValueError("--prompt is empty")
     if args.raw or not tokenizer.has_chat_template:
@@ -138,56 +154,42 @@ def read_prompt(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.chat([{"role": "user", "content": text}])
 
 
-def main() -> None:
-    args = parse_args()
-    try:
-        work(args)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # nobody reads on, as behind `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
-        sys.exit(141)
-    except RuntimeError as e:
-        if not memory.exhausted(e):
-            raise
-        sys.exit(fail(MemoryError(memory.advice(args, *placement(args), slots(args)))))
-
-
 def slots(args: argparse.Namespace) -> int:
     return context(args, Config.load(folder_of(args.checkpoint)))
 
 
-def work(args: argparse.Namespace) -> None:
-    """Do what the options ask for. Exits with 2 and one line for bad input."""
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
+def work() -> int | None:
+    """Do what the command line asks for. Returns the exit code, if it is not 0."""
+    args = parse_args()
     try:
-        if args.memory:
-            return print(memory.summary(args, *placement(args), slots(args)))
-        if args.prompt_file:
-            sys.exit(batch(args, sampling))
-        engine = load_engine(args)
-        if args.show_tree or args.tree_html:
-            watch(engine)
-        if args.interactive:
-            from app.chat import chat  # here, since prompt_toolkit takes long to import
-            return chat(engine, engine.tokenizer, sampling, args.max_new_tokens, args.system, args.stop)
-        ids = read_prompt(args, engine.tokenizer)
-        engine.check(ids)
-    except BrokenPipeError:
-        raise
-    except (ValueError, OSError) as e:
-        sys.exit(fail(e))
+        return run(args, asked_sampling(args))
+    except RuntimeError as error:
+        if not memory.exhausted(error):
+            raise
+        return fail(MemoryError(memory.advice(args, *placement(args), slots(args))))
+
+
+def run(args: argparse.Namespace, sampling: Sampling) -> int | None:
+    if args.memory:
+        return print(memory.summary(args, *placement(args), slots(args)))
+    if args.prompt_file:
+        return batch(args, sampling)
+    engine = load_engine(args)
+    explain_template(engine.tokenizer, args)
+    if args.show_tree or args.tree_html:
+        watch(engine)
+    if args.interactive:
+        from app.chat import chat  # here, since prompt_toolkit takes long to import
+        return chat(engine, engine.tokenizer, sampling, args.max_new_tokens, args.system, args.stop)
+    ids = read_prompt(args, engine.tokenizer)
+    engine.check(ids)
     engine.warm_up(sampling)
     result = answer(args, engine, ids, sampling)
-    try:
-        if args.tree_html:
-            write_page(result, args.tree_html)
-        if args.profile:
-            print(write_trace(engine, ids, sampling, args.profile), file=sys.stderr)
-    except OSError as e:
-        sys.exit(fail(e))
+    if args.tree_html:
+        write_page(result, args.tree_html)
+    if args.profile:
+        print(write_trace(engine, ids, sampling, args.profile), file=sys.stderr)
+    return None
 
 
 def answer(args: argparse.Namespace, engine: Engine, ids: list[int], sampling: Sampling) -> dict:
@@ -208,6 +210,10 @@ def answer(args: argparse.Namespace, engine: Engine, ids: list[int], sampling: S
     if args.json:
         print(json.dumps(result))
     return result
+
+
+def main() -> None:
+    run_command(work)
 
 
 if __name__ == "__main__":

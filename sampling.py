@@ -17,12 +17,24 @@ from ops import tree as tree_kernels
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 are off. The same seed gives the same
-    text with any drafter that keeps position-keyed noise."""
+    text with any drafter that keeps position-keyed noise. ValueError, which begins with the name, for other values."""
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, fits, range_of_it in (
+                # In fp32 a logit divided by less could overflow, and beside more the logits would vanish.
+                ("temperature", self.temperature == 0 or 1e-6 <= self.temperature <= 1e6, "0, or 0.000001 to 1000000"),
+                ("top_k", self.top_k >= 0, "0 or more"),
+                ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
+                ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
+                ("seed", isinstance(self.seed, int) and -2**63 <= self.seed < 2**64, "an integer of 64 bits")):
+            if not fits:
+                raise ValueError(f"{name} must be {range_of_it}, not {getattr(self, name)!r}")
+        object.__setattr__(self, "seed", (self.seed + 2**63) % 2**64 - 2**63)  # as the int64 of the same bits
 
 
 def process(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:

@@ -11,9 +11,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from jinja2 import Template
 from tokenizers import decoders
 
-from formats.tokenizer_files import BYTE_OF, clear_error, load_bpe, load_template, read_json
+from formats.tokenizer_files import BYTE_OF, clear_error, find_turn_ends, load_bpe, load_template, read_json
 
 MOST_CHARACTERS = 10**7  # that a chat template may write: more than any model reads
 
@@ -21,38 +22,54 @@ MOST_CHARACTERS = 10**7  # that a chat template may write: more than any model r
 class Tokenizer:
     """The tokenizer of a checkpoint folder. ValueError or OSError names the file that is missing or broken.
 
-    vocab_size: the largest id + 1. stop_ids: every id that a file calls eos, and the added token that the chat template
-    writes right after the assistant's text (<|eot_id|>, <|im_end|>).
+    vocab_size: the largest id + 1; the model may have fewer ids. stop_ids: those that the model has of every id that a
+    file calls eos, and of `turn_ends`, the added tokens that the chat template writes after an answer (<|im_end|>).
+
+    chat_template: a file with another template than the folder's. A broken one raises `template_error` when it is used.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, chat_template: Path | None = None) -> None:
         folder = Path(folder)
         model = read_json(folder / "config.json")
         generation = read_json(folder / "generation_config.json")
         self.bpe, config = load_bpe(folder, model)
         self.named = {key: name for key, name in config.items() if key.endswith("_token") and isinstance(name, str)}
-        self.template = load_template(folder, config.get("chat_template"))
-        self.has_chat_template = self.template is not None
+        self.template: Template | None = None
+        self.template_error: str | None = None
+        try:
+            self.template = load_template(folder, config.get("chat_template"), chat_template)
+        except ValueError as error:
+            self.template_error = str(error)
+        self.has_chat_template = bool(self.template or self.template_error)
         self.added = self.bpe.get_added_tokens_decoder()
         self.vocab_size = 1 + max(self.bpe.get_vocab().values())
+        size = model.get("vocab_size")
+        self.model_ids = range(size if isinstance(size, int) else 2**31)  # the ids that the model has
         bos, eos = (self.bpe.token_to_id(self.named.get(key, "")) for key in ("bos_token", "eos_token"))
         self.bos_id: int | None = model.get("bos_token_id") if bos is None else bos
-        stops = [eos, self.end_of_turn()]
+        self.turn_ends, self.after_answer = find_turn_ends(self.bpe, self.render)
+        stops = [eos, *self.turn_ends]
         for ids in (model.get("eos_token_id"), generation.get("eos_token_id")):
             stops += ids if isinstance(ids, list) else [ids]
         stops = [i for i in stops if i is not None]
         if not all(isinstance(i, int) and abs(i) < 2**31 for i in stops):
             raise ValueError(f"{folder}: eos_token_id in config.json and generation_config.json must be ids")
-        self.stop_ids = frozenset(stops)
+        self.stop_ids = frozenset(i for i in stops if i in self.model_ids)
 
     # ----- Text to ids ---------------------------------------------------------------------------------------------
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of a text, with bos and eos as the files say. A special token typed in the text becomes its id."""
+        """The ids of a text, with bos and eos as the files say. A special token typed in the text becomes its id.
+        ValueError for a token that the model does not have."""
         try:
-            return self.bpe.encode(text, add_special_tokens=add_special_tokens).ids
+            ids = self.bpe.encode(text, add_special_tokens=add_special_tokens).ids
         except TypeError as error:
             raise ValueError("the text is not valid UTF-8: it has a lone surrogate") from error
+        beyond = max(ids, default=0)
+        if beyond not in self.model_ids:
+            raise ValueError(f"the model has {len(self.model_ids)} tokens (vocab_size), and the text has "
+                             f"{self.bpe.id_to_token(beyond)!r}, which is token {beyond}: leave it out")
+        return ids
 
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
         """The ids of a conversation, up to where the next answer starts. ValueError if the template refuses it."""
@@ -67,7 +84,8 @@ class Tokenizer:
     def render(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a conversation. ValueError if there is no chat template, or if it refuses or fails."""
         if self.template is None:
-            raise ValueError("no chat template in chat_template.jinja or tokenizer_config.json: give a raw prompt")
+            raise ValueError(self.template_error or "no chat template in chat_template.jinja or tokenizer_config.json: "
+                             "give a raw prompt, or a template with --chat_template FILE")
         values = {**self.named, "messages": messages, "tools": None, "documents": None}
         pieces = []
         size = 0
@@ -78,15 +96,6 @@ class Tokenizer:
                 if size > MOST_CHARACTERS:
                     raise ValueError("it writes more than any model can read")
         return "".join(pieces)
-
-    def end_of_turn(self) -> int | None:
-        """The added token that the chat template writes right after the assistant's text, if there is one."""
-        try:
-            text = self.render([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Answer"}], False)
-        except ValueError:
-            return None
-        after = self.encode(text.partition("Answer")[2].strip(), add_special_tokens=False)
-        return after[0] if after and after[0] in self.added else None
 
     # ----- Ids to text ---------------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from app.answer import generate
-from app.options import Engine, load_engine
+from app.options import Engine, explain_template, load_engine
 from drafters.methods import METHODS, OPTIONS, RULE, WINDOW
 from formats.questions import are_turns, read_lines
 from sampling import Sampling
@@ -120,6 +120,8 @@ def settings(args: argparse.Namespace) -> dict:
     path = args.checkpoint if args.checkpoint.is_file() else args.checkpoint / "model.safetensors"
     options = {name: value for name, value in vars(args).items()
                if name not in NO_SETTINGS and value is not None and value is not False}
+    if args.chat_template:
+        options["chat_template"] = digest(args.chat_template.read_bytes())
     made = {"model": path.name, "weights": fingerprint(path), **DEFAULTS, **options}
     return json.loads(json.dumps(made, default=str))
 
@@ -249,6 +251,7 @@ def batch(args: argparse.Namespace, sampling: Sampling) -> int:
             rest = [task for task in tasks if task.id not in done]
             if rest:
                 engine = load_engine(args)
+                explain_template(engine.tokenizer, args)
                 engine.warm_up(sampling)
             with tqdm(total=len(tasks), initial=len(tasks) - len(rest), desc="prompts", disable=None) as bar:
                 for task in rest:

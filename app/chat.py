@@ -67,7 +67,8 @@ class Chat:
     def __init__(self, engine: Engine, tokenizer: Tokenizer, sampling: Sampling, max_new_tokens: int,
                  system: str | None = None, stops: Sequence[str] = ()) -> None:
         if not tokenizer.has_chat_template:
-            raise ValueError("this model has no chat template, which --interactive needs: use --prompt TEXT --raw")
+            raise ValueError("this model has no chat template, which --interactive needs: give one by --chat_template "
+                             "FILE (docs/usage.md), or use --prompt TEXT --raw")
         self.engine = engine
         self.tokenizer = tokenizer
         self.sampling = sampling

@@ -11,12 +11,19 @@ import signal
 import sys
 from collections.abc import Callable
 
+from app.streams import finish_stdout, prepare_streams
+
 
 def watch_for_ctrl_c() -> None:
-    """Let Ctrl-C end the process at once, in one line. For the time of the imports, which may swallow a
-    KeyboardInterrupt or turn it into another error; `run_command` ends it."""
+    """Let Ctrl-C end the process at once, in one line: while torch is imported, where a KeyboardInterrupt may be
+    swallowed or become another error, and in downloads, whose threads it would wait for. `raise_on_ctrl_c` ends it."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else ignored, as behind `nohup` and `&`
         signal.signal(signal.SIGINT, end_at_once)
+
+
+def raise_on_ctrl_c() -> None:
+    if signal.getsignal(signal.SIGINT) is end_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def end_at_once(*_: object) -> None:
@@ -25,22 +32,23 @@ def end_at_once(*_: object) -> None:
 
 
 def run_command(work: Callable[[], int | None]) -> None:
-    """Do the work of a command and end the process with its exit code: the one that `work` returns (None is 0), or one
-    of those above."""
-    if signal.getsignal(signal.SIGINT) is end_at_once:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Do the work of a command, and end the process unless its exit code is 0: the one that `work` returns (None is
+    0), or one of those above."""
+    raise_on_ctrl_c()
+    prepare_streams()
     try:
         code = work() or 0
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
         code = 141
     except (ValueError, OSError) as error:
         code = fail(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
-    sys.exit(code)
+    finish_stdout()
+    if code:
+        sys.exit(code)
 
 
 def fail(error: Exception) -> int:

@@ -1,5 +1,7 @@
 """Options of the command line, built from the table of methods, and the engine that they describe."""
 import argparse
+import shlex
+import sys
 from pathlib import Path
 from typing import NoReturn
 
@@ -10,6 +12,7 @@ from drafters.methods import BASELINE, METHODS, OPTIONS, make_drafter
 from formats.config import Config
 from formats.eagle import folder_of
 from model import load_model
+from ops.device import gpu_problem, has_cuda
 from quant.linear import GROUPS, MODES
 from tokenizer import Tokenizer
 
@@ -98,9 +101,7 @@ def check_engine(args: argparse.Namespace) -> str | None:
             (args.max_seq_len is not None and not 2 <= args.max_seq_len <= 2**24,  # fp32 counts positions no further
              "--max_seq_len must be 2 to 16777216"),
             (args.dtype not in (None, *DTYPES), f"--dtype must be one of {', '.join(DTYPES)}"),
-            (args.device not in (None, "cuda", "cpu"), "--device must be cuda or cpu"),
-            (args.device == "cuda" and not torch.cuda.is_available(),
-             "--device cuda, but torch finds no CUDA device (torch.cuda.is_available() is false)")):
+            (args.device not in (None, "cuda", "cpu"), "--device must be cuda or cpu")):
         if wrong:
             return message
     return check_methods(args, [args.method])
@@ -110,14 +111,14 @@ def check_engine(args: argparse.Namespace) -> str | None:
 
 
 def placement(args: argparse.Namespace) -> tuple[str, torch.dtype]:
-    """Device and dtype."""
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda":
-        default = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-    else:  # bf16 halves the bytes, but a CPU without instructions for it (x86: AVX512-BF16 or AMX) emulates it slowly
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        default = "bfloat16" if fast else "float32"
-    return device, DTYPES[args.dtype or default]
+    """Device and dtype. ValueError where the device cannot be used."""
+    problem = gpu_problem(args.device)
+    if problem:
+        raise ValueError(problem)
+    device = args.device or ("cuda" if has_cuda() else "cpu")
+    # bf16 halves the bytes, but a CPU without instructions for it (x86: AVX512-BF16 or AMX) emulates it slowly.
+    fast = device == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device, DTYPES[args.dtype or ("bfloat16" if fast else "float32")]
 
 
 def context(args: argparse.Namespace, cfg: Config) -> int:
@@ -134,7 +135,7 @@ class Engine(engine.Engine):
     @classmethod
     def load(cls, checkpoint: Path | str, draft: str = BASELINE, *, device: str | None = None,
              dtype: torch.dtype | str | None = None, max_seq_len: int | None = None, compiled: bool = True,
-             **options: object) -> "Engine":
+             chat_template: Path | str | None = None, **options: object) -> "Engine":
         """The engine that generate.py makes of the same options. draft: a row of the table of methods
         (drafters/methods.py). head: what --draft is on the command line. All other options are called as there, for
         example draft_tokens=16, quantize="int8", medusa=DIR.
@@ -146,6 +147,7 @@ class Engine(engine.Engine):
         args.method = draft
         args.max_seq_len = max_seq_len
         args.no_compile = not compiled
+        args.chat_template = chat_template and Path(chat_template)
         args.device = device and str(device)
         args.dtype = dtype and str(dtype).removeprefix("torch.")
         return load_engine(args, cls)
@@ -156,16 +158,33 @@ def load_engine(args: argparse.Namespace, kind: type[Engine] = Engine) -> Engine
     wrong = check_engine(args)
     if wrong:
         raise ValueError(wrong)
-    folder = folder_of(args.checkpoint)
     model = load_model(args.checkpoint, *placement(args), args.quantize, args.group or 128)
-    tokenizer = Tokenizer(folder)
-    if tokenizer.vocab_size > model.cfg.vocab_size:
-        raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.cfg.vocab_size}")
+    tokenizer = Tokenizer(folder_of(args.checkpoint), args.chat_template)
+    if args.chat_template and tokenizer.template_error:
+        raise ValueError(tokenizer.template_error)
     max_seq_len = context(args, model.cfg)
     drafter = make_drafter(args.method, args, model, max_seq_len)
     made = kind(model, drafter, max_seq_len, tokenizer.stop_ids, not args.no_compile)
     made.tokenizer = tokenizer
     return made
+
+
+def explain_template(tokenizer: Tokenizer, args: argparse.Namespace) -> None:
+    """Say on stderr, in one line, what may surprise about the chat template: that there is none, or that an answer may
+    not end. ValueError where it is needed and broken."""
+    if args.raw or (args.interactive and not tokenizer.has_chat_template):  # a chat refuses to begin without one
+        return
+    if tokenizer.template_error:
+        raise ValueError(tokenizer.template_error)
+    if not tokenizer.has_chat_template:
+        print(f"{args.checkpoint}: no chat template, so the text is continued as it is; --chat_template FILE gives one "
+              "(docs/usage.md), --raw says that none is meant", file=sys.stderr)
+    elif not tokenizer.turn_ends and not args.stop:
+        ends = [str(tokenizer.bpe.id_to_token(i)) for i in sorted(tokenizer.stop_ids)] or ["--max_new_tokens"]
+        line = tokenizer.after_answer
+        hint = f"; --stop {shlex.quote(line)} ends it there too" if line else ""
+        print(f"{args.checkpoint}: the chat template writes no special token after an answer, which may run on to "
+              f"{', '.join(ends)}{hint}", file=sys.stderr)
 
 
 class OptionParser(argparse.ArgumentParser):

@@ -7,7 +7,7 @@ not mention add_bos_token, a tokenizer.model adds bos, as Meta's code and transf
 import base64
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -30,6 +30,9 @@ LLAMA3_SPLIT = (
 )
 # Llama 3 has 256 special ids after the ranks. These have names in Meta's release, the others are reserved.
 LLAMA3_NAMES = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
+# CodeLlamaTokenizer has these tokens even where tokenizer_config.json does not mention them.
+INFILLING = {"prefix_token": "▁<PRE>", "middle_token": "▁<MID>", "suffix_token": "▁<SUF>", "eot_token": "▁<EOT>",
+             "fill_token": "<FILL_ME>"}
 
 
 @contextmanager
@@ -63,9 +66,13 @@ def load_bpe(folder: Path, model: dict[str, Any]) -> tuple[BPE, dict[str, Any]]:
     with clear_error(f"{path} is broken, copy it again"):
         bpe, implied = read_bpe(path, config, model)
     with clear_error(f"{folder / 'tokenizer_config.json'} does not fit {path.name}, copy both again"):
+        is_llama = is_llama_sentencepiece(bpe, implied, config, model)
+        infills = is_llama and tokenizer_class(config) == "CodeLlamaTokenizer"
+        config = (INFILLING if infills else {}) | config
         config = implied | {key: plain(value) for key, value in config.items() if value is not None}
-        if is_llama_sentencepiece(bpe, implied, config, model):
-            surround_as_llama(bpe, config.get("add_prefix_space", True), config.get("legacy", False))
+        if is_llama:
+            legacy = config.get("legacy", False) and not infills
+            surround_as_llama(bpe, config.get("add_prefix_space", True), legacy, strip=infills)
         add_tokens(bpe, config, added)
         if implied:  # transformers ignores add_bos_token and add_eos_token beside a tokenizer.json
             add_bos_and_eos(bpe, config)
@@ -110,20 +117,24 @@ def is_byte_level(bpe: BPE) -> bool:
 def is_llama_sentencepiece(bpe: BPE, implied: dict[str, str], config: dict[str, Any], model: dict[str, Any]) -> bool:
     """Whether transformers would make a LlamaTokenizer of it, which overrides the normalizer and the decoder: for any
     sentencepiece tokenizer.model, and for a tokenizer.json of this class in the folder of a Llama."""
-    has_llama_class = config.get("tokenizer_class", "").removesuffix("Fast") == "LlamaTokenizer"
+    has_llama_class = tokenizer_class(config) in ("LlamaTokenizer", "CodeLlamaTokenizer")
     if is_byte_level(bpe):
         return False
     return bool(implied) or (has_llama_class and model.get("model_type", "llama") == "llama")
 
 
-def surround_as_llama(bpe: BPE, add_prefix_space: bool, legacy: bool) -> None:
+def tokenizer_class(config: dict[str, Any]) -> str:
+    return (config.get("tokenizer_class") or "").removesuffix("Fast")
+
+
+def surround_as_llama(bpe: BPE, add_prefix_space: bool, legacy: bool, strip: bool) -> None:
     """Set what transformers' LlamaTokenizer puts around a BPE: a space before the text, or with `legacy` before every
-    segment between special tokens."""
+    segment between special tokens. strip: decode without a leading space even if none is added."""
     scheme = ("always" if legacy else "first") if add_prefix_space else "never"
     bpe.normalizer = None
     bpe.pre_tokenizer = pre_tokenizers.Metaspace("▁", scheme, split=False)
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    bpe.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * add_prefix_space)
+    bpe.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * (add_prefix_space or strip))
 
 
 def plain(token: Any) -> Any:
@@ -207,10 +218,10 @@ def rebuild_merges(vocab: dict[str, int]) -> list[tuple[str, str]]:
 # ----- The chat template -------------------------------------------------------------------------------------------
 
 
-def load_template(folder: Path, source: str | list | dict | None) -> jinja2.Template | None:
-    """The folder's chat template, or None if it has none: chat_template.jinja, or else `source`, the chat_template of
-    tokenizer_config.json. It runs in a sandbox, since it is a program from a download. Raises ValueError if it is
-    broken. The filters and functions are those that transformers gives to templates."""
+def load_template(folder: Path, source: str | list | dict | None, file: Path | None = None) -> jinja2.Template | None:
+    """The chat template in `file`, or else the folder's, or None if it has none: chat_template.jinja, or else `source`,
+    the chat_template of tokenizer_config.json. It runs in a sandbox, since it is a program from a download. Raises
+    ValueError if it is broken. The filters and functions are those that transformers gives to templates."""
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -218,10 +229,10 @@ def load_template(folder: Path, source: str | list | dict | None) -> jinja2.Temp
     def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:  # jinja's own one escapes < and >
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
-    path = folder / "chat_template.jinja"
-    with clear_error(f"{path if path.exists() else folder / 'tokenizer_config.json'}: broken chat template"):
-        if path.exists():
-            source = path.read_text("utf-8")
+    path = file or folder / "chat_template.jinja"
+    with clear_error(f"{path if file or path.exists() else folder / 'tokenizer_config.json'}: broken chat template"):
+        if file or path.exists():
+            source = path.read_text("utf-8-sig")
         if isinstance(source, list):  # several named templates
             source = {template["name"]: template["template"] for template in source}
         if isinstance(source, dict):
@@ -236,3 +247,31 @@ def load_template(folder: Path, source: str | list | dict | None) -> jinja2.Temp
         source = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", source)
         source = re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", source)
         return env.from_string(source)
+
+
+def find_turn_ends(bpe: BPE, render: Callable[[list[dict[str, str]], bool], str]) -> tuple[set[int], str]:
+    """The added tokens that a chat template writes first after an answer, at the end of a conversation and before the
+    next question; and the first line of what it writes there. Nothing where it refuses all conversations: those with a
+    system message are tried last, since only few templates need one.
+
+    `render` makes the text of messages, with or without a generation prompt, or raises ValueError.
+    """
+    question, answer = "20461739558", "93710846259"  # in no template; and no template changes digits
+    added = bpe.get_added_tokens_decoder()
+    asked, answered = {"role": "user", "content": question}, {"role": "assistant", "content": answer}
+    ends: set[int] = set()
+    line = ""
+    for start in ([], [{"role": "system", "content": question}]):
+        for messages in ([*start, asked, answered], [*start, asked, answered, asked]):
+            try:
+                text = render(messages, False)
+            except ValueError:
+                continue
+            _, is_there, after = text.rpartition(answer)
+            after = after.partition(question)[0].strip() if is_there else ""
+            line = after.partition("\n")[0] or line
+            ids = bpe.encode(after, add_special_tokens=False).ids
+            ends.update([i for i in ids if i in added and added[i].content.strip()][:1])
+        if ends:
+            break
+    return ends, line

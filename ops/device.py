@@ -1,6 +1,8 @@
 """What a device can do, and how kernels are launched on it."""
 import os
 import resource
+import textwrap
+import warnings
 from collections.abc import Callable
 from functools import cache, wraps
 from types import SimpleNamespace
@@ -11,7 +13,10 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # PyTorch for CPUs brings no Triton. Files with kernels are imported there, kernels never launched
+    TRITON_ERROR = None
+except Exception as error:  # a broken one raises anything
+    # PyTorch for CPUs brings no Triton. Files with kernels are imported there, kernels never launched.
+    TRITON_ERROR = error
     triton = SimpleNamespace(jit=lambda f=None, **_: f or (lambda f: f))
     tl = SimpleNamespace(constexpr=None)
 
@@ -54,6 +59,72 @@ def wait_for_previous(PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+
+
+# ----- Can this GPU run the kernels? ----------------------------------------------------------------------------------
+
+CAPABILITY = (8, 0)  # Ampere: the attention kernel takes 98 KB of shared memory, of which older cards have less
+WITHOUT = "; --device cpu works without it"
+
+
+def has_cuda() -> bool:
+    with warnings.catch_warnings():  # torch warns of an old driver, which `gpu_problem` names
+        warnings.simplefilter("ignore")
+        return torch.cuda.is_available()
+
+
+def gpu_problem(device: str | None) -> str | None:
+    """Why this device, "cuda", "cpu" or None for what there is, cannot be used, in one line; None where it can."""
+    if device == "cpu":
+        return None
+    if not has_cuda():
+        reason = why_no_cuda()
+        if device is None and "driver on your system is too old" not in reason:
+            return None
+        return f"{'--device cuda: ' if device else ''}torch can use no GPU here ({reason}){WITHOUT}"
+    if torch.version.hip:
+        return f"the kernels are for NVIDIA's GPUs, and this PyTorch is for AMD's{WITHOUT}"
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) < CAPABILITY:
+        return (f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, and the kernels need "
+                f"{CAPABILITY[0]}.{CAPABILITY[1]} (Ampere) or later{WITHOUT}")
+    problem = triton_problem()
+    return problem and f"{problem}: install a C compiler, and the Triton of PyTorch {torch.__version__}{WITHOUT}"
+
+
+def why_no_cuda() -> str:
+    """What torch says about it, without its advice."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "this PyTorch is built for CPUs only"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).partition(". Please")[0].partition("\n")[0]
+    return "torch.cuda.is_available() is false"
+
+
+@triton.jit
+def probe_kernel(out, PDL: tl.constexpr):
+    wait_for_previous(PDL)
+    lane = tl.arange(0, 32)
+    tl.store(out + lane, tl.gather(lane, lane, 0))
+
+
+@cache
+def triton_problem() -> str | None:
+    """Why Triton cannot compile and launch a kernel: it is missing, broken, too old, or finds no C compiler."""
+    if TRITON_ERROR:
+        return f"Triton, which the kernels need on a GPU, cannot be imported ({one_line(TRITON_ERROR)})"
+    out = torch.zeros(32, dtype=torch.int32, device="cuda")
+    try:
+        probe_kernel[1,](out, **pdl_options(out.device))
+    except Exception as error:
+        return f"Triton {triton.__version__} cannot compile a kernel here ({one_line(error)})"
+    return None
+
+
+def one_line(error: Exception) -> str:
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 250)
 
 
 # ----- For reports ---------------------------------------------------------------------------------------------------

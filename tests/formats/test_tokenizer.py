@@ -172,7 +172,7 @@ def test_broken_file_is_named(byte_level: dict[str, Path], tmp_path: Path, name:
     folder = copy_with(byte_level["gpt2"], tmp_path / "x")
     (folder / name).write_bytes(data)
     with pytest.raises(ValueError, match=name.replace(".", r"\.")) as raised:
-        Tokenizer(folder)
+        Tokenizer(folder).chat([{"role": "user", "content": "Hi"}])
     assert "\n" not in str(raised.value)
 
 
