@@ -22,8 +22,8 @@ from torch import Tensor
 import ops.tree
 import tree
 from formats.config import Config
-from formats.eagle import VOCAB, native_names, read_vocab
-from formats.weights import fill, read_tensors
+from formats.eagle import VOCAB, folder_of, native_names, open_head, read_vocab
+from formats.weights import fill
 from model import Layer, Llama, rope_table
 from ops.attention import TreeMask, causal_mask, tree_mask
 from ops.embed_rope import embed
@@ -148,19 +148,10 @@ def load_head(path: Path | str, target: Llama, vocab: int | None = None, quantiz
     Raises FileNotFoundError, or ValueError where the head is damaged, of another kind, or made for another model.
     """
     path, weight = Path(path), target.embed.weight
-    folder = path.parent if path.is_file() else path
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no draft head there; fetch one with `convert_hf_checkpoint.py ... "
-                                "--eagle ID`, train one with train.py, or name its folder with --draft")
+    folder = folder_of(path)
+    file, published, metadata = open_head(path)
     cfg = Config.load(folder, model_type="llama")
-    files = [path] if path.is_file() else [folder / "model.safetensors", folder / "pytorch_model.bin"]
-    file = next((f for f in files if f.is_file()), None)
-    if file is None:
-        raise FileNotFoundError(f"{folder}: neither model.safetensors nor pytorch_model.bin is there")
-    published, metadata = read_tensors(file)
     mode, stored_group = stored_mode(file, metadata, quantize)
-    if any(name.startswith("midlayer.") or name == "d2t" for name in published):
-        raise ValueError(f"{file}: this is an EAGLE-3 head; only EAGLE-1/2 heads are implemented")
     if cfg.hidden_size != target.cfg.hidden_size or cfg.vocab_size != target.cfg.vocab_size or (
             "embed_tokens.weight" in published and published["embed_tokens.weight"].shape != weight.shape):
         raise ValueError(f"{folder}: a head for hidden size {cfg.hidden_size} and {cfg.vocab_size} tokens, but the "

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from formats.foreign import pickled_by, quantized_by_tensors
 from formats.tokenizer_files import read_json
 from formats.weights import read_tensors
 
@@ -38,18 +39,65 @@ def hf_names(name: str, table: dict[str, str]) -> list[str]:
 
 def open_folder(folder: Path) -> dict[str, LazyTensor]:
     """The memory-mapped tensors of a Hugging Face folder, by Hugging Face's names. They are in one file, or in the
-    shards that an index lists. Raises ValueError where a file is missing, damaged, or holds more than plain tensors."""
+    shards that an index lists. Raises ValueError where a file is missing, damaged, or holds more than plain tensors,
+    and where config.json and the tensors are of two models."""
     kinds = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
     path = next((folder / kind for kind in kinds if (folder / kind).is_file()), None)
     if path is None:
-        raise ValueError(f"no weights; one of {', '.join(kinds)} should be there")
+        raise ValueError(f"no weights; one of {', '.join(kinds)} should be there{what_is_there(folder)}")
     index = read_json(path)["weight_map"] if path.suffix == ".json" else {"": path.name}
     tensors = {}
     for file in sorted(set(map(str, index.values()))):
         if Path(file).name != file or not (folder / file).is_file():  # never a file outside the folder
             raise ValueError(f"{path}: names {file!r}, which is not a file of its folder; finish the download")
+        if file.endswith(".bin") and (quantized := pickled_by(folder / file)):
+            raise ValueError(quantized)
         found = read_tensors(folder / file)[0]
         if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
             raise ValueError(f"{folder / file}: holds other things than plain tensors; use a safetensors version")
-        tensors |= {str(name): (tuple(t.shape), t.detach) for name, t in found.items()}
+        tensors |= {str(name): tensor for name, tensor in found.items()}
+    if quantized := quantized_by_tensors(tensors):
+        raise ValueError(quantized)
+    return usual_names({name: (tuple(t.shape), t.detach) for name, t in tensors.items()},
+                       read_json(folder / "config.json"))
+
+
+def what_is_there(folder: Path) -> str:
+    """The end of an error about a folder without weights: what it holds instead, as far as names tell."""
+    signs = {
+        "gptq*.safetensors": "a GPTQ checkpoint of 2023; download the unquantised model",
+        "*[0-9]bit*.safetensors": "a quantised checkpoint; download the unquantised model",
+        "qmodel.pt": "an HQQ checkpoint; download the unquantised model",
+        "*.gguf": "a GGUF model; give the path of that file",
+        "adapter_model.*": "a LoRA adapter; merge it into its base model first",
+        "consolidated*": "the weights in Meta's or Mistral's own format; download the Hugging Face version",
+        "medusa_lm_head.*": "Medusa heads; generate.py takes them with --medusa",
+        "*.safetensors": "weights under another name; finish the download, or rename it to model.safetensors"}
+    for pattern, what in signs.items():
+        if file := min(folder.glob(pattern), default=None):
+            return f". {file.name} is {what}"
+    return ""
+
+
+def usual_names(tensors: dict[str, LazyTensor], raw: dict) -> dict[str, LazyTensor]:
+    """The tensors of a folder as a model with this config.json should have named them. transformers reads these too:
+
+    - without "model." in front, saved from a LlamaModel rather than a LlamaForCausalLM
+    - with tied embeddings, the one matrix under the lm_head's name alone
+
+    Raises ValueError for biases that transformers ignores, and where no tensor can be the lm_head."""
+    if "embed_tokens.weight" in tensors or "layers.0.self_attn.q_proj.weight" in tensors:
+        tensors = {name if name.startswith("lm_head.") else f"model.{name}": t for name, t in tensors.items()}
+    embedding, lm_head = (f"{NAMES[module]}.weight" for module in ("embed", "lm_head"))
+    if raw.get("tie_word_embeddings") and embedding not in tensors and lm_head in tensors:
+        tensors[embedding] = tensors.pop(lm_head)
+    if not raw.get("tie_word_embeddings") and embedding in tensors and lm_head not in tensors:
+        raise ValueError(f"config.json does not fit the weights: missing {lm_head}; if the model uses its embedding "
+                         "instead, set \"tie_word_embeddings\": true in config.json")
+    # transformers gives q, k and v biases in a Qwen2 always, in the others only together with one for the output.
+    bias = next((name for name in tensors if name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias"))), None)
+    if bias and raw["model_type"] != "qwen2":
+        raise ValueError(f"{bias} is there, but transformers ignores it in a {raw['model_type']} model: remove the "
+                         "biases, or, if they belong to it, call it a Qwen2 in config.json (\"model_type\": \"qwen2\", "
+                         "\"architectures\": [\"Qwen2ForCausalLM\"])")
     return tensors

@@ -13,12 +13,34 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from formats.eagle import folder_of, read_config
+from formats.foreign import FLOATS, kind_of_head
+from formats.weights import read_tensors
+
 # Where the weights are: as text-generation-inference, the authors and vLLM call the file.
 FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt", "model.safetensors")
 # Names after `common_name`. A projection is numbered like a block, after the last one of its head.
 BLOCK = re.compile(r"(\d{1,3})\.(\d{1,3})\.linear\.(weight|bias)")
 PROJECTION = re.compile(r"(\d{1,3})\.(\d{1,3}|projection)\.weight")
 Place = tuple[int, int]  # where a tensor belongs: block (0 for a projection) and head
+
+
+def open_heads(path: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The file of published heads, which is `path` or in that folder, and its tensors. Raises FileNotFoundError, or
+    ValueError if the file is damaged or holds draft heads of another kind, which are then named."""
+    folder = folder_of(path)
+    raw = read_config(folder)
+    file = path if path.is_file() else next((path / name for name in FILES if (path / name).is_file()), None)
+    if file is None:
+        names = [file.name for file in sorted(folder.glob("*_lm_head.*"))]
+        other = kind_of_head(names, raw) or ""
+        raise FileNotFoundError(f"{path}: no Medusa heads there: neither {', '.join(FILES[:-1])} nor {FILES[-1]}"
+                                + (other and f"; these are {other}"))
+    published = read_pickle(file) if file.suffix == ".pt" else read_tensors(file)[0]
+    kind = kind_of_head(published, raw)
+    if kind and not kind.startswith("Medusa"):
+        raise ValueError(f"{file}: this is {kind}; only Medusa heads can be given here")
+    return file, published
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
@@ -85,7 +107,7 @@ def sort_by_place(path: Path, published: dict[str, Tensor], size: int, vocab_siz
             projections_after.add(projection[2])
         else:
             raise ValueError(f"{path}: {name} is no part of Medusa's heads")
-        if tensor.shape != shapes[kind] or not tensor.is_floating_point():
+        if tensor.shape != shapes[kind] or tensor.dtype not in FLOATS:
             raise ValueError(f"{path}: {name} is {list(tensor.shape)} of {tensor.dtype}, and for this target should be "
                              f"{list(shapes[kind])} of floating point: another model's")
         if place in found[kind]:

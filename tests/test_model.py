@@ -251,7 +251,8 @@ def test_sliding_window() -> None:
     for unused in ({"model_type": "mistral", "sliding_window": None}, {"model_type": "qwen2", "sliding_window": 64},
                    {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 64}):
         Llama(Config.from_dict(tiny.SHAPE | unused)).allocate_cache(500)
-    for used in ({"use_sliding_window": True}, {"layer_types": ["full_attention", "sliding_attention"]}):
+    for used in ({"use_sliding_window": True, "max_window_layers": 1},
+                 {"layer_types": ["full_attention", "sliding_attention"]}):
         with pytest.raises(ValueError, match="sliding window"):
             model = Llama(Config.from_dict(tiny.SHAPE | {"model_type": "qwen2", "sliding_window": 64} | used))
             model.allocate_cache(500)
