@@ -105,8 +105,8 @@ def read_file(path: Path) -> tuple[dict, list]:
         raise ValueError(f"it is cut off after {path.stat().st_size:,} bytes: download it again, or, if it is a part "
                          "of a file, join all parts with `cat`") from None
     except Exception as err:  # what gguf raises for a damaged file cannot be listed
-        raise ValueError(f"it is damaged, or newer than gguf {version('gguf')} ({err}): download it again, or try "
-                         "`pip install -U gguf`") from err
+        raise ValueError(f"it is damaged, or newer than gguf {version('gguf')} ({type(err).__name__}: {err}): download "
+                         "it again, or try `pip install -U gguf`") from err
 
 
 # ----- Tensors -----------------------------------------------------------------------------------------------------
@@ -206,6 +206,8 @@ def refuse_fields(metadata: dict, arch: str, head_dim: int, context: int) -> Non
         "attention.value_length": lambda value: value == head_dim,
         "rope.dimension_count": lambda value: value == head_dim,
         "rope.scaling.attn_factor": lambda value: value == 1,
+        "rope.scaling.yarn_attn_factor": lambda value: value == 1,
+        "rope.scaling.yarn_ext_factor": lambda value: value == 0,
         "attention.causal": lambda value: value is True,
         "attention.scale": lambda value: value == 0 or math.isclose(value, head_dim ** -0.5, rel_tol=1e-5),
         "attention.sliding_window": lambda value: value == 0 or value >= context}
@@ -219,7 +221,7 @@ def refuse_fields(metadata: dict, arch: str, head_dim: int, context: int) -> Non
             neutral = True
         elif field in allowed and not isinstance(value, str):
             neutral = allowed[field](value)
-        elif re.search("scale|multiplier|factor", field):
+        elif field.endswith(("scale", "multiplier", "factor")):
             neutral = value in (0, 1)
         else:
             neutral = not value

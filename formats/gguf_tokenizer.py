@@ -29,9 +29,9 @@ def special_ids(metadata: dict) -> dict[str, int]:
     """The ids of the special tokens that the fields name: bos, eos, eot, eom, unknown. eos is always there.
 
     Where a field is missing or is no id, llama.cpp takes 1, 2 and 0 for bos, eos and unknown of a sentencepiece BPE.
-    Raises KeyError if there is no eos.
+    Raises KeyError if there are no tokens, or no eos.
     """
-    count = len(metadata.get("tokenizer.ggml.tokens", ()))
+    count = len(metadata["tokenizer.ggml.tokens"])
     defaults = {"bos": 1, "eos": 2, "unknown": 0} if metadata.get("tokenizer.ggml.model") == "llama" else {}
     ids = {}
     for name in ("bos", "eos", "eot", "eom", "unknown"):
