@@ -100,13 +100,7 @@ def cached_profile(key: str, model: Llama, head: EagleHead, max_seq_len: int) ->
     """The profile, measured once for each key. A damaged cache is written anew. A cache that cannot be written is no
     error."""
     path = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "eagle2/trees.json")
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        known = {}
-    if not isinstance(known, dict):
-        known = {}
-    profile = known.get(key)
+    profile = read_profiles(path).get(key)
     if isinstance(profile, list) and len(profile) == 3 + len(NODES) and all(
             isinstance(ms, float) and 0 < ms < float("inf") for ms in profile):
         return profile
@@ -114,9 +108,18 @@ def cached_profile(key: str, model: Llama, head: EagleHead, max_seq_len: int) ->
     if profile:
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replace_when_whole(path) as part:
-                part.write_text(json.dumps(known | {key: profile}), encoding="utf-8")
+            with replace_when_whole(path) as part:  # with what other runs wrote meanwhile
+                part.write_text(json.dumps(read_profiles(path) | {key: profile}), encoding="utf-8")
     return profile
+
+
+def read_profiles(path: Path) -> dict:
+    """What is in the cache; {} if it is missing or damaged."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        known = None
+    return known if isinstance(known, dict) else {}
 
 
 # ----- What a tree gains: the head's curve -------------------------------------------------------------------------

@@ -1,0 +1,319 @@
+"""Everything that writes a file, killed before each of its steps, and stopped there while another of its kind writes.
+
+    python -m pytest tests/test_writers.py
+
+The writers run in forked children: importing torch in a process of its own would take seconds for each of the steps.
+"""
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from published import head_folder, hf_folder
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from app.chat_file import read_messages, write_messages
+from convert_hf_checkpoint import add_eagle, convert
+from draft import load_head
+from drafters import tree_size
+from drafters.medusa import MedusaHeads, load_medusa, save_medusa
+from formats.eagle import read_vocab, save_head, save_vocab
+from formats.writing import carry_out, held, locked, replace_files, replace_when_whole
+from model import load_model
+from quantize import quantize_checkpoint
+from tokenizer import Tokenizer
+from training.peers import save_draft_model
+from training.trainer import Trainer
+
+torch.set_num_threads(1)
+tqdm.monitor_interval = 0  # its thread would hold a lock in the children
+CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "fcntl.flock"}
+REFUSED = 3
+
+
+def begin(write: Callable[[], object], step: int, signal_number: int) -> int:
+    """Fork a child that runs `write` and gets the signal before its step-th change of the disk. Returns its id. Its
+    exit code is 0, REFUSED if another run is writing, or 1 for any other error."""
+    child = os.fork()
+    if child:
+        return child
+    count = 0
+
+    def count_changes(event: str, details: tuple) -> None:
+        nonlocal count
+        writes = event == "open" and isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR)
+        count += event in CHANGES or bool(writes)
+        if count == step and (event in CHANGES or writes):
+            count += 1  # once: a stopped child goes on
+            os.kill(os.getpid(), signal_number)
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    held.clear()  # the locks are the parent's
+    sys.addaudithook(count_changes)
+    try:
+        write()
+    except (ValueError, OSError) as error:
+        os._exit(REFUSED if "another run is writing" in str(error) else 1)
+    except BaseException:
+        os._exit(1)
+    os._exit(0)
+
+
+def finish(child: int) -> int:
+    """The exit code of a child; minus the signal's number if one has ended it, or stopped it."""
+    status = os.waitpid(child, os.WUNTRACED)[1]
+    return -os.WSTOPSIG(status) if os.WIFSTOPPED(status) else os.waitstatus_to_exitcode(status)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """The contents of all files but those in scratch folders, by their paths."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file() and ".part" not in str(path.relative_to(folder))}
+
+
+def without_quantized(content: dict[str, bytes]) -> dict[str, bytes]:
+    return {name: data for name, data in content.items() if "model-int" not in name}
+
+
+# ----- The writers -------------------------------------------------------------------------------------------------
+
+
+class Writer:
+    """One way to write into a folder: `write(folder, i)` writes the i-th of two contents, `load(folder)` raises where
+    nothing can be loaded. `prepare(folder)` makes what has to be there before. cleans: removes the scratch files that
+    killed runs left."""
+
+    def __init__(self, write: Callable, load: Callable, prepare: Callable = lambda folder: folder.mkdir(),
+                 cleans: bool = True) -> None:
+        self.write = write
+        self.load = load
+        self.prepare = prepare
+        self.cleans = cleans
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models, two heads and a converted checkpoint to write from."""
+    folder = tmp_path_factory.mktemp("sources")
+    for i, family in enumerate(("llama", "qwen3")):
+        hf_folder(folder / f"model{i}", family)
+    (folder / "model1/chat_template.jinja").unlink()
+    (folder / "model1/tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    head_folder(folder / "head0", "bin")
+    head_folder(folder / "head1")
+    (folder / "head1/config.json").write_text((folder / "head1/config.json").read_text() + "\n")
+    tiny.save_target(tiny.target(0, torch.float32), folder / "target")
+    return folder
+
+
+def writers(sources: Path) -> dict[str, Writer]:
+    target = tiny.target(0, torch.float32)
+    heads = [tiny.head(target, seed) for seed in (1, 2)]
+    medusa = [MedusaHeads(32, count, vocab_size=24) for count in (1, 2)]
+    state = [SimpleNamespace(step=i, seconds=0.0, module=torch.nn.Linear(2, 2), optimizers=[], export=lambda: None)
+             for i in range(2)]
+    peers = [SimpleNamespace(layers=target.layers[:count], norm=target.norm) for count in (1, 2)]
+    curves = [{"key": [float(i + 1)] * 9} for i in range(2)]
+
+    def make_model(folder: Path) -> None:
+        shutil.copytree(sources / "target", folder)
+
+    def make_changing(folder: Path, i: int) -> None:  # what quantize.py reads may have changed between two runs
+        torch.manual_seed(i)
+        quantize_checkpoint(folder, "int8", 128, "cpu")
+
+    def load_all(folder: Path) -> None:
+        load_model(folder)
+        Tokenizer(folder)
+
+    def write_curve(folder: Path, i: int) -> None:
+        with replace_when_whole(folder / "trees.json") as part:
+            part.write_text(json.dumps(curves[i]))
+
+    return {
+        "convert": Writer(lambda out, i: convert(sources / f"model{i}", out), load_all),
+        "eagle": Writer(lambda out, i: add_eagle(sources / f"head{i}", out),
+                        lambda out: load_head(out / "eagle", load_model(out)),
+                        lambda out: convert(sources / "model0", out)),
+        "quantize": Writer(make_changing, lambda out: load_model(out / "model-int8.safetensors"), make_model),
+        "save_head": Writer(lambda out, i: save_head(heads[i].cfg, heads[i].state_dict(), out),
+                            lambda out: load_head(out, target)),
+        "medusa": Writer(lambda out, i: save_medusa(medusa[i], out), lambda out: load_medusa(out, target)),
+        "draft_model": Writer(lambda out, i: save_draft_model(peers[i], sources / "target", out, bool(i)),
+                              lambda out: (out / "model.safetensors").read_bytes()),
+        "state": Writer(lambda out, i: Trainer.save(state[i], out), lambda out: torch.load(out / "state.pt")),
+        "vocab": Writer(lambda out, i: save_vocab(torch.arange(12 + i), out, 24),
+                        lambda out: read_vocab(out / "draft_vocab.json", 24, None)),
+        "chat": Writer(lambda out, i: write_messages(out / "chat.json", [{"role": "user", "content": str(i)},
+                                                                         {"role": "assistant", "content": "x" * 9999}]),
+                       lambda out: read_messages(out / "chat.json"), cleans=False),
+        "trees": Writer(write_curve, lambda out: json.loads((out / "trees.json").read_text()), cleans=False)}
+
+
+NAMES = ("convert", "eagle", "quantize", "save_head", "medusa", "draft_model", "state", "vocab", "chat", "trees")
+
+
+@pytest.fixture
+def writer(request: pytest.FixtureRequest, sources: Path) -> Writer:
+    return writers(sources)[request.param]
+
+
+def contents(writer: Writer, folder: Path) -> list[dict[str, bytes]]:
+    """What a folder holds after each of the two contents was written into it alone."""
+    found = []
+    for i in range(2):
+        writer.prepare(folder / f"alone{i}")
+        writer.write(folder / f"alone{i}", i)
+        found.append(files(folder / f"alone{i}"))
+    return found
+
+
+# ----- Killed and raced --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("writer", NAMES, indirect=True)
+def test_killed_before_any_step(writer: Writer, tmp_path: Path) -> None:
+    """Fails if a run that is killed leaves a folder that loads and is neither the old nor the new one, or one into
+    which the next run does not write the new one and nothing else."""
+    old, new = contents(writer, tmp_path)
+    is_model = without_quantized(old) == old and {"model.safetensors", "eagle/config.json"} & old.keys() == {
+        "model.safetensors"}
+    for step in range(1, 100):
+        folder = tmp_path / f"killed{step}"
+        shutil.copytree(tmp_path / "alone0", folder)
+        if is_model:
+            (folder / "model-int8.safetensors").write_bytes(b"of the old model")
+        before = files(folder)
+        code = finish(begin(lambda folder=folder: writer.write(folder, 1), step, signal.SIGKILL))
+        after = files(folder)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        try:
+            writer.load(folder)
+        except (ValueError, OSError):
+            assert len(new) > 1, "one file is always there"
+        else:
+            assert after in (before, without_quantized(before), new), step
+        assert finish(begin(lambda folder=folder: writer.write(folder, 1), 0, 0)) == 0
+        assert files(folder) == new and not (writer.cleans and [*folder.rglob(".*part")]), step
+    assert code == 0 and after == new and step > 2
+
+
+@pytest.mark.parametrize("writer", ["convert", "eagle", "quantize", "state", "chat"], indirect=True)
+def test_stopped_while_another_writes(writer: Writer, tmp_path: Path) -> None:
+    """Fails if two runs into one folder mix their files, break each other, or both end with an error."""
+    both = contents(writer, tmp_path)
+    writer.prepare(tmp_path / "prepared")
+    for step in range(1, 100):
+        folder = tmp_path / f"raced{step}"
+        shutil.copytree(tmp_path / "prepared", folder)
+        first = begin(lambda folder=folder: writer.write(folder, 0), step, signal.SIGSTOP)
+        if finish(first) == 0:
+            break
+        second = finish(begin(lambda folder=folder: writer.write(folder, 1), 0, 0))
+        assert second in (0, REFUSED), step
+        after = files(folder)
+        assert second == REFUSED or after == both[1], step
+        os.kill(first, signal.SIGCONT)
+        assert finish(first) == 0 and files(folder) in (both[0], after if second == 0 else both[0]), step
+    assert step > 2
+
+
+def test_interrupted_between_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if Ctrl-C stops a writer half-way: with neither the old files nor the new ones."""
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / file).write_text("old")
+    replace = os.replace
+
+    def interrupted(source: Path, target: Path) -> None:
+        replace(source, target)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), replace_files(tmp_path) as part:
+        for file in ("config.json", "model.safetensors"):
+            (part / file).write_text("new")
+        monkeypatch.setattr(os, "replace", interrupted)
+    assert files(tmp_path) == {"config.json": b"new", "model.safetensors": b"new"} and not [*tmp_path.glob(".*")]
+    plan = [(tmp_path / "gone", tmp_path / "x"), (tmp_path / "config.json", None)]
+    carry_out(plan)
+    assert not plan and not (tmp_path / "config.json").exists()
+
+
+# ----- The lock ----------------------------------------------------------------------------------------------------
+
+
+def test_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Fails if a lock keeps its own process out, lets another in, outlives its process or its folder, or leaves
+    anything behind; or if a file system without locks is passed over in silence, or stops the run."""
+    folder = tmp_path / "new/folder"
+    with locked(folder), locked(folder):
+        assert finish(begin(lambda: locked(folder).__enter__(), 0, 0)) == REFUSED
+    assert not (tmp_path / "new").exists()
+    with locked(folder):
+        (folder / "file").touch()
+    assert finish(begin(lambda: locked(folder).__enter__(), 0, 0)) == 0  # and the child ended without unlocking
+    with locked(folder):
+        pass
+    assert [path.name for path in folder.iterdir()] == ["file"]
+
+    def unsupported(descriptor: int, how: int) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    with replace_files(folder) as part:
+        (part / "file").write_text("new")
+    assert (folder / "file").read_text() == "new"
+    error = capsys.readouterr().err
+    assert "has no locks (Operation not supported)" in error and error.count("\n") == 1
+
+
+def test_errors_name_no_scratch_folder(tmp_path: Path) -> None:
+    """Fails if an error names a file in a scratch folder, which is gone when the user reads it."""
+    with pytest.raises(OSError) as error, replace_files(tmp_path / "out") as part:
+        (part / "sub/config.json").write_text("")
+    assert str(tmp_path / "out/sub/config.json") in str(error.value) and ".part" not in str(error.value)
+    with pytest.raises(OSError) as error, replace_when_whole(tmp_path / "none/x.json") as part:
+        part.write_text("")
+    assert str(tmp_path / "none/x.json") in str(error.value) and ".part" not in str(error.value)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"), replace_files(tmp_path / "file"):
+        pass
+    assert files(tmp_path) == {"file": b""} and not (tmp_path / "out").exists()
+
+
+def test_quantized_files_never_outlive_their_model(tmp_path: Path) -> None:
+    """Fails if a new head or model leaves the quantised file of the old one beside it, which would be loaded."""
+    (tmp_path / "model-int8.safetensors").touch()
+    (tmp_path / "draft_vocab.json").touch()
+    with replace_files(tmp_path) as part:
+        save_file({"x": torch.zeros(1)}, part / "model.safetensors")
+    assert files(tmp_path).keys() == {"model.safetensors", "draft_vocab.json"}
+    (tmp_path / "model-int8.safetensors").touch()
+    with replace_files(tmp_path) as part:
+        (part / "acceptance.json").touch()
+    assert (tmp_path / "model-int8.safetensors").exists()
+
+
+def test_profiles_of_two_runs_are_both_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a run that measures for seconds forgets what another one wrote meanwhile."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    profile = [1.0] * (3 + len(tree_size.NODES))
+
+    def measure(*_: object) -> list[float]:
+        monkeypatch.setattr(tree_size, "measure", lambda *_: profile)
+        tree_size.cached_profile("other", None, None, 0)
+        return profile
+
+    monkeypatch.setattr(tree_size, "measure", measure)
+    assert tree_size.cached_profile("one", None, None, 0) == profile
+    assert json.loads((tmp_path / "eagle2/trees.json").read_text()).keys() == {"one", "other"}
