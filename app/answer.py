@@ -100,7 +100,9 @@ def compare(engine: Engine, vanilla: dict, fast: dict, ids: list[int], sampling:
     """One line: the speed-up, and whether the tokens are the same. If they differ, how near a tie the difference is:
     `engine` decodes plainly."""
     a, b = fast["tokens"], vanilla["tokens"]
-    speed_up = fast["tokens_per_sec"] / vanilla["tokens_per_sec"] if vanilla["tokens_per_sec"] else float("nan")
+    if a == b and not vanilla["tokens_per_sec"]:
+        return "identical tokens"  # one alone, which prefill chose: no speed
+    speed_up = fast["tokens_per_sec"] / (vanilla["tokens_per_sec"] or float("nan"))
     if a == b:
         return f"{speed_up:.2f}x vanilla, identical tokens"
     at = first_difference(a, b)

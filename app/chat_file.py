@@ -13,7 +13,7 @@ Messages = list[dict[str, str]]
 def read_messages(path: Path) -> Messages:
     """A conversation that `write_messages` wrote. Raises OSError, or ValueError with what is wrong with the file."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}: not a JSON file ({e})") from None
     messages = raw.get("messages") if isinstance(raw, dict) else None
