@@ -123,7 +123,7 @@ def test_nobody_reads_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit, match="130"):
         generate.main()
-    assert capsys.readouterr().err.endswith("\ninterrupted\n")
+    assert capsys.readouterr().err.endswith("interrupted\n")
 
 
 @pytest.mark.slow
@@ -144,6 +144,93 @@ def test_prompt_from_file_and_stdin(call, everything: Path, tmp_path: Path, monk
     outs = {call(*words, source)[1] for source in ("Hello there", f"@{tmp_path}/p.txt", "-")}
     assert len(outs) == 1 and outs != {""}
     assert call(*words, "Hello where")[1] not in outs
+
+
+def test_byte_order_marks(call, everything: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the mark that some editors put before a text becomes part of a prompt, or if a file in another encoding
+    is not named."""
+    words = ("--checkpoint", everything, "--raw", "--json", "--max_new_tokens", 1, "--device", "cpu", "--prompt")
+    (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbfhi")
+    (tmp_path / "utf16.txt").write_text("hi", encoding="utf-16")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfhi"), "utf-8"))
+    for source in (f"@{tmp_path}/p.txt", "-", "hi"):
+        assert json.loads(call(*words, source)[1].splitlines()[-1])["prompt_tokens"] == 2
+    code, _, err = call(*words, f"@{tmp_path}/utf16.txt")
+    assert code == 2 and "utf16.txt: not UTF-8" in err and err.count("\n") == 1
+    (tmp_path / "q.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "hi"}\n')
+    assert call(*words[:3], "--device", "cpu", "--prompt_file", tmp_path / "q.jsonl", "--output", tmp_path / "a.jsonl",
+                "--max_new_tokens", 1)[0] == 0
+    assert json.loads((tmp_path / "a.jsonl").read_text())["prompt_tokens"] == 2
+
+
+def test_what_is_said_about_templates(call, copy: Path, tmp_path: Path) -> None:
+    """Fails if nobody says that a model has no chat template, that an answer has no end, or that a template is broken;
+    if one of these is said where it does not matter; or if --chat_template does not give one."""
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").unlink()
+
+    def ask(template: str | None, *words: object) -> tuple[int, list[str]]:
+        (copy / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+        code, _, err = call("--checkpoint", copy, "--device", "cpu", "--max_new_tokens", 2, *words)
+        return code, err.splitlines()[:-1] if code == 0 else err.splitlines()
+
+    (tmp_path / "good.jinja").write_text("{{ messages[0].content }}|")
+    (tmp_path / "q.jsonl").write_text('{"prompt": "x"}\n')
+    prompt, raw = ("--prompt", "x"), ("--prompt", "x", "--raw")
+    batch = ("--prompt_file", tmp_path / "q.jsonl", "--output", tmp_path / "a.jsonl")
+    given = ("--prompt", "x", "--chat_template", tmp_path / "good.jinja")
+    good, broken = config["chat_template"], "{% do x %}"
+    endless = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    for template, words, code, said in (
+            (good, prompt, 0, None), (None, prompt, 0, "no chat template"), (None, batch, 0, "no chat template"),
+            (None, raw, 0, None), (None, ("--interactive",), 2, "--chat_template FILE"), (None, given, 0, "no special"),
+            (endless, prompt, 0, "--stop user: ends it"), (endless, (*prompt, "--stop", "user:"), 0, None),
+            (endless, raw, 0, None), (broken, prompt, 2, "tag 'do'"), (broken, raw, 0, None),
+            (broken, given, 0, "no special"), (broken, ("--interactive",), 2, "tag 'do'")):
+        found = ask(template, *words)
+        assert found[0] == code and len(found[1]) == bool(said) and (said or "") in "".join(found[1]), (template, words)
+    engine = options.Engine.load(copy, device="cpu", chat_template=str(tmp_path / "good.jinja"))
+    assert engine.tokenizer.chat([{"role": "user", "content": "x"}]) == [*b"x|"]
+
+
+def test_ids_beyond_the_model(call, copy: Path) -> None:
+    """Fails if a tokenizer with a token that the model lacks is refused, if a prompt with that token is not, or if it
+    may end a text, where no tensor has a place for it."""
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        (copy / name).unlink()
+    more = {"pad_token": "<pad>", "sep_token": "<a>", "cls_token": "<b>", "mask_token": "<c>"}  # 260 comes fourth
+    (copy / "tokenizer_config.json").write_text(json.dumps(config | more))
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, 260, 261, 32000]}))
+    words = ("--checkpoint", copy, "--device", "cpu", "--max_new_tokens", 2, "--eagle2")
+    assert call(*words, "--prompt", "x")[0] == 0
+    tokenizer = options.load_engine(generate.parse_args([*map(str, words), "--prompt", "x"])).tokenizer
+    names = [tokenizer.bpe.id_to_token(i) for i in range(258, tokenizer.vocab_size)]
+    assert tokenizer.vocab_size == 262 and tokenizer.stop_ids == {257}
+    for raw in ((), ("--raw",)):
+        assert call(*words, "--prompt", f"x{names[1]}", *raw)[0] == 0
+        code, out, err = call(*words, "--prompt", f"x{names[2]}", *raw)
+        assert code == 2 and out == "" and err.count("\n") == 1 and names[2] in err and "260" in err
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+@pytest.mark.parametrize("method", ["vanilla", "lookup", "lookahead", "medusa", "speculate", "eagle", "eagle2",
+                                    "eagle2+lookup"])
+def test_the_smallest_context(method: str, slots: int, call, everything: Path) -> None:
+    """Fails if a context of 2 or 3 tokens, or an answer of one token, ends in anything but the tokens that fit, with
+    any method, or has no line of figures."""
+    weights = {"medusa": ("--medusa", everything / "medusa"), "speculate": ("--speculate", everything / "draft")}
+    words = ("--checkpoint", everything, "--device", "cpu", "--dtype", "float32", "--raw", "--max_seq_len", slots)
+    compare = () if method == "vanilla" else ("--compare", "--show_tree")
+    for prompt in ("x", "xy")[:slots - 1]:
+        for limit in (1, 9):
+            code, out, err = call(*words, "--prompt", prompt, "--method", method, *weights.get(method, ()), "--json",
+                                  "--max_new_tokens", limit, *compare)
+            result = json.loads(out.splitlines()[-1])
+            assert code == 0 and result["new_tokens"] == min(limit, slots - len(prompt)) and "nan" not in err
+            assert result.get("identical", True) and "tokens/s" in err
+    code, _, err = call(*words, "--prompt", "x" * slots)
+    assert code == 2 and f"--max_seq_len {slots}" in err
 
 
 @pytest.mark.parametrize("words, message", [
@@ -189,7 +276,15 @@ def test_prompt_from_file_and_stdin(call, everything: Path, tmp_path: Path, monk
     (["--prompt", "x", "--top_p", "0.5"], "--temperature above 0"),
     (["--prompt", "x", "--temperature", "-1"], "--temperature"),
     (["--prompt", "x", "--temperature", "nan"], "--temperature"),
+    (["--prompt", "x", "--temperature", "inf"], "--temperature"),
+    (["--prompt", "x", "--temperature", "1e-7"], "--temperature"),
+    (["--prompt", "x", "--temperature", "1e38", "--top_p", "0.5"], "--temperature"),
     (["--prompt", "x", "--temperature", "1", "--top_p", "0"], "--top_p"),
+    (["--prompt", "x", "--temperature", "1", "--top_p", "nan"], "--top_p"),
+    (["--prompt", "x", "--temperature", "1", "--min_p", "1.01"], "--min_p"),
+    (["--prompt", "x", "--temperature", "1", "--top_k", "-1"], "--top_k"),
+    (["--prompt", "x", "--raw", "--chat_template", "x"], "--chat_template is without --raw"),
+    (["--prompt", "x", "--chat_template", "/no/such/template"], "/no/such/template"),
     (["--prompt", "x", "--max_new_tokens", "0"], "--max_new_tokens"),
     (["--prompt", "x", "--seed", str(2**64)], "--seed"),
     (["--prompt", "x", "--stop", ""], "--stop"),

@@ -1,0 +1,69 @@
+"""sampling.py at the edges of its numbers. What it draws in between is in tests/test_engine.py and tests/ops.
+
+    python -m pytest tests/test_sampling.py
+"""
+from math import inf, nan
+
+import pytest
+import tiny
+import torch
+from helpers import vanilla
+
+from sampling import Sampling, gumbel_noise, perturb, process
+
+V = 300
+LOGITS = 8 * torch.randn(20, V, generator=torch.Generator().manual_seed(0))
+SEEDS = (0, 1, -1, 2**32, -2**32, 2**63 - 1, -2**63, 2**63 - 2)
+
+
+@pytest.mark.parametrize("values, name", [
+    *(({"temperature": t}, "temperature") for t in (nan, inf, -inf, -1, -0.5, 1e-38, 9e-7, 1.1e6, 1e38, 1e300)),
+    *(({"temperature": 1, "top_p": p}, "top_p") for p in (nan, inf, 0, -0.1, 1.0001)),
+    *(({"temperature": 1, "min_p": p}, "min_p") for p in (nan, inf, -1e-9, 1.0001)),
+    ({"temperature": 1, "top_k": -1}, "top_k"), ({"temperature": 1, "top_k": nan}, "top_k"),
+    *(({"seed": seed}, "seed") for seed in (2**64, -2**63 - 1, 1.5, nan, None))])
+def test_refused(values: dict, name: str) -> None:
+    """Fails if a number that cannot be honoured is accepted, or if the error does not say which one it is."""
+    with pytest.raises(ValueError, match=f"^{name} must be "):
+        Sampling(**values)
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-3, 1.0, 1e3, 1e6])
+def test_one_token_is_left(temperature: float) -> None:
+    """Fails if a limit that only the best token passes excludes it too, or leaves another one, at any temperature."""
+    best = LOGITS.argmax(-1)
+    limits = [{"top_k": 1}, {"min_p": 1.0}, {"top_k": 1, "top_p": 1e-9, "min_p": 1.0}]
+    limits += [{"top_p": p} for p in (1e-3, 1e-7, 1e-12, 1e-45, 1e-300)] if temperature <= 1 else []
+    for limit in limits:
+        left = process(LOGITS, temperature, **limit)
+        assert left.isfinite().sum() == len(LOGITS) and torch.equal(left.argmax(-1), best), limit
+        noise = temperature * gumbel_noise(torch.tensor(5), torch.arange(len(LOGITS)), V)
+        assert torch.equal(perturb(LOGITS, noise, temperature, **limit).argmax(-1), best), limit
+
+
+def test_coldest_and_hottest() -> None:
+    """Fails if the lowest temperature is not greedy, or the highest one not uniform: if a number overflows, or vanishes
+    beside another one."""
+    few = LOGITS[:1, :16]
+
+    def draw(temperature: float, rows: int, **limits: float) -> torch.Tensor:
+        noise = temperature * gumbel_noise(torch.tensor(3), torch.arange(rows), 16)
+        scores = perturb(few.expand(rows, 16), noise, temperature, **limits)
+        assert not scores.isnan().any()
+        return scores.argmax(-1)
+    assert (draw(1e-6, 200) == few.argmax()).all()
+    assert (draw(1e-6, 200, top_p=0.9, min_p=0.1, top_k=9) == few.argmax()).all()
+    for limits in ({}, {"top_p": 0.99}, {"min_p": 0.5}):
+        counts = draw(1e6, 3200, **limits).bincount(minlength=16)
+        assert ((counts - 200).abs() < 84).all()  # six standard deviations
+
+
+def test_any_64_bits_are_a_seed() -> None:
+    """Fails if a seed is refused, or cut: different seeds give different texts, and unsigned ones those of the same
+    bits."""
+    model = tiny.target(dtype=torch.float32)
+    texts = {seed: tuple(vanilla(model, [1, 2, 3], 12, Sampling(2.0, seed=seed))) for seed in SEEDS}
+    assert len(set(texts.values())) == len(SEEDS)
+    for seed in (2**63, 2**64 - 1, 2**64 - 2**32):
+        assert Sampling(seed=seed).seed == seed - 2**64
+        assert tuple(vanilla(model, [1, 2, 3], 12, Sampling(2.0, seed=seed))) == texts[seed - 2**64]
