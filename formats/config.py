@@ -126,7 +126,7 @@ def read_rope(raw: dict) -> tuple[float, dict | None]:
     if not found:
         return read_one_rope(raw, "rope_parameters", {})
     if found[0] != found[-1]:
-        raise ValueError("rope_scaling and rope_parameters say different things: remove the wrong one")
+        raise ValueError("rope_scaling and rope_parameters say different things: keep the right one in config.json")
     return found[0]
 
 
@@ -150,7 +150,8 @@ def read_one_rope(raw: dict, name: str, rope: dict) -> tuple[float, dict | None]
         raise ValueError(f"partial_rotary_factor {partial!r} is not implemented")
     for key in sorted(rope.keys() - ROPE_KEYS - used):
         if not is_neutral(key, rope[key]):
-            raise ValueError(f"{name} has {key} {rope[key]!r}, which RoPE type {kind!r} does not use")
+            raise ValueError(f"{name} has {key} {rope[key]!r}, which RoPE type {kind!r} does not use: correct one of "
+                             "the two")
     if kind == "default":
         return theta, None
     # transformers takes the old context from beside the object, then from inside, then from the model's own context.
@@ -202,11 +203,11 @@ def refuse_unsupported(raw: dict) -> None:
         # The gate of the MLP is silu in every kernel.
         f"hidden_act {raw.get('hidden_act')!r}": raw.get("hidden_act", "silu") not in ("silu", "swish"),
         # The MLP of a layer is one, not chosen token by token.
-        "a mixture of experts": any(raw.get(key) for key in experts),
+        "a mixture of experts (num_experts)": any(raw.get(key) for key in experts),
         # Biases that the layers have no place for. Those of q, k and v, as in Qwen2, are implemented.
-        "biases in the MLP": model_type == "llama" and bool(raw.get("mlp_bias")),
-        "a bias in the attention output": has_attention_bias,
-        **{f"{key} {raw.get(key)!r}": bool(raw.get(key)) for key in IF_SET},
+        "biases in the MLP (mlp_bias)": model_type == "llama" and bool(raw.get("mlp_bias")),
+        "a bias in the attention output (attention_bias)": has_attention_bias,
+        **{f"{key} {repr(raw.get(key))[:60]}": bool(raw.get(key)) for key in IF_SET},
         **{f"{key} false": raw.get(key) is False for key in IF_FALSE},
         **{f"{key} in a {model_type} model": model_type != "qwen3" and bool(raw.get(key)) for key in QK_NORM},
     }

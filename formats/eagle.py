@@ -56,6 +56,7 @@ def open_head(path: Path) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
     if quantized := pickled_by(file):
         raise ValueError(f"{file}: {quantized}")
     tensors, metadata = read_tensors(file)
+    tensors = {str(name): tensor for name, tensor in tensors.items()}  # a pickle may have others
     kind = kind_of_head(tensors, raw)
     if kind and not kind.startswith("an EAGLE-1/2"):
         raise ValueError(f"{file}: this is {kind}; only EAGLE-1/2 heads are implemented here")

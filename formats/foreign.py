@@ -14,6 +14,8 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # what plain weights are stored in
 
+MOST_BYTES_OF_A_PICKLE = 2**28  # without the tensors' data; those of large models take some megabytes
+
 # ----- Quantised weights -------------------------------------------------------------------------------------------
 
 # quant_method in config.json -> the method's name, and what hub ids of such checkpoints often have in them.
@@ -125,8 +127,9 @@ def pickled_by(path: Path) -> str | None:
     """What to tell of a pickle with classes of a quantising library, or None. The pickle is searched, never run."""
     try:
         with zipfile.ZipFile(path) as archive:
-            program = b"".join(archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
-    except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError):
+            program = b"".join(archive.read(entry) for entry in archive.infolist()
+                               if entry.filename.endswith("data.pkl") and entry.file_size < MOST_BYTES_OF_A_PICKLE)
+    except Exception:  # no archive, or a damaged one, which raises anything: reading it as weights will say so
         return None
     method = next((name for name in ("torchao", "hqq", "quanto", "bitsandbytes") if name.encode() in program), None)
     return method and refusal(method, "", f"the classes in {path.name}")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from formats.foreign import pickled_by, quantized_by_tensors
+from formats.foreign import kind_of_head, pickled_by, quantized_by_tensors
 from formats.tokenizer_files import read_json
 from formats.weights import read_tensors
 
@@ -56,10 +56,14 @@ def open_folder(folder: Path) -> dict[str, LazyTensor]:
         if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
             raise ValueError(f"{folder / file}: holds other things than plain tensors; use a safetensors version")
         tensors |= {str(name): tensor for name, tensor in found.items()}
+    raw = read_json(folder / "config.json")
+    kind = kind_of_head(tensors, raw)
+    if kind and not kind.startswith(("a whole model", "an MTP")):  # models may have MTP layers of their own
+        raise ValueError(f"this is {kind.partition(' (')[0]}, not a model: give the model's folder, and --eagle for an "
+                         "EAGLE-1/2 head")
     if quantized := quantized_by_tensors(tensors):
         raise ValueError(quantized)
-    return usual_names({name: (tuple(t.shape), t.detach) for name, t in tensors.items()},
-                       read_json(folder / "config.json"))
+    return usual_names({name: (tuple(t.shape), t.detach) for name, t in tensors.items()}, raw)
 
 
 def what_is_there(folder: Path) -> str:

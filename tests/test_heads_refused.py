@@ -13,6 +13,7 @@ from torch import Tensor
 
 from draft import load_head
 from drafters.medusa import load_medusa
+from formats.hf import open_folder
 
 C, V = tiny.SHAPE["hidden_size"], tiny.SHAPE["vocab_size"]
 
@@ -78,6 +79,17 @@ def test_other_kinds_are_named(tmp_path: Path) -> None:
             with pytest.raises(ValueError, match=f"model.safetensors: this is {kind}.*; only") as error:
                 load(tmp_path, target)
             assert "\n" not in str(error.value)
+
+
+def test_heads_are_not_converted_as_models(tmp_path: Path) -> None:
+    """Fails if the converter, given a head's folder in place of a model's, complains of a tensor."""
+    for kind, tensors, raw in KINDS[:6]:
+        save(tmp_path, tensors, tiny.SHAPE | raw)
+        with pytest.raises(ValueError, match=f"this is {kind}, not a model"):
+            open_folder(tmp_path)
+    tiny.save_head(tiny.head(tiny.target()), tmp_path)
+    with pytest.raises(ValueError, match="this is an EAGLE-1/2 head, not a model"):
+        open_folder(tmp_path)
 
 
 def test_each_option_names_the_other(tmp_path: Path) -> None:

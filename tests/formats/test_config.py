@@ -86,8 +86,8 @@ OTHERS = {
     "attn_logit_cap": 50.0, "logits_soft_cap": 30.0, "attention_chunk_size": 8192, "attn_temperature_tuning": True,
     "use_qk_norm": True, "alibi": True, "is_causal": False, "use_bidirectional_attention": True,
     "text_config": {"a": 1}, "per_layer_config": {"0": {"num_key_value_heads": 1}}, "my_new_scale": 2,
-    "my_rope_base": {"a": [10.0]}, "embedding_scale": 5.6, "yarn_alpha": 1.5, "logit_multiplier": 10**400, "tie_word_embeddings": "false",
-    "layer_types": ["full_attention", "linear_attention"],
+    "my_rope_base": {"a": [10.0]}, "embedding_scale": 5.6, "yarn_alpha": 1.5, "logit_multiplier": 10**400,
+    "tie_word_embeddings": "false", "layer_types": ["full_attention", "linear_attention"],
 }
 # Fields that cannot all be true, and what the error must say.
 CONTRADICTIONS = [
