@@ -43,11 +43,14 @@ def call(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         if prompts is not None:
             write(tmp_path / "asked.jsonl", prompts)
         monkeypatch.setattr(sys, "argv", ["generate.py", *words, *map(str, more)])
-        with pytest.raises(SystemExit) as end:
+        code = 0
+        try:
             generate.main()
+        except SystemExit as end:
+            code = end.code
         out, err = capsys.readouterr()
         assert out == "" and "Traceback" not in err
-        return end.value.code, [] if end.value.code == 2 else read(tmp_path / "answers.jsonl"), err
+        return code, [] if code == 2 else read(tmp_path / "answers.jsonl"), err
     return call
 
 

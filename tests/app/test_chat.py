@@ -255,6 +255,10 @@ def test_save_and_load(make, tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     kept = json.loads(file.read_text(encoding="utf-8"))["messages"]
     assert talk.messages == kept[:3] and said(talk) == ["Hello \u2028 é"] and len(kept) == 5
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [file.name]
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())  # as some editors save it
+    talk.run(Script(f"/load {file}", "/undo"))
+    assert talk.messages == kept[:3]
+    capsys.readouterr()
     talk.run(Script("/save", "/load", f"/load {tmp_path}/none", f"/save {tmp_path}/no/such", f"/load {tmp_path}"))
     err = capsys.readouterr().err
     assert err.count("error: ") == 5 and err.count("name of the file is missing") == 2 and "Traceback" not in err
@@ -399,7 +403,8 @@ def test_no_chat_template(call, folder: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Tokenizer, "has_chat_template", property(lambda self: False, lambda *_: None), raising=False)
     code, out, err = call("x\n", "--interactive")
     assert code == 2 and out == ""
-    assert err == "error: this model has no chat template, which --interactive needs: use --prompt TEXT --raw\n"
+    assert err == ("error: this model has no chat template, which --interactive needs: give one by --chat_template FILE "
+                   "(docs/usage.md), or use --prompt TEXT --raw\n")
     monkeypatch.undo()
 
     def refuse(self: Tokenizer, messages: Messages, *rest: bool) -> str:

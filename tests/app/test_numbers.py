@@ -120,7 +120,7 @@ def test_compare() -> None:
     said = compare(engine, vanilla, fast | {"tokens": [5, 6, 9, 8, 8, 8]}, [1, 2], Sampling(1.0, seed=3))
     assert said.startswith("2.50x vanilla; differs at token 2, where vanilla's two best scores are 0.125 apart (bfloat")
     assert engine.asked == [([1, 2, 5, 6], Sampling(1.0, seed=3))]
-    assert compare(engine, vanilla | {"tokens_per_sec": 0.0}, fast, [1], Sampling()).startswith("nanx vanilla")
+    assert compare(engine, vanilla | {"tokens_per_sec": 0.0}, fast, [1], Sampling()) == "identical tokens"
 
 
 def test_run_asks_the_clock_twice(clock) -> None:

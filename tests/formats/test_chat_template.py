@@ -209,6 +209,21 @@ def test_stop_ids(byte_level: dict[str, Path], tmp_path: Path) -> None:
     assert Tokenizer(folder).stop_ids == {0, 7, 8, 9}
 
 
+def test_broken_template_matters_only_when_used(byte_level: dict[str, Path], tmp_path: Path) -> None:
+    """Fails if a template that does not compile stops a raw prompt, or is not named once it is needed."""
+    ours = Tokenizer(copy_with(byte_level["gpt2"], tmp_path / "x", chat_template="{% do x %}"))
+    assert ours.encode("Hi") == Tokenizer(byte_level["gpt2"]).encode("Hi") and ours.has_chat_template
+    assert "tokenizer_config.json: broken chat template" in ours.template_error and "'do'" in ours.template_error
+    for use in (ours.chat, ours.render):
+        with pytest.raises(ValueError, match="broken chat template"):
+            use(TALK)
+    with pytest.raises(ValueError, match="broken chat template"):
+        ours.dialogue(["Hi"])
+    write(tmp_path / "good.jinja", CHATML)
+    given = Tokenizer(tmp_path / "x", tmp_path / "good.jinja")
+    assert given.template_error is None and given.chat(TALK[1:2])[0] == given.bpe.token_to_id("<|im_start|>")
+
+
 # ----- The demo model ----------------------------------------------------------------------------------------------
 
 DEMO = Path(__file__).parents[2] / "checkpoints" / "HuggingFaceTB" / "SmolLM2-135M-Instruct"

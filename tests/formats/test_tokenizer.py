@@ -82,6 +82,23 @@ def test_llama_2_tokenizer_json(spm_folder: Path, tmp_path: Path) -> None:
     assert len(seen) == 2  # otherwise the two fields would prove nothing
 
 
+def test_code_llama(spm_folder: Path, tmp_path: Path) -> None:
+    """Fails if a CodeLlamaTokenizer gives other ids than in transformers, where it is LlamaTokenizer without `legacy`,
+    always strips when it decodes, and has five tokens that its files need not mention."""
+    bpe = llama_oracle(spm_folder).backend_tokenizer
+    bpe.pre_tokenizer = None
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    for name in ("CodeLlamaTokenizer", "CodeLlamaTokenizerFast"):
+        for model_type, more in (("llama", {}), ("llama", {"legacy": True, "add_prefix_space": False}),
+                                 ("llama", {"prefix_token": "▁<PRE>", "fill_token": None}), ("mistral", {})):
+            write(tmp_path / "tokenizer_config.json", {"tokenizer_class": name, **names, **more})
+            write(tmp_path / "config.json", {"model_type": model_type})
+            texts = [*STRINGS[:100], " hi", "<s>hi", "▁<PRE> a▁<SUF>b▁<MID>", "▁<EOT>"]
+            assert_same(Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path), texts)
+
+
 def test_added_tokens_of_older_folders(spm_folder: Path, tmp_path: Path) -> None:
     """Fails if added_tokens.json or special_tokens_map.json is ignored: <|im_end|> would become several pieces."""
     folder = copy_with(spm_folder, tmp_path / "x")
