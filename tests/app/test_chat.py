@@ -403,8 +403,8 @@ def test_no_chat_template(call, folder: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Tokenizer, "has_chat_template", property(lambda self: False, lambda *_: None), raising=False)
     code, out, err = call("x\n", "--interactive")
     assert code == 2 and out == ""
-    assert err == ("error: this model has no chat template, which --interactive needs: give one by --chat_template FILE "
-                   "(docs/usage.md), or use --prompt TEXT --raw\n")
+    assert err == ("error: this model has no chat template, which --interactive needs: give one by "
+                   "--chat_template FILE (docs/usage.md), or use --prompt TEXT --raw\n")
     monkeypatch.undo()
 
     def refuse(self: Tokenizer, messages: Messages, *rest: bool) -> str:

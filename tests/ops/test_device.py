@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from conftest import ROOT
+from triton_tools import assert_fits, compile_ahead, not_interpreted
 
 from ops import device
 
@@ -72,6 +73,13 @@ def test_gpu_problem(patches: dict, asked: tuple, words: str | None, gpu: pytest
             assert problem is None
         else:
             assert words in problem and "--device cpu" in problem and "\n" not in problem and "URL" not in problem
+
+
+@not_interpreted
+def test_probe_compiles() -> None:
+    """Fails if the kernel that tries out Triton does not compile itself."""
+    for arch in (80, 90):
+        assert_fits(compile_ahead(device.probe_kernel, arch, {"out": "*i32"}, {"PDL": arch >= 90}, warps=4), arch)
 
 
 def test_said_at_the_start(gpu: pytest.MonkeyPatch, call, tmp_path: Path) -> None:
