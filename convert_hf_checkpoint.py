@@ -52,7 +52,7 @@ def staged(out: Path, source: Path) -> Iterator[Path]:
     """Yield a scratch folder. When the block ends, its files replace those that an earlier run wrote into `out`, and
     what quantize.py made of them. After an error `out` is as it was, and the error is a ValueError that names both
     folders."""
-    part = None
+    part = source
     try:
         with replace_files(out, (*FILES, CURVE, "model.safetensors", "pytorch_model.bin", QUANTIZED)) as part:
             yield part
@@ -61,7 +61,9 @@ def staged(out: Path, source: Path) -> Iterator[Path]:
         # raises IndexError and UnicodeDecodeError, a missing entry KeyError, `tokenizers` a bare Exception, the disk
         # OSError. So a bug in this file looks like bad input too; the cause keeps its traceback.
         reason = f"{err} is missing" if isinstance(err, KeyError) else str(err) or type(err).__name__
-        reason = reason.replace(f"{part}/", f"{source}/" if source.is_dir() else f"{source}: ")  # `part` is gone
+        if not source.is_dir():
+            reason = reason.replace(f"{part}/", f"{source}: ")
+        reason = reason.replace(str(part), str(source))  # the scratch folder is gone
         raise ValueError(f"{source} -> {out} failed: {reason}") from err
 
 

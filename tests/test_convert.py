@@ -349,3 +349,57 @@ def test_heads_of_another_kind_are_refused(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         add_eagle(head_folder(tmp_path / "head", **changes), tmp_path / "out")
     assert not (tmp_path / "out/eagle").exists()
+
+
+# ----- What generate.py will find ------------------------------------------------------------------------------------
+
+
+def test_what_works_in_part_is_said(tmp_path, capsys):
+    """Fails if a template that does not compile or refuses a question, tokens that the model lacks, or a missing
+    tokenizer are found only by generate.py, or stop a conversion that is of use."""
+    for name, changes, said in (
+            ("template", {"chat_template.jinja": "{% do %}"}, "broken chat template"),
+            ("refusal", {"chat_template.jinja": "{{ raise_exception('no system message') }}"}, "no system message"),
+            ("beyond", {"added_tokens.json": '{"<pad>": 64, "<a>": 65, "<b>": 66, "<c>": 67}'},
+             "68 ids, the model 64: prompts with <a>, <b>, <c>, ... will be refused"),
+            ("tokenizer", {"tokenizer.json": None}, "no tokenizer.json and no tokenizer.model"),
+            ("nothing", {}, "")):
+        hf_folder(tmp_path / name)
+        for file, text in changes.items():
+            if text is None:
+                (tmp_path / name / file).unlink()
+            else:
+                (tmp_path / name / file).write_text(text)
+        convert(tmp_path / name, tmp_path / f"{name} out")
+        lines = [line for line in capsys.readouterr().err.splitlines() if "converting" not in line and line]
+        assert len(lines) == bool(said) and said in "".join(lines) and ".part" not in "".join(lines)
+        load_model(tmp_path / f"{name} out")
+
+
+@pytest.mark.parametrize("file, text", [
+    ("tokenizer.json", '{"any": "thing"}'), ("tokenizer_config.json", "{"), ("added_tokens.json", "["),
+    ("generation_config.json", '{"eos_token_id": "x"}')])
+def test_what_generate_would_refuse(file, text, tmp_path, monkeypatch, capsys):
+    """Fails if the converter is content with files that generate.py refuses, or names a file that is gone."""
+    hf_folder(tmp_path / "hf")
+    (tmp_path / "hf" / file).write_text(text)
+    assert run(monkeypatch, tmp_path / "hf", "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and str(tmp_path / "hf") in error and ".part" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_layer_is_run(tmp_path, monkeypatch):
+    """Fails if weights that are no numbers are converted without a word, or if the check reads more than one layer."""
+    tensors = hf_folder(tmp_path / "hf")
+    names = []
+    real = convert_hf_checkpoint.fill
+    monkeypatch.setattr(convert_hf_checkpoint, "fill", lambda model, tensors, *rest: (names.extend(tensors),
+                                                                                      real(model, tensors, *rest)))
+    convert(tmp_path / "hf", tmp_path / "out")
+    assert "layers.0.w2.weight" in names and not [name for name in names if name.startswith("layers.1.")]
+    tensors["model.layers.0.mlp.down_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, tmp_path / "hf/model.safetensors")
+    with pytest.raises(ValueError, match="not finite"):
+        convert(tmp_path / "hf", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
