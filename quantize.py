@@ -132,10 +132,10 @@ def quantize_calibrated(model: Llama, path: Path, group: int, device: str) -> It
 
 
 def first_token(tokenizer: Tokenizer) -> int:
-    """The token that separated texts in the model's training: <|endoftext|>, else bos, else a stop id, else 0."""
+    """What separated texts in training, if the model has it: <|endoftext|>, else bos, else a stop id, else 0."""
     separator = tokenizer.bpe.token_to_id("<|endoftext|>")
     candidates = (separator, tokenizer.bos_id, *sorted(tokenizer.stop_ids), 0)
-    return next(i for i in candidates if i is not None)
+    return next(i for i in candidates if i in tokenizer.model_ids)
 
 
 @torch.inference_mode()
@@ -209,11 +209,10 @@ def main() -> None:
         p.error("--group is for int4")
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda, but torch finds no CUDA device")
-    group = args.group or 128
     source = {None: args.checkpoint, True: args.checkpoint / "eagle"}.get(args.draft, args.draft)
     with locked(folder_of(source)) if source.exists() else nullcontext():  # its weights stay those that are read
-        print(quantize_checkpoint(source, args.mode, group, args.device) if args.draft is None
-              else quantize_draft(source, args.checkpoint, args.mode, group))
+        print(quantize_checkpoint(source, args.mode, args.group or 128, args.device) if args.draft is None
+              else quantize_draft(source, args.checkpoint, args.mode, args.group or 128))
 
 
 if __name__ == "__main__":
