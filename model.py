@@ -24,6 +24,7 @@ from torch import Tensor
 from formats.config import Config
 from formats.weights import FORMAT, fill, read_tensors
 from ops.attention import TreeMask, tree_attention
+from ops.device import gpu_problem
 from ops.embed_rope import embed, rope_store
 from ops.linear import linear, rms_norm
 from quant.linear import quantize_linears, stored_mode
@@ -200,6 +201,9 @@ def load_model(path: Path | str, device: torch.device | str = "cpu", dtype: torc
         raise ValueError(f"{file}: not a converted checkpoint; run `python convert_hf_checkpoint.py {file.parent}`")
     mode, stored_group = stored_mode(file, metadata, quantize)
     check_integer_support(mode or quantize, torch.device(device))
+    problem = gpu_problem(torch.device(device).type)
+    if problem:
+        raise ValueError(problem)
     with torch.device("meta"):
         model = Llama(cfg, qkv_bias="layers.0.wqkv.bias" in tensors)
     if mode:

@@ -208,7 +208,7 @@ class View:
 def page_of(run: Path, out: Path) -> None:
     """Write the page of a run, a file whose last line is what generate.py --json prints. ValueError where it is not."""
     try:
-        last_line = run.read_text(encoding="utf-8").strip().rpartition("\n")[2]
+        last_line = run.read_text(encoding="utf-8-sig").strip().rpartition("\n")[2]
         write_page(json.loads(last_line), out)
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{run}: not what `generate.py --show_tree --json` prints") from None

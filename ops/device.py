@@ -74,8 +74,8 @@ def has_cuda() -> bool:
 
 
 def gpu_problem(device: str | None) -> str | None:
-    """Why this device, "cuda", "cpu" or None for what there is, cannot be used, in one line; None where it can."""
-    if device == "cpu":
+    """Why this device, or the GPU if there is one for None, cannot be used, in one line; None where it can."""
+    if device not in ("cuda", None):
         return None
     if not has_cuda():
         reason = why_no_cuda()

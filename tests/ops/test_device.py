@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT
 from triton_tools import assert_fits, compile_ahead, not_interpreted
 
+from model import load_model
 from ops import device
 
 TOO_OLD = ("The NVIDIA driver on your system is too old (found version 12020). Please update your GPU driver by "
@@ -91,6 +92,15 @@ def test_said_at_the_start(gpu: pytest.MonkeyPatch, call, tmp_path: Path) -> Non
         words = more if "--memory" in more else ("--prompt", "x", *more)
         code, out, err = call("--checkpoint", folder, *words)
         assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith("error: A GPU has compute capability 7.5")
+
+
+def test_every_command_loads_a_model(gpu: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Fails if bench.py, train.py or quantize.py, which load the model themselves, get further than that."""
+    folder = tiny.save_target(tiny.target(dtype=torch.float32), tmp_path / "x")
+    gpu.setattr(device, "TRITON_ERROR", ImportError("none"))
+    for where in ("cuda", "cuda:0", torch.device("cuda")):
+        with pytest.raises(ValueError, match="cannot be imported"):
+            load_model(folder, where)
 
 
 class Broken(MetaPathFinder):

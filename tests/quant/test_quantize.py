@@ -69,7 +69,8 @@ def folder(tmp_path: Path) -> Path:
 def tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the tokenizer by the few attributes that quantize.py reads, and make the texts shorter."""
     bpe = SimpleNamespace(token_to_id=lambda token: None)
-    monkeypatch.setattr(quantize, "Tokenizer", lambda folder: SimpleNamespace(bpe=bpe, bos_id=3, stop_ids={5}))
+    monkeypatch.setattr(quantize, "Tokenizer", lambda folder: SimpleNamespace(
+        bpe=bpe, bos_id=3, stop_ids={5}, model_ids=range(40)))
     monkeypatch.setattr(quantize, "LENGTH", 64)
 
 
