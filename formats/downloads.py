@@ -23,7 +23,7 @@ def not_what_it_is_called(path: Path) -> str | None:
     if path.suffix == ".safetensors":
         return cut_safetensors(path, size, start)
     if path.suffix in (".bin", ".pt") and start[:4] == b"PK\x03\x04" and not ends_as_zip(path):
-        return f"{path}: cut off: finish the download"
+        return f"{path}: damaged, cut off: finish the download"
     return None
 
 
@@ -34,9 +34,9 @@ def cut_safetensors(path: Path, size: int, start: bytes) -> str | None:
         return f"{path}: not weights, but a server's answer ({said}): delete it and download it again"
     header = int.from_bytes(start[:8], "little")
     if header > 10**8:  # the format's own limit
-        return f"{path}: not a safetensors file, whatever its name says: delete it and download it again"
+        return f"{path}: damaged, or not a safetensors file: delete it and download it again"
     if size < 8 + header:
-        return f"{path}: cut off in its header, after {size} bytes: finish the download"
+        return f"{path}: damaged, cut off in its header after {size} bytes: download or make it again"
     with open(path, "rb") as file:
         file.seek(8)
         try:
@@ -46,7 +46,7 @@ def cut_safetensors(path: Path, size: int, start: bytes) -> str | None:
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
             return None
     if isinstance(end, int) and size < 8 + header + end:
-        return f"{path}: cut off, {size} of {8 + header + end} bytes: finish the download"
+        return f"{path}: damaged, cut off after {size} of {8 + header + end} bytes: download or make it again"
     return None
 
 

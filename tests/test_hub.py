@@ -216,13 +216,13 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2
 @pytest.mark.parametrize("file, change, message", [
     ("model.safetensors", lambda data: POINTER, "Git-LFS pointer"), ("tokenizer.json", lambda data: POINTER, "git lfs"),
     ("config.json", lambda data: POINTER, "git lfs pull"), ("tokenizer.json", lambda data: b"", "empty"),
-    ("model.safetensors", lambda data: data[:-1], "cut off, "),
-    ("model.safetensors", lambda data: data[:100], "cut off in its header"),
+    ("model.safetensors", lambda data: data[:-1], "cut off after "),
+    ("model.safetensors", lambda data: data[:100], "cut off in its header after 100 bytes"),
     ("model.safetensors", lambda data: b"<html>Log in</html>", "web page"),
     ("config.json", lambda data: b"\n<!doctype HTML>", "web page"),
     ("model.safetensors", lambda data: b'{"error": "Repository not found"}', "answer (Repository not found)"),
     ("config.json", lambda data: b'{"message": "Not allowed"}', "answer (Not allowed)"),
-    ("model.safetensors", lambda data: b"garbage!" * 40, "not a safetensors file")])
+    ("model.safetensors", lambda data: b"garbage!" * 40, "or not a safetensors file")])
 def test_files_that_are_not_what_they_are_called(file, change, message, tmp_path, monkeypatch, capsys):
     """Fails if a file that was never downloaded whole is reported in the words of a library, or without its name."""
     hf_folder(tmp_path / "hf")
@@ -241,7 +241,7 @@ def test_cut_pickles_and_folders_of_others(tmp_path, monkeypatch, capsys):
     path = tmp_path / "hf/pytorch_model.bin"
     path.write_bytes(path.read_bytes()[:-300])
     assert run(monkeypatch, tmp_path / "hf", "--out", tmp_path / "out") == 2
-    assert f"{path}: cut off" in capsys.readouterr().err
+    assert f"{path}: damaged, cut off" in capsys.readouterr().err
     path.unlink()
     (tmp_path / "hf/adapter_config.json").write_text("{}")
     assert run(monkeypatch, tmp_path / "hf", "--out", tmp_path / "out") == 2

@@ -317,3 +317,21 @@ def test_profiles_of_two_runs_are_both_kept(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(tree_size, "measure", measure)
     assert tree_size.cached_profile("one", None, None, 0) == profile
     assert json.loads((tmp_path / "eagle2/trees.json").read_text()).keys() == {"one", "other"}
+
+
+def test_a_state_of_another_training(tmp_path: Path) -> None:
+    """Fails if a damaged state, or that of a training with other options, ends in a traceback or trains on."""
+    def trainer(width: int, optimizers: int = 0) -> SimpleNamespace:
+        module = torch.nn.Linear(width, 2)
+        return SimpleNamespace(step=3, seconds=1.0, module=module, export=lambda: None, device="cpu",
+                               optimizers=[torch.optim.SGD(module.parameters(), 0.1) for _ in range(optimizers)])
+
+    Trainer.save(trainer(2), tmp_path)
+    Trainer.resume(trainer(2), tmp_path)
+    Trainer.resume(trainer(5), tmp_path / "nothing")
+    for other in (trainer(3), trainer(2, 1)):
+        with pytest.raises(ValueError, match=r"state\.pt: damaged, or of a training with other options"):
+            Trainer.resume(other, tmp_path)
+    (tmp_path / "state.pt").write_bytes((tmp_path / "state.pt").read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"state\.pt: damaged"):
+        Trainer.resume(trainer(2), tmp_path)
