@@ -282,11 +282,19 @@ def prepare(args: argparse.Namespace) -> tuple[Llama, Tokenizer, Tensor]:
             layer.compile(dynamic=False)
     path = args.work / "dialogues.bin"
     rows = max(int(args.tokens / args.length), args.generate_batch + args.batch)
+    check_dialogues(path, script, args.length)
     write_dialogues(model, script, path, rows, args.length, args.generate_batch)
     dialogues = torch.from_file(str(path), size=rows * args.length, dtype=torch.int32)
-    dialogues = dialogues.view(rows, args.length)
-    begins = script.forced[:max(script.openers, 1), 0]  # what the first token of a dialogue can be
-    if not torch.isin(~dialogues[:100, 0].long(), begins.cpu()).all():
+    return model, tokenizer, dialogues.view(rows, args.length)
+
+
+def check_dialogues(path: Path, script: Script, length: int) -> None:
+    """Raise ValueError if a file of dialogues was written with another length of rows or for another model, as far as
+    their first tokens tell."""
+    rows = min(path.stat().st_size // (4 * length), 100) if path.exists() else 0
+    if not rows:
+        return
+    first = ~torch.from_file(str(path), size=rows * length, dtype=torch.int32).view(rows, length)[:, 0].long()
+    if not torch.isin(first, script.forced[:max(script.openers, 1), 0].cpu()).all():
         raise ValueError(f"{path}: its dialogues are of another --length or another model: move it away, or choose "
                          "another --work")
-    return model, tokenizer, dialogues

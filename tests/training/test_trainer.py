@@ -449,6 +449,9 @@ def test_command_from_start_to_end(command, capsys: pytest.CaptureFixture) -> No
     with pytest.raises(ValueError, match="eagle holds a head already"):
         command("--steps", 3, "--work", folder / "other")
     assert (folder / "eagle/model.safetensors").read_bytes() == first and not (folder / "other").exists()
+    with pytest.raises(ValueError, match="of another --length or another model"):
+        command("--steps", 0, "--length", 44)
+    assert (folder / "training/dialogues.bin").read_bytes() == data
     command("--steps", 0, "--work", folder / "other")
     assert (folder / "other/dialogues.bin").read_bytes() == data == (folder / "training/dialogues.bin").read_bytes()
     assert (folder / "eagle/model.safetensors").read_bytes() == first
