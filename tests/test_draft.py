@@ -469,8 +469,8 @@ def rewrite(folder: Path, how: str) -> None:
     ("input norm", "input_layernorm"), ("other embedding", "another model"), ("other hidden", "another model"),
     ("other vocabulary", "another model"), ("no config", "config.json"), ("truncated", "damaged"),
     ("payload", "pytorch_model.bin"), ("zipped payload", "pytorch_model.bin"), ("a list", "pytorch_model.bin"),
-    ("not tensors", "pytorch_model.bin"), ("truncated bin", "damaged"), ("empty bin", "damaged"),
-    ("text bin", "damaged"), ("no file", "pytorch_model.bin")])
+    ("not tensors", "pytorch_model.bin"), ("truncated bin", "damaged"), ("empty bin", "empty"),
+    ("text bin", "web page"), ("no file", "pytorch_model.bin")])
 def test_refused_head(how: str, message: str, tmp_path: Path) -> None:
     """Fails if a head of another model or kind, or a damaged one, is loaded or ends in a traceback, or if a pickle runs
     code."""

@@ -100,6 +100,7 @@ CONTRADICTIONS = [
     ({"architectures": ["GraniteForCausalLM"]}, "GraniteForCausalLM"),
     ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
     ({"model_type": "qwen3", "architectures": ["Qwen2ForCausalLM"]}, "Qwen2ForCausalLM"),
+    ({"model_type": "qwen3", "attention_bias": True}, "attention_bias"),
     ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 2, "sliding_window": None}, "no sliding_window"),
 ]
 
@@ -255,6 +256,15 @@ def test_other_names_of_the_same_weights(how: str, tmp_path: Path) -> None:
     plain, other = load_model(tmp_path / "plain"), load_model(tmp_path / "other")
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), other.parameters(), strict=True))
     assert other.lm_head.weight.data_ptr() == other.embed.weight.data_ptr()
+
+
+def test_no_lm_head(tmp_path: Path) -> None:
+    """Fails if nobody says what to do about a model whose config does not tie the lm_head that its file lacks."""
+    tensors = hf_folder(tmp_path)
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match='missing lm_head.weight; .* set "tie_word_embeddings": true'):
+        open_folder(tmp_path)
 
 
 def test_denied_biases(tmp_path: Path) -> None:
