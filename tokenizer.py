@@ -47,7 +47,8 @@ class Tokenizer:
         self.model_ids = range(size if isinstance(size, int) else 2**31)  # the ids that the model has
         bos, eos = (self.bpe.token_to_id(self.named.get(key, "")) for key in ("bos_token", "eos_token"))
         self.bos_id: int | None = model.get("bos_token_id") if bos is None else bos
-        self.turn_ends, self.after_answer = find_turn_ends(self.bpe, self.render)
+        with clear_error(f"{folder / 'tokenizer.json'} is broken, copy it again"):
+            self.turn_ends, self.after_answer = find_turn_ends(self.bpe, self.render)
         stops = [eos, *self.turn_ends]
         for ids in (model.get("eos_token_id"), generation.get("eos_token_id")):
             stops += ids if isinstance(ids, list) else [ids]
@@ -62,9 +63,12 @@ class Tokenizer:
         """The ids of a text, with bos and eos as the files say. A special token typed in the text becomes its id.
         ValueError for a token that the model does not have."""
         try:
-            ids = self.bpe.encode(text, add_special_tokens=add_special_tokens).ids
-        except TypeError as error:
-            raise ValueError("the text is not valid UTF-8: it has a lone surrogate") from error
+            with clear_error("tokenizer.json is broken, copy it again"):
+                ids = self.bpe.encode(text, add_special_tokens=add_special_tokens).ids
+        except ValueError as error:
+            if isinstance(error.__cause__, TypeError):
+                raise ValueError("the text is not valid UTF-8: it has a lone surrogate") from error
+            raise
         beyond = max(ids, default=0)
         if beyond not in self.model_ids:
             raise ValueError(f"the model has {len(self.model_ids)} tokens (vocab_size), and the text has "

@@ -140,7 +140,8 @@ def fingerprint(path: Path, sample: int = 2**20) -> str:
 # ----- The answers -----------------------------------------------------------------------------------------------
 
 LINE_START = b'{"id": '  # every line of --output begins so
-NOT_OURS = (ValueError, RecursionError, KeyError, TypeError, AttributeError)  # what read_answer raises for other lines
+# What read_answer raises for other lines.
+NOT_OURS = (ValueError, RecursionError, KeyError, TypeError, AttributeError, OverflowError)
 
 
 class Written(NamedTuple):
@@ -156,6 +157,8 @@ def read_answer(line: bytes) -> Written:
     answer = json.loads(line)
     written = Written(answer["id"], answer["asked"], dict(answer["settings"]), figures(answer))
     hash(written.id)  # TypeError for a list
+    if not all(0 <= number < 2**53 for number in written.figures.values()):
+        raise ValueError("no run counts so far")
     return written
 
 

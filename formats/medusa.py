@@ -15,7 +15,7 @@ from torch import Tensor
 
 from formats.eagle import folder_of, read_config
 from formats.foreign import FLOATS, kind_of_head
-from formats.weights import read_tensors
+from formats.weights import plain_tensors, read_tensors
 
 # Where the weights are: as text-generation-inference, the authors and vLLM call the file.
 FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt", "model.safetensors")
@@ -46,12 +46,9 @@ def open_heads(path: Path) -> tuple[Path, dict[str, Tensor]]:
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a .pt file. Raises ValueError if it is damaged or holds anything else, such as code."""
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        return plain_tensors(torch.load(path, map_location="cpu", weights_only=True))
     except Exception:  # a damaged pickle raises anything; PyTorch's own message advises to run its code
-        tensors = None
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise ValueError(f"{path}: damaged, or not a dictionary of plain tensors; download it again")
-    return {str(name): tensor for name, tensor in tensors.items()}
+        raise ValueError(f"{path}: damaged, or not a dictionary of plain tensors; download it again") from None
 
 
 def shares_lm_head(path: Path) -> bool:

@@ -38,10 +38,13 @@ INFILLING = {"prefix_token": "▁<PRE>", "middle_token": "▁<MID>", "suffix_tok
 @contextmanager
 def clear_error(subject: str) -> Iterator[None]:
     """Turn any exception in the block into a ValueError that starts with `subject`. Nothing narrower will do:
-    `tokenizers` raises bare Exceptions for a damaged file, and a chat template can raise anything."""
+    `tokenizers` raises bare Exceptions for a damaged file, and PanicException, which is no Exception, where its Rust
+    code gives up; a chat template can raise anything."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ValueError(f"{subject}: {str(error) or repr(error)}") from error
 
 

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from formats.downloads import not_what_it_is_called
 
 FORMAT = "eagle2-native-1"  # the metadata entry "format" of a converted checkpoint; other files have another or none
-DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int8: "I8"}  # names in the header
+# Their names in the header.
+DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64", torch.int8: "I8"}
 
 
 # ----- Reading -----------------------------------------------------------------------------------------------------
@@ -30,10 +31,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     try:
         if path.suffix == ".bin":  # a pickle: weights_only accepts tensors and refuses code
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-                raise ValueError("not a dictionary of tensors")
-            return tensors, {}
+            return plain_tensors(torch.load(path, map_location="cpu", weights_only=True, mmap=True)), {}
         with safe_open(path, framework="pt") as f:
             return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
     except FileNotFoundError:
@@ -44,6 +42,19 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise ValueError(reason) from None
         raise ValueError(f"{path}: damaged, or not plain tensors ({first_line(e)}); convert or download it again"
                          ) from None
+
+
+def plain_tensors(unpickled: object) -> dict[str, Tensor]:
+    """The tensors of a pickle, by name. TypeError unless it is a dictionary of tensors that have all of their numbers
+    in memory. Others are sparse or quantised, have no data, or repeat one number for terabytes."""
+    if not isinstance(unpickled, dict):
+        raise TypeError("not a dictionary of tensors")
+    for name, t in unpickled.items():
+        is_plain = (isinstance(t, Tensor) and not (t.is_nested or t.is_quantized or t.is_meta)
+                    and t.layout == torch.strided and t.nbytes <= t.untyped_storage().nbytes())
+        if not is_plain:
+            raise TypeError(f"{name!r} is no plain tensor")
+    return {str(name): t for name, t in unpickled.items()}
 
 
 def first_line(error: Exception) -> str:

@@ -22,20 +22,24 @@ class Hang(BaseException):
 
 @contextmanager
 def bounded(seconds: int = 20) -> Iterator[None]:
-    """Fail if the block takes longer, or SPARE_BYTES more memory than before."""
+    """Fail if the block computes for longer, waits for ten times as long, or takes SPARE_BYTES more memory than before.
+    """
     def stop(*_: object) -> None:
-        raise Hang(f"still busy after {seconds} s")
+        raise Hang(f"still busy after {seconds} s of computing, or {10 * seconds} s in all")
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    before = signal.signal(signal.SIGALRM, stop)
+    timers = ((signal.ITIMER_PROF, signal.SIGPROF, seconds), (signal.ITIMER_REAL, signal.SIGALRM, 10 * seconds))
+    before = [signal.signal(number, stop) for _, number, _ in timers]
     resource.setrlimit(resource.RLIMIT_AS, (taken + SPARE_BYTES, hard))
-    signal.alarm(seconds)
+    for timer, _, limit in timers:
+        signal.setitimer(timer, limit)
     try:
         yield
     finally:
-        signal.alarm(0)
+        for timer, number, _ in timers:
+            signal.setitimer(timer, 0)
+            signal.signal(number, before.pop(0))
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        signal.signal(signal.SIGALRM, before)
 
 
 def refusal(load: Callable[..., object], *inputs: object) -> str:

@@ -5,6 +5,8 @@ generate.py instead, with fewer cases.
 
     python -m pytest tests/formats/test_fuzz_loaders.py
 """
+import json
+import random
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
@@ -136,6 +138,45 @@ def test_tokenizer(folder: Path) -> None:
                         "{% if add_generation_prompt %}assistant {{ ns.x | join(',') * 2 }}{% endif %}")
     fuzz(template, 120, damaged_template, use_tokenizer, folder)
     template.unlink()
+
+
+# Parts that a tokenizer.json may have, and that the tiny one lacks.
+PARTS = {
+    "normalizer": [{"type": "Precompiled", "precompiled_charsmap": "AAAA"}, {"type": "NFC"}, {"type": "Nmt"},
+                   {"type": "Replace", "pattern": {"String": ""}, "content": "xy"}, {"type": "Prepend", "prepend": ""},
+                   {"type": "Replace", "pattern": {"Regex": "("}, "content": ""}],
+    "pre_tokenizer": [None, {"type": "FixedLength", "length": 0}, {"type": "Digits", "individual_digits": True},
+                      {"type": "Split", "pattern": {"Regex": ""}, "behavior": "MergedWithNext", "invert": True},
+                      {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}],
+    "decoder": [None, {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+                {"type": "Strip", "content": " ", "start": 99, "stop": 99}, {"type": "WordPiece", "prefix": "##"}],
+    "post_processor": [{"type": "BertProcessing", "sep": ["<|end|>", 257], "cls": ["x", 2**31]},
+                       {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}},
+                       {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "x", "type_id": 0}}],
+                        "pair": [], "special_tokens": {"x": {"id": "x", "ids": [2**31], "tokens": ["x"]}}}],
+    "truncation": [{"direction": "Right", "max_length": 0, "strategy": "LongestFirst", "stride": 5}],
+    "padding": [{"strategy": {"Fixed": 10**6}, "direction": "Right", "pad_to_multiple_of": 0, "pad_id": 0,
+                 "pad_type_id": 0, "pad_token": ""}],
+    "added_tokens": [[], [{"id": 256, "content": "", "special": True}], [{"id": 2**32 - 1, "content": "x"}]]}
+MODEL_PARTS = {"unk_token": ["<|start|>", "nope", ""], "continuing_subword_prefix": ["##"], "merges": [["a b"], ["a"]],
+               "end_of_word_suffix": ["</w>"], "byte_fallback": [True], "fuse_unk": [True], "dropout": [1.0],
+               "vocab": [{}, {"a": 0}, {"a": 2**31}], "type": ["WordLevel", "WordPiece", "Unigram"]}
+
+
+@pytest.mark.slow
+def test_tokenizer_parts(folder: Path) -> None:
+    """Fails if a tokenizer.json of parts that do not fit together raises anything else, when it is read or used:
+    `tokenizers` may panic, and may find only while it encodes that a token is missing."""
+    def damage(data: bytes, draw: random.Random) -> bytes:
+        value = json.loads(data)
+        for parts, place in ((PARTS, value), (MODEL_PARTS, value["model"])):
+            for part in draw.sample([*parts], draw.choice((0, 1, 1, 2))):
+                place[part] = draw.choice(parts[part])
+        for token in value["added_tokens"]:
+            token |= {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        return json.dumps(value).encode()
+
+    fuzz(folder / "tokenizer.json", 200, damage, use_tokenizer, folder)
 
 
 @pytest.mark.slow
