@@ -59,7 +59,7 @@ def open_head(path: Path) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
     tensors = {str(name): tensor for name, tensor in tensors.items()}  # a pickle may have others
     kind = kind_of_head(tensors, raw)
     if kind and not kind.startswith("an EAGLE-1/2"):
-        raise ValueError(f"{file}: this is {kind}; only EAGLE-1/2 heads are implemented here")
+        raise ValueError(f"{file}: holds {kind}; only EAGLE-1/2 heads are implemented here")
     if quantized := quantized_by_tensors(tensors):
         raise ValueError(f"{file}: {quantized}")
     return file, tensors, metadata

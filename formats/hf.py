@@ -59,8 +59,8 @@ def open_folder(folder: Path) -> dict[str, LazyTensor]:
     raw = read_json(folder / "config.json")
     kind = kind_of_head(tensors, raw)
     if kind and not kind.startswith(("a whole model", "an MTP")):  # models may have MTP layers of their own
-        raise ValueError(f"this is {kind.partition(' (')[0]}, not a model: give the model's folder, and --eagle for an "
-                         "EAGLE-1/2 head")
+        raise ValueError(f"the folder holds {kind.partition(' (')[0]}, not a model: give the model's "
+                         "folder, and --eagle for an EAGLE-1/2 head")
     if quantized := quantized_by_tensors(tensors):
         raise ValueError(quantized)
     return usual_names({name: (tuple(t.shape), t.detach) for name, t in tensors.items()}, raw)

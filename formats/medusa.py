@@ -39,7 +39,7 @@ def open_heads(path: Path) -> tuple[Path, dict[str, Tensor]]:
     published = read_pickle(file) if file.suffix == ".pt" else read_tensors(file)[0]
     kind = kind_of_head(published, raw)
     if kind and not kind.startswith("Medusa"):
-        raise ValueError(f"{file}: this is {kind}; only Medusa heads can be given here")
+        raise ValueError(f"{file}: holds {kind}; only Medusa heads can be given here")
     return file, published
 
 

@@ -76,7 +76,7 @@ def test_other_kinds_are_named(tmp_path: Path) -> None:
     for kind, tensors, raw in KINDS:
         save(tmp_path, tensors, raw)
         for load in (load_head, load_medusa):
-            with pytest.raises(ValueError, match=f"model.safetensors: this is {kind}.*; only") as error:
+            with pytest.raises(ValueError, match=f"model.safetensors: holds {kind}.*; only") as error:
                 load(tmp_path, target)
             assert "\n" not in str(error.value)
 
@@ -85,10 +85,10 @@ def test_heads_are_not_converted_as_models(tmp_path: Path) -> None:
     """Fails if the converter, given a head's folder in place of a model's, complains of a tensor."""
     for kind, tensors, raw in KINDS[:6]:
         save(tmp_path, tensors, tiny.SHAPE | raw)
-        with pytest.raises(ValueError, match=f"this is {kind}, not a model"):
+        with pytest.raises(ValueError, match=f"holds {kind}, not a model"):
             open_folder(tmp_path)
     tiny.save_head(tiny.head(tiny.target()), tmp_path)
-    with pytest.raises(ValueError, match="this is an EAGLE-1/2 head, not a model"):
+    with pytest.raises(ValueError, match="holds an EAGLE-1/2 head, not a model"):
         open_folder(tmp_path)
 
 

@@ -222,7 +222,7 @@ def test_refused_file_and_model(tmp_path: Path) -> None:
     model = tiny.target()
     with pytest.raises(FileNotFoundError, match="no Medusa heads there"):
         load_medusa(tmp_path / "medusa_lm_head.pt", model)
-    with pytest.raises(ValueError, match="this is a whole model"):
+    with pytest.raises(ValueError, match="holds a whole model"):
         load_medusa(tiny.save_target(model, tmp_path), model)
 
 
