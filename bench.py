@@ -47,6 +47,7 @@ from benchmarks.workload import Prompt, Subject, ask, describe_subject, load, lo
 from drafters.methods import BASELINE, METHODS, make_drafter
 from engine import SPARE, Engine
 from formats.questions import read_questions
+from formats.writing import write_text
 from ops.device import peak_gb
 from sampling import Sampling
 
@@ -205,7 +206,7 @@ def main() -> int:
             print(compare_results(old, result))
     if result.get("methods"):
         if args.json:
-            args.json.write_text(json.dumps(result) + "\n")
+            write_text(args.json, json.dumps(result) + "\n")
         if args.plots and result["measured"]:
             from benchmarks.plots import draw  # here: nothing else needs matplotlib
             print("pictures:", *draw(result, args.plots))

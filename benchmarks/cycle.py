@@ -56,6 +56,7 @@ from drafters.tree_size import fit, read_curve, verify_by_rows
 from engine import Engine
 from formats.eagle import find_head
 from formats.questions import read_questions
+from formats.writing import write_text
 from model import Llama
 from ops.device import peak_gb
 from ops.graphs import timed
@@ -327,7 +328,7 @@ def main() -> None:
         measure_all(args, result)
     finally:
         if args.json and result.get("contexts"):
-            args.json.write_text(json.dumps(result) + "\n")
+            write_text(args.json, json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":

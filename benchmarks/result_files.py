@@ -8,6 +8,8 @@ import re
 import shlex
 from pathlib import Path
 
+from formats.writing import write_text
+
 RESULTS = Path(__file__).parent / "results"
 SHAPES = tuple(f"cycle-llama-{name}" for name in (
     "2-7b-bf16", "2-7b-int8", "2-7b-int8dyn", "2-7b-int4", "3-8b-bf16", "2-13b-bf16", "2-13b-int8", "2-13b-int4"))
@@ -77,7 +79,7 @@ def add(file: Path, name: str, commit: str | None = None, folder: Path = RESULTS
     except DAMAGED:
         raise ValueError(f"{file}: not what benchmarks.cycle or bench.py --json writes") from None
     path = folder / f"{name}.json"
-    path.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(result) + "\n")
     return path
 
 

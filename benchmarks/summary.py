@@ -16,6 +16,7 @@ from pathlib import Path
 from app.command import fail, run_command
 from benchmarks.report import table
 from benchmarks.result_files import DAMAGED, NAMES, SHAPES, Results, add, problems, read_results
+from formats.writing import write_text
 
 PAGE = Path(__file__).parent.parent / "BENCHMARKS.md"
 README = PAGE.with_name("README.md")
@@ -176,8 +177,8 @@ def main() -> int:
             print(add(args.add[0], str(args.add[1]), args.commit))
         results = read_results()
         if args.write:
-            PAGE.write_text(write(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
-            README.write_text(write_numbers(README.read_text(encoding="utf-8"), results), encoding="utf-8")
+            write_text(PAGE, write(PAGE.read_text(encoding="utf-8"), results))
+            write_text(README, write_numbers(README.read_text(encoding="utf-8"), results))
         elif not args.add:
             print(*(f"{name}\n\n{render(name, results)}" for name in BLOCKS), sep="\n")
         found = problems(results)

@@ -1,6 +1,6 @@
 """Writing files so that there is the old or the new, never half of either, whoever is killed or writes there too.
 
-    replace_when_whole(path)   one file that stands alone. Of two writers, the last one wins
+    replace_when_whole(path)   one file that stands alone. Of two writers, the last one wins; write_text is the same
     replace_files(folder)      files that belong together. Of two writers, the second is refused
     locked(folder)             refuses others for longer, while a run reads what it will replace
 
@@ -158,3 +158,13 @@ def replace_when_whole(path: Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as a whole. A link stays a link; what is no file, such as /dev/stdout, is written to."""
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
+    with replace_when_whole(path) as part:
+        part.write_text(text, encoding="utf-8")

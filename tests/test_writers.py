@@ -26,7 +26,7 @@ from draft import load_head
 from drafters import tree_size
 from drafters.medusa import MedusaHeads, load_medusa, save_medusa
 from formats.eagle import read_vocab, save_head, save_vocab
-from formats.writing import carry_out, held, locked, replace_files, replace_when_whole
+from formats.writing import carry_out, held, locked, replace_files, replace_when_whole, write_text
 from model import load_model
 from quantize import quantize_checkpoint
 from tokenizer import Tokenizer
@@ -302,6 +302,19 @@ def test_quantized_files_never_outlive_their_model(tmp_path: Path) -> None:
     with replace_files(tmp_path) as part:
         (part / "acceptance.json").touch()
     assert (tmp_path / "model-int8.safetensors").exists()
+
+
+def test_links_and_devices_stay(tmp_path: Path) -> None:
+    """Fails if a result that is written to a link or to /dev/null puts a file in its place."""
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    for text in ("one", "two"):
+        write_text(tmp_path / "link", text)
+        assert (tmp_path / "file").read_text() == text and (tmp_path / "link").is_symlink()
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_text(tmp_path / "pipe", "three")
+    assert os.read(reader, 99) == b"three" and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
 
 
 def test_profiles_of_two_runs_are_both_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
