@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 
-from app import answer, chat, memory, options
+from app import answer, batch, chat, memory, options
 from app.answer import Run, compare, generate, report
 from app.chat import Chat
 from formats.config import Config
@@ -146,6 +146,17 @@ def test_chat(tokenizer: Tokenizer, clock, capsys: pytest.CaptureFixture) -> Non
     assert chat.report(others) == ("1.0 tokens/s, 2.25 tokens per step, first token after 1.00 s, "
                                    "15 of 30 prompt tokens reused")
     assert chat.report(others[2:]) == "first token after 0.00 s, 0 of 2 prompt tokens reused"
+
+
+def test_batch() -> None:
+    """Fails if the summary of many prompts counts prefill's token in a speed, is a mean of means, or loses a turn or a
+    failed prompt."""
+    one = {"new_tokens": 16, "gained": [3, 1, 5, 2, 4], "decode_s": 4.0}
+    other = {"new_tokens": 6, "gained": [5], "decode_s": 1.0}
+    total = sum(map(batch.figures, (one, {"turns": [one, other]}, {"error": "no"})), start=batch.figures(other))
+    assert total == {"prompts": 4, "failed": 1, "tokens": 44, "gained": 40, "cycles": 12, "seconds": 10.0}
+    assert batch.summary(total) == "4 prompts (1 failed), 44 tokens, 4.0 tokens/s, 3.33 tokens per step"
+    assert batch.summary(batch.figures(other)) == "1 prompts, 6 tokens, 5.0 tokens/s, 5.00 tokens per step"
 
 
 # ----- Memory, and how many slots ----------------------------------------------------------------------------------

@@ -11,10 +11,11 @@ from helpers import operations
 
 from app.answer import Run
 from benchmarks import cycle, race, report, summary
-from benchmarks.workload import Prompt
+from benchmarks.workload import Prompt, gigabytes, kv_gigabytes, step_gb
 from draft import Eagle2, Vanilla
 from engine import Engine
 from ops import graphs
+from quant.linear import quantize_linears
 from sampling import Sampling
 
 
@@ -164,6 +165,20 @@ def test_cycle_numbers() -> None:
     said = cycle.last_table({"device": "a card", "read_gb_s": 1.0, "copy_gb_s": 2.0, "memory_gb": 3.0, "device_gb": 4.0,
                              "startup_s": {"cold": 5.0, "warm": 6.0}})
     assert cells(said.partition("\n\n")[2])[1] == ["1.0", "2.0", "3.0", "4.0", "5.0", "6.0"]
+
+
+def test_what_a_step_reads() -> None:
+    """Fails if scales are not counted, an embedding is, or of the cache more or less than the text's slots."""
+    model = tiny.target(0, torch.float32)
+    model.allocate_cache(100, 28)
+    layers = 2 * (64 * 32 + 32 * 32 + 96 * 32 + 32 * 48 + 2 * 32)
+    assert gigabytes(model.layers) == pytest.approx(4e-9 * layers)
+    assert kv_gigabytes(model.kv, 50) == pytest.approx(4e-9 * 2 * 2 * 2 * 50 * 8)
+    assert step_gb(model, 50) == pytest.approx(4e-9 * (layers + 24 * 32 + 2 * 2 * 2 * 50 * 8))
+    quantize_linears(model, "int8")
+    head = model.lm_head
+    assert gigabytes(head) == gigabytes(head.weight) == pytest.approx(1e-9 * (24 * 32 + 4 * 24))
+    assert gigabytes(head.weight, model.norm.weight) == pytest.approx(1e-9 * (24 * 32 + 4 * 24 + 4 * 32))
 
 
 def test_methods_page() -> None:
