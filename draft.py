@@ -57,7 +57,8 @@ class Drafter:
         """Make room for `slots` cache slots. Engines may share a drafter: keep what is large enough."""
 
     def caches(self) -> tuple[Tensor, ...]:
-        """Tensors that `allocate` may replace. CUDA graphs that were captured with other ones are thrown away."""
+        """Tensors that `allocate` may replace, or that drafters may share. CUDA graphs captured with other ones are
+        thrown away; a text does not go on in one that another text was written to since."""
         return ()
 
     def reset(self, state: State) -> None:
