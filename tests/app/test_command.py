@@ -68,6 +68,7 @@ def test_every_command_watches_before_torch(command: str) -> None:
     import of torch or numpy."""
     module = command.removesuffix(".py").replace("/", ".")
     code = ("import runpy, sys, os, signal\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in a shell's background jobs\n"
             "class Finder:\n"
             "    def find_spec(self, name, path=None, target=None):\n"
             "        if name in ('torch', 'numpy'):\n"
