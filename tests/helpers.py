@@ -1,4 +1,5 @@
 """What several tests share: tiny checkpoints, ways of running an engine, scripted drafters."""
+import contextlib
 import json
 import random
 import sys
@@ -17,7 +18,7 @@ from benchmarks import cycle
 from benchmarks.widen import FIELDS
 from draft import Vanilla
 from engine import Engine
-from model import Llama
+from model import Llama, rope_table
 from sampling import Sampling
 from training import trainer
 from tree import State, Tree, build_tree
@@ -205,3 +206,13 @@ def as_on_a_gpu(engine: Engine) -> Engine:
     engine.cuda = True
     engine.mailbox.arrived = [Event(), Event()]
     return engine
+
+
+def exact(made: trainer.Trainer) -> trainer.Trainer:
+    """The trainer in float64, with weights that make a difference, and without optimizers: it takes no step."""
+    tiny.randomise(made.module, 1, torch.float64)
+    made.module.requires_grad_(True)
+    made.rope = rope_table(made.module.cfg, made.args.length).double()
+    made.amp = contextlib.nullcontext()
+    made.optimizers = []
+    return made

@@ -4,7 +4,6 @@ Models of a few thousand weights on the CPU. One bug no run of training shows: a
 target's distribution at another position. It would be learned well, and would draft badly.
 """
 import argparse
-import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from helpers import marked, read, tiny_command
+from helpers import exact, marked, read, tiny_command
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -54,16 +53,6 @@ def counted(rows: int, length: int) -> Tensor:
     random = torch.Generator().manual_seed(2)
     tokens = (torch.randint(V, (rows, 1), generator=random) + torch.arange(length)) % V
     return torch.where(torch.rand(tokens.shape, generator=random) < 1 / 3, ~tokens, tokens)
-
-
-def exact(trainer: PeerTrainer) -> PeerTrainer:
-    """The trainer in float64, with weights that make a difference, and without optimizers: it takes no step."""
-    tiny.randomise(trainer.module, 1, torch.float64)
-    trainer.module.requires_grad_(True)
-    trainer.rope = rope_table(trainer.module.cfg, trainer.args.length).double()
-    trainer.amp = contextlib.nullcontext()
-    trainer.optimizers = []
-    return trainer
 
 
 def train_on(trainer: PeerTrainer, data: Tensor, steps: range) -> Tensor:

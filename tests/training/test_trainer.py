@@ -4,7 +4,6 @@ Models of a few thousand weights on the CPU. One bug no run of training shows: a
 positions or tokens than in drafting. It learns well, and drafts badly.
 """
 import argparse
-import contextlib
 import itertools
 import json
 import math
@@ -16,7 +15,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from helpers import BOS, END, EOS, Letters, marked, read, tiny_command
+from helpers import BOS, END, EOS, Letters, exact, marked, read, tiny_command
 from recorder import Recorder
 from safetensors.torch import load_file
 from torch import Tensor
@@ -25,7 +24,7 @@ import train
 from draft import Eagle2, EagleHead, load_head
 from formats.config import Config
 from formats.eagle import save_head, save_vocab
-from model import Llama, rope_table
+from model import Llama
 from ops.attention import causal_mask
 from tokenizer import Tokenizer
 from train import evaluate, held_out_prompts
@@ -193,16 +192,6 @@ def learnable(tmp_path_factory: pytest.TempPathFactory) -> tuple[Llama, Tensor]:
     model, path = tiny.pair(3, 0.1, torch.bfloat16)[0], tmp_path_factory.mktemp("dialogues") / "d"
     write_dialogues(model, Script(PLAIN, CPU), path, 256, 32, 256)
     return model, read(path, 32)
-
-
-def exact(trainer: Trainer) -> Trainer:
-    """The trainer in float64, with a head whose attention is sharp, and without optimizers: it takes no step."""
-    tiny.randomise(trainer.module, 1, torch.float64)
-    trainer.module.requires_grad_(True)
-    trainer.rope = rope_table(trainer.module.cfg, trainer.args.length).double()
-    trainer.amp = contextlib.nullcontext()
-    trainer.optimizers = []
-    return trainer
 
 
 @torch.no_grad()
