@@ -15,11 +15,8 @@ Prints Markdown (benchmarks/report.py). --json FILE writes all numbers and ids; 
 --against OLD.json compares with such a file, --plots DIR draws (benchmarks/plots.py). Ctrl-C reports the runs that are
 complete. benchmarks/cycle.py times the parts of one cycle in detail.
 """
-import os
-
 from app.command import run_command, watch_for_ctrl_c
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads sleep (docs/benchmarking.md)
 if __name__ == "__main__":
     watch_for_ctrl_c()
 

@@ -13,17 +13,15 @@ The folder is --out, or checkpoints/ and the hub id, or checkpoints/ and the las
 One tensor is in memory at a time. What was written is loaded as generate.py would load it. Only then it replaces what
 an earlier run wrote (formats/writing.py), so that a run that is killed leaves nothing that loads half.
 """
-import os
-
 from app.command import raise_on_ctrl_c, run_command, watch_for_ctrl_c
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads sleep (docs/benchmarking.md)
 if __name__ == "__main__":
     watch_for_ctrl_c()
 
 import argparse
 import json
 import math
+import os
 import shutil
 import sys
 from collections.abc import Iterator

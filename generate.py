@@ -8,11 +8,8 @@ This file is the command line; engine.py decodes. For 8- or 4-bit weights give a
 
 The text goes to stdout as it is written, statistics go to stderr. With --json the last line of stdout is one object.
 """
-import os
-
 from app.command import fail, run_command, watch_for_ctrl_c
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads sleep (docs/benchmarking.md)
 if __name__ == "__main__":
     watch_for_ctrl_c()
 

@@ -10,11 +10,8 @@ go through the layers twice, side by side: once through the original layers, onc
 The new weights of a layer map the quantised inputs half-way to the original outputs; going all the way overfits the
 calibration text. GPTQ then rounds them (quant/int4.py). The embedding, norms and biases are not quantised in any mode.
 """
-import os
-
 from app.command import run_command, watch_for_ctrl_c
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads sleep (docs/benchmarking.md)
 if __name__ == "__main__":
     watch_for_ctrl_c()
 

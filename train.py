@@ -16,11 +16,8 @@ SGLang and the EAGLE reference load it too.
 A trap: starting from the target's last layer instead of small random weights diverges. That layer expects a normed
 input, and the head's layer has none.
 """
-import os
-
 from app.command import run_command, watch_for_ctrl_c
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads sleep (docs/benchmarking.md)
 if __name__ == "__main__":
     watch_for_ctrl_c()
 

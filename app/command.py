@@ -4,7 +4,7 @@
     130   Ctrl-C
     141   nobody reads stdout any more, as behind `| head`
 
-Nothing here imports torch: Ctrl-C may come in the seconds that this takes.
+Commands import this file before torch, and nothing here imports torch: Ctrl-C may come in the seconds that this takes.
 """
 import os
 import signal
@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable
 
 from app.streams import finish_stdout, prepare_streams
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads it; waiting threads sleep (docs/benchmarking.md)
 
 
 def watch_for_ctrl_c() -> None:

@@ -12,16 +12,14 @@ generations: greedy, without prefill, in turns with plain decoding.
 Prints Markdown; --json FILE writes the same numbers and more (measure_all and measure_context list the keys). bench.py
 compares all methods.
 """
-import os
-
 from app.command import run_command, watch_for_ctrl_c
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads sleep (docs/benchmarking.md)
 if __name__ == "__main__":
     watch_for_ctrl_c()
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile

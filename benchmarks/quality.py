@@ -5,11 +5,8 @@
 Prints a Markdown table with a row for the unquantised model, for each mode of quantising on load, and for each
 quantised file in the checkpoint's folder.
 """
-import os
-
 from app.command import run_command, watch_for_ctrl_c
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads sleep (docs/benchmarking.md)
 if __name__ == "__main__":
     watch_for_ctrl_c()
 

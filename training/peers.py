@@ -16,11 +16,8 @@ target's own distribution in the answers. Both see every batch, and share the ta
 
 Stop it at any time: what was learned is written, and the same command goes on.
 """
-import os
-
 from app.command import run_command, watch_for_ctrl_c
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads sleep (docs/benchmarking.md)
 if __name__ == "__main__":
     watch_for_ctrl_c()
 
