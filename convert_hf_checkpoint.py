@@ -8,7 +8,7 @@ The folder is --out, or checkpoints/ and the hub id, or checkpoints/ and the las
 
     config.json, tokenizer files   as published; for a GGUF file made from its metadata
     model.safetensors              all weights, with q, k, v fused, and gate, up fused
-    eagle/                         the draft head, as published
+    eagle/ or eagle3/              the draft head, as published, and what was measured of it (app/install.py)
 
 One tensor is in memory at a time. What was written is loaded as generate.py would load it. Only then it replaces what
 an earlier run wrote (formats/writing.py), so that a run that is killed leaves nothing that loads half.
@@ -24,45 +24,21 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from draft import load_head
+from app.install import add_head, staged
 from formats.config import Config
-from formats.eagle import CURVE, VOCAB
 from formats.gguf import gguf_config, is_gguf, open_gguf
 from formats.gguf_tokenizer import write_gguf_tokenizer
 from formats.hf import NAMES, LazyTensor, hf_names, open_folder
 from formats.hub import FILES, check_folder, fetch, name_of
 from formats.tokenizer_files import read_json
 from formats.weights import FORMAT, fill, read_tensors, write_file
-from formats.writing import QUANTIZED, replace_files
 from model import Llama
 from tokenizer import Tokenizer
-
-
-@contextmanager
-def staged(out: Path, source: Path) -> Iterator[Path]:
-    """Yield a scratch folder. When the block ends, its files replace those that an earlier run wrote into `out`, and
-    what quantize.py made of them. After an error `out` is as it was, and the error is a ValueError that names both
-    folders."""
-    part = source
-    try:
-        with replace_files(out, (*FILES, CURVE, "model.safetensors", "pytorch_model.bin", QUANTIZED)) as part:
-            yield part
-    except Exception as err:
-        # Deliberately every Exception. The source is a download, and what a damaged one raises cannot be listed: gguf
-        # raises IndexError and UnicodeDecodeError, a missing entry KeyError, `tokenizers` a bare Exception, the disk
-        # OSError. So a bug in this file looks like bad input too; the cause keeps its traceback.
-        reason = f"{err} is missing" if isinstance(err, KeyError) else str(err) or type(err).__name__
-        if not source.is_dir():
-            reason = reason.replace(f"{part}/", f"{source}: ")
-        reason = reason.replace(str(part), str(source))  # the scratch folder is gone
-        raise ValueError(f"{source} -> {out} failed: {reason}") from err
 
 
 def write_weights(path: Path, tensors: dict[str, LazyTensor], config: Config, dtype: torch.dtype, source: str) -> None:
@@ -125,17 +101,6 @@ def convert(source: Path, out: Path, dtype: torch.dtype = torch.bfloat16, name: 
         check(part, out)
 
 
-def add_eagle(head: Path, out: Path) -> None:
-    """Copy a published EAGLE-1/2 head to the folder eagle/ of `out`, unchanged. Raises ValueError if it does not load
-    as a head of the model in `out`."""
-    with torch.device("meta"):
-        target = Llama(Config.load(out))
-    load_head(head, target)
-    with staged(out / "eagle", head) as part:
-        for file in {"config.json", "model.safetensors", "pytorch_model.bin", VOCAB, CURVE} & set(os.listdir(head)):
-            shutil.copyfile(head / file, part / file)
-
-
 # ----- As generate.py will load it ---------------------------------------------------------------------------------
 
 
@@ -187,7 +152,8 @@ def work() -> None:
     parser.add_argument("source", help="a Hugging Face folder, a hub id (ORG/NAME) or a .gguf file; or, to add a head, "
                         "a converted folder")
     parser.add_argument("--out", type=Path, help="the folder to write (default: checkpoints/ORG/NAME)")
-    parser.add_argument("--eagle", metavar="ID_OR_DIR", help="also copy this draft head to <out>/eagle")
+    parser.add_argument("--eagle", metavar="ID_OR_DIR", help="also try out this draft head and copy it to "
+                        "<out>/eagle or <out>/eagle3, whichever kind it is")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--token", help="hub token (default: the one from `hf auth login`)")
     args = parser.parse_args()
@@ -205,7 +171,7 @@ def work() -> None:
         out = args.out or Path("checkpoints", name)
         convert(source, out, getattr(torch, args.dtype), name)
     if head:
-        add_eagle(head, out)
+        add_head(head, out)
     print(out)
 
 

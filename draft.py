@@ -9,9 +9,9 @@ norm. The target's own lm_head turns the guess into tokens. Row i of the head pa
 RoPE position i, the feature's, not the token's. An error of one there costs acceptance, never correctness: that is why
 acceptance has tests of its own.
 
-EAGLE-2 (arXiv 2406.16858) grows its tree where the head is confident. The other ways to draft are in drafters/.
+EAGLE-2 (arXiv 2406.16858) grows its tree where the head is confident. EAGLE-3's heads (drafters/eagle3.py) draft the
+same trees. The other ways to draft are in drafters/.
 """
-from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -22,14 +22,12 @@ from torch import Tensor
 import ops.tree
 import tree
 from formats.config import Config
-from formats.eagle import VOCAB, folder_of, native_names, open_head, read_vocab
-from formats.weights import fill
 from model import Layer, Llama, rope_table
 from ops.attention import TreeMask, causal_mask, tree_mask
 from ops.embed_rope import embed
 from ops.linear import linear
 from ops.quantized import Quantized, dequantize
-from quant.linear import quantize_linears, quantize_weight, rows_of, stack, stored_mode
+from quant.linear import quantize_linears, quantize_weight, rows_of, stack
 from tree import MAX_NODES, Candidates, Level, State, Tree, root_token, start_tree
 
 
@@ -51,6 +49,7 @@ class Drafter:
     max_depth = 0  # depth of the deepest node that may be accepted
     noise_depth: int | None = None  # depth of the deepest node of all, where that is more than max_depth
     has_blocked_nodes = False  # True if some nodes must never be accepted; such a node of token t stores ~t, below 0
+    taps: tuple[int, ...] = ()  # it drafts from what enters these layers (Llama.forward_with_taps), not from features
     rejection_sampling = False  # True if the drafter accepts by `choose` instead of by position-keyed noise
 
     def allocate(self, slots: int) -> None:
@@ -64,9 +63,9 @@ class Drafter:
     def reset(self, state: State) -> None:
         """A new text begins: state.tokens up to state.length are the prompt, which goes through `prefill` next."""
 
-    def prefill(self, state: State, features: Tensor, slots: Tensor, mask: Tensor | TreeMask) -> None:
-        """Process a chunk of the prompt: features [T, C] of the tokens in `slots` [T] of state.tokens, which see each
-        other as `mask` says. Rows past the end of the prompt hold arbitrary tokens."""
+    def prefill(self, state: State, hidden: Tensor, slots: Tensor, mask: Tensor | TreeMask) -> None:
+        """Process a chunk of the prompt: features [T, C], or with `taps` the taps [T, k * C], of the tokens in `slots`
+        [T] of state.tokens, which see each other as `mask` says. Rows past the prompt's end hold arbitrary tokens."""
 
     def propose(self, state: State) -> Tree:
         """The tree to verify. Node 0 is the root, the newest committed token."""
@@ -128,6 +127,9 @@ class EagleHead(nn.Module):
         cache_pos and mask as in Llama.forward."""
         return self.layer(x, rope, None if cache_pos is None else self.kv, cache_pos, mask)
 
+    def bind(self, target: Llama) -> "BoundHead":
+        return BoundHead(self, target)
+
     def quantize(self, mode: str, group: int = 128, device: torch.device | str | None = None) -> None:
         """Quantise all linears except fc's columns for the embedding, which are needed once, to make a table. int8
         means int8dyn here: with 8-bit activations drafts are as good and faster (docs/quantization.md)."""
@@ -136,39 +138,6 @@ class EagleHead(nn.Module):
         self.of_embedding = nn.Parameter(for_embedding, False)
         self.fc.weight = nn.Parameter(for_feature, False)
         quantize_linears(self, mode, group, device)
-
-
-def load_head(path: Path | str, target: Llama, vocab: int | None = None, quantize: str | None = None,
-              group: int = 128) -> EagleHead:
-    """Load an EAGLE-1/2 head as published: a folder with config.json and model.safetensors or pytorch_model.bin, or one
-    file of such a folder, for example what quantize.py writes.
-
-    vocab: draft only so many of the most frequent tokens, which draft_vocab.json beside the weights lists (train.py
-    makes it); None: all that it lists, 0: every token. quantize: convert to this mode while loading.
-    The tensors decide whether there are biases, since configs have been wrong; a copy of the embedding is ignored.
-    Raises FileNotFoundError, or ValueError where the head is damaged, of another kind, or made for another model.
-    """
-    path, weight = Path(path), target.embed.weight
-    folder = folder_of(path)
-    file, published, metadata = open_head(path)
-    cfg = Config.load(folder, model_type="llama")
-    mode, stored_group = stored_mode(file, metadata, quantize)
-    if cfg.hidden_size != target.cfg.hidden_size or cfg.vocab_size != target.cfg.vocab_size or (
-            "embed_tokens.weight" in published and published["embed_tokens.weight"].shape != weight.shape):
-        raise ValueError(f"{folder}: a head for hidden size {cfg.hidden_size} and {cfg.vocab_size} tokens, but the "
-                         f"target has {target.cfg.hidden_size} and {target.cfg.vocab_size}: another model's")
-    tensors = native_names(published, file)
-    with torch.device("meta"):
-        head = EagleHead(cfg, fc_bias="fc.bias" in tensors, qkv_bias="layer.wqkv.bias" in tensors)
-    if mode:
-        head.quantize(mode, stored_group)
-    fill(head, tensors, file, *(("cpu", None) if quantize else (weight.device, weight.dtype)))
-    if quantize:
-        head.quantize(quantize, group, weight.device)
-        head.to(weight.device, weight.dtype)
-    if vocab != 0 and (vocab or (folder / VOCAB).is_file()):
-        head.vocab = read_vocab(folder / VOCAB, cfg.vocab_size, vocab).to(weight.device)
-    return head
 
 
 def drafting_rows(weight: Tensor | Quantized, ids: Tensor | None, quantized: bool) -> Tensor | Quantized:
@@ -186,18 +155,21 @@ def drafting_rows(weight: Tensor | Quantized, ids: Tensor | None, quantized: boo
 # ----- Drafting with it --------------------------------------------------------------------------------------------
 
 
-class Eagle(Drafter):
-    """What EAGLE-1 and EAGLE-2 share: the head's prefill, its catch-up on committed tokens, and its logits.
+class BoundHead:
+    """An EAGLE-1/2 head with the target that it drafts for. `Eagle` knows a head of any kind by these three methods:
+
+    enter   what the head takes from the target's hidden states
+    run     predicted features, from tokens and what was taken from the hidden state before each
+    read    the logits of predicted features, and what the head takes from them
 
     fc of an embedding and a feature is a sum of two products. The embedding's share is looked up in a table, fc applied
-    to every token once. The feature's share is computed together with the feature's logits, once for all children, and
-    with a draft vocabulary in the same matrix product.
+    to every token once. The feature's share is what the head takes. It is computed together with the feature's logits,
+    once for all children, and with a draft vocabulary in the same matrix product.
     """
+    taps = ()
 
-    def __init__(self, head: EagleHead, target: Llama, max_depth: int) -> None:
-        self.head, self.ids, self.max_depth = head, head.vocab, max_depth
-        self.tree_ops = tree_ops(target.embed.weight.device)
-        self.scratch: Tensor | None = None  # [2, fed nodes]: RoPE positions and slots, relative to the text's length
+    def __init__(self, head: EagleHead, target: Llama) -> None:
+        self.head, self.ids = head, head.vocab
         self.lm_head = drafting_rows(target.lm_head.weight, self.ids, head.of_embedding is not None)
         with torch.no_grad():
             if head.of_embedding is None:
@@ -213,31 +185,46 @@ class Eagle(Drafter):
             self.lm_head = rows_of(self.lm_head_and_fc, slice(count))
             self.fc = rows_of(self.lm_head_and_fc, slice(count, None))
 
-    def allocate(self, slots: int) -> None:
-        self.head.allocate_cache(slots)
+    def enter(self, hidden: Tensor) -> Tensor:
+        """fc's share of the target's features [T, C]: [T, C]."""
+        return linear(hidden, self.fc)
 
-    def caches(self) -> tuple[Tensor, ...]:
-        return (self.head.kv,)
-
-    def prefill(self, state: State, features: Tensor, slots: Tensor, mask: Tensor | TreeMask) -> None:
-        self.run_head(state.tokens[slots + 1], linear(features, self.fc), None, slots, slots, mask)
-
-    def run_head(self, tokens: Tensor, fc_of_feature: Tensor, parent_rows: Tensor | None, rope_pos: Tensor,
-                 cache_pos: Tensor, mask: Tensor | TreeMask) -> Tensor:
-        """The features [T, C] predicted after tokens [T]. Row parent_rows[i] of fc_of_feature [any, C] (without
-        parent_rows: row i) is fc's share of the feature before token i."""
-        x, rope = embed(self.fc_of_token, tokens, self.head.rope, rope_pos, fc_of_feature, parent_rows)
+    def run(self, tokens: Tensor, taken: Tensor, parent_rows: Tensor | None, rope_pos: Tensor, cache_pos: Tensor,
+            mask: Tensor | TreeMask) -> Tensor:
+        """The features [T, C] predicted after tokens [T]. Row parent_rows[i] of `taken` [any, C] (without parent_rows:
+        row i) is what was taken from the feature before token i."""
+        x, rope = embed(self.fc_of_token, tokens, self.head.rope, rope_pos, taken, parent_rows)
         return self.head(x[None], rope, cache_pos, mask)[0]
 
-    def read_logits(self, features: Tensor, last: bool) -> tuple[Tensor, Tensor | None]:
-        """Of predicted features [N, C]: the logits [N, V] of the tokens below them and, unless the level is the last,
-        fc's share of them [N, C]. At least fp32."""
+    def read(self, features: Tensor, last: bool) -> tuple[Tensor, Tensor | None]:
+        """Of predicted features [N, C]: the logits [N, V] of the tokens below them, at least fp32; and, unless the
+        level is the last, fc's share of them [N, C]."""
         dtype = torch.promote_types(features.dtype, torch.float32)
         if last:
             return linear(features, self.lm_head, dtype=dtype), None
         if self.lm_head_and_fc is None:
             return linear(features, self.lm_head, dtype=dtype), linear(features, self.fc, dtype=dtype)
         return linear(features, self.lm_head_and_fc, dtype=dtype).split((len(self.ids), features.shape[1]), -1)
+
+
+class Eagle(Drafter):
+    """What EAGLE-1's and EAGLE-2's trees share: the head's prefill, its catch-up on committed tokens, and the noise."""
+
+    def __init__(self, head: EagleHead, target: Llama, max_depth: int) -> None:
+        self.head, self.max_depth = head, max_depth
+        self.bound = head.bind(target)
+        self.ids, self.taps = self.bound.ids, self.bound.taps
+        self.tree_ops = tree_ops(target.embed.weight.device)
+        self.scratch: Tensor | None = None  # [2, fed nodes]: RoPE positions and slots, relative to the text's length
+
+    def allocate(self, slots: int) -> None:
+        self.head.allocate_cache(slots)
+
+    def caches(self) -> tuple[Tensor, ...]:
+        return (self.head.kv,)
+
+    def prefill(self, state: State, hidden: Tensor, slots: Tensor, mask: Tensor | TreeMask) -> None:
+        self.bound.run(state.tokens[slots + 1], self.bound.enter(hidden), None, slots, slots, mask)
 
     @staticmethod
     def noise(state: State, depth: int) -> Tensor | None:
@@ -246,13 +233,13 @@ class Eagle(Drafter):
         return None if state.noise is None else state.noise[depth]
 
     def extend(self, state: State) -> tuple[Tensor, Tensor]:
-        """Run the head over the tokens just committed, now with the target's true features, and so replace what
+        """Run the head over the tokens just committed, now with the target's true hidden states, and so replace what
         drafting left in its cache. Always max_depth + 1 rows: spare rows lie past every slot that is read.
 
         Returns the feature [1, C] predicted after the root, and the absolute positions and slots of `scratch`."""
         tokens, slots, last_row, scratch = self.tree_ops.catch_up(state, self.max_depth + 1, self.scratch)
         mask = causal_mask(slots[0], len(slots), state.width)
-        predicted = self.run_head(tokens, linear(state.features, self.fc), None, slots, slots, mask)
+        predicted = self.bound.run(tokens, self.bound.enter(state.hidden), None, slots, slots, mask)
         return predicted.index_select(0, last_row), scratch
 
 
@@ -271,32 +258,32 @@ class Eagle2(Eagle):
         super().__init__(head, target, max(draft_depth, chain))
         self.topk, self.levels, self.retrieval = topk, draft_depth, retrieval
         self.num_nodes = min(draft_tokens, 1 + topk + (draft_depth - 1) * topk * topk)  # no more than there are drafted
-        fed = torch.arange((draft_depth - 1) * topk, device=self.fc_of_token.device)
+        fed = torch.arange((draft_depth - 1) * topk, device=target.embed.weight.device)
         self.scratch = torch.stack((fed // topk, fed)) - 1  # siblings share a position, never a slot
         self.root_level, self.candidates = start_tree(topk, draft_depth, fed.device, chain and chain + 1)
 
     def propose(self, state: State) -> Tree:
-        scratch, fc_of_feature, level = self.begin(state)
+        scratch, taken, level = self.begin(state)
         for depth in range(1, self.levels):
-            fc_of_feature, level = self.expand(state, scratch, fc_of_feature, level, depth)
+            taken, level = self.expand(state, scratch, taken, level, depth)
         return self.rerank(state)
 
     def begin(self, state: State) -> tuple[Tensor, Tensor | None, Level]:
         """Catch up with what was committed and draft the first level. Returns what `expand` needs: the positions and
-        slots of all levels, fc's share of the root's feature, and the level."""
+        slots of all levels, what the head takes from the root's feature, and the level."""
         predicted, scratch = self.extend(state)
-        logits, fc_of_feature = self.read_logits(predicted, self.levels == 1)
-        return scratch, fc_of_feature, self.grow(state, logits, self.root_level, 0)
+        logits, taken = self.bound.read(predicted, self.levels == 1)
+        return scratch, taken, self.grow(state, logits, self.root_level, 0)
 
-    def expand(self, state: State, scratch: Tensor, fc_of_feature: Tensor, level: Level, depth: int
+    def expand(self, state: State, scratch: Tensor, taken: Tensor, level: Level, depth: int
                ) -> tuple[Tensor | None, Level]:
-        """Feed the nodes of `level`, which lie `depth` below the root, and draft the next level. fc_of_feature [any, C]
-        is of the rows fed before. Returns it for these rows [k, C], and the next level."""
+        """Feed the nodes of `level`, which lie `depth` below the root, and draft the next level. taken [any, C] is of
+        the rows fed before. Returns it for these rows [k, C], and the next level."""
         positions, slots = scratch[:, (depth - 1) * self.topk:depth * self.topk]
         mask = tree_mask(scratch[0, 0], level.visible, state.width)
-        predicted = self.run_head(level.tokens, fc_of_feature, level.parent_rows, positions, slots, mask)
-        logits, fc_of_feature = self.read_logits(predicted, depth == self.levels - 1)
-        return fc_of_feature, self.grow(state, logits, level, depth)
+        predicted = self.bound.run(level.tokens, taken, level.parent_rows, positions, slots, mask)
+        logits, taken = self.bound.read(predicted, depth == self.levels - 1)
+        return taken, self.grow(state, logits, level, depth)
 
     def grow(self, state: State, logits: Tensor, level: Level, depth: int) -> Level:
         return self.tree_ops.grow(logits, level, self.candidates, depth, self.topk, self.ids, self.noise(state, depth))

@@ -10,7 +10,7 @@ One cycle, in the order of the code below:
     choose     the target's next token after every node: argmax, or a sample           Engine.choose
     accept     the longest path on which every node is the target's own choice         tree.accept_commit
     commit     append these tokens and the bonus token; stop ids and the length limit  tree.accept_commit
-    compact    move keys, values and features of the accepted path to the front        tree.compact
+    compact    move keys, values, features or taps of the accepted path to the front    tree.compact
 
 Vanilla decoding is the same cycle with a tree of one node. Everything in a cycle has a static shape and lives on the
 device: lengths, positions, masks, the stop test. So on a GPU a cycle is one CUDA graph, whatever the prompt. The host
@@ -63,23 +63,24 @@ class Engine:
             model.allocate_cache(max_seq_len, SPARE)
         drafter.allocate(self.slots)
 
-        # The sequence on the device
+        # Prefill
         zero = torch.zeros((), dtype=torch.int64, device=device)
+        self.first = zero.clone()  # the first token of the chunk
+        self.features = model.embed.weight.new_zeros(min(PREFILL_CHUNK, max_seq_len), model.cfg.hidden_size)
+        self.hidden = self.features.repeat(1, len(drafter.taps)) if drafter.taps else self.features
+        self.short = min(SHORT_CHUNK, len(self.features))
+        # Up to this many tokens, short chunks beat a long one, which dequantises first (docs/experiments.md).
+        self.few = (5 if isinstance(model.lm_head.weight, Quantized) else 2) * self.short
+
+        # The sequence on the device
         rows = drafter.max_depth + 1
         self.state = State(
             tokens=torch.zeros(self.slots + 1, dtype=torch.int64, device=device), length=zero + 2, committed=zero + 1,
-            features=model.embed.weight.new_zeros(rows, model.cfg.hidden_size), done=zero == 0, width=self.slots,
+            hidden=self.hidden.new_zeros(rows, self.hidden.shape[1]), done=zero == 0, width=self.slots,
             seed=zero.clone(), sampling=Sampling())
         self.limit = zero + 1  # the longest that the text may become
         self.noise_depth = drafter.noise_depth or drafter.max_depth
         self.nodes = torch.arange(max(MAX_NODES, self.noise_depth + 1), device=device)
-
-        # Prefill
-        self.first = zero.clone()  # the first token of the chunk
-        self.features = model.embed.weight.new_zeros(min(PREFILL_CHUNK, max_seq_len), model.cfg.hidden_size)
-        self.short = min(SHORT_CHUNK, len(self.features))
-        # Up to this many tokens, short chunks beat a long one, which dequantises first (docs/experiments.md).
-        self.few = (5 if isinstance(model.lm_head.weight, Quantized) else 2) * self.short
 
         # The host
         self.report = torch.zeros(rows + 2, dtype=torch.int64, device=device)  # see tree.accept_commit
@@ -134,8 +135,8 @@ class Engine:
         self.draw_noise()
         base = self.state.length - 1  # the slot of the root
         tree = self.drafter.propose(self.state)
-        features, next_tokens = self.verify(base, tree)
-        self.commit(base, tree, features, next_tokens)
+        hidden, next_tokens = self.verify(base, tree)
+        self.commit(base, tree, hidden, next_tokens)
 
     def draw_noise(self) -> None:
         """The noise that the next tokens are sampled with, one row for each position ahead."""
@@ -146,15 +147,15 @@ class Engine:
             self.state.noise = temperature * gumbel_noise(self.state.seed, positions, self.model.cfg.vocab_size)
 
     def verify(self, base: Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
-        """One forward over all nodes, the root in slot `base` (0-d int64). Returns their features [T, C] and the
-        target's choice after each, [T] int64."""
+        """One forward over all nodes, the root in slot `base` (0-d int64). Returns what the drafter drafts from, their
+        features [T, C] or taps [T, k * C], and the target's choice after each, [T] int64."""
         slots = base + self.nodes[:len(tree.tokens)]  # siblings share a position, never a slot
         mask = tree_mask(base, tree.ancestors[:, None], self.state.width)
         tokens = tree.tokens ^ (tree.tokens >> 63) if self.drafter.has_blocked_nodes else tree.tokens  # ~t back to t
-        features = self.model(tokens[None], base + tree.depth, slots, mask)[0]
-        next_tokens = self.choose(features, tree)
+        features, hidden = self.model.forward_with_taps(tokens[None], base + tree.depth, slots, mask, self.drafter.taps)
+        next_tokens = self.choose(features[0], tree)
         self.drafter.learn(self.state, tree, next_tokens)
-        return features, next_tokens
+        return hidden[0], next_tokens
 
     def choose(self, features: Tensor, tree: Tree) -> Tensor:
         """The target's next token after each node, [T] int64. features [T, C]."""
@@ -172,11 +173,11 @@ class Engine:
             logits = perturb(logits, self.state.noise[depth], s.temperature, s.top_k, s.top_p, s.min_p)
         return logits
 
-    def commit(self, base: Tensor, tree: Tree, features: Tensor, next_tokens: Tensor) -> None:
-        """Accept, commit, and move what was accepted to the front of the cache and of the features."""
+    def commit(self, base: Tensor, tree: Tree, hidden: Tensor, next_tokens: Tensor) -> None:
+        """Accept, commit, and move what was accepted to the front of the cache and of the hidden states."""
         path = self.accept(tree, next_tokens, self.drafter.max_depth)
         if self.drafter.max_depth:
-            self.tree_ops.compact(self.model.kv, base, path, features, self.state.features)
+            self.tree_ops.compact(self.model.kv, base, path, hidden, self.state.hidden)
 
     def accept(self, tree: Tree, next_tokens: Tensor, max_depth: int) -> Tensor:
         return self.tree_ops.accept_commit(tree, next_tokens, self.state, self.stop_ids, self.limit, max_depth,
@@ -204,19 +205,19 @@ class Engine:
         state.tokens[:n].copy_(torch.tensor(ids))
         state.length.fill_(n)
         self.drafter.reset(state)
-        first, features = self.prefill_chunks(ids, start)
+        last = self.prefill_chunks(ids, start)
         self.text = list(ids)
         state.committed.fill_(0)
         state.done.fill_(False)
-        state.features[0] = features[n - 1 - first]
+        state.hidden[0] = self.hidden[last]
         self.draw_noise()
         root = Vanilla(self.device).propose(state)
-        self.accept(root, self.choose(state.features[:1], root), 0)
+        self.accept(root, self.choose(self.features[last][None], root), 0)
         return state
 
-    def prefill_chunks(self, ids: list[int], start: int = 0) -> tuple[int, Tensor]:
-        """Run the prompt from token `start` on through the model and the drafter. Returns the position of the last
-        chunk's first token, and the features of that chunk."""
+    def prefill_chunks(self, ids: list[int], start: int = 0) -> int:
+        """Run the prompt from token `start` on through the model and the drafter. Returns the row of `features`, and of
+        `hidden`, that is the last token's."""
         rows, n = len(self.features), len(ids)
         self.begin_sequence(ids[:start])
         if not self.cuda:
@@ -224,7 +225,7 @@ class Engine:
                 self.first.fill_(first)
                 count = min(rows, round_up(n - first, 16))  # oneDNN keeps kernels of every shape that it ever saw
                 self.prefill_chunk(count, min(round_up(first + count, 128), self.slots))
-            return first, self.features
+            return n - 1 - first
         self.first.zero_()  # capturing executes the chunk, see `compile`
         chunks = {size: self.captured(partial(self.prefill_chunk, size, self.slots), "chunk", size)
                   for size in (self.short, rows)}
@@ -234,17 +235,19 @@ class Engine:
             self.first.fill_(first)
             chunks[size]()
             start += size
-        return first, self.features
+        return n - 1 - first
 
     def prefill_chunk(self, rows: int, width: int) -> None:
-        """Fill the cache slots from `first` to first + rows, the drafter's too, and `features`. What lies past the end
-        of the prompt is overwritten before anyone reads it, and so is the head's last entry, whose token is not chosen
-        yet."""
+        """Fill `rows` slots of the caches from `first` on, `features` and `hidden`. What lies past the prompt's end is
+        overwritten before anyone reads it, and so is the head's last entry, whose token is not chosen yet."""
         slots = self.first + torch.arange(rows, device=self.device)
         mask = causal_mask(self.first, rows, width)
-        features = self.model(self.state.tokens[slots][None], slots, slots, mask)[0]
-        self.features[:rows].copy_(features)
-        self.drafter.prefill(self.state, features, slots, mask)
+        tokens, taps = self.state.tokens[slots][None], self.drafter.taps
+        features, hidden = self.model.forward_with_taps(tokens, slots, slots, mask, taps)
+        self.features[:rows].copy_(features[0])
+        if taps:
+            self.hidden[:rows].copy_(hidden[0])
+        self.drafter.prefill(self.state, hidden[0], slots, mask)
 
     # ----- Which sequence is in the caches -------------------------------------------------------------------------
 
@@ -301,9 +304,10 @@ class Engine:
         """`function` as a CUDA graph, captured when this key is first asked for; on a CPU `function` itself."""
         if self.graphs is None:
             return function
-        if not same_tensors(self.caches(), self.graph_caches):  # another engine that shares them replaced one
+        caches = self.caches()
+        if any(a is not b for a, b in zip(caches, self.graph_caches)):  # another engine that shares them replaced one
             self.graphs.clear()
-            self.graph_caches = self.caches()
+        self.graph_caches = caches
         if key not in self.graphs:
             self.graphs[key] = capture(function)
         return self.graphs[key]
@@ -330,20 +334,16 @@ class Engine:
         self.state.sampling = sampling
         self.state.seed.fill_(sampling.seed)
         self.state.tokens[:len(ids)].copy_(torch.tensor(ids))
-        first, features = self.prefill_chunks(ids)
+        last = self.prefill_chunks(ids)
         self.state.length.fill_(len(ids))
         self.draw_noise()
-        best, second = self.scores(features[len(ids) - 1 - first][None], self.nodes[:1]).topk(2).values[0].tolist()
+        best, second = self.scores(self.features[last][None], self.nodes[:1]).topk(2).values[0].tolist()
         return best - second
 
 
 def first_difference(ids: list[int], others: list[int]) -> int:
     """The index of the first token that differs; where one text begins with the other, the shorter length."""
     return next((i for i, (a, b) in enumerate(zip(ids, others)) if a != b), min(len(ids), len(others)))
-
-
-def same_tensors(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
-    return len(a) == len(b) and all(x is y for x, y in zip(a, b))
 
 
 def round_up(n: int, multiple: int) -> int:

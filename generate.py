@@ -89,7 +89,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.max_new_tokens = 1024 if args.interactive else 256
     try:
         args.method = flagged_method(args)
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         p.error(str(e))
     wrong = check_engine(args) or check_run(args)
     if wrong:

@@ -82,18 +82,20 @@ class Layer(nn.Module):
         self.w2 = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rope: Tensor, kv: Tensor | None, cache_pos: Tensor | None,
-                mask: Tensor | TreeMask | None) -> Tensor:
+                mask: Tensor | TreeMask | None, residual: Tensor | None = None) -> Tensor:
         """x [B, T, C], rope [2, T, D], kv [2, B, K, S, D], cache_pos [T], mask [T, W] -> [B, T, C].
 
+        residual [B, T, C]: what attention's output is added to, by default x (an EAGLE-3 head reads more than that).
         Six kernels on a GPU, eight above 16 rows: RoPE, the gate, the residuals and, for few rows, the norms are done
         inside the matrix products beside them."""
-        x = linear(self.attention(x, rope, kv, cache_pos, mask), self.wo.weight, residual=x)
-        return self.mlp(x)
+        residual = x if residual is None else residual
+        return self.mlp(linear(self.attention(x, rope, kv, cache_pos, mask), self.wo.weight, self.wo.bias,
+                               residual=residual))
 
     def mlp(self, x: Tensor) -> Tensor:
         """x + w2(silu(w1(norm(x))) * w3(norm(x)))"""
-        gated = linear(x, self.w13.weight, norm=(self.mlp_norm.weight, self.mlp_norm.eps), gated=True)
-        return linear(gated, self.w2.weight, residual=x)
+        gated = linear(x, self.w13.weight, self.w13.bias, (self.mlp_norm.weight, self.mlp_norm.eps), gated=True)
+        return linear(gated, self.w2.weight, self.w2.bias, residual=x)
 
     def attention(self, x: Tensor, rope: Tensor, kv: Tensor | None, cache_pos: Tensor | None,
                   mask: Tensor | TreeMask | None) -> Tensor:
@@ -177,10 +179,24 @@ class Llama(nn.Module):
         On a GPU with B = 1 better a TreeMask, which our attention kernel reads as it is.
         Without cache_pos and mask: no cache, causal among the T tokens.
         """
+        return self.forward_with_taps(tokens, rope_pos, cache_pos, mask)[0]
+
+    def forward_with_taps(self, tokens: Tensor, rope_pos: Tensor, cache_pos: Tensor | None = None,
+                          mask: Tensor | TreeMask | None = None, taps: tuple[int, ...] = ()
+                          ) -> tuple[Tensor, Tensor]:
+        """The features, as `forward` returns them, and what a drafter with these taps drafts from: the residual stream
+        entering each of the layers `taps`, side by side [B, T, len(taps) * C]; without taps the features. taps:
+        ascending, 0 is the embeddings and the number of layers what the last one leaves."""
         x, rope = embed(self.embed.weight, tokens, self.rope, rope_pos)
+        tapped = []
         for i, layer in enumerate(self.layers):
+            if i in taps:
+                tapped.append(x)
             x = layer(x, rope, None if cache_pos is None else self.kv[i], cache_pos, mask)
-        return rms_norm(x, self.norm.weight, self.norm.eps)
+        if len(self.layers) in taps:
+            tapped.append(x)
+        features = rms_norm(x, self.norm.weight, self.norm.eps)
+        return features, torch.cat(tapped, -1) if tapped else features
 
 
 def load_model(path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,

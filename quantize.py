@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from draft import load_head
+from drafters.eagle3 import Eagle3Head
+from drafters.heads import load_head
 from formats.eagle import folder_of
 from formats.weights import FORMAT, read_tensors, write_file
 from formats.writing import locked, replace_files
@@ -64,6 +65,8 @@ def quantize_draft(head: Path, checkpoint: Path, mode: str, group: int) -> Path:
     """The same for a draft head, a folder or file. It is small: all on the CPU, and int4 is not calibrated."""
     eagle = load_head(head, open_model(checkpoint, mode)[0], 0, mode, group)
     tensors = eagle.state_dict()
+    if isinstance(eagle, Eagle3Head) and eagle.vocab is not None:
+        tensors["d2t"] = eagle.vocab - torch.arange(len(eagle.vocab))  # as published: offsets
     return write_quantized(head, tensors, tensors, iter(()), {"format": FORMAT}, mode, group)
 
 

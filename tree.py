@@ -36,8 +36,8 @@ class State:
     """One sequence while it is decoded. Everything is on the device except `width` and `sampling`."""
     tokens: Tensor  # [S + 1] int64; the first `length` are committed; the last of these is the next root
     length: Tensor  # 0-d int64; the root's key and value are not in the cache yet
-    features: Tensor  # [max_depth + 1, C]: the target's features that the tokens just committed were chosen from
-    committed: Tensor  # 0-d int64: how many tokens the last cycle committed, and so how many rows of `features` count
+    hidden: Tensor  # [max_depth + 1, C or k * C]: the target's features, or taps, before each token just committed
+    committed: Tensor  # 0-d int64: how many tokens the last cycle committed, and so how many rows of `hidden` count
     done: Tensor  # 0-d bool: a stop id or the length limit was reached; further cycles change nothing
     width: int  # cache slots that PyTorch's attention reads on a CPU: an upper bound on every slot in use
     noise: Tensor | None = None  # [noise_depth + 1, V] fp32: what sampling adds to the logits of the next positions
@@ -247,9 +247,9 @@ def accept_commit(tree: Tree, next_tokens: Tensor, state: State, stop_ids: Tenso
     return path
 
 
-def compact(kv: Tensor, base: Tensor, path: Tensor, features: Tensor, kept: Tensor) -> None:
-    """Move what was accepted to the front: slots base + path[j] of kv [..., S, D] to base + j, and features[path] to
-    kept [max_depth + 1, C]. base 0-d int64, path [max_depth + 1] int64, features [T, C]."""
+def compact(kv: Tensor, base: Tensor, path: Tensor, hidden: Tensor, kept: Tensor) -> None:
+    """Move what was accepted to the front: slots base + path[j] of kv [..., S, D] to base + j, and hidden[path] to
+    kept [max_depth + 1, C]. base 0-d int64, path [max_depth + 1] int64, hidden [T, C]."""
     slots = base + torch.arange(len(path), device=path.device)
     kv.index_copy_(-2, slots, kv.index_select(-2, base + path))  # gathered first: source and destination overlap
-    kept.copy_(features[path])
+    kept.copy_(hidden[path])

@@ -8,7 +8,7 @@ from typing import NoReturn
 import torch
 
 import engine
-from drafters.methods import BASELINE, METHODS, OPTIONS, make_drafter
+from drafters.methods import BASELINE, METHODS, OPTIONS, make_drafter, method_of_head
 from formats.config import Config
 from formats.eagle import folder_of
 from model import load_model
@@ -42,9 +42,12 @@ def add_method_flags(p: argparse.ArgumentParser) -> None:
 
 
 def flagged_method(args: argparse.Namespace) -> str:
-    """The method that the flags of add_method_flags name. ValueError where they name two."""
+    """The method that the flags of add_method_flags name; with --draft alone, the one for that kind of head. ValueError
+    where they name two, OSError or ValueError where there is no such head."""
     parts = dict.fromkeys(part for name in METHODS for part in name.split("+") if part not in EXTRAS)
     given = [name for name in (*parts, *EXTRAS) if getattr(args, name, None)]
+    if args.draft and not args.method and not set(given) - set(EXTRAS):
+        given.insert(0, method_of_head(args.draft))
     flagged = "+".join(given) or BASELINE
     if args.method is None:
         return flagged

@@ -43,6 +43,7 @@ class Watch(Drafter):
         self.num_nodes = drafter.num_nodes
         self.max_depth = drafter.max_depth
         self.noise_depth = drafter.noise_depth
+        self.taps = drafter.taps
         self.has_blocked_nodes = drafter.has_blocked_nodes
         self.rejection_sampling = drafter.rejection_sampling
         # A row holds the cycle's number, the length of the text before it, and then six values of each node: token,
@@ -61,8 +62,8 @@ class Watch(Drafter):
     def caches(self) -> tuple[Tensor, ...]:
         return self.drafter.caches()
 
-    def prefill(self, state: State, features: Tensor, slots: Tensor, mask: Tensor | TreeMask) -> None:
-        self.drafter.prefill(state, features, slots, mask)
+    def prefill(self, state: State, hidden: Tensor, slots: Tensor, mask: Tensor | TreeMask) -> None:
+        self.drafter.prefill(state, hidden, slots, mask)
 
     def choose(self, state: State, tree: Tree, logits: Tensor) -> Tensor:
         return self.drafter.choose(state, tree, logits)

@@ -90,20 +90,20 @@ def cycle_parts(engine: Engine) -> list[dict]:
         parts.append({"part": name, "ms": timed(function, engine.device), "gb": gb})
         return function()  # once more, outside of any CUDA graph: the next part reads the result
 
-    fc_gb = gigabytes(drafter.fc)
-    level_gb = gigabytes(drafter.lm_head, drafter.head.layer) + kv_gigabytes(drafter.head.kv, length)
+    fc_gb = gigabytes(drafter.bound.fc)
+    level_gb = gigabytes(drafter.bound.lm_head, drafter.head.layer) + kv_gigabytes(drafter.head.kv, length)
     next_fc_gb = [fc_gb] * (drafter.levels - 1) + [0]  # each level but the last runs fc on its features for the next
-    scratch, fc_of_feature, level = time_part(
+    scratch, taken, level = time_part(
         f"draft: extend, {drafter.max_depth + 1} rows", fc_gb + level_gb + next_fc_gb[0], partial(drafter.begin, state))
     for depth in range(1, drafter.levels):
-        fc_of_feature, level = time_part(
+        taken, level = time_part(
             f"draft: expansion {depth}, {drafter.topk} rows", level_gb + next_fc_gb[depth],
-            partial(drafter.expand, state, scratch, fc_of_feature, level, depth))
+            partial(drafter.expand, state, scratch, taken, level, depth))
     tree = time_part("rerank", 0, partial(drafter.rerank, state))
     base = scratch[0, 0]
-    features, next_tokens = time_part(f"verify, {len(tree.tokens)} rows", step_gb(model, length),
+    hidden, next_tokens = time_part(f"verify, {len(tree.tokens)} rows", step_gb(model, length),
                                       partial(engine.verify, base, tree))
-    time_part("accept and compact", 0, partial(engine.commit, base, tree, features, next_tokens))
+    time_part("accept and compact", 0, partial(engine.commit, base, tree, hidden, next_tokens))
     return parts
 
 
@@ -202,7 +202,7 @@ def measure_all(args: argparse.Namespace, result: dict) -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()  # leave out what bandwidth() took; loading counts
     subject = load(args, make_prompts)
-    head = load_weights("eagle2", args, subject)["draft"]
+    [head] = load_weights("eagle2", args, subject).values()
     model, prompts, stop_ids = subject[:3]
     del subject  # with --shape it keeps the small model alive
     if device.type == "cuda":

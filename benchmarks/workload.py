@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from app.options import DTYPES
 from benchmarks.widen import Widening
 from draft import Vanilla
-from drafters.methods import METHODS
+from drafters.methods import METHODS, Weights
 from engine import Engine
 from formats.eagle import folder_of
 from formats.questions import Question
@@ -153,17 +153,17 @@ def load(args: argparse.Namespace, make_prompts: Callable[[Llama, Tokenizer], li
     return Subject(wide.model, wide_prompts, frozenset(wide.ids(sorted(tokenizer.stop_ids))), wide)
 
 
-def load_weights(method: str, args: argparse.Namespace, subject: Subject) -> dict[str, nn.Module]:
-    """The weights that a method drafts with, as drafters.methods.make_drafter takes them: {option: weights}, or {} if
-    the method has none. With --shape they are widened too."""
+def load_weights(method: str, args: argparse.Namespace, subject: Subject) -> dict[Weights, nn.Module]:
+    """The weights that a method drafts with, as drafters.methods.make_drafter takes them, or {} if it has none. With
+    --shape they are widened too."""
     weights = METHODS[method].weights
     if weights is None:
         return {}
     if subject.widening is None:
-        return {weights.option: weights.load(args, subject.model)}
+        return {weights: weights.load(args, subject.model)}
     unquantised = argparse.Namespace(**vars(args) | {"quantize": None})  # Widening quantises what it has widened
     small = weights.load(unquantised, subject.widening.small)
-    return {weights.option: weights.widen(subject.widening, small)}
+    return {weights: weights.widen(subject.widening, small)}
 
 
 def freeze(engine: Engine, ids: list[int], new_tokens: int, sampling: Sampling = Sampling()) -> int:

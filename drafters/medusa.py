@@ -129,7 +129,7 @@ class Medusa(Drafter):
         self.best_index = torch.tensor([(len(path) - 1) * self.ranks + path[-1] for path in nodes[1:]], device=device)
 
     def propose(self, state: State) -> Tree:
-        feature = state.features.index_select(0, (state.committed - 1)[None])  # the root was chosen from it
+        feature = state.hidden.index_select(0, (state.committed - 1)[None])  # the root was chosen from it
         best = self.tree_ops.best_tokens(self.logits(feature, state), self.ranks)
         return self.shape._replace(tokens=torch.cat((root_token(state), best.flatten()[self.best_index])))
 

@@ -5,13 +5,16 @@ build their flags from this table, memory planning and the benchmarks read it. d
 """
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from draft import Drafter, Eagle2, EagleHead, Vanilla, load_head
+from draft import Drafter, Eagle2, EagleHead, Vanilla
 from drafters.eagle1 import Eagle1
+from drafters.eagle3 import Eagle3Head
+from drafters.heads import is_eagle3, load_head
 from drafters.lookahead import Lookahead
 from drafters.lookup import RULES, Lookup, Retrieval
 from drafters.medusa import Medusa, load_medusa
@@ -60,12 +63,19 @@ class Method(NamedTuple):
 # ----- Weights -----------------------------------------------------------------------------------------------------
 
 
-def eagle_path(args: argparse.Namespace) -> Path:
-    return args.draft or find_head(args.checkpoint)
+def eagle_path(args: argparse.Namespace, folder: str = "eagle") -> Path:
+    return args.draft or find_head(args.checkpoint, folder)
 
 
-def load_eagle(args: argparse.Namespace, model: Llama) -> EagleHead:
-    return load_head(eagle_path(args), model, args.draft_vocab, args.quantize, args.group or 128)
+def load_eagle(args: argparse.Namespace, model: Llama, folder: str = "eagle") -> EagleHead | Eagle3Head:
+    """The head that --draft names, or the one in this folder of the checkpoint. ValueError if its kind is another."""
+    path = eagle_path(args, folder)
+    head = load_head(path, model, args.draft_vocab, args.quantize, args.group or 128)
+    kind = "eagle3" if isinstance(head, Eagle3Head) else "eagle"
+    if kind != folder:
+        raise ValueError(f"{path}: holds an EAGLE-{'3' if kind == 'eagle3' else '1/2'} head: use "
+                         f"--{'eagle3' if kind == 'eagle3' else 'eagle2'}")
+    return head
 
 
 def load_checked_draft_model(args: argparse.Namespace, model: Llama) -> Llama:
@@ -88,7 +98,13 @@ def required(path: Path | None, option: str) -> Path:
     return path
 
 
+def method_of_head(path: Path) -> str:
+    """The row for a head that --draft names without a method. Raises ValueError or OSError if it is no EAGLE head."""
+    return "eagle3" if is_eagle3(path) else "eagle2"
+
+
 EAGLE = Weights("draft", load_eagle, lambda wide, head: wide.head(head))
+EAGLE3 = Weights("draft", partial(load_eagle, folder="eagle3"), lambda wide, head: wide.head3(head))
 MEDUSA = Weights("medusa", lambda args, model: load_medusa(required(args.medusa, "--medusa"), model),
                  lambda wide, heads: wide.medusa(heads))
 DRAFT_MODEL = Weights("speculate", load_checked_draft_model, lambda wide, draft: wide.draft_model(draft))
@@ -103,8 +119,8 @@ def tree_nodes(text: str) -> int | str:
 
 # Options that shape a method, as argparse takes them. None: not given.
 OPTIONS: dict[str, dict[str, Any]] = {
-    "draft": dict(type=Path, help="EAGLE head: its folder, or a file in it (default: <checkpoint>/eagle, and in it the "
-                  "file named like the model's)"),
+    "draft": dict(type=Path, help="EAGLE head: its folder, or a file in it (default: <checkpoint>/eagle or, with "
+                  "--eagle3, <checkpoint>/eagle3, and in it the file named like the model's)"),
     "medusa": dict(type=Path, metavar="DIR", help="Medusa heads: their folder"),
     "speculate": dict(type=Path, metavar="DIR", help="draft model: its folder"),
     "draft_vocab": dict(type=int, help="EAGLE drafts only this many of the head's most frequent tokens; 0: all"),
@@ -161,7 +177,7 @@ def tree_shape(setup: Setup) -> tuple[int, int, int]:
     cuda = model.embed.weight.is_cuda
     default = GPU_TREE if cuda else CPU_TREE
     given = (args.draft_tokens, args.draft_depth, args.draft_topk)
-    path = eagle_path(args)
+    path = eagle_path(args, "eagle3" if isinstance(head, Eagle3Head) else "eagle")
     captured = cuda and not args.no_compile  # the measured times are those of CUDA graphs
     known = captured and given == (None, None, None) and curve_path(path).is_file()
     if known or args.tree_table or args.draft_tokens == "auto":
@@ -187,16 +203,22 @@ METHODS: dict[str, Method] = {
     "eagle2": Method(make_eagle2, "draft with EAGLE-2's dynamic tree", EAGLE, TREE),
     "eagle2+lookup": Method(
         lambda setup: make_eagle2(setup, with_lookup=True), "let what the text suggests compete with its own nodes",
-        EAGLE, TREE + LOOKUP)}
+        EAGLE, TREE + LOOKUP),
+    "eagle3": Method(make_eagle2, "draft EAGLE-2's dynamic tree with an EAGLE-3 head", EAGLE3, TREE),
+    "eagle3+lookup": Method(
+        lambda setup: make_eagle2(setup, with_lookup=True), "the same, and what the text suggests competes", EAGLE3,
+        TREE + LOOKUP)}
 
 
 def make_drafter(method: str, args: argparse.Namespace, model: Llama, max_seq_len: int,
-                 loaded: dict[str, nn.Module] | None = None) -> Drafter:
-    """The drafter of a row. `loaded` keeps weights, by their option, for the next method that shares them. Raises
-    ValueError or OSError with one line to show."""
+                 loaded: dict[Weights, nn.Module] | None = None) -> Drafter:
+    """The drafter of a row. `loaded` keeps weights for the next method that shares them. Raises ValueError or OSError
+    with one line to show."""
     row = METHODS[method]
     weights = None
     if row.weights:
         loaded = {} if loaded is None else loaded
-        weights = loaded[row.weights.option] = loaded.get(row.weights.option) or row.weights.load(args, model)
+        if row.weights not in loaded:
+            loaded[row.weights] = row.weights.load(args, model)
+        weights = loaded[row.weights]
     return row.make(Setup(model, args, weights, max_seq_len))

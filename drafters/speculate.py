@@ -122,7 +122,7 @@ class Speculate(Drafter):
     def caches(self) -> tuple[Tensor, ...]:
         return self.draft.kv, self.text
 
-    def prefill(self, state: State, features: Tensor, slots: Tensor, mask: Tensor | TreeMask) -> None:
+    def prefill(self, state: State, hidden: Tensor, slots: Tensor, mask: Tensor | TreeMask) -> None:
         self.draft(state.tokens[slots][None], slots, slots, mask)
 
     def propose(self, state: State) -> Tree:

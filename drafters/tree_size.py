@@ -69,12 +69,12 @@ def measure(model: Llama, head: EagleHead, max_seq_len: int) -> list[float] | No
         return timer(partial(function, *inputs), engine.device)
 
     with torch.inference_mode():  # not above: other engines go on with the caches that were allocated there
-        scratch, fc_of_feature, level = drafter.begin(state)
+        scratch, taken, level = drafter.begin(state)
         first = part_ms(drafter.begin, state)
-        further = part_ms(drafter.expand, state, scratch, fc_of_feature, level, 1)
-        last = part_ms(drafter.expand, state, scratch, fc_of_feature, level, LEVELS - 1)
-        # Every level but the last also computes fc's share, which the next level reads: it takes further - last. It
-        # is counted with the level that reads it, so that a tree of one level has none.
+        further = part_ms(drafter.expand, state, scratch, taken, level, 1)
+        last = part_ms(drafter.expand, state, scratch, taken, level, LEVELS - 1)
+        # An EAGLE-2 head's levels but the last also compute fc's share, which the next level reads. It takes
+        # further - last and is counted with the level that reads it, so that a tree of one level has none.
         first -= further - last
         base = scratch[0, 0]  # the root's slot
         tree = drafter.propose(state)

@@ -22,13 +22,13 @@ def folder_of(path: Path) -> Path:
     return path.parent if path.is_file() else path
 
 
-def find_head(checkpoint: Path) -> Path:
+def find_head(checkpoint: Path, name: str = "eagle") -> Path:
     """The draft head that belongs to a checkpoint, which is a folder or a model file in it.
 
-    This is the folder eagle/ of the checkpoint. For a model file it is the file of the same name in eagle/, if there is
-    one: eagle/model-int8.safetensors belongs to model-int8.safetensors.
+    This is the folder `name` of the checkpoint, eagle/ or eagle3/. For a model file it is the file of the same name
+    there, if there is one: eagle/model-int8.safetensors belongs to model-int8.safetensors.
     """
-    folder = folder_of(checkpoint) / "eagle"
+    folder = folder_of(checkpoint) / name
     if checkpoint.is_file():
         file = folder / checkpoint.name
         if file.is_file():
@@ -36,8 +36,9 @@ def find_head(checkpoint: Path) -> Path:
     return folder
 
 
-def open_head(path: Path) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
-    """The weight file of an EAGLE-1/2 head, which is a folder or one file in it; its tensors; its metadata.
+def open_head(path: Path, *kinds: str) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
+    """The weight file of a head, which is a folder or one file in it; its tensors; its metadata. kinds: "EAGLE-1/2",
+    "EAGLE-3", or both, whatever is welcome.
 
     Raises FileNotFoundError, or ValueError if the file is damaged, or of another kind, which is then named.
     """
@@ -57,9 +58,9 @@ def open_head(path: Path) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{file}: {quantized}")
     tensors, metadata = read_tensors(file)
     tensors = {str(name): tensor for name, tensor in tensors.items()}  # a pickle may have others
-    kind = kind_of_head(tensors, raw)
-    if kind and not kind.startswith("an EAGLE-1/2"):
-        raise ValueError(f"{file}: holds {kind}; only EAGLE-1/2 heads are implemented here")
+    found = kind_of_head(tensors, raw)
+    if found and not any(found.startswith(f"an {kind} head") for kind in kinds):
+        raise ValueError(f"{file}: holds {found}; only {' and '.join(kinds)} heads can be given here")
     if quantized := quantized_by_tensors(tensors):
         raise ValueError(f"{file}: {quantized}")
     return file, tensors, metadata
@@ -109,13 +110,20 @@ def native_names(published: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
                "layer.mlp_norm.weight": ["layers.0.post_attention_layernorm.weight"],
                "layer.w13.weight": ["layers.0.mlp.gate_proj.weight", "layers.0.mlp.up_proj.weight"],
                "layer.w2.weight": ["layers.0.mlp.down_proj.weight"]}
+    fuse(tensors, sources, path)
+    return tensors
+
+
+def fuse(tensors: dict[str, Tensor], sources: dict[str, list[str]], path: Path) -> None:
+    """Put the tensors of sources[name], one below the other, in their place as `name`. A name whose sources are all
+    missing is left out. Raises ValueError naming `path` if some are missing, or if their shapes do not fit together."""
     for name, published_names in sources.items():
         found = [tensors.pop(part) for part in published_names if part in tensors]
-        if len({t.shape[1:] for t in found}) > 1 or len(found) not in (0, len(published_names)):
+        fit = len({t.shape[1:] for t in found}) <= 1 and all(t.dim() for t in found)
+        if not fit or len(found) not in (0, len(published_names)):
             raise ValueError(f"{path}: {', '.join(published_names)} do not fit together")
         if found:
             tensors[name] = torch.cat(found) if len(found) > 1 else found[0]
-    return tensors
 
 
 # ----- Writing -----------------------------------------------------------------------------------------------------

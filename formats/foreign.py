@@ -148,7 +148,8 @@ HEADS = [
     ("a DFlash2 head", r"^candidate_selector\.|(attention|mlp)_conv\."),
     ("a DSpark head", r"(^|\.)markov_head\.|^confidence_head\."),
     ("a DFlash head", r"^hidden_norm\.weight$|^encoder\.fc\."),
-    ("an EAGLE-3 head", r"^midlayer\.|^d2t$|^t2d$|^layers\.\d+\.hidden_norm\.|^fc_norm\.|^input_norm\.|^aux_norm"),
+    ("an EAGLE-3 head", r"^midlayer\.|^d2t$|^t2d$|^layers\.\d+\.(hidden|feature)_norm\."
+     r"|^fc_norm\.|^input_norm\.|^aux_norm"),
     ("an MLP speculator", r"^(emb|proj|ln|head)\.\d+\.weight$"),
     ("a whole model (--speculate takes one)", r"^layers\.0\.(input_layernorm|attn_norm)\.weight$"),
     ("an EAGLE-1/2 head (--draft takes it)", r"^layers\.0\.self_attn\.q_proj\.weight$"),

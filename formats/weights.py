@@ -18,7 +18,8 @@ from formats.downloads import not_what_it_is_called
 
 FORMAT = "eagle2-native-1"  # the metadata entry "format" of a converted checkpoint; other files have another or none
 # Their names in the header.
-DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64", torch.int8: "I8"}
+DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64", torch.int8: "I8",
+          torch.int64: "I64", torch.bool: "BOOL"}
 
 
 # ----- Reading -----------------------------------------------------------------------------------------------------

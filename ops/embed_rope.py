@@ -65,6 +65,69 @@ def embed_torch(table: Tensor, tokens: Tensor, rope: Tensor, positions: Tensor, 
 
 
 @triton.jit
+def embed_pair_kernel(table, tokens, embed_norm, features, parent_rows, feature_norm, eps, rope, positions, x, residual,
+                      angles, C, S, D, T, NORMED: tl.constexpr, SIZE: tl.constexpr, PDL: tl.constexpr):
+    """See `embed_pair_torch`. Grid (T): a program writes one row of each result. SIZE is the larger of C and D, rounded
+    up to a power of two.
+
+    Pointers: table [V, C], tokens [T] int64, embed_norm and feature_norm [C], features [any, C], parent_rows [T] int64
+    (or None: in order), rope [2, S, D], positions [T] int64, x [T, 2 C], residual [T, C], angles [2, T, D].
+    """
+    row, i = tl.program_id(0), tl.arange(0, SIZE)
+    inside = i < C
+    embed_weight = tl.load(embed_norm + i, mask=inside, other=0.0).to(tl.float32)
+    feature_weight = tl.load(feature_norm + i, mask=inside, other=0.0).to(tl.float32)
+    wait_for_previous(PDL)
+    e = tl.load(table + tl.load(tokens + row) * C + i, mask=inside, other=0.0).to(tl.float32)
+    source = row if parent_rows is None else tl.load(parent_rows + row)
+    feature = tl.load(features + source * C + i, mask=inside, other=0.0)
+    f = feature.to(tl.float32)
+    normed = f * tl.rsqrt(tl.sum(f * f, 0) / C + eps) * feature_weight
+    tl.store(x + row * 2 * C + i, e * tl.rsqrt(tl.sum(e * e, 0) / C + eps) * embed_weight, mask=inside)
+    tl.store(x + row * 2 * C + C + i, normed, mask=inside)
+    tl.store(residual + row * C + i, normed if NORMED else feature, mask=inside)
+    from_rope = tl.load(positions + row) * D + i
+    for plane in tl.static_range(2):  # cos, sin
+        angle = tl.load(rope + plane * S * D + from_rope, mask=i < D)
+        tl.store(angles + (plane * T + row) * D + i, angle, mask=i < D)
+
+
+def embed_pair_triton(table: Tensor, tokens: Tensor, embed_norm: Tensor, features: Tensor, parent_rows: Tensor | None,
+                      feature_norm: Tensor, eps: float, rope: Tensor, positions: Tensor, normed_residual: bool = False
+                      ) -> tuple[Tensor, Tensor, Tensor]:
+    T, C = len(tokens), table.shape[1]
+    S, D = rope.shape[1:]
+    tokens = tokens.contiguous()
+    features = features.contiguous()
+    assert table.is_contiguous() and rope.is_contiguous() and positions.is_contiguous()
+    x = table.new_empty(T, 2 * C)
+    residual = table.new_empty(T, C)
+    angles = rope.new_empty(2, T, D)
+    size = triton.next_power_of_2(max(C, D))
+    embed_pair_kernel[T,](table, tokens, embed_norm, features, parent_rows, feature_norm, eps, rope, positions, x,
+                          residual, angles, C, S, D, T, normed_residual, size,
+                          num_warps=min(8, max(1, size // 256)), **pdl_options(table.device))
+    return x, residual, angles
+
+
+def embed_pair_torch(table: Tensor, tokens: Tensor, embed_norm: Tensor, features: Tensor, parent_rows: Tensor | None,
+                     feature_norm: Tensor, eps: float, rope: Tensor, positions: Tensor, normed_residual: bool = False
+                     ) -> tuple[Tensor, Tensor, Tensor]:
+    """What the first layer of an EAGLE-3 head reads (drafters/eagle3.py): the embedding of each token and the feature
+    before it, each normed, side by side [T, 2 C]; the residual [T, C], which is the feature, or with `normed_residual`
+    the normed one; and the RoPE angles [2, T, D].
+
+    table [V, C], tokens [T] int64, features [any, C], of which row parent_rows[i] (without parent_rows: row i) comes
+    before token i; embed_norm and feature_norm [C]: the weights of the norms; rope [2, S, D], positions [T] int64.
+    """
+    feature = features if parent_rows is None else features[parent_rows]
+    normed = F.rms_norm(feature, feature_norm.shape, feature_norm, eps)
+    embedding = F.rms_norm(F.embedding(tokens, table), embed_norm.shape, embed_norm, eps)
+    x = torch.cat((embedding, normed), -1)
+    return x, normed if normed_residual else feature, rope.index_select(1, positions)
+
+
+@triton.jit
 def round_like(x, pointer):
     """x rounded to the dtype that `pointer` points to, as fp32: PyTorch rounds after each step, so does the kernel."""
     return x.to(pointer.dtype.element_ty).to(tl.float32)
@@ -139,4 +202,5 @@ def rope_store_torch(qkv: Tensor, rope: Tensor, slots: Tensor, kv: Tensor,
 
 
 embed = by_device(embed_triton, embed_torch)
+embed_pair = by_device(embed_pair_triton, embed_pair_torch)
 rope_store = by_device(rope_store_triton, rope_store_torch)

@@ -171,13 +171,13 @@ def accept_commit_kernel(tokens, parents, depths, ancestors, next_tokens, text, 
 
 
 @triton.jit
-def compact_kernel(kv, base, path, features, kept, CELLS, S, D, C, STEPS, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+def compact_kernel(kv, base, path, hidden, kept, CELLS, S, D, C, STEPS, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
                    PDL: tl.constexpr):
     """See `compact`. Grid (CELLS, then blocks of C): each of the first CELLS programs moves the rows of one head's keys
-    or values in one layer, each of the others COLUMNS columns of the features. All rows are loaded before any is
+    or values in one layer, each of the others COLUMNS columns of the hidden states. All rows are loaded before any is
     stored, because source and destination overlap.
 
-    Pointers: kv [CELLS, S, D], base 0-d int64, path [STEPS] int64, features [T, C], kept [STEPS, C]. ROWS and COLUMNS
+    Pointers: kv [CELLS, S, D], base 0-d int64, path [STEPS] int64, hidden [T, C], kept [STEPS, C]. ROWS and COLUMNS
     are STEPS and D rounded up to a power of two.
     """
     wait_for_previous(PDL)
@@ -190,7 +190,7 @@ def compact_kernel(kv, base, path, features, kept, CELLS, S, D, C, STEPS, ROWS: 
         moves = (step < STEPS) & (source != step) & (column < D)
     else:
         column += (cell - CELLS) * COLUMNS
-        origin, goal = features + source * C + column, kept + step * C + column
+        origin, goal = hidden + source * C + column, kept + step * C + column
         moves = (step < STEPS) & (column < C)
     x = tl.load(origin, mask=moves)
     tl.debug_barrier()
@@ -249,12 +249,12 @@ def accept_commit(tree: Tree, next_tokens: Tensor, state: State, stop_ids: Tenso
     return path
 
 
-def compact(kv: Tensor, base: Tensor, path: Tensor, features: Tensor, kept: Tensor) -> None:
-    """tree.compact. features and kept have kv's dtype and must not overlap."""
+def compact(kv: Tensor, base: Tensor, path: Tensor, hidden: Tensor, kept: Tensor) -> None:
+    """tree.compact. hidden and kept have kv's dtype and must not overlap."""
     slots, size = kv.shape[-2:]
-    steps, width = len(path), features.shape[1]
+    steps, width = len(path), hidden.shape[1]
     cells = kv.numel() // (slots * size)
     columns = triton.next_power_of_2(size)
     compact_kernel[cells + triton.cdiv(width, columns),](
-        kv, base, path, features, kept, cells, slots, size, width, steps, triton.next_power_of_2(steps), columns,
+        kv, base, path, hidden, kept, cells, slots, size, width, steps, triton.next_power_of_2(steps), columns,
         num_warps=1, **pdl_options(kv.device))

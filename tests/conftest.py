@@ -68,7 +68,7 @@ def demo_model(demo: Path):
 
 @pytest.fixture(scope="session")
 def demo_head(demo: Path, demo_model):
-    from draft import load_head
+    from drafters.heads import load_head
     return load_head(demo / "eagle", demo_model, 0)
 
 
@@ -109,6 +109,7 @@ def checkpoint(tmp_path: Path):
     model, head = tiny.pair(0, 0.1, torch.float32)
     folder = tiny.save_target(model, tmp_path / "target")
     tiny.save_head(head, folder / "eagle")
+    tiny.save_head3(tiny.head3(model), folder / "eagle3")
     save_medusa(MedusaHeads(model.cfg.hidden_size, 4), folder / "medusa")
     return folder, model
 

@@ -94,7 +94,8 @@ def arguments(folder: Path, *words: str) -> list[str]:
 FLAGS = {"vanilla": (), "lookup": ("--lookup",), "lookahead": ("--lookahead",), "medusa": ("--medusa", "medusa"),
          "speculate": ("--speculate", "."), "speculate+rejection": ("--speculate", ".", "--rejection"),
          "speculate+lookup": ("--speculate", ".", "--lookup"), "eagle": ("--eagle",), "eagle2": ("--eagle2",),
-         "eagle2+lookup": ("--eagle2", "--lookup")}  # "medusa" and "." stand for folders of weights
+         "eagle2+lookup": ("--eagle2", "--lookup"), "eagle3": ("--eagle3",),
+         "eagle3+lookup": ("--eagle3", "--lookup")}  # "medusa" and "." stand for folders of weights
 
 # What --json prints
 KEYS = {"method", "text", "tokens", "prompt_tokens", "new_tokens", "cycles", "gained", "mean_gained", "accept_by_depth",
@@ -111,6 +112,7 @@ def tiny_checkpoint(folder: Path) -> Path:
     """A tiny checkpoint with a head that guesses well, and a byte-level tokenizer with a chat template."""
     model, head = tiny.pair(4, 0.03, torch.float32, vocab_size=V)
     tiny.save_head(head, tiny.save_target(model, folder) / "eagle")
+    tiny.save_head3(tiny.head3(model), folder / "eagle3")
     bpe = BPE(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     bpe.train_from_iterator(cycle.QUESTIONS.read_text().split("\n"), trainers.BpeTrainer(

@@ -1,6 +1,8 @@
 """Records every tree that an EAGLE drafter proposes, and every row that its head processes for it."""
 from dataclasses import dataclass, field
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from draft import Eagle2
@@ -12,7 +14,7 @@ from tree import State, Tree
 class Call:
     """One run of the head."""
     tokens: list[int]
-    given: Tensor  # [rows, C]: fc's output for each row's token and feature
+    given: Tensor  # [rows, any]: what the first layer reads
     rope_pos: list[int]
     cache_pos: list[int]
     seen: list[set[int]]  # the cache slots that each row attends to
@@ -28,25 +30,34 @@ class Cycle:
 
 
 class Recorder:
-    """Replaces `run_head` and `propose` of this one drafter by methods that record and then call the originals."""
+    """Replaces `run` of this drafter's head and its `propose` by methods that record and then call the originals."""
 
     def __init__(self, drafter: Eagle1 | Eagle2) -> None:
         self.drafter = drafter
         self.cycles: list[Cycle] = []
-        self.original_run_head = drafter.run_head
+        self.original_run = drafter.bound.run
         self.original_propose = drafter.propose
-        drafter.run_head = self.run_head
+        drafter.bound.run = self.run
         drafter.propose = self.propose
 
-    def run_head(self, tokens: Tensor, fc_of_feature: Tensor, parent_rows: Tensor | None, rope_pos: Tensor,
-                 cache_pos: Tensor, mask: Tensor) -> Tensor:
+    def run(self, tokens: Tensor, taken: Tensor, parent_rows: Tensor | None, rope_pos: Tensor,
+            cache_pos: Tensor, mask: Tensor) -> Tensor:
         within_propose = self.cycles and self.cycles[-1].tree is None  # else prefill runs the head
         if within_propose:
             seen = [set(row.nonzero().flatten().tolist()) for row in mask]
-            share = fc_of_feature if parent_rows is None else fc_of_feature[parent_rows]
-            given = self.drafter.fc_of_token[tokens] + share
+            share = taken if parent_rows is None else taken[parent_rows]
+            given = self.first_input(tokens, share)
             self.cycles[-1].calls.append(Call(tokens.tolist(), given, rope_pos.tolist(), cache_pos.tolist(), seen))
-        return self.original_run_head(tokens, fc_of_feature, parent_rows, rope_pos, cache_pos, mask)
+        return self.original_run(tokens, taken, parent_rows, rope_pos, cache_pos, mask)
+
+    def first_input(self, tokens: Tensor, taken: Tensor) -> Tensor:
+        bound = self.drafter.bound
+        if hasattr(bound, "fc_of_token"):
+            return bound.fc_of_token[tokens] + taken
+        layer = bound.head.layers[0]
+        size, eps = layer.embed_norm.weight.shape, layer.embed_norm.eps
+        return torch.cat((F.rms_norm(bound.table[tokens], size, layer.embed_norm.weight, eps),
+                          F.rms_norm(taken, size, layer.feature_norm.weight, eps)), -1)
 
     def propose(self, state: State) -> Tree:
         cycle = Cycle(int(state.length), int(state.committed))

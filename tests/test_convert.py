@@ -18,7 +18,8 @@ from published import FAMILIES, assert_nothing_loads, head_folder, hf_folder, re
 from safetensors.torch import load_file, safe_open, save_file
 
 import convert_hf_checkpoint
-from convert_hf_checkpoint import add_eagle, convert
+from app.install import add_head
+from convert_hf_checkpoint import convert
 from formats.config import Config
 from formats.weights import FORMAT
 from model import load_model
@@ -338,7 +339,7 @@ def test_draft_head_is_copied_as_published(suffix, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"midlayer.hidden_norm.weight": torch.ones(32)}, "EAGLE-3"), ({"d2t": torch.ones(8)}, "EAGLE-3"),
+    ({"midlayer.hidden_norm.weight": torch.ones(32)}, "first layer"), ({"d2t": torch.ones(8)}, "first layer"),
     ({"fc.weight": torch.ones(32, 96)}, r"fc\.weight"), ({"fc.weight": None}, r"fc\.weight"),
     ({"layers.0.mlp.down_proj.weight": None}, r"layer.*w2"),
     ({"layers.1.mlp.down_proj.weight": torch.ones(1)}, r"layers\.1")])
@@ -347,7 +348,7 @@ def test_heads_of_another_kind_are_refused(changes, message, tmp_path):
     hf_folder(tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "out")
     with pytest.raises(ValueError, match=message):
-        add_eagle(head_folder(tmp_path / "head", **changes), tmp_path / "out")
+        add_head(head_folder(tmp_path / "head", **changes), tmp_path / "out")
     assert not (tmp_path / "out/eagle").exists()
 
 

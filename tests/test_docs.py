@@ -125,7 +125,7 @@ def test_there_are_commands() -> None:
 
 
 @pytest.mark.parametrize("command", [
-    "generate.py --checkpoint x --prompt y --eagle3", "bench.py --checkpoint x --shape llama-9",
+    "generate.py --checkpoint x --prompt y --eagle4", "bench.py --checkpoint x --shape llama-9",
     "train.py --tokens 24e6", "quantize.py --checkpoint x --mode int3"])
 def test_a_wrong_command_is_found(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if `parse` accepts an unknown option, an unknown value, or a required option that is missing."""

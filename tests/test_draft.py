@@ -5,228 +5,26 @@ reads the wrong position, feature or cache slot.
 """
 import json
 import pickle
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-import torch.nn.functional as F
 from conftest import all_cores
 from helpers import Payload, slow_but
-from recorder import Cycle, Recorder
+from plain_trees import Builder, PlainHead, check_cycles
+from recorder import Recorder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from draft import Eagle2, EagleHead, Vanilla, load_head
+from draft import Eagle2, EagleHead, Vanilla
 from drafters.eagle1 import EAGLE1_TREE, Eagle1
+from drafters.heads import load_head
 from engine import Engine
 from formats.config import Config
 from formats.eagle import VOCAB, find_head
 from model import Llama
-from sampling import Sampling, gumbel_noise
-from tree import Tree
-
-MARGIN = 1e-4  # log-probabilities: closer calls than this may go either way by rounding
-
-# ----- The plain builder -----------------------------------------------------------------------------------------
-
-KeyValue = tuple[Tensor, Tensor]  # rotated key and value of one row, [K, D] each
-
-
-class PlainHead:
-    """The head as the tensors on the hub define it, one row at a time. There is no cache: each row is given the keys
-    and values of the rows that it sees."""
-
-    def __init__(self, tensors: dict[str, Tensor], cfg: Config, target: Llama) -> None:
-        dtype = target.embed.weight.dtype
-        self.w = {name.removeprefix("layers.0."): t.to(dtype) for name, t in tensors.items()}
-        self.cfg, self.embed, self.lm_head = cfg, target.embed.weight, target.lm_head.weight
-
-    def linear(self, name: str, x: Tensor) -> Tensor:
-        y = self.w[name + ".weight"] @ x
-        return y + self.w[name + ".bias"] if name + ".bias" in self.w else y
-
-    def rotate(self, x: Tensor, position: int) -> Tensor:
-        """x [heads, D]: the pair (i, i + D/2) turns by position * theta^(-2i/D)."""
-        half = self.cfg.head_dim // 2
-        angle = position * self.cfg.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        a, b = x[:, :half], x[:, half:]
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=1)
-
-    def enter(self, token: int, feature: Tensor) -> Tensor:
-        return self.linear("fc", torch.cat((self.embed[token], feature)))
-
-    def key_value(self, token: int, feature: Tensor, position: int) -> KeyValue:
-        x, size = self.enter(token, feature), self.cfg.head_dim
-        return (self.rotate(self.linear("self_attn.k_proj", x).view(-1, size), position),
-                self.linear("self_attn.v_proj", x).view(-1, size))
-
-    def output(self, token: int, feature: Tensor, position: int, seen: list[KeyValue]) -> Tensor:
-        """The predicted feature after a row; `seen` ends with the row's own key and value."""
-        x, size = self.enter(token, feature), self.cfg.head_dim
-        q = self.rotate(self.linear("self_attn.q_proj", x).view(-1, size), position)
-        keys, values = (torch.stack(both).repeat_interleave(len(q) // both[0].shape[0], dim=1)
-                        for both in zip(*seen, strict=True))  # [rows, H, D]
-        weights = torch.einsum("hd,rhd->hr", q, keys).div(size ** 0.5).softmax(-1)
-        x = x + self.linear("self_attn.o_proj", torch.einsum("hr,rhd->hd", weights, values).flatten())
-        normed = x * (x.square().mean() + self.cfg.rms_norm_eps).rsqrt() * self.w["post_attention_layernorm.weight"]
-        gate, up = self.linear("mlp.gate_proj", normed), self.linear("mlp.up_proj", normed)
-        return x + self.linear("mlp.down_proj", F.silu(gate) * up)
-
-    def rankings(self, features: list[Tensor], noise: Tensor | float) -> list[list[tuple[int, float]]]:
-        """After each feature the 11 most probable next tokens with their log-probabilities, best first. All are of one
-        position in the text, to whose logits sampling will add `noise`."""
-        logits = torch.stack(features) @ self.lm_head.T + noise
-        best = logits.topk(11)
-        log_p = best.values.double() - logits.logsumexp(-1, keepdim=True).double()
-        return [list(zip(*both, strict=True)) for both in zip(best.indices.tolist(), log_p.tolist(), strict=True)]
-
-
-@dataclass
-class Node:
-    """A drafted token. `parent` None: a child of the root. `seen`: what the row of this node attends to."""
-    token: int
-    score: float
-    parent: "Node | None"
-    depth: int
-    feature: Tensor | None = None  # predicted after this token, if it was fed
-    seen: list[KeyValue] = field(default_factory=list)
-
-
-@dataclass
-class Plain:
-    """What a builder did: the nodes of the tree in order, the nodes it fed level by level, and its closest decision."""
-    nodes: list[Node]
-    fed: list[list[Node]]
-    margin: float
-
-
-class Builder:
-    """Grows trees over a text whose target features are known. Rows of committed tokens see true features."""
-
-    def __init__(self, head: PlainHead, text: list[int], features: Tensor, sampling: Sampling = Sampling()) -> None:
-        self.head, self.text, self.features, self.sampling = head, text, features, sampling
-        self.entries = [head.key_value(text[i + 1], features[i], i) for i in range(len(text) - 1)]
-
-    def start(self, length: int) -> Tensor:
-        """The feature predicted for the root, which is the last of the first `length` tokens."""
-        last = length - 2
-        return self.head.output(self.text[last + 1], self.features[last], last, self.entries[:last + 1])
-
-    def rankings(self, place: int, features: list[Tensor]) -> list[list[tuple[int, float]]]:
-        """The children, at this place in the text, of nodes with these features."""
-        noise, s = 0.0, self.sampling
-        if s.temperature:
-            draws = gumbel_noise(torch.tensor(s.seed), torch.tensor([place]), len(self.head.lm_head))
-            noise = s.temperature * draws[0]
-        return self.head.rankings(features, noise)
-
-    def feed(self, node: Node, above: Tensor, length: int) -> None:
-        """Run the head on `node`, whose parent's predicted feature is `above`."""
-        position = length - 2 + node.depth  # the root's children follow entry length - 2
-        context = node.parent.seen if node.parent else self.entries[:length - 1]
-        node.seen = [*context, self.head.key_value(node.token, above, position)]
-        node.feature = self.head.output(node.token, above, position, node.seen)
-
-    def eagle2(self, length: int, draft_tokens: int, draft_depth: int, topk: int) -> Plain:
-        gaps = [1.0]
-
-        def best(nodes: list[Node], n: int) -> list[Node]:
-            ordered = sorted(nodes, key=lambda node: -node.score)  # stable
-            gaps.extend(a.score - b.score for a, b in zip(ordered[:n], ordered[1:n + 1], strict=False))
-            return ordered[:n]
-
-        def children(ranking: list[tuple[int, float]], parent: Node | None) -> list[Node]:
-            gaps.extend(a[1] - b[1] for a, b in zip(ranking[:topk], ranking[1:], strict=False))
-            above, depth = (parent.score, parent.depth) if parent else (0.0, 0)
-            return [Node(token, above + log_p, parent, depth + 1) for token, log_p in ranking[:topk]]
-
-        start = self.start(length)
-        candidates = level = children(self.rankings(length, [start])[0], None)
-        fed = []
-        for depth in range(1, draft_depth):
-            fed.append(level)
-            for node in level:
-                self.feed(node, node.parent.feature if node.parent else start, length)
-            found = []
-            rankings = self.rankings(length + depth, [node.feature for node in level])
-            for node, ranking in zip(level, rankings, strict=True):
-                found += children(ranking, node)
-            candidates = candidates + found
-            level = best(found, topk)
-        order = {id(node): i for i, node in enumerate(candidates)}
-        ranked = sorted(candidates, key=lambda node: -node.score)
-        if len(ranked) > draft_tokens - 1:
-            gaps.append(ranked[draft_tokens - 2].score - ranked[draft_tokens - 1].score)
-        return Plain(sorted(ranked[:draft_tokens - 1], key=lambda node: order[id(node)]), fed, min(gaps))
-
-    def eagle1(self, length: int, choices: list[tuple[int, ...]]) -> Plain:
-        start, made, gaps = self.start(length), {}, [1.0]
-        fed: dict[int, list[Node]] = {}
-        for path in sorted(choices, key=lambda path: (len(path), path)):
-            parent = made.get(path[:-1])
-            if parent and parent.feature is None:
-                self.feed(parent, parent.parent.feature if parent.parent else start, length)
-                fed.setdefault(parent.depth, []).append(parent)
-            [ranking] = self.rankings(length + len(path) - 1, [parent.feature if parent else start])
-            gaps += [ranking[i][1] - ranking[i + 1][1] for i in (path[-1] - 1, path[-1]) if i >= 0]
-            made[path] = Node(ranking[path[-1]][0], 0.0, parent, len(path))
-        return Plain(list(made.values()), list(fed.values()), min(gaps))
-
-
-def same_tree(tree: Tree, plain: Plain, root: int) -> bool:
-    """Equal tokens, parents, depth, order, and attention between the nodes."""
-    index = {id(node): i for i, node in enumerate(plain.nodes, 1)}
-    parents = [index[id(node.parent)] if node.parent else 0 for node in plain.nodes]  # a KeyError: an orphan
-    ancestors = [{0}]
-    for i, parent in enumerate(parents, 1):
-        ancestors.append(ancestors[parent] | {i})
-    return (tree.tokens.tolist() == [root] + [node.token for node in plain.nodes]
-            and tree.parents.tolist() == [0, *parents]
-            and tree.depth.tolist() == [0] + [node.depth for node in plain.nodes]
-            and [{j for j in range(64) if bits >> j & 1} for bits in tree.ancestors.tolist()] == ancestors)
-
-
-def check_rows(cycle: Cycle, plain: Plain, builder: Builder, atol: float) -> None:
-    """Check what the head was given: tokens, features, positions, and by the mask exactly the rows each one may see."""
-    length, (extend, *levels) = cycle.length, cycle.calls
-    first, n = length - 1 - cycle.committed, cycle.committed
-    assert extend.tokens[:n] == builder.text[first + 1:length]
-    given = [builder.head.enter(builder.text[i + 1], builder.features[i]) for i in range(first, length - 1)]
-    assert torch.allclose(extend.given[:n], torch.stack(given), atol=atol, rtol=0)
-    assert extend.rope_pos[:n] == extend.cache_pos[:n] == list(range(first, length - 1))
-    assert extend.seen[:n] == [set(range(i + 1)) for i in range(first, length - 1)]
-    assert len(levels) == len(plain.fed)
-    slot_of: dict[int, int] = {}
-    for call, nodes in zip(levels, plain.fed, strict=True):
-        assert call.tokens == [node.token for node in nodes]
-        assert call.rope_pos == [length - 2 + node.depth for node in nodes]
-        slot_of |= {id(node): slot for node, slot in zip(nodes, call.cache_pos, strict=True)}
-        assert len(set(slot_of.values())) == len(slot_of) and min(slot_of.values()) >= length - 1
-        for node, seen in zip(nodes, call.seen, strict=True):
-            own, up = set(), node
-            while up:
-                own.add(slot_of[id(up)])
-                up = up.parent
-            assert seen == own | set(range(length - 1))
-
-
-def check_cycles(recorder: Recorder, builder: Builder, grow, atol: float) -> tuple[int, int]:
-    """Compare every cycle with `grow(length)`. Returns how many cycles there were and how many were close calls: if a
-    choice hung on less than MARGIN, another tree, or the same one grown in another order, is right too."""
-    close = 0
-    for cycle in recorder.cycles:
-        plain = grow(cycle.length)
-        fed = [call.tokens for call in cycle.calls[1:]] == [[node.token for node in level] for level in plain.fed]
-        if fed and same_tree(cycle.tree, plain, builder.text[cycle.length - 1]):
-            check_rows(cycle, plain, builder, atol)
-        else:
-            assert plain.margin < MARGIN, f"another tree at length {cycle.length}"
-            close += 1
-    return len(recorder.cycles), close
-
+from sampling import Sampling
 
 # ----- Trees -----------------------------------------------------------------------------------------------------
 
@@ -337,13 +135,13 @@ def test_draft_vocabulary(kind: type, temperature: float) -> None:
         drafter = kind(head, model)
         recorder = Recorder(drafter)
         if head.vocab is None:
-            impossible, read = torch.full((24,), -1e9).index_fill(0, vocab, 0), drafter.read_logits
+            impossible, read = torch.full((24,), -1e9).index_fill(0, vocab, 0), drafter.bound.read
 
             def read_less(*args, read=read, impossible=impossible):
-                logits, fc_of_feature = read(*args)
-                return logits + impossible, fc_of_feature
+                logits, taken = read(*args)
+                return logits + impossible, taken
 
-            drafter.read_logits = read_less
+            drafter.bound.read = read_less
         runs.append((list(Engine(model, drafter, 96).generate(ids, 30, sampling)), recorder.cycles))
     (ours, mine), (theirs, full) = runs
     assert ours == theirs and sum(ours, []) == sum(Engine(model, Vanilla(), 96).generate(ids, 30, sampling), [])
@@ -404,8 +202,7 @@ def test_load_head(changes: dict, form: str, tmp_path: Path) -> None:
     random = torch.Generator().manual_seed(0)
     features = torch.randn(7, 32, generator=random, dtype=torch.float64)
     tokens = tiny.prompt(0, 7)
-    seen = [plain.key_value(tokens[i], features[i], i) for i in range(7)]
-    rows = torch.stack([plain.output(tokens[i], features[i], i, seen[:i + 1]) for i in range(7)])
+    rows = torch.stack(Builder(plain, [0, *tokens], features).outputs)
     assert torch.allclose(outputs(loaded, target)[0], rows, atol=1e-6)  # the model's RoPE table is made in fp32
 
 
@@ -464,7 +261,7 @@ def rewrite(folder: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how, message", [
-    ("EAGLE-3", "EAGLE-3"), ("no fc", "fc.weight"), ("no k", "k_proj"), ("k of another width", "k_proj"),
+    ("EAGLE-3", "under another name too"), ("no fc", "fc.weight"), ("no k", "k_proj"), ("k of another width", "k_proj"),
     ("k of another height", "wqkv"), ("q bias alone", "bias"), ("two layers", "layers.1"),
     ("input norm", "input_layernorm"), ("other embedding", "another model"), ("other hidden", "another model"),
     ("other vocabulary", "another model"), ("no config", "config.json"), ("truncated", "damaged"),

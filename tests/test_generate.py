@@ -256,7 +256,7 @@ def test_the_smallest_context(method: str, slots: int, call, everything: Path) -
     (["--prompt", "x", "--draft_vocab", "0"], "--draft_vocab is for the methods eagle, eagle2"),
     (["--prompt", "x", "--chain", "9"], "--chain is for the methods lookup, speculate"),
     (["--prompt", "x", "--window", "7", "5", "7"], "--window is for the method lookahead"),
-    (["--prompt", "x", "--method", "eagle3"], "invalid choice: 'eagle3'"),
+    (["--prompt", "x", "--method", "eagle4"], "invalid choice: 'eagle4'"),
     (["--prompt", "x", "--method", "eagle2", "--lookup"], "name two methods"),
     (["--prompt", "x", "--method", "vanilla", "--eagle"], "name two methods"),
     (["--prompt", "x", "--method", "lookup", "--medusa", "x"], "name two methods"),

@@ -69,12 +69,14 @@ def test_texts(name: str, how, monkeypatch: pytest.MonkeyPatch) -> None:
     def cycles(drafter: Drafter, start=lambda engine: engine) -> list[list[int]]:
         return cycle_by_cycle(start(Engine(model, drafter, 128)), ids, 40, how)
 
-    expected = [cycles(drafter) for drafter in (Vanilla(), Eagle2(head, model, 24, 4, 5))]
-    assert sum(expected[0], []) == sum(expected[1], [])
+    head3 = tiny.head3(model, wide=(True, False))
+    drafters = Vanilla(), Eagle2(head, model, 24, 4, 5), Eagle2(head3, model, 24, 4, 5)
+    expected = [cycles(drafter) for drafter in drafters]
+    assert all(sum(text, []) == sum(expected[0], []) for text in expected)
     for module in (engine_module, draft_module):
         monkeypatch.setattr(module, "tree_mask", lambda base, bits, width: TreeMask(base, bits))
         monkeypatch.setattr(module, "causal_mask", lambda first, rows, width: TreeMask(first, None))
     monkeypatch.setattr(engine_module, "SHORT_CHUNK", 16)
     monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 48)
-    found = [cycles(drafter, as_on_a_gpu) for drafter in (Vanilla(), Eagle2(head, model, 24, 4, 5))]
+    found = [cycles(drafter, as_on_a_gpu) for drafter in drafters]
     assert found == expected

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from draft import load_head
+from drafters.heads import load_head
 from drafters.medusa import load_medusa
 from formats.hf import open_folder
 
@@ -75,7 +75,7 @@ def test_other_kinds_are_named(tmp_path: Path) -> None:
     target = tiny.target()
     for kind, tensors, raw in KINDS:
         save(tmp_path, tensors, raw)
-        for load in (load_head, load_medusa):
+        for load in (load_medusa,) if kind == "an EAGLE-3 head" else (load_head, load_medusa):
             with pytest.raises(ValueError, match=f"model.safetensors: holds {kind}.*; only") as error:
                 load(tmp_path, target)
             assert "\n" not in str(error.value)

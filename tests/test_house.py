@@ -197,7 +197,7 @@ def test_decisions_are_seen() -> None:
     for source in ('m == "eagle2"', '"lookup" in m', 'm in ("x", "medusa")', 'm.startswith("speculate")',
                    'match m:\n    case "vanilla":\n        pass', 'm != "speculate+lookup"', 'm == "rejection" or x'):
         assert decisions_by_name(ast.parse(source)), source
-    for source in ('results["vanilla"]', 'folder / "eagle"', 'm == BASELINE', '{"eagle2": 1}', 'm == "eagle3"'):
+    for source in ('results["vanilla"]', 'folder / "eagle"', 'm == BASELINE', '{"eagle2": 1}', 'm == "eagle4"'):
         assert not decisions_by_name(ast.parse(source)), source
 
 

@@ -98,8 +98,9 @@ def test_only_new_rows_are_run(method: str, make, monkeypatch: pytest.MonkeyPatc
     """Fails if the whole prompt is processed although `reused` says otherwise, or if the default reuses anything. (The
     engine rounds rows up to 16.)"""
     model, drafter = make(method)
-    engine, rows, forward = Engine(model, drafter, SLOTS), [], model.forward
-    monkeypatch.setattr(model, "forward", lambda tokens, *rest: rows.append(tokens.shape[1]) or forward(tokens, *rest))
+    engine, rows, forward = Engine(model, drafter, SLOTS), [], model.forward_with_taps
+    monkeypatch.setattr(model, "forward_with_taps",
+                        lambda tokens, *rest: rows.append(tokens.shape[1]) or forward(tokens, *rest))
     ids = tiny.prompt(2, 50)
     text = ids + write(engine, ids, 30)
     for reuse, count in ((True, 5 + drafter.max_depth + 2), (False, len(text) + 5)):

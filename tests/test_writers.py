@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from app.chat_file import read_messages, write_messages
-from convert_hf_checkpoint import add_eagle, convert
-from draft import load_head
+from app.install import add_head
+from convert_hf_checkpoint import convert
 from drafters import tree_size
+from drafters.heads import load_head
 from drafters.medusa import MedusaHeads, load_medusa, save_medusa
 from formats.eagle import read_vocab, save_head, save_vocab
 from formats.writing import carry_out, held, locked, replace_files, replace_when_whole, write_text
@@ -140,7 +141,7 @@ def writers(sources: Path) -> dict[str, Writer]:
 
     return {
         "convert": Writer(lambda out, i: convert(sources / f"model{i}", out), load_all),
-        "eagle": Writer(lambda out, i: add_eagle(sources / f"head{i}", out),
+        "eagle": Writer(lambda out, i: add_head(sources / f"head{i}", out),
                         lambda out: load_head(out / "eagle", load_model(out)),
                         lambda out: convert(sources / "model0", out)),
         "quantize": Writer(make_changing, lambda out: load_model(out / "model-int8.safetensors"), make_model),

@@ -6,6 +6,7 @@ float64: there the number of rows computed together does not change the tokens.
 """
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -15,10 +16,12 @@ from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor, nn
 
 from draft import EagleHead
+from drafters.eagle3 import PLAIN, Eagle3Head
 from drafters.medusa import MedusaHeads, save_medusa
 from drafters.tree_size import NODES
 from formats.config import Config
 from formats.eagle import CURVE, VOCAB
+from formats.eagle3 import Eagle3Config, save_eagle3
 from formats.tokenizer_files import CHAR_OF
 from formats.weights import FORMAT
 from model import Llama
@@ -78,6 +81,44 @@ def pair(seed: int = 0, noise: float = 0.3, dtype: torch.dtype = torch.float64, 
     return model, eagle
 
 
+def head3(model: Llama, seed: int = 2, names: Collection[str] = PLAIN, taps: tuple[int, ...] = (0, 1, 2),
+          ids: list[int] | None = None, wide: tuple[bool, ...] = (True,), norm_before_residual: bool = False,
+          norm_output: bool = False, **changes) -> Eagle3Head:
+    """A random EAGLE-3 head for `model`, in the same dtype. names, taps, wide and so on: see drafters/eagle3.py. ids:
+    its draft vocabulary. `changes` are entries of its layers' config.json."""
+    size, count = model.cfg.hidden_size, model.cfg.vocab_size
+    shape = {"vocab_size": count, "hidden_size": size, "num_hidden_layers": len(wide)}
+    eagle = Eagle3Head(Eagle3Config(
+        layer=Config.from_dict(SHAPE | shape | changes), target_size=size, target_layers=model.cfg.num_layers,
+        taps=taps, wide=wide, draft_vocab_size=len(ids) if ids else count, norm_before_residual=norm_before_residual,
+        norm_output=norm_output), names)
+    randomise(eagle, seed, model.embed.weight.dtype)
+    eagle.vocab = torch.tensor(ids) if ids else None
+    return eagle
+
+
+def pair3(seed: int = 0, noise: float = 0.1, dtype: torch.dtype = torch.float64, ids: list[int] | None = None,
+          **changes) -> tuple[Llama, Eagle3Head]:
+    """A target, and an EAGLE-3 head that guesses it well, as `pair` makes them: the feature is nearly the embedding of
+    its token. The embedding is no part of the head's residual, so its attention has to pass it on. By their biases all
+    queries and keys are equal, and after RoPE a row sees nearly only itself."""
+    model, _ = pair(seed, noise, dtype, **changes)
+    names = (*PLAIN, "layers.0.wqkv.bias")
+    eagle = head3(model, seed + 1000, names, ids=ids, num_attention_heads=4, num_key_value_heads=4)
+    layer, size = eagle.layers[0], model.cfg.hidden_size
+    eagle.fc.weight.data *= 0.01
+    eagle.norm.weight.data.fill_(1)
+    eagle.lm_head.weight.data = model.lm_head.weight.data[eagle.vocab if ids else slice(None)].clone()
+    layer.embed_norm.weight.data.fill_(1)
+    layer.wqkv.weight.data.zero_()
+    layer.wqkv.weight.data[2 * size:, :size] = torch.eye(size)
+    layer.wqkv.bias.data.zero_()
+    layer.wqkv.bias.data[:2 * size].view(8, -1)[:, :3] = 12  # pairs that turn by 1, 0.1 and 0.01 a position
+    layer.wo.weight.data = torch.eye(size, dtype=dtype) * 3
+    layer.w2.weight.data *= noise
+    return model, eagle
+
+
 def config_json(cfg: Config) -> dict:
     """The entries of config.json that give this Config."""
     raw = {"model_type": "qwen3" if cfg.qk_norm else "llama", "num_hidden_layers": cfg.num_layers,
@@ -124,11 +165,17 @@ def save_head(eagle: EagleHead, folder: Path, **extra: Tensor) -> Path:
     return folder
 
 
+def save_head3(eagle: Eagle3Head, folder: Path) -> Path:
+    """Save an EAGLE-3 head as published. Returns the folder."""
+    save_eagle3(eagle.cfg, eagle.state_dict(), eagle.vocab, folder)
+    return folder
+
+
 def save_everything(folder: Path) -> Path:
     """Save a folder that generate.py can run with any method, for a vocabulary of 256 bytes, 2 special tokens and 2
     unused ids. Returns the folder. It holds the target with a tokenizer and a chat template, and in folders below
 
-        eagle, medusa                  draft heads
+        eagle, eagle3, medusa          draft heads
         eagle_pickle, medusa_pickle    the same as pickles
         draft                          a draft model of one layer
         int8                           the target in int8
@@ -136,6 +183,7 @@ def save_everything(folder: Path) -> Path:
     model, eagle = pair(0, 0.3, torch.float32, vocab_size=260)
     save_target(model, folder)
     save_head(eagle, folder / "eagle")
+    save_head3(head3(model, ids=list(range(64, 123)) + [32]), folder / "eagle3")
     save_medusa(MedusaHeads(model.cfg.hidden_size, 3, vocab_size=260), folder / "medusa")
     save_target(target(5, torch.float32, vocab_size=260, num_hidden_layers=1), folder / "draft")
     for name, file, pickle in (("eagle", "model.safetensors", "pytorch_model.bin"),

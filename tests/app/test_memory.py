@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import generate
 from app import memory
-from draft import Eagle2, Vanilla, load_head
+from draft import Eagle2, Vanilla
+from drafters.heads import load_head
 from drafters.methods import METHODS, make_drafter
 from engine import SPARE, Engine
 from formats.config import Config
@@ -95,14 +96,14 @@ def test_eagle_is_exact(mode: str | None, group: int, ids: int | None, tmp_path:
     head = load_head(folder / "eagle", model, ids or 0, mode, group)
     drafter = Eagle2(head, model, 8, 3, 3)
     drafter.allocate(100 + SPARE)
-    own = () if ids is None else (drafter.lm_head, head.vocab)
+    own = () if ids is None else (drafter.bound.lm_head, head.vocab)
     small = (drafter.scratch, *drafter.root_level, *drafter.candidates)
     words = () if mode is None else ("--quantize", mode, *(("--group", str(group)) if mode == "int4" else ()))
     args = generate.parse_args(["--checkpoint", str(folder), "--memory", "--eagle2", "--draft_tokens", "8",
                                 "--draft_depth", "3", "--draft_topk", "3", "--draft_vocab", str(ids or 0), *words])
     empty = memory.empty_model(model.cfg, torch.bfloat16, mode, group)
-    assert held(head, head.kv, head.rope, drafter.fc, drafter.fc_of_token, *small, *own) == memory.drafter_bytes(
-        args, empty, 100, mode)
+    own += (drafter.bound.fc, drafter.bound.fc_of_token)
+    assert held(head, head.kv, head.rope, *small, *own) == memory.drafter_bytes(args, empty, 100, mode)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,8 @@ from app import draw_tree
 from app import watch as watch_module
 from app.draw_tree import answer_text, columns, token_text, tree_lines, write_page
 from app.watch import RING, View, Watch
-from draft import Eagle2, load_head
+from draft import Eagle2
+from drafters.heads import load_head
 from drafters.lookahead import Lookahead
 from drafters.lookup import Lookup, Retrieval
 from drafters.methods import METHODS, make_drafter

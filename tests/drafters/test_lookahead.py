@@ -40,7 +40,7 @@ def gained(cycles: list[list[int]]) -> float:
 
 def text_state(ids: list[int]) -> State:
     zero = torch.zeros((), dtype=torch.int64)
-    return State(tokens=torch.tensor(ids + [0] * 20), length=zero + len(ids), features=torch.zeros(1, 1),
+    return State(tokens=torch.tensor(ids + [0] * 20), length=zero + len(ids), hidden=torch.zeros(1, 1),
                  committed=zero.clone(), done=zero > 0, width=0)
 
 

@@ -264,7 +264,7 @@ class Watched(Medusa):
 
     def propose(self, state: State) -> Tree:
         tree = super().propose(state)
-        feature = state.features[int(state.committed) - 1].clone()
+        feature = state.hidden[int(state.committed) - 1].clone()
         self.seen = [*getattr(self, "seen", []), (int(state.length), feature, tree)]
         return tree
 

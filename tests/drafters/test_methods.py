@@ -9,7 +9,6 @@ import torch
 from conftest import ROOT
 from helpers import FLAGS, arguments, tiny_checkpoint
 
-import draft
 import generate
 from app.options import Engine, load_engine
 from draft import Eagle2, Vanilla
@@ -23,7 +22,7 @@ from drafters.speculate import Speculate
 from model import Llama
 
 KINDS = {"vanilla": Vanilla, "lookup": Lookup, "lookahead": Lookahead, "medusa": Medusa, "speculate": Speculate,
-         "eagle": Eagle1, "eagle2": Eagle2}
+         "eagle": Eagle1, "eagle2": Eagle2, "eagle3": Eagle2}
 
 
 def method_words(method: str, folder: Path) -> list[str]:
@@ -41,7 +40,7 @@ def test_every_method(method: str, checkpoint: tuple[Path, Llama]) -> None:
     needed = words[:2] if weights and weights.option in ("medusa", "speculate") else []
     args = generate.parse_args(arguments(folder, "--method", method, *needed))
     assert vars(args) == vars(generate.parse_args(arguments(folder, *words))) | {
-        extra: False for extra in ("eagle", "eagle2", "lookup", "lookahead", "rejection")}
+        extra: False for extra in ("eagle", "eagle2", "eagle3", "lookup", "lookahead", "rejection")}
     assert args.method == method
     drafter = make_drafter(method, args, model, 128)
     assert type(drafter) is KINDS[method.partition("+")[0]] and drafter.rejection_sampling == ("rejection" in method)
@@ -100,7 +99,7 @@ def test_load_what_is_asked_for(loadable: Path) -> None:
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"draft": "eagle3"}, "eagle3 is no method"), ({"chain": 3}, "--chain is for"), ({"dtype": "float64"}, "--dtype"),
+    ({"draft": "eagle4"}, "eagle4 is no method"), ({"chain": 3}, "--chain is for"), ({"dtype": "float64"}, "--dtype"),
     ({"quantize": "int5"}, "--quantize: invalid choice: 'int5'"), ({"draft_tokens": 2.5}, "--draft_tokens"),
     ({"device": "mps"}, "--device"), ({"max_seq_len": 1}, "--max_seq_len"), ({"medusa": "x"}, "--medusa is for"),
     ({"draft": "medusa"}, "--medusa DIR is missing"), ({"draft": "lookahead", "window": (1, 2)}, "--window"),
@@ -153,7 +152,7 @@ def test_parts_are_loaded_once(checkpoint: tuple[Path, Llama], monkeypatch: pyte
     """Fails if methods that share weights load them more than once."""
     folder, model = checkpoint
     args, parts, loads = generate.parse_args(arguments(folder, "--eagle2")), {}, []
-    load = draft.load_head
+    load = methods.load_head
     monkeypatch.setattr(methods, "load_head", lambda *inputs: loads.append(1) or load(*inputs))
     made = [make_drafter(method, args, model, 128, parts) for method in ("eagle", "eagle2", "eagle2+lookup")]
     assert len(loads) == 1 and all(drafter.head is made[0].head for drafter in made)

@@ -9,14 +9,15 @@ import torch
 from conftest import ROOT
 from helpers import operations
 
-import train
-from draft import Eagle2, Vanilla, load_head
+from draft import Eagle2, Vanilla
 from drafters import tree_size
+from drafters.heads import load_head
 from drafters.tree_size import LEVELS, NODES, TOPK, best_size, cached_profile, fit, measure, profile_key, read_curve
 from engine import Engine
 from formats.eagle import CURVE, VOCAB
 from ops import graphs
 from sampling import Sampling
+from training import evaluation
 
 FLAT = [[3.0] * LEVELS] * len(NODES)  # no tree gains more than another
 
@@ -45,9 +46,9 @@ def test_curve_is_what_trees_gain(seed: int, noise: float, vocab: int, stop: int
     stops = frozenset(text[len(ids) + stop:len(ids) + stop + 1] if stop else [])
     text = ids + sum(Engine(model, Vanilla(), 64, stops).generate(ids, 26), [])
     original = tree_size.tokens_by_size
-    monkeypatch.setattr(train, "tokens_by_size", lambda candidates, rest: counts.append(
+    monkeypatch.setattr(evaluation, "tokens_by_size", lambda candidates, rest: counts.append(
         (text[:-len(rest)], original(candidates, rest))) or counts[-1][1])
-    train.save_curve(model, folder, [ids], stops, 26)
+    evaluation.save_curve(model, folder, [ids], stops, 26)
     assert counts[0][0] == text[:len(ids) + 1]
     curve, head = read_curve(folder), load_head(folder, model)
     totals = torch.zeros(len(NODES), LEVELS)

@@ -16,7 +16,8 @@ from damage import flipped, refusal
 from tiny_sources import save_published
 
 from convert_hf_checkpoint import convert
-from draft import Eagle2, load_head
+from draft import Eagle2
+from drafters.heads import load_head
 from drafters.medusa import Medusa, load_medusa
 from model import Llama, load_model
 from tokenizer import Tokenizer

@@ -18,7 +18,8 @@ from damage import damaged_json, damaged_safetensors, damaged_template, flipped,
 from safetensors.torch import save_file
 from tiny_sources import sentencepiece_model, tiktoken_model
 
-from draft import Eagle2, load_head
+from draft import Eagle2
+from drafters.heads import load_head
 from drafters.medusa import Medusa, load_medusa
 from drafters.methods import load_checked_draft_model
 from drafters.tree_size import read_curve

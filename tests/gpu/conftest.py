@@ -3,8 +3,9 @@ import pytest
 import torch
 
 from app.options import Engine
-from draft import Eagle2, Vanilla, load_head
+from draft import Eagle2, Vanilla
 from drafters.eagle1 import Eagle1
+from drafters.heads import load_head
 from drafters.lookahead import Lookahead
 from drafters.lookup import Lookup, Retrieval
 from drafters.medusa import Medusa, MedusaHeads

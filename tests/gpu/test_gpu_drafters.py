@@ -9,8 +9,9 @@ import torch
 from conftest import ROOT
 
 from app.options import Engine
-from draft import Eagle2, Vanilla, load_head
+from draft import Eagle2, Vanilla
 from drafters import lookup, tree_size
+from drafters.heads import load_head
 from drafters.lookup import Retrieval
 from drafters.methods import BASELINE, METHODS
 from drafters.speculate import Speculate

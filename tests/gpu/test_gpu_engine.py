@@ -10,7 +10,8 @@ import torch
 from gpu_tools import cycles_without_waiting, ties, variants
 from soak import soak
 
-from draft import Eagle2, Vanilla, load_head
+from draft import Eagle2, Vanilla
+from drafters.heads import load_head
 from engine import Engine
 from model import load_model
 from quant.linear import MODES

@@ -39,6 +39,15 @@ def eagle2(model: Llama) -> Drafter:
     return Eagle2(head.to(model.embed.weight.device), model, 24, 4, 5)
 
 
+def eagle3(model: Llama) -> Drafter:
+    """The same with a tiny EAGLE-3 head: two layers, a draft vocabulary, norms of q and k where Qwen3 has them."""
+    kind = "qwen3" if model.cfg.qk_norm else "llama"
+    head = tiny.head3(model, wide=(True, False), ids=list(range(199, 60, -3)), model_type=kind, num_attention_heads=4,
+                      num_key_value_heads=2, head_dim=24)
+    head.vocab = head.vocab.to(model.embed.weight.device)
+    return Eagle2(head.to(model.embed.weight.device), model, 24, 4, 5)
+
+
 def engine(model: Llama, drafter: Drafter) -> Engine:
     return Engine(model, drafter, 256)
 
@@ -52,7 +61,7 @@ def test_fp32_writes_what_float64_writes(name: str) -> None:
     for how in (GREEDY, *SAMPLINGS[1:4]):
         text = write(engine(exact, Vanilla()), IDS, COUNT, how)
         assert len(set(text)) > COUNT // 4  # else the comparison would show little
-        for drafter in (Vanilla("cuda"), eagle2(model)):
+        for drafter in (Vanilla("cuda"), eagle2(model), eagle3(model)):
             assert write(engine(model, drafter), IDS, COUNT, how) == text
 
 

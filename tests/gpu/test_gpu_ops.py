@@ -146,6 +146,11 @@ def test_beginning_and_end(T: int, C: int, D: int) -> None:
                                 embed_rope.embed_torch(table, tokens, rope, places, *args), strict=True):
             assert torch.equal(ours, theirs)
     x, weight = randn(2, T, C), randn(C)
+    for given in ((randn(70, C), rows), *([(randn(T, C), None)] if T <= 512 else [])):
+        args = weight, *given, randn(C), 1e-5, rope, places, T == 10
+        for ours, theirs in zip(embed_rope.embed_pair(table, tokens, *args),
+                                embed_rope.embed_pair_torch(table, tokens, *args), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
     exact = torch.nn.functional.rms_norm(x.double(), (C,), weight.double(), 1e-5)
     assert error(linear.rms_norm(x, weight, 1e-5), exact) < 1e-2
 

@@ -196,6 +196,31 @@ def test_embed(implementation):
     assert torch.equal(x, (table.half()[tokens].float() + wide[rows, columns]).half())  # rounded once
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_embed_pair(implementation):
+    """Fails if the two norms or halves are swapped, a row is another token's or another parent's, the residual is
+    normed where it should not be, or a row reads past its end."""
+    C, eps = 24, 0.05
+    table, features, rope = torch.randn(50, C), torch.randn(9, C), torch.randn(2, 40, 10)
+    embed_norm, feature_norm = torch.randn(C), torch.randn(C)
+
+    def norm(x, weight):
+        return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+
+    embed_pair = getattr(embed_rope, f"embed_pair_{implementation}")
+    for n in (1, 7, 9):
+        tokens, rows, positions = (torch.randint(m, (n,)) for m in (50, 9, 40))
+        for parent_rows, feature in ((None, features[:n]), (rows, features[rows])):
+            for is_normed in (False, True):
+                given = features[:n] if parent_rows is None else features
+                x, residual, angles = embed_pair(table, tokens, embed_norm, given, parent_rows, feature_norm, eps, rope,
+                                                 positions, is_normed)
+                normed = norm(feature, feature_norm)
+                torch.testing.assert_close(x, torch.cat((norm(table[tokens], embed_norm), normed), -1))
+                torch.testing.assert_close(residual, normed if is_normed else feature)
+                assert torch.equal(angles, rope[:, positions])
+
+
 def test_tensors_on_a_cpu_go_to_the_twins():
     """Fails if a kernel is launched on a CPU, for which Triton has no backend."""
     q, kv, base = torch.randn(3, 2, 8), torch.randn(2, 1, 9, 8), torch.tensor(4)

@@ -6,7 +6,7 @@ import torch
 from triton_tools import Compiled, assert_fits, compile_ahead, not_interpreted
 
 from ops.attention import attention_config, attention_kernel, merge_splits_kernel
-from ops.embed_rope import embed_kernel, rope_store_kernel
+from ops.embed_rope import embed_kernel, embed_pair_kernel, rope_store_kernel
 
 triton = pytest.importorskip("triton")
 pytestmark = not_interpreted
@@ -88,7 +88,7 @@ def test_the_other_kernels(arch):
     """Fails if one of the small kernels spills or wants too much shared memory."""
     def check(kernel, warps: int, **constants) -> None:
         types = dict.fromkeys(kernel.arg_names, "*bf16") | dict.fromkeys(("S", "stride", "C", "T"), "i32")
-        types |= dict.fromkeys(("slots", "tokens", "positions", "addend_rows"), "*i64")
+        types |= dict.fromkeys(("slots", "tokens", "positions", "addend_rows", "parent_rows"), "*i64")
         types |= {"eps": "fp32"} | dict.fromkeys(("parts", "logs", "addend"), "*fp32")
         compile_checked(kernel, arch, types, warps, PDL=False, **constants)
 
@@ -97,3 +97,5 @@ def test_the_other_kernels(arch):
     check(merge_splits_kernel, 1, ROWS=1920, D=128, DP=128, BM=2, NS=16)
     check(embed_kernel, 8, D=128, SIZE=8192)
     check(embed_kernel, 8, D=128, SIZE=8192, addend=None, addend_rows=None, stride=0)
+    check(embed_pair_kernel, 8, D=128, SIZE=8192, NORMED=True)
+    check(embed_pair_kernel, 8, D=128, SIZE=8192, NORMED=False, parent_rows=None)

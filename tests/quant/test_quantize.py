@@ -20,8 +20,9 @@ import quantize
 from benchmarks.quality import kept, perplexity
 from benchmarks.workload import gigabytes
 from convert_hf_checkpoint import staged
-from draft import Eagle2, Vanilla, load_head
+from draft import Eagle2, Vanilla
 from drafters.eagle1 import Eagle1
+from drafters.heads import load_head
 from engine import Engine
 from formats import weights
 from formats.eagle import VOCAB
@@ -312,16 +313,16 @@ def test_draft_head(mode: str, group: int, folder: Path) -> None:
     assert head.state_dict().keys() == tensors.keys()
     assert all(torch.equal(t, tensors[name]) for name, t in head.state_dict().items())
     after = Eagle2(head, target)
-    assert torch.equal(after.fc_of_token, before.fc_of_token) and isinstance(after.fc, Quantized)
-    assert isinstance(after.lm_head, Quantized) and after.lm_head.shape == (12, 64)
-    error = plain(after.fc, 64) - before.fc.float()
-    assert error.norm() < (0.12 if mode == "int4" else 0.01) * before.fc.float().norm()
-    assert (after.lm_head_and_fc is None) == (mode == "int4")  # int8 rows and int4 rows cannot be stacked
+    assert torch.equal(after.bound.fc_of_token, before.bound.fc_of_token) and isinstance(after.bound.fc, Quantized)
+    assert isinstance(after.bound.lm_head, Quantized) and after.bound.lm_head.shape == (12, 64)
+    error = plain(after.bound.fc, 64) - before.bound.fc.float()
+    assert error.norm() < (0.12 if mode == "int4" else 0.01) * before.bound.fc.float().norm()
+    assert (after.bound.lm_head_and_fc is None) == (mode == "int4")  # int8 rows and int4 rows cannot be stacked
     features = random(3, 64, seed=5)
-    for found, weight in zip(after.read_logits(features, False), (after.lm_head, after.fc), strict=True):
+    for found, weight in zip(after.bound.read(features, False), (after.bound.lm_head, after.bound.fc), strict=True):
         exact = features @ plain(weight, 64).mT
         assert (found - exact).norm() < 0.03 * exact.norm()
-    logits, nothing = after.read_logits(features, True)
+    logits, nothing = after.bound.read(features, True)
     assert nothing is None and logits.shape == (3, 12)
     quantize_linears(target, mode, group)
     rows = plain(Eagle2(head, target).lm_head, 64)

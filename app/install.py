@@ -1,0 +1,124 @@
+"""Putting what was converted or downloaded into its folder: whole or not at all, and a draft head only after it was
+asked what it guesses.
+
+A head that does not fit its target is silent: the text is right, and few drafts are accepted. So the target writes a
+few answers, and the head guesses them (drafters/head_check.py). What the files of an EAGLE-3 head leave open is chosen
+so, and written beside it into measured.json. A head that guesses badly is installed with a warning.
+"""
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from app.memory import free_bytes
+from drafters.eagle3 import Eagle3Head
+from drafters.head_check import EXPECTED, compare, is_clear, right_guesses, table, write_answers
+from drafters.heads import is_eagle3, load_head
+from formats.config import Config
+from formats.eagle import CURVE, VOCAB, folder_of
+from formats.eagle3 import open_eagle3
+from formats.eagle3_config import MEASURED
+from formats.hub import FILES
+from formats.writing import QUANTIZED, replace_files
+from model import Llama, load_model
+from ops.device import gpu_problem, has_cuda
+from tokenizer import Tokenizer
+
+HEAD_FILES = {"config.json", "model.safetensors", "pytorch_model.bin", VOCAB, CURVE, MEASURED}
+FEW = (3, 32)  # questions, and tokens of each answer, that show whether a head guesses at all
+MANY = (8, 64)  # the same to tell variants of a head apart
+CAUSES = {False: "another model's, or one of another chat template",
+          True: "another model's, one of another chat template, or read from the wrong layers (taps in measured.json)"}
+
+
+@contextmanager
+def staged(out: Path, source: Path) -> Iterator[Path]:
+    """Yield a scratch folder. When the block ends, its files replace those that an earlier run wrote into `out`, and
+    what quantize.py made of them. After an error `out` is as it was, and the error is a ValueError that names both
+    folders."""
+    part = source
+    try:
+        with replace_files(out, (*FILES, CURVE, MEASURED, "model.safetensors", "pytorch_model.bin", QUANTIZED)) as part:
+            yield part
+    except Exception as err:
+        # Deliberately every Exception. The source is a download, and what a damaged one raises cannot be listed: gguf
+        # raises IndexError and UnicodeDecodeError, a missing entry KeyError, `tokenizers` a bare Exception, the disk
+        # OSError. So a bug in this file looks like bad input too; the cause keeps its traceback.
+        reason = f"{err} is missing" if isinstance(err, KeyError) else str(err) or type(err).__name__
+        if not source.is_dir():
+            reason = reason.replace(f"{part}/", f"{source}: ")
+        reason = reason.replace(str(part), str(source))  # the scratch folder is gone
+        raise ValueError(f"{source} -> {out} failed: {reason}") from err
+
+
+def add_head(head: Path, out: Path) -> None:
+    """Copy a published EAGLE head, unchanged, to the folder eagle/ or eagle3/ of the checkpoint `out`, and write what
+    was measured of it beside it. Raises ValueError if it does not load as a head of the model in `out`, or if nothing
+    tells what its files leave open."""
+    with torch.device("meta"):
+        target = Llama(Config.load(out))
+    load_head(head, target)
+    is_new = is_eagle3(head)
+    measured = measure(head, out, open_eagle3(head, target.cfg).doubts if is_new else {})
+    with staged(out / ("eagle3" if is_new else "eagle"), head) as part:
+        for file in HEAD_FILES & set(os.listdir(head)):
+            shutil.copyfile(head / file, part / file)
+        if measured:
+            (part / MEASURED).write_text(json.dumps(measured) + "\n", encoding="utf-8")
+
+
+def measure(head: Path, checkpoint: Path, doubts: dict[str, tuple]) -> dict:
+    """Let the head guess what the target writes, on a GPU if there is one. Returns the values of the fields that are in
+    doubt. Says on stderr what was found; ValueError where it is needed and cannot be."""
+    obstacle = why_not_measured(checkpoint)
+    if obstacle:
+        if doubts:
+            fields = ", ".join(f'"{name}": one of {[*map(json.dumps, values)]}' for name, values in doubts.items())
+            raise ValueError(f"{head}: its files leave open what {', '.join(doubts)} is, and it cannot be measured "
+                             f"({obstacle}): write {MEASURED} beside them, with {fields}")
+        print(f"{head}: not tried out ({obstacle})", file=sys.stderr)
+        return {}
+    device = "cuda" if has_cuda() and not gpu_problem("cuda") else "cpu"
+    model = load_model(checkpoint, device, torch.bfloat16)
+    loaded = load_head(head, model)
+    answers = write_answers(model, Tokenizer(folder_of(checkpoint)), *(MANY if doubts else FEW))
+    if not doubts:
+        warn(head, loaded, [float(right.float().mean()) for right in right_guesses(loaded, model, answers)])
+        return {}
+    variants = compare(loaded, doubts, model, answers)
+    best, *others = variants
+    print(f"{head}: its files leave open what {', '.join(doubts)} is. How many of the first, second and third guesses "
+          f"are right:\n{table(variants)}", file=sys.stderr)
+    close = [variant for variant in others if not is_clear(best, variant)]
+    if close:
+        raise ValueError(f"{head}: the guesses do not tell these apart: choose one of the first {1 + len(close)} "
+                         f"lines, and write it beside the head into {MEASURED}, for example {json.dumps(best.fields)}")
+    warn(head, loaded, best.shares)
+    return best.fields
+
+
+def why_not_measured(checkpoint: Path) -> str | None:
+    """What stands in the way of running the target, if anything."""
+    folder = folder_of(checkpoint)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return f"{folder} has no tokenizer"
+    device = "cuda" if has_cuda() and not gpu_problem("cuda") else "cpu"
+    size, free = (folder / "model.safetensors").stat().st_size, free_bytes(device)
+    if size * 1.3 > free:
+        return f"the target needs {size * 1.3 / 1e9:.1f} GB to run, and {free / 1e9:.1f} GB are free"
+    return None
+
+
+def warn(head: Path, loaded: object, shares: list[float]) -> None:
+    """Say on stderr how often the head's guesses were right and, where that is far too seldom, the likely cause."""
+    guessed = ", ".join(f"{share:.0%}" for share in shares)
+    line = f"{head}: of its first, second and third guesses {guessed} are right"
+    if shares[0] < EXPECTED / 3:
+        line += (f"; a head that fits has about {EXPECTED:.0%}. Drafts will seldom be accepted: it is probably "
+                 f"{CAUSES[isinstance(loaded, Eagle3Head)]}")
+    print(line, file=sys.stderr)

@@ -1,0 +1,150 @@
+"""EAGLE-3 draft heads (arXiv 2503.01840), as six publishers write them (formats/eagle3.py).
+
+    python generate.py --checkpoint checkpoints/Qwen/Qwen2.5-Coder-1.5B-Instruct --eagle3 --prompt "Write a queue."
+
+Three things differ from EAGLE-1 and EAGLE-2 (draft.py). The head drafts from *taps*: the target's residual stream at
+three depths, which one linear layer, fc, joins. Its own predictions are fed back as they are, without fc. And it has
+an lm_head of its own, often over a part of the vocabulary. The trees are the same: EAGLE-2's, or EAGLE-1's fixed one.
+
+    g      = fc([tap_1; ...; tap_k])              where the target's hidden states are known; later its own h
+    x      = [norm(embedding(token)); norm(g)]    2H wide
+    h      = g + attention(x);  h = h + mlp(norm(h))
+    logits = lm_head(norm(h))
+
+Row i pairs the taps of token i with token i + 1 and has RoPE position i, as in EAGLE-2.
+
+Shapes: T rows, H the head's width, C the target's, k taps, V tokens, S cache slots, D head size.
+"""
+from collections.abc import Collection
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from draft import drafting_rows
+from formats.eagle3 import Eagle3Config
+from model import Layer, Llama, RMSNorm, rope_table
+from ops.attention import TreeMask
+from ops.embed_rope import embed_pair
+from ops.linear import linear, rms_norm
+from quant.linear import quantize_linears
+
+PLAIN = ("fc.weight", "norm.weight", "lm_head.weight")  # of the tensors that a variant may lack, what plain EAGLE-3 has
+
+
+class Eagle3Layer(Layer):
+    """A Llama layer. `wide`: it reads an embedding and a feature side by side, each normed, as the first layer does."""
+
+    def __init__(self, cfg: Eagle3Config, i: int, names: Collection[str]) -> None:
+        size, sizes = cfg.layer.hidden_size, cfg.layer
+        bias = {name: f"layers.{i}.{name}.bias" in names for name in ("wqkv", "wo", "w13", "w2")}
+        self.wide = cfg.wide[i]
+        super().__init__(sizes, qkv_bias=bias["wqkv"], norm_input=not self.wide)
+        if self.wide:
+            self.wqkv = nn.Linear(2 * size, self.wqkv.out_features, bias=bias["wqkv"])
+            self.embed_norm = RMSNorm(size, sizes.rms_norm_eps)
+            self.feature_norm = RMSNorm(size, sizes.rms_norm_eps)
+        for name in ("wo", "w13", "w2"):
+            if bias[name]:
+                plain = getattr(self, name)
+                setattr(self, name, nn.Linear(plain.in_features, plain.out_features))
+
+
+class Eagle3Head(nn.Module):
+    """The weights of a head, and its KV cache. `names`: those of its tensors, which decide what parts there are."""
+
+    def __init__(self, cfg: Eagle3Config, names: Collection[str] = PLAIN) -> None:
+        super().__init__()
+        size, eps = cfg.layer.hidden_size, cfg.layer.rms_norm_eps
+        inputs = len(cfg.taps) * cfg.target_size
+        self.cfg = cfg
+        self.embed = nn.Embedding(cfg.layer.vocab_size, size) if "embed.weight" in names else None
+        self.input_norm = RMSNorm(inputs, eps) if "input_norm.weight" in names else None
+        per_tap = [RMSNorm(cfg.target_size, eps) for _ in cfg.taps] if "fc_norms.0.weight" in names else []
+        self.fc_norms = nn.ModuleList(per_tap)
+        self.fc = nn.Linear(inputs, size, bias="fc.bias" in names) if cfg.taps else None
+        self.layers = nn.ModuleList(Eagle3Layer(cfg, i, names) for i in range(cfg.layer.num_layers))
+        self.norm = RMSNorm(size, eps) if "norm.weight" in names else None
+        own = not {"lm_head.weight", "lm_head.data"}.isdisjoint(names)
+        self.lm_head = nn.Linear(size, cfg.draft_vocab_size, bias=False) if own else None
+        self.vocab: Tensor | None = None  # [any] int64: the tokens that are drafted, in the order of the lm_head's rows
+        self.quantized = False
+        self.kv: Tensor | None = None  # [L, 2, 1, K, S, D]
+        self.rope: Tensor | None = None  # [2, S, D]
+
+    def allocate_cache(self, slots: int) -> None:
+        """As EagleHead.allocate_cache. ValueError where the head's own sliding window is shorter."""
+        if self.kv is not None and self.kv.shape[4] >= slots:
+            return
+        layer, weight = self.cfg.layer, self.layers[0].mlp_norm.weight
+        if layer.sliding_window and slots > layer.sliding_window:
+            raise ValueError(f"this head's sliding window of {layer.sliding_window} tokens is not implemented: use a "
+                             "smaller --max_seq_len")
+        kv = weight.new_zeros(layer.num_layers, 2, 1, layer.num_kv_heads, slots, layer.head_dim)
+        self.rope = rope_table(layer, slots, weight.device).to(weight.dtype)
+        self.kv = kv  # last, as in Llama.allocate_cache
+
+    def bind(self, target: Llama) -> "BoundHead3":
+        return BoundHead3(self, target)
+
+    def quantize(self, mode: str, group: int = 128, device: torch.device | str | None = None) -> None:
+        """Quantise all linears. int8 means int8dyn, as in EagleHead.quantize; the lm_head is int8 in every mode."""
+        quantize_linears(self, "int8dyn" if mode == "int8" else mode, group, device)
+        self.quantized = True
+
+    def join(self, taps: Tensor) -> Tensor:
+        """What the first step drafts from, [..., H] of the target's taps [..., k * C]; of its features [..., C] for a
+        head without fc."""
+        if self.fc is None:
+            return taps
+        if self.fc_norms:
+            parts = taps.chunk(len(self.fc_norms), -1)
+            taps = torch.cat([rms_norm(part.contiguous(), norm.weight, norm.eps)
+                              for part, norm in zip(parts, self.fc_norms)], -1)
+        norm = None if self.input_norm is None else (self.input_norm.weight, self.input_norm.eps)
+        return linear(taps, self.fc.weight, self.fc.bias, norm)
+
+
+class BoundHead3:
+    """An EAGLE-3 head with the target that it drafts for, as draft.BoundHead. What it takes from the target's hidden
+    states is what fc makes of them, and what it takes from its own predictions are the predictions themselves."""
+
+    def __init__(self, head: Eagle3Head, target: Llama) -> None:
+        self.head = head
+        self.taps = head.cfg.taps
+        self.table = (target if head.embed is None else head).embed.weight
+        self.ids = head.vocab
+        lm_head = (target if head.lm_head is None else head).lm_head.weight
+        has_other_rows = self.ids is not None and len(self.ids) < lm_head.shape[0]
+        self.lm_head = drafting_rows(lm_head, self.ids if has_other_rows else None, head.quantized)
+
+    def enter(self, hidden: Tensor) -> Tensor:
+        """What the head drafts from, [T, H], of the target's taps or features."""
+        return self.head.join(hidden)
+
+    def run(self, tokens: Tensor, taken: Tensor, parent_rows: Tensor | None, rope_pos: Tensor, cache_pos: Tensor,
+            mask: Tensor | TreeMask) -> Tensor:
+        """The hidden states h [T, H] after tokens [T]. Row parent_rows[i] of `taken` [any, H] (without parent_rows: row
+        i) is g before token i."""
+        head = self.head
+        h, rows = taken, parent_rows
+        for layer, kv in zip(head.layers, head.kv):
+            if layer.wide:
+                x, residual, rope = embed_pair(self.table, tokens, layer.embed_norm.weight, h, rows,
+                                               layer.feature_norm.weight, layer.embed_norm.eps, head.rope, rope_pos,
+                                               head.cfg.norm_before_residual)
+                h = layer(x[None], rope, kv, cache_pos, mask, residual[None])[0]
+            else:
+                h = layer(h[None], rope, kv, cache_pos, mask)[0]
+            rows = None
+        return h
+
+    def read(self, h: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+        """The logits [N, Vd] of the tokens below hidden states h [N, H], at least fp32, and what the head takes from
+        them, [N, H]."""
+        norm = None if self.head.norm is None else (self.head.norm.weight, self.head.norm.eps)
+        if self.head.cfg.norm_output:
+            h = rms_norm(h, *norm)
+            norm = None
+        dtype = torch.promote_types(h.dtype, torch.float32)
+        return linear(h, self.lm_head, norm=norm, dtype=dtype), h

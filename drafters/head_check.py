@@ -1,0 +1,125 @@
+"""Does a draft head fit its target? What it guesses is compared with what the target writes.
+
+A head that reads the wrong layers, turns by other RoPE angles or skips a norm is silent: the text stays right, and
+fewer drafts are accepted. So the converter asks it: the target writes a few answers, and the head guesses each of their
+tokens from the tokens and the true hidden states before it. For an EAGLE-3 head this also decides what its files leave
+open (formats/eagle3.py): a tap one layer off costs tens of points of the first guesses, a wrong RoPE base one to three,
+and a wrong `norm_output` shows from the second guess on.
+"""
+import math
+from dataclasses import replace
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from draft import BoundHead, EagleHead, Vanilla
+from drafters.eagle3 import BoundHead3, Eagle3Head
+from engine import Engine
+from model import Llama
+from tokenizer import Tokenizer
+
+QUESTIONS = ("Why is the sky blue?", "Write a Python function that counts the words in a text.",
+             "What is 12 times 15, step by step?", "Name three things to see in a small harbour town.",
+             "Write a short letter that declines an invitation.", "How does a bicycle stay upright?",
+             "List the planets from the sun outwards.", "What does the HTTP status 404 mean?")
+STEPS = 3  # guesses that are compared: the first, from true hidden states, and two more from the head's own
+EXPECTED = 0.7  # the share of first guesses that a trained head has right
+
+
+class Answer(NamedTuple):
+    ids: list[int]  # of the question and the answer
+    start: int  # the first one of the answer
+
+
+class Variant(NamedTuple):
+    """A head's fields, and which of its guesses are right: for each step, bool [tokens of all answers]."""
+    fields: dict[str, object]
+    right: list[Tensor]
+
+    @property
+    def shares(self) -> list[float]:
+        """The share of right guesses of each step."""
+        return [float(r.float().mean()) for r in self.right]
+
+
+def write_answers(model: Llama, tokenizer: Tokenizer, questions: int, new_tokens: int) -> list[Answer]:
+    """What the target writes, greedily, after the first of QUESTIONS."""
+    def ids_of(text: str) -> list[int]:
+        if tokenizer.has_chat_template:
+            return tokenizer.chat([{"role": "user", "content": text}])
+        return tokenizer.encode(text)
+
+    prompts = [ids_of(text) for text in QUESTIONS[:questions]]
+    engine = Engine(model, Vanilla(model.embed.weight.device), max(map(len, prompts)) + new_tokens, tokenizer.stop_ids)
+    answers = [Answer(ids + sum(engine.generate(ids, new_tokens), []), len(ids)) for ids in prompts]
+    model.free_cache()
+    return answers
+
+
+@torch.inference_mode()
+def right_guesses(head: EagleHead | Eagle3Head, model: Llama, answers: list[Answer]) -> list[Tensor]:
+    """Which of the head's guesses are the target's own tokens: for each step, bool [tokens of all answers]."""
+    bound = head.bind(model)
+    device = model.embed.weight.device
+    longest = max(len(answer.ids) for answer in answers)
+    head.allocate_cache(STEPS * longest)
+    model.allocate_rope(longest)
+    right = [[] for _ in range(STEPS)]
+    for answer in answers:
+        ids = torch.tensor(answer.ids, device=device)
+        positions = torch.arange(len(ids), device=device)
+        taken = bound.enter(model.forward_with_taps(ids[None], positions, taps=bound.taps)[1][0])
+        for step in range(STEPS):
+            told = ids[2 + step:]  # row i is fed token i + 1 + step and guesses the one after it
+            predicted = run_step(bound, ids, taken[:len(told)], step)
+            logits, taken = bound.read(predicted, False)
+            guesses = logits.argmax(-1)
+            guesses = guesses if bound.ids is None else bound.ids[guesses]
+            right[step].append((guesses == told)[max(0, answer.start - 2 - step):].cpu())
+    return [torch.cat(parts) for parts in right]
+
+
+def run_step(bound: BoundHead | BoundHead3, ids: Tensor, taken: Tensor, step: int) -> Tensor:
+    """One step of drafting for all rows at once: what is predicted, [rows, H]. A row sees the first step's entries up
+    to its own, made of true hidden states, and its own entries of the later steps."""
+    rows, n = len(taken), len(ids)
+    row = torch.arange(rows, device=ids.device)
+    slot = torch.arange((step + 1) * n, device=ids.device)
+    mask = torch.where(slot < n, slot <= row[:, None], slot % n == row[:, None])
+    return bound.run(ids[1 + step:1 + step + rows], taken, None, row + step, step * n + row, mask)
+
+
+def compare(head: Eagle3Head, open_fields: dict[str, tuple], model: Llama, answers: list[Answer]) -> list[Variant]:
+    """How well the head guesses with each combination of the values of `open_fields`, the best first."""
+    variants = []
+    for values in product(*open_fields.values()):
+        fields = dict(zip(open_fields, values))
+        variants.append(Variant(fields, right_guesses(with_fields(head, fields), model, answers)))
+    return sorted(variants, key=lambda variant: -sum(variant.shares))
+
+
+def is_clear(best: Variant, other: Variant) -> bool:
+    """Whether `best` guesses better than `other` by more than chance: of the guesses that only one of the two has
+    right, its part exceeds half by two standard deviations."""
+    a, b = torch.cat(best.right), torch.cat(other.right)
+    return float((a & ~b).sum() - (b & ~a).sum()) > 2 * math.sqrt((a ^ b).sum())
+
+
+def with_fields(head: Eagle3Head, fields: dict) -> Eagle3Head:
+    """The same weights under a config with other fields."""
+    others = dict(fields)
+    layer = replace(head.cfg.layer, rope_theta=others.pop("rope_theta", head.cfg.layer.rope_theta))
+    with torch.device("meta"):
+        other = Eagle3Head(replace(head.cfg, layer=layer, **others), dict(head.named_parameters()))
+    other.load_state_dict(head.state_dict(), assign=True)
+    other.vocab = head.vocab
+    return other.requires_grad_(False).eval()
+
+
+def table(variants: list[Variant]) -> str:
+    """The variants, a line each: the fields and the shares of right guesses."""
+    rows = [[f"{name} {list(value) if isinstance(value, tuple) else value}" for name, value in variant.fields.items()]
+            + [f"{share:.1%}" for share in variant.shares] for variant in variants]
+    return "\n".join("  " + "  ".join(row) for row in rows)

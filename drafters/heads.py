@@ -1,0 +1,83 @@
+"""Loading an EAGLE head of any kind: the tensors tell which kind it is, never the names of files or folders."""
+from pathlib import Path
+
+import torch
+
+from draft import EagleHead
+from drafters.eagle3 import Eagle3Head
+from formats.config import Config
+from formats.eagle import VOCAB, folder_of, native_names, open_head, read_config, read_vocab
+from formats.eagle3 import open_eagle3
+from formats.foreign import kind_of_head
+from formats.weights import fill
+from model import Llama
+from quant.linear import stored_mode
+
+
+def load_head(path: Path | str, target: Llama, vocab: int | None = None, quantize: str | None = None,
+              group: int = 128) -> EagleHead | Eagle3Head:
+    """Load an EAGLE head as published: a folder with config.json and model.safetensors or pytorch_model.bin, or one
+    file of such a folder, for example what quantize.py writes.
+
+    vocab: draft only so many of the most frequent tokens, which draft_vocab.json beside the weights lists (train.py
+    makes it); None: all that it lists, 0: every token. A head with a draft vocabulary of its own drafts from all of it.
+    quantize: convert to this mode while loading.
+    Raises FileNotFoundError, or ValueError where the head is damaged, of another kind, or made for another model.
+    """
+    path = Path(path)
+    head = (load_eagle3 if is_eagle3(path) else load_eagle)(path, target, quantize, group)
+    file = folder_of(path) / VOCAB
+    if isinstance(head, Eagle3Head) and head.vocab is not None:
+        if vocab:
+            raise ValueError(f"{path}: this head has a draft vocabulary of its own, so --draft_vocab cannot choose one")
+    elif vocab != 0 and (vocab or file.is_file()):
+        head.vocab = read_vocab(file, target.cfg.vocab_size, vocab).to(target.embed.weight.device)
+    return head
+
+
+def is_eagle3(path: Path) -> bool:
+    """Whether this head is an EAGLE-3 head. Raises as `load_head` where it is neither that nor an EAGLE-1/2 head."""
+    tensors = open_head(path, "EAGLE-1/2", "EAGLE-3")[1]
+    return kind_of_head(tensors, read_config(folder_of(path))) == "an EAGLE-3 head"
+
+
+def load_eagle(path: Path, target: Llama, quantize: str | None, group: int) -> EagleHead:
+    """An EAGLE-1/2 head. The tensors decide whether there are biases, since configs have been wrong; a copy of the
+    target's embedding is ignored."""
+    folder, weight = folder_of(path), target.embed.weight
+    file, published, metadata = open_head(path, "EAGLE-1/2")
+    cfg = Config.load(folder, model_type="llama")
+    mode, stored_group = stored_mode(file, metadata, quantize)
+    if cfg.hidden_size != target.cfg.hidden_size or cfg.vocab_size != target.cfg.vocab_size or (
+            "embed_tokens.weight" in published and published["embed_tokens.weight"].shape != weight.shape):
+        raise ValueError(f"{folder}: a head for hidden size {cfg.hidden_size} and {cfg.vocab_size} tokens, but the "
+                         f"target has {target.cfg.hidden_size} and {target.cfg.vocab_size}: another model's")
+    tensors = native_names(published, file)
+    with torch.device("meta"):
+        head = EagleHead(cfg, fc_bias="fc.bias" in tensors, qkv_bias="layer.wqkv.bias" in tensors)
+    return filled(head, tensors, file, target, mode, stored_group, quantize, group)
+
+
+def load_eagle3(path: Path, target: Llama, quantize: str | None, group: int) -> Eagle3Head:
+    """An EAGLE-3 head, with the fields that were measured when it was converted."""
+    found = open_eagle3(path, target.cfg)
+    mode, stored_group = stored_mode(found.file, found.metadata, quantize)
+    with torch.device("meta"):
+        head = Eagle3Head(found.config, found.tensors)
+    head = filled(head, found.tensors, found.file, target, mode, stored_group, quantize, group)
+    head.vocab = None if found.ids is None else found.ids.to(target.embed.weight.device)
+    return head
+
+
+def filled(head: EagleHead | Eagle3Head, tensors: dict, file: Path, target: Llama, mode: str | None,
+           stored_group: int, quantize: str | None, group: int) -> EagleHead | Eagle3Head:
+    """The head with its weights, on the target's device. mode, stored_group: how the file is quantised; quantize,
+    group: how it is to be."""
+    device, dtype = target.embed.weight.device, target.embed.weight.dtype
+    if mode:
+        head.quantize(mode, stored_group)
+    fill(head, tensors, file, *(("cpu", None) if quantize else (device, dtype)))
+    if quantize:
+        head.quantize(quantize, group, device)
+        head.to(device, dtype)
+    return head

@@ -1,0 +1,155 @@
+"""drafters/eagle3.py against a plain builder (plain_trees.py), for every variant of a head; and what the engine writes
+with it."""
+from functools import partial
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from helpers import arguments, slow_but
+from plain_trees import Builder, PlainHead3, check_cycles
+from recorder import Recorder
+
+import generate
+from draft import Eagle2, Vanilla
+from drafters.eagle1 import EAGLE1_TREE, Eagle1
+from drafters.eagle3 import PLAIN, Eagle3Head
+from drafters.heads import load_head
+from drafters.lookup import Retrieval
+from drafters.methods import make_drafter
+from engine import Engine
+from model import Llama
+from quant.linear import QuantizedLinear
+from quantize import quantize_draft
+from sampling import Sampling
+
+UNSORTED = [17, 3, 9, 21, 0, 14, 6, 11, 2, 8, 19, 5, 23, 12]
+BIASES = tuple(f"layers.0.{name}.bias" for name in ("wqkv", "wo", "w13", "w2"))
+VARIANTS = {
+    "plain": {}, "draft vocabulary, unsorted": {"ids": UNSORTED}, "one tap": {"taps": (1,)},
+    "five taps": {"taps": (0, 1, 2, 3, 4)}, "biases": {"names": (*PLAIN, "fc.bias", *BIASES)},
+    "own embedding": {"names": (*PLAIN, "embed.weight")}, "the target's lm_head": {"names": PLAIN[:2]},
+    "no last norm": {"names": ("fc.weight", "lm_head.weight")}, "norm_before_residual": {"norm_before_residual": True},
+    "norm_output": {"norm_output": True}, "norm before fc": {"names": (*PLAIN, "input_norm.weight")},
+    "a norm per tap": {"names": (*PLAIN, *(f"fc_norms.{i}.weight" for i in range(3)))},
+    "features": {"taps": (), "names": PLAIN[1:]}, "two layers": {"wide": (True, False)},
+    "three wide layers": {"wide": (True, True, True), "norm_before_residual": True},
+    "qk norm, head_dim": {"model_type": "qwen3", "head_dim": 12}, "own theta": {"rope_theta": 300.0},
+    "other heads": {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 20}}
+
+
+def features_of(model: Llama, head: Eagle3Head, text: list[int], plain: PlainHead3) -> torch.Tensor:
+    """What the head drafts from after each token of the text: [tokens, H]."""
+    _, hidden = model.forward_with_taps(torch.tensor([text]), torch.arange(len(text)), taps=head.cfg.taps)
+    return torch.stack([plain.join(row) for row in hidden[0]])
+
+
+def run(model: Llama, head: Eagle3Head, drafter: Eagle1 | Eagle2, seed: int) -> tuple[Recorder, Builder]:
+    recorder = Recorder(drafter)
+    ids, sampling = tiny.prompt(seed, 3 + seed % 5), Sampling(temperature=float(seed % 2), seed=seed)
+    text = ids + sum(Engine(model, drafter, 96).generate(ids, 16, sampling), [])
+    plain = PlainHead3(head.state_dict(), head.cfg, head.vocab, model)
+    return recorder, Builder(plain, text, features_of(model, head, text, plain), sampling)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants(variant: str) -> None:
+    """Fails if a variant of a head computes anything else than the formulas: a norm that is left out, another residual,
+    fc on its own predictions, ids taken for rows, a layer with the cache of another. Greedy and sampled."""
+    close = cycles = 0
+    for seed in range(4):
+        model = tiny.target(seed, num_hidden_layers=4)
+        head = tiny.head3(model, seed + 50, **VARIANTS[variant])
+        recorder, builder = run(model, head, Eagle2(head, model, 20, 4, 3), seed)
+        found = check_cycles(recorder, builder, partial(builder.eagle2, draft_tokens=20, draft_depth=4, topk=3), 1e-9)
+        cycles, close = cycles + found[0], close + found[1]
+    assert cycles > 20 and close <= cycles // 10
+
+
+@pytest.mark.parametrize("shape", slow_but(1, [(60, 8, 10), (2, 1, 1), (9, 8, 1), (64, 1, 10), (33, 2, 7)]))
+def test_trees(shape: tuple[int, int, int]) -> None:
+    """Fails if a tree of another shape reads positions, slots or ancestors of another one."""
+    model, head = tiny.pair3(3, ids=UNSORTED)
+    recorder, builder = run(model, head, Eagle2(head, model, *shape), 3)
+    topk = min(shape[2], len(UNSORTED))
+    check_cycles(recorder, builder, lambda length: builder.eagle2(length, shape[0], shape[1], topk), 1e-9)
+
+
+def test_fixed_tree() -> None:
+    """Fails if EAGLE-1's tree is grown from an EAGLE-3 head in another way than from an EAGLE-1 head."""
+    model, head = tiny.pair3(5)
+    recorder, builder = run(model, head, Eagle1(head, model), 5)
+    check_cycles(recorder, builder, lambda length: builder.eagle1(length, EAGLE1_TREE), 1e-9)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("lookup", [False, True])
+def test_text(temperature: float, lookup: bool) -> None:
+    """Fails if the text is not plain decoding's, or if a head that guesses well gains little: the accepted drafts would
+    be of other tokens, positions or noise."""
+    gained = 0
+    for seed in range(4):
+        model, head = tiny.pair3(seed, 0.03)
+        sampling, ids = Sampling(temperature, seed=seed), tiny.prompt(seed, 7)
+        retrieval = Retrieval(6, "longest", torch.device("cpu")) if lookup else None
+        cycles = list(Engine(model, Eagle2(head, model, 30, 5, 5, retrieval), 128).generate(ids, 60, sampling))
+        assert sum(cycles, []) == sum(Engine(model, Vanilla(), 128).generate(ids, 60, sampling), [])
+        gained += sum(map(len, cycles[1:])) / len(cycles[1:])
+    assert gained / 4 > 2.5
+
+
+def test_taps() -> None:
+    """Fails if a tap is another layer's input, normed, or out of order: each is what the layers before it leave."""
+    model, ids = tiny.target(1, num_hidden_layers=3), torch.tensor([tiny.prompt(1, 9)])
+    model.allocate_rope(16)
+    position = torch.arange(9)
+    features, taps = model.forward_with_taps(ids, position, taps=(0, 2, 3))
+    x = model.embed(ids)
+    streams = [x]
+    for layer in model.layers:
+        x = layer(x, model.rope[:, :9], None, None, None)
+        streams.append(x)
+    assert torch.equal(taps, torch.cat((streams[0], streams[2], streams[3]), -1))
+    plain, hidden = model.forward_with_taps(ids, position)
+    assert torch.equal(features, plain) and hidden is plain
+
+
+def test_quantised() -> None:
+    """Fails if a quantised head drafts from other products than its own weights' within rounding."""
+    model, head = tiny.pair3(2, dtype=torch.float32)
+    ids = tiny.prompt(2, 7)
+    exact = list(Engine(model, Eagle2(head, model, 20, 4, 3), 128).generate(ids, 60))
+    head.quantize("int8")
+    rounded = list(Engine(model, Eagle2(head, model, 20, 4, 3), 128).generate(ids, 60))
+    assert sum(rounded, []) == sum(exact, []) and len(rounded) <= len(exact) + 2
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("ids", [None, UNSORTED])
+def test_quantised_file(mode: str, ids: list[int] | None, tmp_path: Path) -> None:
+    """Fails if what quantize.py writes of a head does not load, or drafts other trees than the head quantised while it
+    is loaded: the draft vocabulary or what was measured would be lost."""
+    model, head = tiny.pair3(2, dtype=torch.float32, ids=ids)
+    folder = tiny.save_target(model, tmp_path / "x")
+    tiny.save_head3(head, folder / "eagle3")
+    file = quantize_draft(folder / "eagle3", folder, mode, 64)
+    prompt, texts = tiny.prompt(2, 7), []
+    for loaded in (load_head(file, model), load_head(folder / "eagle3", model, None, mode, 64)):
+        texts.append(list(Engine(model, Eagle2(loaded, model, 20, 4, 3), 128).generate(prompt, 60)))
+        assert isinstance(loaded.layers[0].wo, QuantizedLinear) and loaded.cfg == head.cfg
+    assert texts[0] == texts[1]
+
+
+def test_the_other_kind_is_refused(tmp_path: Path) -> None:
+    """Fails if --eagle3 drafts with an EAGLE-1/2 head or --eagle2 with an EAGLE-3 head, under a name that is not its
+    own; or if --draft alone takes the wrong one of the two."""
+    model, head = tiny.pair3(2, dtype=torch.float32)
+    folder = tiny.save_target(model, tmp_path / "x")
+    new = str(tiny.save_head3(head, folder / "new"))
+    old = str(tiny.save_head(tiny.head(model), folder / "old"))
+    for path, flag, other in ((new, "--eagle2", "--eagle3"), (old, "--eagle3", "--eagle2")):
+        args = generate.parse_args(arguments(folder, flag, "--draft", path))
+        with pytest.raises(ValueError, match=f"holds an EAGLE-.* head: use {other}"):
+            make_drafter(args.method, args, model, 64)
+        assert generate.parse_args(arguments(folder, "--draft", path)).method == other.removeprefix("--")
+    assert generate.parse_args(arguments(folder, "--draft", new, "--lookup")).method == "eagle3+lookup"
