@@ -23,6 +23,38 @@ PUBLISHERS: dict[str, dict] = {
     "speculators": {"own_embed": True, "norm_before_residual": True},
     "deepspec": {"own_embed": True, "draft_vocab": None, "qk_norm": True, "all_wide": True, "taps": (2, 3, 4, 6, 7)},
     "modelopt": {"unsorted": True}, "megatron": {"unsorted": True, "layers": 3}}
+USUAL = (2, 4, 5)  # the usual taps of a target of 8 layers
+BIASES = ("fc", "wqkv", "wo", "w13", "w2")
+NORMS = {"fc_norm": True, "norm_output": True}
+# Heads for a target of 8 layers: publisher and flags.
+HEADS: list[tuple[str, dict]] = [(publisher, {}) for publisher in PUBLISHERS] + [
+    ("safeailab", {"draft_vocab": None}),
+    ("safeailab", {"dtype": torch.float16, "biases": BIASES}),
+    ("safeailab", {"own_embed": True, "width": 48}),
+    ("specforge", {"taps": (0, 3), "norm_before_fc": True}),
+    ("specforge", {"taps": (2, 3, 8), "head_dim": 16, "prefix": "model."}),
+    ("specforge", {"taps": (4, 6, 7), "theta": 5e5, "scaling": LLAMA3}),
+    ("specforge", {"own_lm_head": False, "draft_vocab": None, **NORMS}),
+    ("specforge", {"width": 64, "own_embed": True, "heads": 6, "kv_heads": 3, "measured": True, "theta": 1e6, **NORMS}),
+    ("specforge", {"taps": (), "last_norm": False}),
+    ("specforge", {"taps": USUAL, "theta": 10000.0, "dtype": torch.bfloat16}),
+    ("angelslim", {"head_dim": 20, "own_embed": True, "prefix": "model."}),
+    ("speculators", {"taps": (1, 3, 6), "qk_norm": True, "theta": 1e6}),
+    ("speculators", {"taps": USUAL, "draft_vocab": None, "norm_before_fc": True, "norm_before_residual": False}),
+    ("speculators", {"layers": 2, "theta": 5e5, "scaling": LLAMA3, "biases": ("wqkv",), **NORMS}),
+    ("speculators", {"layers": 3, "all_wide": True, "width": 16, "head_dim": 4}),
+    ("deepspec", {"layers": 3, "theta": 1e6, "measured": True}),
+    ("deepspec", {"layers": 2, "head_dim": 16, "kv_heads": 4, "taps": (0, 8)}),
+    ("modelopt", {"taps": (2, 6, 7), "norm_before_residual": True, "norm_before_fc": True, "draft_vocab": None}),
+    ("modelopt", {"layers": 2, "last_norm": False, "taps": (3, 7)}),
+    ("modelopt", {"layers": 2, "all_wide": True, **NORMS}),
+    ("megatron", {"layers": 1, "taps": (), "own_lm_head": False, "draft_vocab": None}),
+    ("megatron", {"layers": 2, "biases": BIASES, "unsorted": False, "taps": (1, 2, 3, 4)}),
+]
+
+
+def names_of(heads: list[tuple[str, dict]]) -> list[str]:
+    return ["-".join((publisher, *flags)) for publisher, flags in heads]
 
 
 @dataclass(frozen=True)

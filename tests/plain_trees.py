@@ -1,5 +1,6 @@
 """Trees drafted the plain way: a head that is run row by row, trees that are Python lists; and the comparison of a
 drafter's cycles with them."""
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from recorder import Cycle, Recorder
 from torch import Tensor
 
-from formats.config import Config
+from formats.config import LLAMA3_ROPE, Config
 from formats.eagle3 import Eagle3Config
 from model import Llama
 from sampling import Sampling, gumbel_noise
@@ -19,10 +20,18 @@ KeyValue = tuple[Tensor, Tensor]  # rotated key and value of one row in one laye
 Row = tuple[KeyValue, ...]  # one for each layer
 
 
-def rotate(x: Tensor, position: int, theta: float) -> Tensor:
-    """x [heads, D]: the pair (i, i + D/2) turns by position * theta^(-2i/D)."""
+def rotate(x: Tensor, position: int, cfg: Config) -> Tensor:
+    """x [heads, D]: the pair (i, i + D/2) turns by position * theta^(-2i/D). With Llama 3's scaling a pair that turns
+    less than `low` times within the old context turns `factor` times slower, one that turns more than `high` times as
+    before, and the others by a mixture of the two."""
     half = x.shape[1] // 2
-    angle = position * theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    angle = torch.tensor([cfg.rope_theta ** (-i / half) for i in range(half)], dtype=torch.float64)
+    if cfg.rope_scaling:
+        factor, low, high, context = (cfg.rope_scaling[key] for key in LLAMA3_ROPE)
+        for i, speed in enumerate(angle.tolist()):
+            share = min(max((context * speed / (2 * math.pi) - low) / (high - low), 0), 1)
+            angle[i] = share * speed + (1 - share) * speed / factor
+    angle = position * angle
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x[:, :half], x[:, half:]
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=1)
@@ -66,8 +75,8 @@ class PlainHead:
 
     def run(self, token: int, feature: Tensor, position: int, seen: list[Row]) -> tuple[Row, Tensor]:
         """The key and value of a row, and the feature predicted after it."""
-        x, size, theta = self.enter(token, feature), self.cfg.head_dim, self.cfg.rope_theta
-        q, k = (rotate(self.linear(f"self_attn.{name}_proj", x).view(-1, size), position, theta) for name in "qk")
+        x, size = self.enter(token, feature), self.cfg.head_dim
+        q, k = (rotate(self.linear(f"self_attn.{name}_proj", x).view(-1, size), position, self.cfg) for name in "qk")
         row = ((k, self.linear("self_attn.v_proj", x).view(-1, size)),)
         x = x + self.linear("self_attn.o_proj", attend(q, [layers[0] for layers in (*seen, row)]))
         normed = norm(x, self.w["post_attention_layernorm.weight"], self.cfg.rms_norm_eps)
@@ -131,7 +140,7 @@ class PlainHead3:
             q, k, v = (y.view(-1, sizes.head_dim) for y in self.linear(at + "wqkv", x).split(rows))
             if at + "q_norm.weight" in self.w:
                 q, k = self.norm(at + "q_norm", q), self.norm(at + "k_norm", k)
-            q, k = (rotate(y, position, sizes.rope_theta) for y in (q, k))
+            q, k = (rotate(y, position, sizes) for y in (q, k))
             row += ((k, v),)
             h = residual + self.linear(at + "wo", attend(q, [layers[i] for layers in seen] + [(k, v)]))
             gate, up = self.linear(at + "w13", self.norm(at + "mlp_norm", h)).chunk(2)
