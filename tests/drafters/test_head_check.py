@@ -1,0 +1,74 @@
+"""drafters/head_check.py: the guesses of a head against a plain builder's, and when one variant is better than another.
+"""
+import pytest
+import tiny
+import torch
+from plain_trees import Builder, PlainHead, PlainHead3
+
+from drafters.head_check import STEPS, Answer, Variant, compare, is_clear, right_guesses
+
+
+def plain_guesses(builder: Builder, start: int) -> list[list[bool]]:
+    """The same, row by row: what the head guesses after each token of the text, and after its own hidden states."""
+    text, right = builder.text, []
+    outputs, seen = builder.outputs, [builder.entries[:i + 1] for i in range(len(builder.entries))]
+    for step in range(STEPS):
+        places = [i for i in range(len(text) - 2 - step) if i + 2 + step >= start]
+        right.append([builder.head.rankings([outputs[i]], 0.0)[0][0][0] == text[i + 2 + step] for i in places])
+        rows = [builder.head.run(text[i + 2 + step], outputs[i], i + 1 + step, seen[i])
+                for i in range(len(text) - 3 - step)]
+        outputs = [output for _, output in rows]
+        seen = [[*before, row] for before, (row, _) in zip(seen, rows, strict=False)]
+    return right
+
+
+@pytest.mark.parametrize("kind", ["eagle", "eagle3", "eagle3, two layers, norm_output"])
+def test_guesses(kind: str) -> None:
+    """Fails if a guess is read one place off, from features where the head has its own, with the wrong position or
+    entries of other rows; or if tokens of the question count."""
+    model = tiny.target(4, num_hidden_layers=3)
+    model.allocate_rope(64)
+    answers = [Answer(tiny.prompt(seed, 20 + seed), 5 + 2 * seed) for seed in range(3)]
+    if kind == "eagle":
+        model, head = tiny.pair(4, 0.03)
+        model.allocate_rope(64)
+        plain = PlainHead(tiny.published(head), head.cfg, model)
+    else:
+        head = tiny.head3(model, wide=(True, False), norm_output=True) if "," in kind else tiny.head3(model)
+        plain = PlainHead3(head.state_dict(), head.cfg, None, model)
+    expected = [[] for _ in range(STEPS)]
+    for ids, start in answers:
+        hidden = model.forward_with_taps(torch.tensor([ids]), torch.arange(len(ids)), taps=head.bind(model).taps)[1][0]
+        features = hidden if kind == "eagle" else torch.stack([plain.join(row) for row in hidden])
+        for step, right in enumerate(plain_guesses(Builder(plain, ids, features), start)):
+            expected[step] += right
+    found = right_guesses(head, model, answers)
+    assert [right.tolist() for right in found] == expected and 0 < sum(map(sum, expected)) < sum(map(len, expected))
+
+
+def test_variants_are_told_apart() -> None:
+    """Fails if the fields that are tried do not reach the head, or if the best one is not first: answers that the head
+    itself has guessed are right for its own fields alone."""
+    model = tiny.target(2, num_hidden_layers=5)
+    model.allocate_rope(64)
+    head = tiny.head3(model, taps=(0, 2, 4))
+    ids = tiny.prompt(3, 5)
+    while len(ids) < 60:  # a text in which each token is the head's first guess
+        hidden = model.forward_with_taps(torch.tensor([ids]), torch.arange(len(ids)), taps=(0, 2, 4))[1][0]
+        plain = PlainHead3(head.state_dict(), head.cfg, None, model)
+        builder = Builder(plain, [*ids, 0], torch.stack([plain.join(row) for row in hidden]))
+        ids.append(plain.rankings([builder.outputs[len(ids) - 2]], 0.0)[0][0][0])
+    variants = compare(head, {"taps": ((1, 2, 4), (0, 2, 4)), "rope_theta": (1e4, 1e2)}, model, [Answer(ids, 8)])
+    assert variants[0].fields == {"taps": (0, 2, 4), "rope_theta": 1e4} and variants[0].shares[0] == 1
+    assert len(variants) == 4 and variants[1].shares[0] < 0.9 and is_clear(variants[0], variants[-1])
+
+
+def test_what_is_clear() -> None:
+    """Fails if a difference that chance explains decides, or one that it does not is not enough."""
+    def variant(right: int, of: int) -> Variant:
+        return Variant({}, [torch.arange(of) < right])
+
+    assert is_clear(variant(60, 100), variant(50, 100))  # 10 guesses that only the first has right
+    assert not is_clear(variant(53, 100), variant(50, 100)) and not is_clear(variant(50, 100), variant(50, 100))
+    a, b = Variant({}, [torch.arange(100) % 2 == 0]), Variant({}, [torch.arange(100) % 2 == 1])
+    assert not is_clear(a, b) and not is_clear(b, a)
