@@ -1,20 +1,22 @@
-"""Train an EAGLE-1/2 draft head for any converted chat model, on one GPU, from nothing but the model itself.
+"""Train an EAGLE draft head for any converted chat model, on one GPU, from nothing but the model itself.
 
     python train.py --checkpoint checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct --tokens 16e6 --minutes 7
+    python train.py --checkpoint checkpoints/Qwen/Qwen2.5-Coder-1.5B-Instruct --kind eagle3 --minutes 12 --lr 2e-3
 
 1. Data: the model writes its own dialogues, thousands at a time, user turns included. So the head learns what it will
    be asked to guess, without a data set or a network. The dialogues are kept in <work>/dialogues.bin.
-2. Training: the frozen target computes the features on the fly. The head is unrolled as in drafting: step 1 reads the
-   target's features, step j its own predictions of step j - 1. The loss is the cross-entropy with the target's own
-   distribution (regression on the features did not help: docs/experiments.md).
-3. Evaluation on held-out dialogues with the real tree and the real engine: tokens per step, and what trees of other
-   sizes would have reached (acceptance.json, from which drafters/tree_size.py chooses the best size).
+2. Training: the frozen target computes its hidden states on the fly. The head is unrolled as in drafting: step 1 reads
+   the target's, step j its own predictions of step j - 1. The loss is the cross-entropy with the target's own
+   distribution (regression on the features did not help: docs/experiments.md). How much memory that takes is printed
+   first, and batches that would not fit are made smaller.
+3. Evaluation on held-out dialogues with the real tree and the real engine: tokens per step, what trees of other sizes
+   would have reached (acceptance.json, from which drafters/tree_size.py chooses the best size), and the speed.
 
-Stop it at any time: the same command goes on where it stopped. The head is saved as EAGLE heads are published, so vLLM,
-SGLang and the EAGLE reference load it too.
+Stop it at any time: the same command goes on where it stopped. Heads of both kinds are trained from the same dialogues.
+They are saved as EAGLE heads are published, so vLLM, SGLang and the EAGLE reference load them too.
 
-A trap: starting from the target's last layer instead of small random weights diverges. That layer expects a normed
-input, and the head's layer has none.
+A trap: starting an EAGLE-1/2 head from the target's last layer instead of small random weights diverges. That layer
+expects a normed input, and the head's layer has none.
 """
 from app.command import run_command, watch_for_ctrl_c
 
@@ -23,112 +25,81 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from draft import Eagle2, load_head
-from drafters.tree_size import LEVELS, NODES, TOPK, tokens_by_size
-from engine import Engine
+from app.memory import exhausted
 from formats.config import Config
-from formats.eagle import CURVE, save_vocab
-from formats.writing import locked, replace_files
-from model import Llama, load_model
-from sampling import Sampling
+from formats.eagle import save_vocab
+from formats.writing import locked
+from model import load_model
+from tokenizer import Tokenizer
+from training.eagle3 import Eagle3Trainer
+from training.evaluation import compare_speeds, evaluate, held_out_prompts, save_curve
+from training.memory import fit_batch
 from training.trainer import Trainer, options, prepare
-from tree import MAX_NODES, Candidates
 
+KINDS: dict[str, type[Trainer]] = {"eagle": Trainer, "eagle3": Eagle3Trainer}
 LONGEST_QUESTION = 700  # tokens; longer ones of --questions are left out
-
-
-def evaluate(model: Llama, out: Path, prompts: list[list[int]], stop_ids: frozenset[int], temperature: float,
-             new_tokens: int = 128) -> float:
-    """Tokens per step with the head in `out` and EAGLE-2's default tree: all tokens committed after prefill, divided by
-    all cycles."""
-    longest = max(map(len, prompts), default=0) + new_tokens
-    model.free_cache()
-    engine = Engine(model, Eagle2(load_head(out, model), model), longest, stop_ids)
-    committed = []  # tokens of each cycle
-    for ids in prompts:
-        prefill, *cycles = engine.generate(ids, new_tokens, Sampling(temperature=temperature))
-        committed += map(len, cycles)
-    return sum(committed) / max(len(committed), 1)
-
-
-def save_curve(model: Llama, out: Path, prompts: list[list[int]], stop_ids: frozenset[int],
-               new_tokens: int = 128) -> None:
-    """Write acceptance.json beside the head in `out`: the tokens per step of trees of all sizes, greedily. All are read
-    from the candidates of the largest tree, which is drafted here (drafters/tree_size.py)."""
-    longest = max(map(len, prompts), default=0) + new_tokens
-    model.free_cache()
-    engine = Engine(model, Eagle2(load_head(out, model), model, MAX_NODES, LEVELS, TOPK), longest, stop_ids)
-    cycle = engine.captured(engine.cycle, "cycle")
-    counts = []  # of each cycle, [sizes, levels]
-    for ids in prompts:
-        state = engine.prefill(ids, new_tokens, Sampling())
-        drafted = []  # of each cycle: the length of the text before it, and its candidates
-        while not state.done:
-            length = int(state.length)
-            cycle()
-            drafted.append((length, Candidates(*(t.to("cpu", copy=True) for t in engine.drafter.scores()[:3]))))
-        # The whole text, not what each cycle committed: another tree might have had more of it accepted.
-        text = state.tokens[:int(state.length)].tolist()
-        counts += [tokens_by_size(candidates, text[length:]) for length, candidates in drafted]
-    mean = torch.stack(counts).double().mean(0) if counts else torch.ones(len(NODES), LEVELS)
-    curve = {"nodes": NODES, "topk": TOPK, "gained": [[round(x, 3) for x in row] for row in mean.tolist()]}
-    with replace_files(out) as part:
-        (part / CURVE).write_text(json.dumps(curve) + "\n", encoding="utf-8")
-
-
-def held_out_prompts(data: Tensor) -> list[list[int]]:
-    """The ids of each dialogue in data [dialogues, S], marked, up to its first answer. Dialogues without an answer are
-    left out."""
-    prompts = []
-    for marked in data.tolist():
-        first_answer = next((i for i, t in enumerate(marked) if t >= 0), 0)
-        if first_answer:
-            prompts.append([~t for t in marked[:first_answer]])
-    return prompts
+TIMED_PROMPTS = 20  # held-out prompts that decoding is timed on
 
 
 def parse_args() -> argparse.Namespace:
-    p = options("Train an EAGLE-1/2 head by self-distillation.")
-    p.add_argument("--out", type=Path, help="folder for the head (default: <checkpoint>/eagle)")
+    p = options("Train an EAGLE head by self-distillation.")
+    p.add_argument("--kind", choices=KINDS, default=next(iter(KINDS)), help="eagle: an EAGLE-1/2 head; eagle3: EAGLE-3")
+    p.add_argument("--out", type=Path, help="folder for the head (default: <checkpoint>/<kind>)")
     p.add_argument("--unroll", type=int, default=4, help="draft steps that training unrolls")
-    p.add_argument("--regression", type=float, default=0.0, help="weight of the regression on features in the loss")
-    p.add_argument("--draft_vocab", type=int, default=0, metavar="N", help="write draft_vocab.json beside the head: "
-                   "the N most frequent tokens, the only ones that are drafted then; with --steps 0 for a trained head")
+    p.add_argument("--held_out", type=int, default=500, metavar="N", help="measure the agreement on held-out dialogues "
+                   "every N steps, in whole hundreds, and write it to <work>/<kind>/curve.json; 0: never")
+    p.add_argument("--target_quantize", choices=["int8"], help="keep the model in int8 meanwhile: half its memory")
+    p.add_argument("--draft_vocab", type=int, metavar="N", help="eagle3: tokens of the head's lm_head, those that the "
+                   "model writes most often (default: 16384). eagle: write draft_vocab.json beside the head: the N "
+                   "most frequent tokens, the only ones that are drafted then; with --steps 0 for a trained head")
+    p.add_argument("--regression", type=float, help="eagle: weight of the regression on features in the loss")
+    p.add_argument("--head_layers", type=int, choices=[1, 2], help="eagle3: layers of the head (default: 1)")
+    p.add_argument("--mlp", type=int, metavar="N", help="eagle3: width of the head's MLP (default: the model's)")
+    p.add_argument("--norms", action="store_true", default=None, help="eagle3: EAGLE-3.1's norms, of each tap "
+                   "before fc, and of what is fed back")
+    p.add_argument("--init", type=Path, metavar="DIR", help="eagle3: start from this EAGLE-3 head")
     p.add_argument("--questions", type=Path, nargs="*", default=[], metavar="FILE",
                    help="also evaluate on every second line of these .jsonl files (turns[0])")
     args = p.parse_args()
-    args.out = args.out or args.checkpoint / "eagle"
+    kind = KINDS[args.kind]
+    for name in sorted({name for other in KINDS.values() for name in other.own_options} - {*kind.own_options}):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name} is no option of --kind {args.kind}")
+    args.regression = args.regression or 0.0
+    args.out = args.out or args.checkpoint / args.kind
     args.work = args.work or args.checkpoint / "training"
     return args
 
 
 def main() -> None:
     args = parse_args()
-    Config.load(args.checkpoint)  # says so if it is not there, before folders are made
+    KINDS[args.kind].check(args, Config.load(args.checkpoint))  # says what is wrong before folders are made
     with locked(args.work), locked(args.out):
-        train(args)
+        try:
+            train(args)
+        except RuntimeError as error:
+            if not exhausted(error):
+                raise
+            raise ValueError(f"out of memory: use a --batch below {args.batch}, or a --generate_batch below "
+                             f"{args.generate_batch}") from error
 
 
 def train(args: argparse.Namespace) -> None:
     """Write the dialogues, train, and evaluate, each as far as the options ask for it and it is not done yet."""
-    if args.steps and (args.out / "config.json").exists() and not (args.work / "state.pt").exists():
-        raise ValueError(f"{args.out} holds a head already; choose another --out, or move the head away")
-    model, tokenizer, data = prepare(args)
-    if args.steps:
-        trainer = Trainer(model, args)
-        trainer.resume(args.work)
-        trainer.run(data[args.generate_batch:], args.work)  # the first batch, with its own seed, is held out
-    if args.draft_vocab:
+    tokenizer, data = learn(args)
+    if args.draft_vocab and KINDS[args.kind].vocab_file:
         save_vocab(data, args.out, args.draft_vocab)
     if not args.eval_prompts or not (args.out / "config.json").exists():
         return
-    model = load_model(args.checkpoint, args.device, torch.bfloat16)
-    sets = {"held-out dialogues": held_out_prompts(data[:args.eval_prompts])}
+    model = load_model(args.checkpoint, args.device, torch.bfloat16, args.target_quantize)
+    own = held_out_prompts(data[:args.eval_prompts])
+    sets = {"held-out dialogues": own}
     for path in args.questions:
         turns = [json.loads(line)["turns"][0] for line in path.read_text(encoding="utf-8").splitlines()[::2]]
         prompts = [tokenizer.chat([{"role": "user", "content": turn}]) for turn in turns]
@@ -137,6 +108,38 @@ def train(args: argparse.Namespace) -> None:
         greedy, sampled = [evaluate(model, args.out, prompts, tokenizer.stop_ids, t) for t in (0.0, 1.0)]
         print(f"tokens per step on {len(prompts)} {name}: greedy {greedy:.2f}, T=1 {sampled:.2f}", flush=True)
     save_curve(model, args.out, [ids for prompts in sets.values() for ids in prompts], tokenizer.stop_ids)
+    if own:
+        print(compare_speeds(model, args.out, own[:TIMED_PROMPTS], tokenizer.stop_ids), flush=True)
+
+
+def learn(args: argparse.Namespace) -> tuple[Tokenizer, Tensor]:
+    """Write the dialogues and train. Returns the tokenizer and the dialogues [rows, length]; what training needed is
+    freed."""
+    state = args.work / args.kind
+    old = args.work / "state.pt"  # of an EAGLE-1/2 head, from the time when there were no others
+    if args.steps and old.exists() and not (args.work / "eagle/state.pt").exists():
+        (args.work / "eagle").mkdir(exist_ok=True)
+        old.rename(args.work / "eagle/state.pt")
+    if args.steps and (args.out / "config.json").exists() and not (state / "state.pt").exists():
+        raise ValueError(f"{args.out} holds a head already; choose another --out, or move the head away")
+    model, tokenizer, data = prepare(args, args.target_quantize)
+    if not args.steps:
+        return tokenizer, data
+    held_out, own = data[:args.generate_batch], data[args.generate_batch:]  # the first batch, with its own seed
+    if not (own >= 0).any():
+        raise ValueError(f"{args.work / 'dialogues.bin'}: no dialogue has an answer to learn from: move the file away, "
+                         "and use a larger --length")
+    trainer = KINDS[args.kind](model, args, own, held_out)
+    trainer.resume(state)
+    args.batch = fit_batch(trainer)
+    try:
+        trainer.run(own, state)
+    except KeyboardInterrupt:
+        trainer.save(state)
+        print(f"stopped at step {trainer.step}: {args.out} is written; the same command goes on with training",
+              file=sys.stderr)
+        sys.exit(130)
+    return tokenizer, data
 
 
 if __name__ == "__main__":

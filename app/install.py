@@ -5,6 +5,7 @@ A head that does not fit its target is silent: the text is right, and few drafts
 few answers, and the head guesses them (drafters/head_check.py). What the files of an EAGLE-3 head leave open is chosen
 so, and written beside it into measured.json. A head that guesses badly is installed with a warning.
 """
+import argparse
 import json
 import os
 import shutil
@@ -15,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from app.memory import free_bytes
+from app.memory import empty_model, free_bytes, total_bytes
+from app.options import placement
 from drafters.eagle3 import Eagle3Head
 from drafters.head_check import EXPECTED, compare, is_clear, right_guesses, table, write_answers
 from drafters.heads import is_eagle3, load_head
@@ -26,12 +28,12 @@ from formats.eagle3_config import MEASURED
 from formats.hub import FILES
 from formats.writing import QUANTIZED, replace_files
 from model import Llama, load_model
-from ops.device import gpu_problem, has_cuda
+from ops.device import gpu_problem
 from tokenizer import Tokenizer
 
 HEAD_FILES = {"config.json", "model.safetensors", "pytorch_model.bin", VOCAB, CURVE, MEASURED}
 FEW = (3, 32)  # questions, and tokens of each answer, that show whether a head guesses at all
-MANY = (8, 64)  # the same to tell variants of a head apart
+MANY = (3, 192)  # the same to tell variants of a head apart: a wrong RoPE base shows in longer texts
 CAUSES = {False: "another model's, or one of another chat template",
           True: "another model's, one of another chat template, or read from the wrong layers (taps in measured.json)"}
 
@@ -75,7 +77,8 @@ def add_head(head: Path, out: Path) -> None:
 def measure(head: Path, checkpoint: Path, doubts: dict[str, tuple]) -> dict:
     """Let the head guess what the target writes, on a GPU if there is one. Returns the values of the fields that are in
     doubt. Says on stderr what was found; ValueError where it is needed and cannot be."""
-    obstacle = why_not_measured(checkpoint)
+    device, dtype = placement(argparse.Namespace(device="cpu" if gpu_problem(None) else None, dtype=None))
+    obstacle = why_not_measured(checkpoint, device, dtype)
     if obstacle:
         if doubts:
             fields = ", ".join(f'"{name}": one of {[*map(json.dumps, values)]}' for name, values in doubts.items())
@@ -83,8 +86,7 @@ def measure(head: Path, checkpoint: Path, doubts: dict[str, tuple]) -> dict:
                              f"({obstacle}): write {MEASURED} beside them, with {fields}")
         print(f"{head}: not tried out ({obstacle})", file=sys.stderr)
         return {}
-    device = "cuda" if has_cuda() and not gpu_problem("cuda") else "cpu"
-    model = load_model(checkpoint, device, torch.bfloat16)
+    model = load_model(checkpoint, device, dtype)
     loaded = load_head(head, model)
     answers = write_answers(model, Tokenizer(folder_of(checkpoint)), *(MANY if doubts else FEW))
     if not doubts:
@@ -102,15 +104,15 @@ def measure(head: Path, checkpoint: Path, doubts: dict[str, tuple]) -> dict:
     return best.fields
 
 
-def why_not_measured(checkpoint: Path) -> str | None:
-    """What stands in the way of running the target, if anything."""
+def why_not_measured(checkpoint: Path, device: str, dtype: torch.dtype) -> str | None:
+    """What stands in the way of running the target there, if anything."""
     folder = folder_of(checkpoint)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return f"{folder} has no tokenizer"
-    device = "cuda" if has_cuda() and not gpu_problem("cuda") else "cpu"
-    size, free = (folder / "model.safetensors").stat().st_size, free_bytes(device)
-    if size * 1.3 > free:
-        return f"the target needs {size * 1.3 / 1e9:.1f} GB to run, and {free / 1e9:.1f} GB are free"
+    needed = 1.3 * total_bytes(empty_model(Config.load(folder), dtype))  # and activations, the head, a small cache
+    free = free_bytes(device)
+    if needed > free:
+        return f"the target needs {needed / 1e9:.1f} GB to run, and {free / 1e9:.1f} GB are free"
     return None
 
 

@@ -14,10 +14,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from model import Llama
 from ops.graphs import capture
 from tokenizer import Tokenizer
+from training.memory import fit_generate_batch
 
 # Most user turns begin with one of these. Without them a model asks the same few questions.
 OPENERS = """Write|Write a short|Write a Python function that|Write a story about|Write an email to|Explain|Explain why
@@ -142,7 +144,7 @@ def sample(logits: Tensor, temperature: Tensor, answering: Tensor) -> Tensor:
 @torch.inference_mode()
 def write_dialogues(model: Llama, script: Script, path: Path, rows: int, length: int, batch: int) -> None:
     """Append dialogues to `path` until it holds `rows` rows of `length` marked tokens, int32. Dialogues that are there
-    already are kept."""
+    already are kept. batch: how many are written at the same time, fewer where memory is short."""
     device = model.embed.weight.device
     bucket = 128  # a forward reads a multiple of this many cache slots, so that few graphs serve all lengths
     done = path.stat().st_size // (4 * length) if path.exists() else 0
@@ -150,6 +152,7 @@ def write_dialogues(model: Llama, script: Script, path: Path, rows: int, length:
         return
     with path.open("ab") as f:
         f.truncate(done * 4 * length)  # a row that was written in part would shift all that follow
+    batch = fit_generate_batch(model, batch, length)
     model.allocate_cache(length, -length % bucket, batch)
     turns = script.start(batch, 0)
     token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
@@ -167,6 +170,9 @@ def write_dialogues(model: Llama, script: Script, path: Path, rows: int, length:
     steps = {width: partial(step, width) for width in range(bucket, length + bucket, bucket)}
     if device.type == "cuda":
         steps = {width: capture(function) for width, function in steps.items()}
+    batches = -(-(rows - done) // batch)
+    bar = tqdm(total=batches * batch * length, desc="dialogues", unit=" tokens", unit_scale=True, disable=None,
+               leave=False)
     while done < rows:
         start = time.perf_counter()
         for tensor, fresh in zip(turns, script.start(batch, done)):
@@ -178,11 +184,14 @@ def write_dialogues(model: Llama, script: Script, path: Path, rows: int, length:
         for i in range(length - 1):
             steps[(i // bucket + 1) * bucket]()
             columns.append(marked.clone())
+            bar.update(batch)
         block = torch.stack(columns, 1).int().cpu()[:rows - done]
         with path.open("ab") as f:
             f.write(block.numpy().tobytes())
         done += len(block)
-        print(f"dialogues {done}/{rows}  {done * length / 1e6:.1f}M tokens  "
-              f"{batch * length / (time.perf_counter() - start):,.0f} tokens/s  "
-              f"{(block >= 0).float().mean():.0%} answers", flush=True)
+        with bar.external_write_mode():
+            print(f"dialogues {done}/{rows}  {done * length / 1e6:.1f}M tokens  "
+                  f"{batch * length / (time.perf_counter() - start):,.0f} tokens/s  "
+                  f"{(block >= 0).float().mean():.0%} answers", flush=True)
+    bar.close()
     model.free_cache()

@@ -95,7 +95,7 @@ class PeerTrainer(Trainer):
     def make_module(self) -> Peers:
         return Peers(self.model, self.args.heads, self.args.draft_layers)
 
-    def losses(self, tokens: Tensor, of_answer: Tensor, features: Tensor, places: Tensor
+    def losses(self, tokens: Tensor, of_answer: Tensor, features: Tensor, taps: None, places: Tensor
                ) -> tuple[Tensor, list[Tensor]]:
         """At position p the draft model predicts feature p, and head k predicts feature p + k + 1. In this order each
         prediction is one feature further ahead."""

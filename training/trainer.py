@@ -1,121 +1,84 @@
 """Training of draft heads by distillation: the loss is the cross-entropy with the target's own distribution.
 
-`Trainer` trains an EAGLE head (train.py). training/peers.py derives from it for Medusa heads and draft models.
+`Trainer` trains an EAGLE-1/2 head (train.py). training/eagle3.py derives from it for EAGLE-3 heads, training/peers.py
+for Medusa heads and draft models.
 
 Marked tokens (training/dialogues.py): token t of an answer is t, every other token is ~t. All tokens are context, but
 only answers are learned.
 """
 import argparse
+import json
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from draft import EagleHead
 from formats.config import Config
 from formats.eagle import save_head
 from formats.weights import first_line
-from formats.writing import replace_files
+from formats.writing import replace_files, write_text
 from model import Llama, load_model, rope_table
+from ops.quantized import dequantize
 from tokenizer import Tokenizer
 from training.dialogues import Script, unmark, write_dialogues
+from training.steps import compile_on_gpu, distill, new_head, unrolled
 
-# ----- An EAGLE head, its draft steps and its loss -----------------------------------------------------------------
-
-
-def new_head(cfg: Config, device: torch.device) -> EagleHead:
-    """An untrained head for a target of this config. Its weights are small and random: at first the layer adds almost
-    nothing, and fc passes on half of the feature."""
-    cfg = Config(**{**cfg.__dict__, "num_layers": 1, "qk_norm": False, "tie_word_embeddings": False,
-                    "sliding_window": None, "rope_scaling": None})
-    head = EagleHead(cfg).to(device)
-    for name, p in head.named_parameters():
-        torch.nn.init.normal_(p, std={"layer.wqkv.weight": 0.01, "layer.w2.weight": 0.002}.get(name, 0.02))
-    with torch.no_grad():
-        head.layer.wo.weight.zero_()
-        head.layer.mlp_norm.weight.fill_(1)
-        head.fc.weight[:, cfg.hidden_size:] = 0.5 * torch.eye(cfg.hidden_size)
-    return head
-
-
-def unrolled(head: EagleHead, embedding: Tensor, features: Tensor, rope: Tensor, keys: list[Tensor],
-             values: list[Tensor]) -> Tensor:
-    """One draft step of the head for R positions at once: predicted features [B, R, C].
-
-    embedding [B, R, C] of the tokens, features [B, R, C] of the step before, rope [2, R, D]. keys and values hold one
-    entry [B, H, R, D] for each step, and get this step's. Row s of step j computes what drafting computes j steps after
-    position s: it sees the first step's entries, made of true features, up to row s, and of each later step only its
-    own row.
-    """
-    layer = head.layer
-    x = head.fc(torch.cat((embedding, features), dim=-1))
-    q, k, v = (y.transpose(1, 2) for y in layer.qkv(x, rope))  # [B, heads, R, D]
-    groups = layer.num_heads // layer.num_kv_heads
-    keys.append(k.repeat_interleave(groups, 1))
-    values.append(v.repeat_interleave(groups, 1))
-    rows = q.shape[2]
-    causal = torch.ones(rows, rows, dtype=torch.bool, device=q.device).tril()
-    scores = [(q @ keys[0].transpose(-1, -2)).masked_fill(~causal, -torch.inf)]
-    scores += [(q * key).sum(-1, keepdim=True) for key in keys[1:]]
-    weights = (torch.cat(scores, -1).float() * layer.head_dim**-0.5).softmax(-1).to(v.dtype)
-    y = weights[..., :rows] @ values[0]
-    for j, value in enumerate(values[1:]):
-        y = y + weights[..., rows + j, None] * value
-    x = x + layer.wo(y.transpose(1, 2).flatten(2))
-    return layer.mlp(x)
-
-
-def distill(predicted: Tensor, feature: Tensor, lm_head: Tensor, of_answer: Tensor,
-            regression: float) -> tuple[Tensor, Tensor]:
-    """The mean loss, and how often the best token is the target's, over those of N places that count.
-
-    predicted and feature [N, C]: the head's and the target's. lm_head [V, C]. of_answer [N] bool: which places count,
-    those whose next token belongs to an answer. regression: the weight of the distance between the features.
-    """
-    target = F.linear(feature, lm_head).detach().float()
-    logits = F.linear(predicted, lm_head).float()
-    cross_entropy = logits.logsumexp(-1) - (target.softmax(-1) * logits).sum(-1)
-    distance = F.smooth_l1_loss(predicted.float(), feature.float(), reduction="none").mean(-1)
-    share = of_answer / of_answer.sum().clamp(min=1)
-    agree = logits.argmax(-1) == target.argmax(-1)
-    return ((cross_entropy + regression * distance) * share).sum(), (agree * share).sum()
-
-
-def compile_on_gpu(function: Callable, device: torch.device) -> Callable:
-    return torch.compile(function, dynamic=False) if device.type == "cuda" else function
-
-
-# ----- Training ----------------------------------------------------------------------------------------------------
+CURVE = "curve.json"  # beside the state: the agreement on held-out dialogues while the head was trained
+BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left"
 
 
 class Trainer:
-    """Trains `module`. Subclasses override what differs: `ahead`, `make_module`, `losses` and `export`."""
+    """Trains `module`. Subclasses override what differs: `ahead`, `make_module`, `losses` and `export`.
 
-    def __init__(self, model: Llama, args: argparse.Namespace) -> None:
+    data [dialogues, S] int32, marked: those to train on. held_out [any, S]: a few others, to measure agreement on."""
+    own_options: tuple[str, ...] = ("regression",)  # options of train.py that are for this kind of head alone
+    vocab_file = True  # the draft vocabulary is a file beside the head, written after training
+    taps: tuple[int, ...] = ()  # what the head reads besides the target's features (Llama.forward_with_taps)
+    by_token: tuple[str, ...] = ()  # parameters with one row for each token
+
+    def __init__(self, model: Llama, args: argparse.Namespace, data: Tensor | None = None,
+                 held_out: Tensor | None = None) -> None:
         self.model = model
         self.args = args
+        self.data = data
+        self.held_out = held_out
         self.device = model.embed.weight.device
+        model.allocate_rope(args.length)
         self.module = self.make_module()
         self.step = 0
         self.seconds = 0.0
-        self.rope = rope_table(self.module.cfg, args.length, self.device).bfloat16()
-        matrices = [p for p in self.module.parameters() if p.ndim == 2]
-        vectors = [p for p in self.module.parameters() if p.ndim != 2]
+        self.curve: list[dict] = []  # what was measured on held_out
+        self.rope = rope_table(self.layer_config, args.length, self.device).bfloat16()
+        named = dict(self.module.named_parameters())
+        rows = [named.pop(name) for name in self.by_token]
+        matrices = [p for p in named.values() if p.ndim == 2]
+        vectors = [p for p in named.values() if p.ndim != 2]
+        adam = [{"params": vectors, "lr": args.lr / 5}, {"params": rows, "lr": args.lr / 20}]
         self.optimizers = [
             # Muon's steps are all of one size. Without weight decay the weights grow tenfold, and learning stalls.
             torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(vectors, lr=args.lr / 5, betas=(0.9, 0.95), weight_decay=0.0)]
+            torch.optim.AdamW(adam[:1 + bool(rows)], betas=(0.9, 0.95), weight_decay=0.0)]
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
+        self.target_rows = model.lm_head.weight  # those that the head learns from, [any, C]
         self.unrolled = compile_on_gpu(unrolled, self.device)
         self.distill = compile_on_gpu(distill, self.device)
         self.amp = torch.autocast(self.device.type, torch.bfloat16)
-        model.allocate_rope(args.length)
+
+    @staticmethod
+    def check(args: argparse.Namespace, target: Config) -> None:
+        """Raise ValueError for options that do not fit this target, before anything is written."""
+        if args.draft_vocab and not 10 <= args.draft_vocab <= target.vocab_size:
+            raise ValueError(f"--draft_vocab takes 10 to {target.vocab_size} tokens, which are all that the model has")
+
+    @property
+    def layer_config(self) -> Config:
+        """The sizes of the layers that are trained."""
+        return self.module.cfg
 
     @property
     def ahead(self) -> int:
@@ -135,20 +98,8 @@ class Trainer:
         return tokens.shape[1] - self.ahead - 1
 
     def train_step(self, marked: Tensor) -> tuple[Tensor, Tensor]:
-        """Take one step on marked tokens [B, S]. Returns the loss, 0-d, and the agreement of each prediction with the
-        target, [predictions].
-
-        The loss looks at `args.places` random positions of the answers only. Its logits over the vocabulary are what a
-        step spends its time on, and neighbouring positions teach much the same."""
-        tokens = unmark(marked)
-        of_answer = marked >= 0
-        rows = self.rows(tokens)
-        with torch.no_grad():
-            features = self.model(tokens, torch.arange(tokens.shape[1], device=self.device))
-            # A random number below 1, plus 1 where token s + 2, which follows feature s + 1, belongs to an answer
-            priority = torch.rand_like(features[:, :rows, 0].float()) + of_answer[:, 2:2 + rows]
-            places = priority.flatten().topk(min(self.args.places, rows * len(marked))).indices
-        total, agreements = self.losses(tokens, of_answer, features, places)
+        """Take one step on marked tokens [B, S]. Returns what `predict` returns."""
+        total, agreements = self.predict(marked)
         total.backward()
         torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
         for optimizer in self.optimizers:
@@ -156,14 +107,31 @@ class Trainer:
                 group["lr"] = group["initial_lr"] * self.schedule()
             optimizer.step()
             optimizer.zero_grad()
-        return total.detach(), torch.stack(agreements)
+        return total.detach(), agreements
 
-    def losses(self, tokens: Tensor, of_answer: Tensor, features: Tensor, places: Tensor
+    def predict(self, marked: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, 0-d, on marked tokens [B, S], and the agreement of each prediction with the target, [predictions].
+
+        The loss looks at `args.places` random positions of the answers only. Its logits over the vocabulary are what a
+        step spends its time on, and neighbouring positions teach much the same."""
+        tokens = unmark(marked)
+        of_answer = marked >= 0
+        rows = self.rows(tokens)
+        with torch.no_grad():
+            positions = torch.arange(tokens.shape[1], device=self.device)
+            features, taps = self.model.forward_with_taps(tokens, positions, taps=self.taps)
+            # A random number below 1, plus 1 where token s + 2, which follows feature s + 1, belongs to an answer
+            priority = torch.rand_like(features[:, :rows, 0].float()) + of_answer[:, 2:2 + rows]
+            places = priority.flatten().topk(min(self.args.places, rows * len(marked))).indices
+        total, agreements = self.losses(tokens, of_answer, features, taps, places)
+        return total, torch.stack(agreements)
+
+    def losses(self, tokens: Tensor, of_answer: Tensor, features: Tensor, taps: Tensor | None, places: Tensor
                ) -> tuple[Tensor, list[Tensor]]:
         """The loss, summed over the predictions with their weights, and the agreement of each.
 
-        tokens and of_answer [B, S]; features [B, S, C] are the target's; places [N] int64 are the positions that the
-        loss looks at, as indices into the B * self.rows(tokens) flattened ones.
+        tokens and of_answer [B, S]; features [B, S, C] and, with self.taps, taps [B, S, k * C] are the target's; places
+        [N] int64 are the positions that the loss looks at, as indices into the B * self.rows(tokens) flattened ones.
         """
         rows = self.rows(tokens)
         predicted = features[:, :rows]
@@ -178,46 +146,71 @@ class Trainer:
                 predicted = self.unrolled(self.module, embedding, predicted, rope, keys, values)
                 loss, agree = self.distill(
                     predicted.flatten(0, 1)[places], features[:, j:j + rows].flatten(0, 1)[places],
-                    self.model.lm_head.weight, of_answer[:, j + 1:j + 1 + rows].flatten()[places],
+                    self.target_rows, of_answer[:, j + 1:j + 1 + rows].flatten()[places],
                     self.args.regression)
             total = total + self.args.decay ** (j - 1) * loss
             agreements.append(agree)
         return total, agreements
 
+    def progress(self) -> float:
+        """How much of the training is done, 0 to 1: it ends with --steps or --minutes, whichever comes first."""
+        return min(max(self.step / self.args.steps, self.seconds / (60 * self.args.minutes)), 1)
+
     def schedule(self) -> float:
-        """The share of the peak learning rate: 100 steps of warm-up, then a cosine that ends with --steps or --minutes,
-        whichever comes first."""
-        progress = min(max(self.step / self.args.steps, self.seconds / (60 * self.args.minutes)), 1)
-        return min((self.step + 1) / 100, 1) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+        """The share of the peak learning rate: 100 steps of warm-up, then a cosine."""
+        return min((self.step + 1) / 100, 1) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.progress())))
 
     def run(self, data: Tensor, work: Path) -> None:
         """Train on data [dialogues, S] int32, marked, until --steps or --minutes are over. Saves to the folder `work`
-        every 30 seconds and at the end."""
+        every 30 seconds and at the end; the state of a large head, which takes seconds to write, less often."""
         args = self.args
+        pause = max(30, 6e-7 * sum(p.numel() for p in self.module.parameters()))
         losses = []
         agreements = []
         last = saved = time.perf_counter()
         start = last - self.seconds
-        while self.step < args.steps and self.seconds < 60 * args.minutes:
-            torch.manual_seed(self.step)  # a step has the same batch and places whether training was resumed or not
-            rows = torch.randint(len(data), (args.batch,))
-            loss, agreement = self.train_step(data[rows].to(self.device, torch.int64))
-            losses.append(loss)
-            agreements.append(agreement)
-            self.step += 1
-            self.seconds = time.perf_counter() - start
-            if self.step % 100 == 0:
-                speed = len(losses) * args.batch * args.length / (time.perf_counter() - last)
-                print(f"step {self.step}  {self.seconds:.0f} s  loss {torch.stack(losses).mean():.3f}  agreement "
-                      + " ".join(f"{a:.3f}" for a in torch.stack(agreements).mean(0).tolist())
-                      + f"  {speed:,.0f} tokens/s", flush=True)
-                losses = []
-                agreements = []
-                last = time.perf_counter()
-            if time.perf_counter() - saved > 30:
-                saved = time.perf_counter()
-                self.save(work)
+        with tqdm(total=1, initial=self.progress(), desc="training", bar_format=BAR, disable=None, leave=False) as bar:
+            while self.step < args.steps and self.seconds < 60 * args.minutes:
+                torch.manual_seed(self.step)  # a step has the same batch and places whether training was resumed or not
+                rows = torch.randint(len(data), (args.batch,))
+                loss, agreement = self.train_step(data[rows].to(self.device, torch.int64))
+                losses.append(loss)
+                agreements.append(agreement)
+                self.step += 1
+                self.seconds = time.perf_counter() - start
+                bar.update(self.progress() - bar.n)
+                if self.step % 100 == 0:
+                    speed = len(losses) * args.batch * args.length / (time.perf_counter() - last)
+                    line = self.report(work, torch.stack(losses).mean().item(), torch.stack(agreements).mean(0), speed)
+                    with bar.external_write_mode():
+                        print(line, flush=True)
+                    losses = []
+                    agreements = []
+                    last = time.perf_counter()
+                if time.perf_counter() - saved > pause:
+                    saved = time.perf_counter()
+                    self.save(work)
         self.save(work)
+
+    def report(self, work: Path, loss: float, agreement: Tensor, speed: float) -> str:
+        """A line about the last 100 steps. Measures the agreement on held-out dialogues where it is time to."""
+        line = (f"step {self.step}  {self.seconds:.0f} s  loss {loss:.3f}  agreement {numbers(agreement)}  "
+                f"{speed:,.0f} tokens/s")
+        if self.held_out is None or not self.args.held_out or self.step % rounded_up(self.args.held_out, 100):
+            return line
+        return f"{line}  held out {numbers(self.measure(work, loss))}"
+
+    def measure(self, work: Path, loss: float) -> Tensor:
+        """The agreement on held-out dialogues, [predictions], which is also added to the curve in `work`.
+
+        No gradient is taken, but autograd stays on: without it every function would be compiled once more."""
+        torch.manual_seed(0)  # the same places each time
+        agreement = self.predict(self.held_out[:self.args.batch].to(self.device, torch.int64))[1]
+        self.curve.append({"step": self.step, "seconds": round(self.seconds), "loss": round(loss, 4),
+                           "agreement": [round(a, 4) for a in agreement.tolist()]})
+        work.mkdir(parents=True, exist_ok=True)
+        write_text(work / CURVE, "[" + ",\n ".join(map(json.dumps, self.curve)) + "]\n")
+        return agreement
 
     def save(self, work: Path) -> None:
         """Write the state of training to the folder `work`, and export what is trained."""
@@ -239,10 +232,21 @@ class Trainer:
                 optimizer.load_state_dict(saved)
             self.step = state["step"]
             self.seconds = state["seconds"]
+            if (work / CURVE).exists():
+                path = work / CURVE
+                self.curve = [row for row in json.loads(path.read_text()) if row["step"] <= self.step]
         except Exception as error:  # a damaged pickle can raise any exception
             raise ValueError(f"{path}: damaged, or of a training with other options ({first_line(error)}): move it "
                              "away, or choose another --work") from error
         print(f"resuming at step {self.step}", flush=True)
+
+
+def numbers(agreement: Tensor) -> str:
+    return " ".join(f"{a:.3f}" for a in agreement.tolist())
+
+
+def rounded_up(n: int, unit: int) -> int:
+    return -(-n // unit) * unit
 
 
 # ----- What the commands share -------------------------------------------------------------------------------------
@@ -258,8 +262,9 @@ def options(description: str) -> argparse.ArgumentParser:
                    "evaluate what is there already")
     p.add_argument("--minutes", type=float, default=math.inf, help="end training after this time, if that comes sooner")
     p.add_argument("--length", type=int, default=640, help="tokens of a dialogue")
-    p.add_argument("--batch", type=int, default=32, help="dialogues per training step")
-    p.add_argument("--generate_batch", type=int, default=2048, help="dialogues written at the same time")
+    p.add_argument("--batch", type=int, default=32, help="dialogues per training step, fewer if memory is short")
+    p.add_argument("--generate_batch", type=int, default=2048, help="dialogues written at the same time, fewer if "
+                   "memory is short; so many are held out")
     p.add_argument("--decay", type=float, default=0.8, help="weight in the loss of each draft step, or position ahead, "
                    "relative to the one before")
     p.add_argument("--places", type=int, default=8192, help="positions per training step that the loss looks at")
@@ -269,16 +274,20 @@ def options(description: str) -> argparse.ArgumentParser:
     return p
 
 
-def prepare(args: argparse.Namespace) -> tuple[Llama, Tokenizer, Tensor]:
-    """The target, its tokenizer, and its dialogues [rows, length] int32, marked. Writes those that are missing."""
+def prepare(args: argparse.Namespace, quantize: str | None = None) -> tuple[Llama, Tokenizer, Tensor]:
+    """The target, its tokenizer, and its dialogues [rows, length] int32, marked. Writes those that are missing.
+
+    quantize: the mode of the target's linears, except of the lm_head, which the loss reads as a whole."""
     torch.set_float32_matmul_precision("high")
-    model = load_model(args.checkpoint, args.device, torch.bfloat16)
+    model = load_model(args.checkpoint, args.device, torch.bfloat16, quantize)
+    if quantize:
+        model.lm_head = plain_lm_head(model)
     tokenizer = Tokenizer(args.checkpoint)
     script = Script(tokenizer, model.embed.weight.device)
     args.work.mkdir(parents=True, exist_ok=True)
-    if args.device == "cuda":  # compiled once for all layers: their shapes are the same
+    if args.device == "cuda":
         torch._dynamo.config.recompile_limit = 64
-        for layer in model.layers:
+        for layer in () if quantize else model.layers:  # compiled once for all layers: their shapes are the same
             layer.compile(dynamic=False)
     path = args.work / "dialogues.bin"
     rows = max(int(args.tokens / args.length), args.generate_batch + args.batch)
@@ -286,6 +295,15 @@ def prepare(args: argparse.Namespace) -> tuple[Llama, Tokenizer, Tensor]:
     write_dialogues(model, script, path, rows, args.length, args.generate_batch)
     dialogues = torch.from_file(str(path), size=rows * args.length, dtype=torch.int32)
     return model, tokenizer, dialogues.view(rows, args.length)
+
+
+def plain_lm_head(model: Llama) -> nn.Linear:
+    """The lm_head of a quantised model as bf16 weights: the embedding, where the two were one, else as it was rounded.
+    """
+    plain = nn.Linear(1, 1, bias=False, device="meta")
+    tied = model.cfg.tie_word_embeddings
+    plain.weight = model.embed.weight if tied else nn.Parameter(dequantize(model.lm_head.weight, torch.bfloat16), False)
+    return plain
 
 
 def check_dialogues(path: Path, script: Script, length: int) -> None:

@@ -21,15 +21,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import train
-from draft import Eagle2, EagleHead, load_head
+from draft import Eagle2, EagleHead
+from drafters.heads import load_head
 from formats.config import Config
 from formats.eagle import save_head, save_vocab
 from model import Llama
 from ops.attention import causal_mask
 from tokenizer import Tokenizer
-from train import evaluate, held_out_prompts
-from training import dialogues, trainer
+from training import dialogues, evaluation, trainer
 from training.dialogues import OPENERS, Script, sample, write_dialogues
+from training.evaluation import evaluate, held_out_prompts
 from training.trainer import Trainer
 from tree import State
 
@@ -209,9 +210,9 @@ def drafted(head: EagleHead, model: Llama, ids: list[int], place: int, depth: in
     predicted = [drafter.extend(state)[0]]
     for level in range(1, depth):
         slot = torch.tensor([place + level])  # of the chain's node `level`, which sees the chain up to itself
-        fc_of_feature = drafter.read_logits(predicted[-1], False)[1]
+        taken = drafter.bound.read(predicted[-1], False)[1]
         mask = causal_mask(slot[0], 1, 64)
-        predicted.append(drafter.run_head(tokens[slot + 1], fc_of_feature, None, slot, slot, mask))
+        predicted.append(drafter.bound.run(tokens[slot + 1], taken, None, slot, slot, mask))
     return torch.cat(predicted)
 
 
@@ -385,7 +386,7 @@ def test_evaluate_counts_as_engines_do(tmp_path: Path, monkeypatch: pytest.Monke
     def recorded(head: EagleHead, target: Llama) -> Eagle2:
         recorders.append(Recorder(Eagle2(head, target)))
         return recorders[-1].drafter
-    monkeypatch.setattr(train, "Eagle2", recorded)
+    monkeypatch.setattr(evaluation, "Eagle2", recorded)
     prompts = [tiny.prompt(seed, 5 + 4 * seed) for seed in range(3)]
     mean = evaluate(model, folder, prompts, frozenset(), 0.0, new_tokens=30)
     assert mean == pytest.approx(3 * 29 / len(recorders[0].cycles)) and mean > 2
@@ -400,8 +401,8 @@ def test_evaluate_is_not_a_mean_of_means(monkeypatch: pytest.MonkeyPatch) -> Non
         seen.append((new_tokens, sampling.temperature))
         return [[7], *([0] * n for n in ids)]
     for name in ("load_head", "Eagle2"):
-        monkeypatch.setattr(train, name, lambda *args: None)
-    monkeypatch.setattr(train, "Engine", lambda *args: SimpleNamespace(generate=generate))
+        monkeypatch.setattr(evaluation, name, lambda *args: None)
+    monkeypatch.setattr(evaluation, "Engine", lambda *args: SimpleNamespace(generate=generate))
     model = SimpleNamespace(free_cache=lambda: None)
     assert evaluate(model, None, [[6], [1, 1, 1, 1], [2, 0]], frozenset(), 0.5, 9) == 12 / 7
     assert seen == [(9, 0.5)] * 3

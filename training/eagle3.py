@@ -1,0 +1,327 @@
+"""Training an EAGLE-3 head (arXiv 2503.01840): what differs from an EAGLE-1/2 head (training/trainer.py).
+
+    python train.py --checkpoint checkpoints/ORG/NAME --kind eagle3 --tokens 24e6 --minutes 12 --lr 2e-3
+
+The head drafts from taps, the target's residual stream at three depths, and has an lm_head of its own over a draft
+vocabulary: the tokens that the target writes most often in its answers. The loss is the cross-entropy with the target's
+distribution over these tokens, at every unrolled step (section 3 of the paper, "training-time test"). Where the
+target's best token is another one, nothing is learned.
+
+Shapes: B dialogues, R positions, N places, H the head's width, C the target's, k taps, V tokens, Vd draft tokens.
+"""
+import argparse
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from drafters.eagle3 import PLAIN, Eagle3Head, Eagle3Layer
+from drafters.heads import load_head
+from formats.config import Config
+from formats.eagle3 import open_eagle3, save_eagle3
+from formats.eagle3_config import Eagle3Config, usual_taps
+from model import Llama
+from training.dialogues import unmark
+from training.steps import compile_on_gpu, soft_cross_entropy, unrolled_attention
+from training.trainer import Trainer
+
+DRAFT_VOCAB = 16384  # tokens, where --draft_vocab does not say how many
+SAMPLE = 4  # dialogues that the sizes of the taps are measured on
+OWN_SCORE = 8.0  # of a new head's rows with themselves: exp(8) outweighs some hundred rows of score 0
+
+# ----- A new head --------------------------------------------------------------------------------------------------
+
+
+def choose_taps(num_layers: int) -> tuple[int, int, int]:
+    """The boundaries that are tapped: the usual ones, or where these are not three different ones, the embeddings, the
+    middle and the end. (The first is never 1: SGLang reads such numbers in another way.)"""
+    if num_layers < 2:
+        raise ValueError(f"EAGLE-3 taps three depths, and this target has {num_layers} layer: train --kind eagle")
+    return usual_taps(num_layers) if num_layers >= 7 else (0, num_layers // 2, max(num_layers - 1, 2))
+
+
+def new_config(target: Config, args: argparse.Namespace) -> Eagle3Config:
+    """What --head_layers, --mlp, --norms and --draft_vocab ask for; other sizes are the target's. The first layer reads
+    embedding and feature, further ones are ordinary layers, as vLLM and SGLang expect."""
+    count = args.head_layers or 1
+    layer = Config(**{**target.__dict__, "num_layers": count, "intermediate_size": args.mlp or target.intermediate_size,
+                      "qk_norm": False, "tie_word_embeddings": False, "sliding_window": None, "rope_scaling": None})
+    return Eagle3Config(
+        layer, target.hidden_size, target.num_layers, choose_taps(target.num_layers), (True,) + (False,) * (count - 1),
+        args.draft_vocab or min(DRAFT_VOCAB, target.vocab_size), norm_before_residual=False,
+        norm_output=bool(args.norms))
+
+
+def frequent_tokens(data: Tensor, size: int, vocab_size: int) -> Tensor | None:
+    """The ids of the `size` tokens that occur most often in the answers of data [dialogues, S], marked: [size] int64,
+    ascending. None if these are all tokens."""
+    if size == vocab_size:
+        return None
+    counts = torch.bincount(data[data >= 0].long(), minlength=vocab_size)
+    return counts.argsort(descending=True, stable=True)[:size].sort().values
+
+
+def rows_of(target: Llama, ids: Tensor | None) -> Tensor:
+    """The target's lm_head for the tokens `ids`, [Vd, C]."""
+    weight = target.lm_head.weight
+    return weight if ids is None else weight[ids]
+
+
+def evened(x: Tensor) -> Tensor:
+    """Factors [C] that bring every channel of x [T, C] to a typical size of 1. A few channels of a residual stream are
+    a hundred times larger than the others: unscaled, every step of training would turn the head by them. Medians, since
+    the first token of a text is as exceptional. Small channels are enlarged ten times at most."""
+    size = x.float().abs().median(0).values
+    return 1 / size.clamp(min=0.1 * size.median())
+
+
+def initialise(head: Eagle3Head, target: Llama, embedded: Tensor, inputs: Tensor) -> None:
+    """Give a new head its weights. At first its layers add almost nothing, fc passes on the top tap, and the last norm
+    and the lm_head are the target's: so h has the meaning that the target's own hidden states have.
+
+    Of a few texts: the embedded tokens [T, C], and inputs [T, k * C], what fc reads of them before head.tap_scale.
+    """
+    for name, p in head.named_parameters():
+        if p.ndim == 1:
+            p.fill_(1)
+        else:
+            torch.nn.init.normal_(p, std=0.01 if "wqkv" in name else 0.002 if "w2" in name else 0.02)
+    first, size = head.layers[0], head.cfg.target_size
+    top = inputs[:, -size:]
+    final = target.norm.weight.float()
+    typical = top.square().mean(-1).sqrt().median()
+    if head.cfg.norm_output:  # what is fed on has gone through the norm. The first step's feature should be alike
+        passed = final / typical
+        feature = top * passed
+        head.norm.weight.fill_(feature.square().mean(-1).sqrt().median())
+    else:
+        passed = torch.ones_like(final) / typical
+        feature = top * passed
+        head.norm.weight.copy_(final)
+    head.fc.weight.zero_()
+    head.fc.weight[:, -size:] = (passed / head.tap_scale[-size:]).diag()
+    for layer in head.layers:
+        layer.wo.weight.zero_()
+    embedded = F.rms_norm(embedded, (size,))
+    normed = F.rms_norm(feature, (size,))
+    first.embed_norm.weight.copy_(evened(embedded))
+    first.feature_norm.weight.copy_(evened(normed))
+    first.mlp_norm.weight.copy_(evened(normed))
+    attend_to_own_row(first, embedded * first.embed_norm.weight)
+    head.lm_head.weight.copy_(rows_of(target, head.vocab))
+
+
+def attend_to_own_row(layer: Eagle3Layer, embedded: Tensor) -> None:
+    """Let every second key head attend to its own row at first: queries and keys are the same projection of the
+    embedding, whose product with itself is larger than that with others, and RoPE turns both alike. The embedding
+    reaches h through attention alone, so without this the newest token is not seen until queries and keys are trained.
+
+    embedded [T, H]: what the layer reads of the tokens of a few texts.
+    """
+    heads, key_heads, size = layer.num_heads, layer.num_kv_heads, layer.head_dim
+    of_embedding = layer.wqkv.weight[:, :embedded.shape[1]].unflatten(0, (-1, size))  # [heads + 2 key_heads, D, H]
+    group = heads // key_heads  # queries that read one key
+    for i in range(0, key_heads, 2):
+        key = torch.randn(size, embedded.shape[1], device=embedded.device)
+        score = (embedded @ key.T).square().sum(-1).mean() / size**0.5
+        key *= (OWN_SCORE / score).sqrt()
+        of_embedding[i * group:(i + 1) * group] = key
+        of_embedding[heads + i] = key
+
+
+# ----- The draft steps and their loss --------------------------------------------------------------------------------
+
+
+def fc_inputs(head: Eagle3Head, taps: Tensor) -> Tensor:
+    """The taps [..., k * C], each normed if the head has norms for them."""
+    if not head.fc_norms:
+        return taps
+    parts = taps.chunk(len(head.fc_norms), -1)
+    return torch.cat([norm(part) for norm, part in zip(head.fc_norms, parts)], -1)
+
+
+def join(head: Eagle3Head, taps: Tensor) -> Tensor:
+    """What the first step reads, [..., H], of the taps [..., k * C]: Eagle3Head.join with head.tap_scale apart."""
+    return head.fc(fc_inputs(head, taps) * head.tap_scale)
+
+
+def unrolled3(head: Eagle3Head, embedding: Tensor, taken: Tensor, rope: Tensor, keys: list[list[Tensor]],
+              values: list[list[Tensor]]) -> Tensor:
+    """One draft step of the head for R positions at once: what it takes from them at the next step [B, R, H], which is
+    h, normed if the head has norm_output. As training.steps.unrolled, with lists of keys and values for each layer.
+
+    embedding [B, R, H] of the tokens, taken [B, R, H] from the step before or from the taps, rope [2, R, D].
+    On a GPU autocast makes norms fp32, where drafting rounds them to bf16.
+    """
+    h = taken
+    for layer, layer_keys, layer_values in zip(head.layers, keys, values):
+        x = residual = h
+        if layer.wide:
+            feature = layer.feature_norm(h).to(h.dtype)
+            x = torch.cat((layer.embed_norm(embedding), feature), -1)
+            residual = feature if head.cfg.norm_before_residual else h
+        h = layer.mlp(residual + layer.wo(unrolled_attention(layer, x, rope, layer_keys, layer_values)))
+    return head.norm(h).to(h.dtype) if head.cfg.norm_output else h
+
+
+def distill3(head: Eagle3Head, taken: Tensor, feature: Tensor, target_rows: Tensor, of_answer: Tensor, known: Tensor
+             ) -> tuple[Tensor, Tensor]:
+    """The mean loss over those of N places that count, and how often the best token is the target's.
+
+    taken [N, H] is unrolled3's, feature [N, C] the target's. target_rows [Vd, C]: the target's lm_head for the draft
+    tokens. of_answer [N] bool: the next token belongs to an answer. known [N] bool: the target's best of all tokens is
+    a draft token. Where it is not, nothing is learned, and the head disagrees.
+    """
+    target = F.linear(feature, target_rows).detach().float()
+    logits = head.lm_head(taken if head.cfg.norm_output else head.norm(taken)).float()
+    learned = of_answer & known
+    share = learned / learned.sum().clamp(min=1)
+    agree = learned & (logits.argmax(-1) == target.argmax(-1))
+    return (soft_cross_entropy(logits, target) * share).sum(), agree.sum() / of_answer.sum().clamp(min=1)
+
+
+def best_tokens(feature: Tensor, lm_head: Tensor) -> Tensor:
+    """The target's best of all tokens, [S] int64, of its features [S, C]."""
+    return F.linear(feature, lm_head).argmax(-1)
+
+
+# ----- The trainer -------------------------------------------------------------------------------------------------
+
+
+class Eagle3Trainer(Trainer):
+    """Trains an Eagle3Head that has two more tensors: `vocab`, so that a state carries the draft vocabulary it was
+    trained with, and `tap_scale` [k * C], which the published fc holds already."""
+    own_options = ("head_layers", "norms", "mlp", "init")
+    vocab_file = False
+    # These rows begin as the target's. A step of Muon would move all directions equally far, also those of tokens that
+    # hardly occur; AdamW, at a twentieth of the rate, keeps near what is known.
+    by_token = ("lm_head.weight",)
+
+    def __init__(self, model: Llama, args: argparse.Namespace, data: Tensor, held_out: Tensor | None = None) -> None:
+        super().__init__(model, args, data, held_out)
+        self.join = compile_on_gpu(join, self.device)
+        self.unrolled = compile_on_gpu(unrolled3, self.device)
+        self.distill = compile_on_gpu(distill3, self.device)
+        self.best_tokens = compile_on_gpu(best_tokens, self.device)
+        self.use_vocab()
+
+    @staticmethod
+    def check(args: argparse.Namespace, target: Config) -> None:
+        Trainer.check(args, target)
+        if args.init is None:
+            choose_taps(target.num_layers)
+            return
+        found = open_eagle3(args.init, target)
+        cfg = found.config
+        own = {"head_layers": cfg.layer.num_layers, "mlp": cfg.layer.intermediate_size,
+               "norms": cfg.norm_output and "fc_norms.0.weight" in found.tensors, "draft_vocab": cfg.draft_vocab_size}
+        for name, value in own.items():
+            if getattr(args, name) not in (None, value):
+                raise ValueError(f"--{name} {getattr(args, name)}: the head in {args.init} has {value}; leave it out")
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return self.module.cfg.taps
+
+    @property
+    def layer_config(self) -> Config:
+        return self.module.cfg.layer
+
+    @torch.no_grad()
+    def make_module(self) -> Eagle3Head:
+        args, target = self.args, self.model
+        if args.init:
+            head = trainable(args.init, target)
+            vocab = head.vocab
+        else:
+            cfg = new_config(target.cfg, args)
+            norms = [f"fc_norms.{i}.weight" for i in range(len(cfg.taps))] if args.norms else []
+            head = Eagle3Head(cfg, (*PLAIN, *norms)).to(self.device)
+            vocab = frequent_tokens(self.data, cfg.draft_vocab_size, target.cfg.vocab_size)
+            for norm in head.fc_norms:
+                torch.nn.init.ones_(norm.weight)
+        del head.vocab
+        head.register_buffer("vocab", None if vocab is None else vocab.to(self.device))
+        embedded, taps = self.sample(head.cfg.taps)
+        inputs = fc_inputs(head, taps)
+        head.register_buffer("tap_scale", evened(inputs))
+        if args.init:
+            head.fc.weight /= head.tap_scale
+        else:
+            initialise(head, target, embedded, inputs)
+        return head
+
+    def sample(self, taps: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """The embedded tokens of a few dialogues [T, C], and their taps [T, k * C], both fp32."""
+        tokens = unmark(self.data[:SAMPLE].to(self.device, torch.int64))
+        with torch.compiler.set_stance("force_eager"):  # this shape comes once
+            found = self.model.forward_with_taps(tokens, torch.arange(tokens.shape[1], device=self.device), taps=taps)
+        return self.model.embed(tokens).flatten(0, 1).float(), found[1].flatten(0, 1).float()
+
+    def use_vocab(self) -> None:
+        """Take the draft vocabulary from the head."""
+        ids = self.module.vocab
+        self.target_rows = rows_of(self.model, ids)  # [Vd, C]
+        self.drafted = None  # [V] bool, which tokens are drafted; None: all
+        if ids is not None:
+            self.drafted = torch.zeros(self.model.cfg.vocab_size, dtype=torch.bool, device=self.device)
+            self.drafted[ids] = True
+
+    def resume(self, work: Path) -> None:
+        super().resume(work)
+        self.use_vocab()
+
+    def export(self) -> None:
+        state = self.module.state_dict()
+        ids = state.pop("vocab", None)
+        state["fc.weight"] = state["fc.weight"] * state.pop("tap_scale")
+        save_eagle3(self.module.cfg, state, ids, self.args.out)
+
+    @torch.no_grad()
+    def known(self, features: Tensor) -> Tensor:
+        """Where the target's best token is a draft token, [B, S] bool of its features [B, S, C]. One dialogue after the
+        other: the logits of all would be the largest tensor of a step."""
+        if self.drafted is None:
+            return torch.ones(features.shape[:2], dtype=torch.bool, device=self.device)
+        weight = self.model.lm_head.weight
+        return torch.stack([self.drafted[self.best_tokens(feature, weight)] for feature in features])
+
+    def losses(self, tokens: Tensor, of_answer: Tensor, features: Tensor, taps: Tensor, places: Tensor
+               ) -> tuple[Tensor, list[Tensor]]:
+        rows = self.rows(tokens)
+        head = self.module
+        keys = [[] for _ in head.layers]
+        values = [[] for _ in head.layers]
+        known = self.known(features)
+        total = 0.0
+        agreements = []
+
+        def at_places(x: Tensor, first: int) -> Tensor:
+            return x[:, first:first + rows].flatten(0, 1).index_select(0, places)
+
+        with self.amp:
+            taken = self.join(head, taps[:, :rows])
+        for j in range(1, self.ahead + 1):  # row s predicts what follows feature s + j, as in Trainer.losses
+            with self.amp:
+                embedding = self.model.embed(tokens[:, j:j + rows])
+                rope = self.rope[:, j - 1:j - 1 + rows]
+                taken = self.unrolled(head, embedding, taken, rope, keys, values)
+                loss, agree = self.distill(head, at_places(taken, 0), at_places(features, j), self.target_rows,
+                                           at_places(of_answer, j + 1), at_places(known, j))
+            total = total + self.args.decay ** (j - 1) * loss
+            agreements.append(agree)
+        return total, agreements
+
+
+def trainable(path: Path, target: Llama) -> Eagle3Head:
+    """The head in this folder with fp32 weights that can be trained. ValueError if it has parts that no head trained
+    here has."""
+    head = load_head(path, target, 0)
+    odd = {"no fc": head.fc is None, "no last norm": head.norm is None, "no lm_head of its own": head.lm_head is None,
+           "one norm for all taps": head.input_norm is not None, "an embedding of its own": head.embed is not None,
+           "quantised weights": head.quantized}
+    if any(odd.values()):
+        raise ValueError(f"{path}: a head that has {' and '.join(what for what in odd if odd[what])} cannot be trained "
+                         "on here")
+    return head.float().train().requires_grad_(True)

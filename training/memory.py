@@ -1,0 +1,97 @@
+"""How much memory training takes, and how many dialogues at a time fit into what is free.
+
+Weights and the states of optimizers are added up as they are. What autograd keeps is a formula for functions that are
+compiled, as on a GPU: these keep bf16 tensors and compute the rest again. On a CPU a step takes about half as much
+again.
+"""
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from app.memory import OVERHEAD, free_bytes, total_bytes, widest
+from model import Llama
+from quant.linear import QuantizedLinear
+
+USABLE = 0.9  # of the free memory: the rest is lost between blocks of other sizes
+
+
+class Need(NamedTuple):
+    """Bytes that a step of training takes."""
+    target: int  # its weights, and what one of its layers takes in passing
+    head: int  # weights, gradients and states of the optimizers, all fp32
+    hidden: int  # features and taps of the target
+    steps: int  # what autograd keeps of the unrolled draft steps
+    loss: int  # the logits of the places, the head's and the target's
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in self._asdict().items())
+
+
+def training_need(trainer, batch: int) -> Need:
+    """What `trainer`, a training.trainer.Trainer, needs for steps of `batch` dialogues.
+
+    Of each draft step and each layer, autograd keeps for each position what the layer reads (2 C), norms and residuals
+    (5 C), queries, keys, values and what they give, of all heads (4 H D), gate, up and their product (3 I), and for
+    each head a score and a weight for all positions. One step more is counted: the gradients of the step that is gone
+    through backwards.
+    """
+    args, cfg = trainer.args, trainer.layer_config
+    steps = trainer.ahead + 1
+    rows = args.length - steps
+    per_position = (7 * cfg.hidden_size + 4 * cfg.num_heads * cfg.head_dim + 3 * cfg.intermediate_size
+                    + 2 * cfg.num_heads * args.length)
+    parameters = sum(p.numel() for p in trainer.module.parameters())
+    states = sum((2 if isinstance(optimizer, torch.optim.AdamW) else 1) * p.numel()
+                 for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"])
+    hidden = batch * args.length * trainer.model.cfg.hidden_size * (1 + len(trainer.taps))
+    logits = 2 * min(args.places, batch * rows) * len(trainer.target_rows)
+    return Need(target=total_bytes(trainer.model) + target_passing(trainer.model, batch * args.length),
+                head=4 * (2 * parameters + states), hidden=2 * hidden,
+                steps=2 * steps * (parameters + cfg.num_layers * batch * rows * per_position), loss=2 * steps * logits)
+
+
+def target_passing(model: Llama, tokens: int) -> int:
+    """Bytes that a layer of the target takes for a while: hidden states, gate, up, a quantised matrix made dense."""
+    cfg = model.cfg
+    layer = 2 * tokens * (4 * cfg.hidden_size + 3 * cfg.intermediate_size)
+    quantized = isinstance(model.layers[0].w13, QuantizedLinear)
+    return layer + (widest(cfg, torch.bfloat16) if quantized else 0)
+
+
+def generating_need(model: Llama, length: int, batch: int) -> int:
+    """Bytes that writing `batch` dialogues at a time takes: the weights, the cache, and the logits with their noise."""
+    cfg = model.cfg
+    cache = 4 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * length
+    return total_bytes(model) + target_passing(model, batch) + batch * (cache + 10 * cfg.vocab_size)
+
+
+def fit(option: str, asked: int, need: Callable[[int], int], device: torch.device) -> int:
+    """The option's value, halved until need(value) bytes are free, which a line says. ValueError where none fits."""
+    free = int(USABLE * free_bytes(device.type)) - (int(OVERHEAD) if device.type == "cuda" else 0)
+    fitting = asked
+    while fitting > 1 and need(fitting) > free:
+        fitting //= 2
+    if need(fitting) > free:
+        raise ValueError(f"out of memory: {option} 1 needs {need(1) / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; "
+                         "a smaller --length or --places needs less, and --target_quantize int8 halves the model")
+    if fitting < asked:
+        print(f"{option} {fitting}: {asked} would need {need(asked) / 1e9:.1f} GB, and {free / 1e9:.1f} GB can be used",
+              flush=True)
+    return fitting
+
+
+def fit_generate_batch(model: Llama, asked: int, length: int) -> int:
+    """How many dialogues can be written at the same time: `asked`, or what fits."""
+    need = partial(generating_need, model, length)
+    return fit("--generate_batch", asked, need, model.embed.weight.device)
+
+
+def fit_batch(trainer) -> int:
+    """How many dialogues a step of this trainer can take: --batch, or what fits. Prints what that needs."""
+    batch = fit("--batch", trainer.args.batch, lambda batch: sum(training_need(trainer, batch)), trainer.device)
+    need = training_need(trainer, batch)
+    free = free_bytes(trainer.device.type)
+    print(f"memory: about {sum(need) / 1e9:.2f} GB of {free / 1e9:.2f} GB ({need})", flush=True)
+    return batch

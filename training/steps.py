@@ -1,0 +1,84 @@
+"""The draft steps of an EAGLE-1/2 head that training unrolls, and their loss. training/eagle3.py has those of EAGLE-3.
+
+Shapes: B dialogues, R positions, N places, C hidden size, V tokens, H heads, D head size.
+"""
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from draft import EagleHead
+from formats.config import Config
+from model import Layer
+
+
+def new_head(cfg: Config, device: torch.device) -> EagleHead:
+    """An untrained head for a target of this config. Its weights are small and random: at first the layer adds almost
+    nothing, and fc passes on half of the feature."""
+    cfg = Config(**{**cfg.__dict__, "num_layers": 1, "qk_norm": False, "tie_word_embeddings": False,
+                    "sliding_window": None, "rope_scaling": None})
+    head = EagleHead(cfg).to(device)
+    for name, p in head.named_parameters():
+        torch.nn.init.normal_(p, std={"layer.wqkv.weight": 0.01, "layer.w2.weight": 0.002}.get(name, 0.02))
+    with torch.no_grad():
+        head.layer.wo.weight.zero_()
+        head.layer.mlp_norm.weight.fill_(1)
+        head.fc.weight[:, cfg.hidden_size:] = 0.5 * torch.eye(cfg.hidden_size)
+    return head
+
+
+def unrolled(head: EagleHead, embedding: Tensor, features: Tensor, rope: Tensor, keys: list[Tensor],
+             values: list[Tensor]) -> Tensor:
+    """One draft step of the head for R positions at once: predicted features [B, R, C].
+
+    embedding [B, R, C] of the tokens, features [B, R, C] of the step before, rope [2, R, D]. keys and values hold one
+    entry [B, H, R, D] for each step, and get this step's. Row s of step j computes what drafting computes j steps after
+    position s: it sees the first step's entries, made of true features, up to row s, and of each later step only its
+    own row.
+    """
+    x = head.fc(torch.cat((embedding, features), dim=-1))
+    x = x + head.layer.wo(unrolled_attention(head.layer, x, rope, keys, values))
+    return head.layer.mlp(x)
+
+
+def unrolled_attention(layer: Layer, x: Tensor, rope: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+    """What the heads read in one draft step, [B, R, H * D], of the layer's input x [B, R, any]: see `unrolled`."""
+    q, k, v = (y.transpose(1, 2) for y in layer.qkv(x, rope))  # [B, heads, R, D]
+    groups = layer.num_heads // layer.num_kv_heads
+    keys.append(k.repeat_interleave(groups, 1))
+    values.append(v.repeat_interleave(groups, 1))
+    rows = q.shape[2]
+    causal = torch.ones(rows, rows, dtype=torch.bool, device=q.device).tril()
+    scores = [(q @ keys[0].transpose(-1, -2)).masked_fill(~causal, -torch.inf)]
+    scores += [(q * key).sum(-1, keepdim=True) for key in keys[1:]]
+    weights = (torch.cat(scores, -1).float() * layer.head_dim**-0.5).softmax(-1).to(v.dtype)
+    y = weights[..., :rows] @ values[0]
+    for j, value in enumerate(values[1:]):
+        y = y + weights[..., rows + j, None] * value
+    return y.transpose(1, 2).flatten(2)
+
+
+def distill(predicted: Tensor, feature: Tensor, lm_head: Tensor, of_answer: Tensor,
+            regression: float) -> tuple[Tensor, Tensor]:
+    """The mean loss, and how often the best token is the target's, over those of N places that count.
+
+    predicted and feature [N, C]: the head's and the target's. lm_head [V, C]. of_answer [N] bool: which places count,
+    those whose next token belongs to an answer. regression: the weight of the distance between the features.
+    """
+    target = F.linear(feature, lm_head).detach().float()
+    logits = F.linear(predicted, lm_head).float()
+    cross_entropy = soft_cross_entropy(logits, target)
+    distance = F.smooth_l1_loss(predicted.float(), feature.float(), reduction="none").mean(-1)
+    share = of_answer / of_answer.sum().clamp(min=1)
+    agree = logits.argmax(-1) == target.argmax(-1)
+    return ((cross_entropy + regression * distance) * share).sum(), (agree * share).sum()
+
+
+def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Of each row of logits [N, V], with the distribution whose logits are `target` [N, V]: [N]."""
+    return logits.logsumexp(-1) - (target.softmax(-1) * logits).sum(-1)
+
+
+def compile_on_gpu(function: Callable, device: torch.device) -> Callable:
+    return torch.compile(function, dynamic=False) if device.type == "cuda" else function
