@@ -185,6 +185,10 @@ class BoundHead:
             self.lm_head = rows_of(self.lm_head_and_fc, slice(count))
             self.fc = rows_of(self.lm_head_and_fc, slice(count, None))
 
+    def weights(self) -> tuple[tuple, tuple, tuple]:
+        """The weights that `enter` reads, that a level reads, and that a level reads too if another one follows."""
+        return (self.fc,), (self.head.layer, self.lm_head), (self.fc,)
+
     def enter(self, hidden: Tensor) -> Tensor:
         """fc's share of the target's features [T, C]: [T, C]."""
         return linear(hidden, self.fc)

@@ -1,4 +1,4 @@
-"""Where the time of an EAGLE-2 cycle goes: its parts, the bytes that they read, and what is lost between two cycles.
+"""Where the time of an EAGLE cycle goes: its parts, the bytes that they read, and what is lost between two cycles.
 
     python -m benchmarks.cycle --checkpoint checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct --shape llama-2-7b --rows
 
@@ -49,10 +49,9 @@ from benchmarks.workload import (
     step_gb,
 )
 from draft import Eagle2, Vanilla
-from drafters.methods import BASELINE, CPU_TREE, GPU_TREE, tree_nodes
+from drafters.methods import BASELINE, CPU_TREE, GPU_TREE, WITH_TREES, head_path, tree_nodes
 from drafters.tree_size import fit, read_curve, verify_by_rows
 from engine import Engine
-from formats.eagle import find_head
 from formats.questions import read_questions
 from formats.writing import write_text
 from model import Llama
@@ -90,14 +89,14 @@ def cycle_parts(engine: Engine) -> list[dict]:
         parts.append({"part": name, "ms": timed(function, engine.device), "gb": gb})
         return function()  # once more, outside of any CUDA graph: the next part reads the result
 
-    fc_gb = gigabytes(drafter.bound.fc)
-    level_gb = gigabytes(drafter.bound.lm_head, drafter.head.layer) + kv_gigabytes(drafter.head.kv, length)
-    next_fc_gb = [fc_gb] * (drafter.levels - 1) + [0]  # each level but the last runs fc on its features for the next
+    enter_gb, level_gb, next_gb = (gigabytes(*weights) for weights in drafter.bound.weights())
+    level_gb += kv_gigabytes(drafter.head.kv, length)
+    next_gb = [next_gb] * (drafter.levels - 1) + [0]  # of each level but the last
     scratch, taken, level = time_part(
-        f"draft: extend, {drafter.max_depth + 1} rows", fc_gb + level_gb + next_fc_gb[0], partial(drafter.begin, state))
+        f"draft: extend, {drafter.max_depth + 1} rows", enter_gb + level_gb + next_gb[0], partial(drafter.begin, state))
     for depth in range(1, drafter.levels):
         taken, level = time_part(
-            f"draft: expansion {depth}, {drafter.topk} rows", level_gb + next_fc_gb[depth],
+            f"draft: expansion {depth}, {drafter.topk} rows", level_gb + next_gb[depth],
             partial(drafter.expand, state, scratch, taken, level, depth))
     tree = time_part("rerank", 0, partial(drafter.rerank, state))
     base = scratch[0, 0]
@@ -117,7 +116,7 @@ def speed_of(rounds: list[list[Run]]) -> dict[str, float]:
 
 
 def measure_context(engines: dict[str, Engine], prompts: list[list[int]], args: argparse.Namespace) -> dict:
-    """All numbers of one context, an entry of result["contexts"]. `engines` are vanilla and eagle2. The keys:
+    """All numbers of one context, an entry of result["contexts"]. `engines` are vanilla and --method. The keys:
 
     context, timed_at             tokens of the longest prompt; length of the frozen text
     parts                         see cycle_parts
@@ -126,11 +125,11 @@ def measure_context(engines: dict[str, Engine], prompts: list[list[int]], args: 
     vanilla_ms, vanilla_gb        the same of vanilla's cycle
     verify_ratio, cycle_ratio     verification / vanilla's cycle, cycle / vanilla's cycle
     rows_ms                       {rows: ms of verifying them}, with --rows
-    speed                         {"vanilla" and "eagle2": see speed_of}
-    texts                         eagle2's token ids
+    speed                         {"vanilla" and the method's name: see speed_of}
+    texts                         the method's token ids
     efficiency                    tokens/s of the generations / tokens/s if a cycle took cycle_ms
     """
-    vanilla, eagle2 = engines[BASELINE], engines["eagle2"]
+    vanilla, drafting = engines[BASELINE], engines[args.method]
     for engine in engines.values():  # compiling and capturing are not timed
         run(engine, prompts[0], args.max_new_tokens)
     rounds = {name: [] for name in engines}
@@ -141,17 +140,17 @@ def measure_context(engines: dict[str, Engine], prompts: list[list[int]], args: 
     vanilla_length = freeze(vanilla, prompts[0], args.max_new_tokens // 2)
     vanilla_ms = timed(vanilla.cycle, vanilla.device, 1)
     vanilla_gb = step_gb(vanilla.model, vanilla_length)
-    length = freeze(eagle2, prompts[0], args.max_new_tokens // 2)
-    parts = cycle_parts(eagle2)
-    cycle_ms = timed(eagle2.cycle, eagle2.device, 1)
-    fast = speed["eagle2"]
+    length = freeze(drafting, prompts[0], args.max_new_tokens // 2)
+    parts = cycle_parts(drafting)
+    cycle_ms = timed(drafting.cycle, drafting.device, 1)
+    fast = speed[args.method]
     verify_ms = parts[-2]["ms"]
     return {"context": max(map(len, prompts)), "timed_at": length,
             "parts": parts, "sum_ms": sum(p["ms"] for p in parts), "cycle_ms": cycle_ms,
             "cycle_gb": sum(p["gb"] for p in parts), "between_ms": fast["cycle_ms"] - cycle_ms,
             "vanilla_ms": vanilla_ms, "vanilla_gb": vanilla_gb, "verify_ratio": verify_ms / vanilla_ms,
-            "cycle_ratio": cycle_ms / vanilla_ms, "rows_ms": verify_by_rows(eagle2, ROWS) if args.rows else {},
-            "speed": speed, "texts": [r.tokens for r in rounds["eagle2"][0]],
+            "cycle_ratio": cycle_ms / vanilla_ms, "rows_ms": verify_by_rows(drafting, ROWS) if args.rows else {},
+            "speed": speed, "texts": [r.tokens for r in rounds[args.method][0]],
             "efficiency": fast["tokens_per_sec"] * cycle_ms / 1e3 / fast["mean_gained"]}
 
 
@@ -159,9 +158,9 @@ def startup_seconds(args: argparse.Namespace) -> dict[str, float]:
     """Seconds from the start of a generate.py process to its first text: {"cold", "warm"}, without and with compiled
     kernels in the cache. The libraries are in the system's file cache both times: this process has read them."""
     command = [
-        sys.executable, Path(__file__).parent.parent / "generate.py", "--checkpoint", args.checkpoint, "--eagle2",
-        "--prompt", "Why is the sky blue?", "--max_new_tokens", "8", "--device", args.device, "--dtype", args.dtype,
-        *(["--draft", args.draft] if args.draft else []),
+        sys.executable, Path(__file__).parent.parent / "generate.py", "--checkpoint", args.checkpoint, "--method",
+        args.method, "--prompt", "Why is the sky blue?", "--max_new_tokens", "8", "--device", args.device,
+        "--dtype", args.dtype, *(["--draft", args.draft] if args.draft else []),
         *(["--draft_vocab", str(args.draft_vocab)] if args.draft_vocab is not None else []),
         *(["--quantize", args.quantize] if args.quantize else []),
         *(["--group", str(args.group)] if args.group else [])]
@@ -202,7 +201,7 @@ def measure_all(args: argparse.Namespace, result: dict) -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()  # leave out what bandwidth() took; loading counts
     subject = load(args, make_prompts)
-    [head] = load_weights("eagle2", args, subject).values()
+    [head] = load_weights(args.method, args, subject).values()
     model, prompts, stop_ids = subject[:3]
     del subject  # with --shape it keeps the small model alive
     if device.type == "cuda":
@@ -211,10 +210,10 @@ def measure_all(args: argparse.Namespace, result: dict) -> None:
     default = GPU_TREE if device.type == "cuda" else CPU_TREE
     tree = args.tree or default
     if args.tree == ["auto"]:
-        curve = read_curve(args.draft or find_head(args.checkpoint))
+        curve = read_curve(head_path(args, args.method))
         tree = fit(model, head, curve, slots, show=True) or default
     engines = {BASELINE: Engine(model, Vanilla(device), slots, stop_ids),
-               "eagle2": Engine(model, Eagle2(head, model, *tree), slots, stop_ids)}
+               args.method: Engine(model, Eagle2(head, model, *tree), slots, stop_ids)}
     for n in args.contexts:
         context = measure_context(engines, [p.ids for p in prompts if p.category == str(n)], args)
         result["contexts"].append(context)
@@ -250,8 +249,9 @@ def speed_table(context: dict) -> str:
                "ms per cycle")
     rows = [(name, f"{s['tokens_per_sec']:.1f}", f"{s['tokens_per_sec'] / base:.2f}", f"{s['mean_gained']:.2f}",
              f"{s['cycle_ms']:.3f}") for name, s in speed.items()]
-    allowed = 1e3 * speed["eagle2"]["mean_gained"] / context["cycle_ms"]
-    note = f"eagle2 reaches {context['efficiency']:.1%} of the {allowed:.1f} tokens/s that its captured cycle allows."
+    method = list(speed)[-1]
+    allowed = 1e3 * speed[method]["mean_gained"] / context["cycle_ms"]
+    note = f"{method} reaches {context['efficiency']:.1%} of the {allowed:.1f} tokens/s that its captured cycle allows."
     return f"{table(heading, *rows)}\n{fill_lines(note)}\n"
 
 
@@ -287,9 +287,11 @@ def last_table(result: dict) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    p = argparse.ArgumentParser("python -m benchmarks.cycle", description="Time the parts of an EAGLE-2 cycle.")
+    p = argparse.ArgumentParser("python -m benchmarks.cycle", description="Time the parts of an EAGLE cycle.")
     p.add_argument("--checkpoint", type=Path, required=True, help="converted folder, or a model file in it")
-    p.add_argument("--draft", type=Path, help="EAGLE head: its folder, or a file in it (default: <checkpoint>/eagle)")
+    p.add_argument("--method", choices=WITH_TREES, default=WITH_TREES[0], help="default: %(default)s")
+    p.add_argument("--draft", type=Path, help="EAGLE head: its folder, or a file in it (default: <checkpoint>/eagle "
+                   "or, for an EAGLE-3 head, <checkpoint>/eagle3)")
     p.add_argument("--quantize", choices=MODES, help="quantise target and draft head, after widening")
     p.add_argument("--group", type=int, choices=GROUPS, help="columns that share a scale, with int4 (default: 128)")
     p.add_argument("--draft_vocab", type=int, help="draft only this many of the head's most frequent tokens; 0: all")

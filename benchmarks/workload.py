@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from app.options import DTYPES
-from benchmarks.widen import Widening
+from benchmarks.shape import Widening
 from draft import Vanilla
 from drafters.methods import METHODS, Weights
 from engine import Engine

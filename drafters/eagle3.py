@@ -118,6 +118,10 @@ class BoundHead3:
         has_other_rows = self.ids is not None and len(self.ids) < lm_head.shape[0]
         self.lm_head = drafting_rows(lm_head, self.ids if has_other_rows else None, head.quantized)
 
+    def weights(self) -> tuple[tuple, tuple, tuple]:
+        """As BoundHead.weights."""
+        return (self.head.fc,) if self.taps else (), (self.head.layers, self.lm_head), ()
+
     def enter(self, hidden: Tensor) -> Tensor:
         """What the head drafts from, [T, H], of the target's taps or features."""
         return self.head.join(hidden)

@@ -49,7 +49,7 @@ class Weights(NamedTuple):
     """Weights that methods draft with; they are loaded once, whichever methods share them."""
     option: str  # the option that names their folder
     load: Callable[[argparse.Namespace, Llama], nn.Module]
-    widen: Callable[[Any, nn.Module], nn.Module]  # (benchmarks.widen.Widening, weights) -> weights for the wide target
+    widen: Callable[[Any, nn.Module], nn.Module]  # (benchmarks.shape.Widening, weights) -> weights for the wide target
 
 
 class Method(NamedTuple):
@@ -64,6 +64,7 @@ class Method(NamedTuple):
 
 
 def eagle_path(args: argparse.Namespace, folder: str = "eagle") -> Path:
+    """The head that --draft names, or the one in this folder of the checkpoint."""
     return args.draft or find_head(args.checkpoint, folder)
 
 
@@ -208,6 +209,14 @@ METHODS: dict[str, Method] = {
     "eagle3+lookup": Method(
         lambda setup: make_eagle2(setup, with_lookup=True), "the same, and what the text suggests competes", EAGLE3,
         TREE + LOOKUP)}
+
+
+WITH_TREES = [name for name, row in METHODS.items() if "draft_tokens" in row.options and "+" not in name]
+
+
+def head_path(args: argparse.Namespace, method: str) -> Path:
+    """Where the EAGLE head of a method is."""
+    return eagle_path(args, "eagle3" if METHODS[method].weights is EAGLE3 else "eagle")
 
 
 def make_drafter(method: str, args: argparse.Namespace, model: Llama, max_seq_len: int,

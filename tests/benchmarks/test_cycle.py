@@ -17,7 +17,7 @@ import torch
 from helpers import CPU, SHAPE, STOPS, operations, tiny_checkpoint
 
 from app.answer import Run, run
-from benchmarks import cycle, widen, workload
+from benchmarks import cycle, shape, workload
 from benchmarks.cycle import cycle_parts, speed_of
 from benchmarks.widen import SHAPES
 from benchmarks.workload import freeze
@@ -255,11 +255,11 @@ def test_run() -> None:
 def test_choose_kept_ids() -> None:
     """Fails if a used id is dropped, if the others are not the lowest, if an id comes twice, or if too many are
     kept."""
-    assert widen.choose_kept_ids({7, 2, 90}, 100, 6) == [0, 1, 2, 3, 7, 90]
-    assert widen.choose_kept_ids({0, 5}, 6, 9) == list(range(6)), "a larger vocabulary moves nothing"
-    assert widen.choose_kept_ids({8, 3}, 10, 2) == [3, 8]
+    assert shape.choose_kept_ids({7, 2, 90}, 100, 6) == [0, 1, 2, 3, 7, 90]
+    assert shape.choose_kept_ids({0, 5}, 6, 9) == list(range(6)), "a larger vocabulary moves nothing"
+    assert shape.choose_kept_ids({8, 3}, 10, 2) == [3, 8]
     with pytest.raises(ValueError, match="3 different ids, the shape has 2"):
-        widen.choose_kept_ids({1, 2, 3}, 10, 2)
+        shape.choose_kept_ids({1, 2, 3}, 10, 2)
 
 
 def contexts(args: argparse.Namespace, model: Llama, tokenizer: Tokenizer) -> list[workload.Prompt]:
@@ -297,7 +297,7 @@ def test_cut_vocabulary_keeps_the_text(arguments) -> None:
 def test_larger_vocabulary_needs_no_answers(arguments, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if ids change, or answers are written to find them, where the wide vocabulary holds all ids."""
     monkeypatch.setitem(SHAPES, "tiny", SHAPE | {"vocab_size": 320})
-    monkeypatch.setattr(widen, "Engine", None)
+    monkeypatch.setattr(shape, "Engine", None)
     wide, plain = (workload.load(args, partial(contexts, args)) for args in (
         arguments("--contexts", 40, *more) for more in (("--shape", "tiny"), ())))
     assert wide[1:3] == plain[1:3] and wide.model.cfg.vocab_size == 320
