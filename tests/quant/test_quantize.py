@@ -325,7 +325,7 @@ def test_draft_head(mode: str, group: int, folder: Path) -> None:
     logits, nothing = after.bound.read(features, True)
     assert nothing is None and logits.shape == (3, 12)
     quantize_linears(target, mode, group)
-    rows = plain(Eagle2(head, target).lm_head, 64)
+    rows = plain(Eagle2(head, target).bound.lm_head, 64)
     wanted = dequantize(target.lm_head.weight, torch.float32)[ids]
     assert (rows - wanted).norm() < 0.01 * wanted.norm()
 
