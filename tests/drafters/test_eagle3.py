@@ -25,7 +25,7 @@ from quant.linear import QuantizedLinear
 from quantize import quantize_draft
 from sampling import Sampling
 
-SEEDS = int(os.environ.get("HEAD_SEEDS", 2))  # of random heads of each kind: 25 compare more than 200 cycles
+SEEDS = int(os.environ.get("HEAD_SEEDS", 1))  # of random heads of each kind: 25 compare more than 200 cycles
 UNSORTED = [17, 3, 9, 21, 0, 14, 6, 11, 2, 8, 19, 5, 23, 12]
 
 
@@ -51,9 +51,10 @@ def builder_of(model: Llama, head: Eagle3Head, text: list[int], sampling: Sampli
 def test_published_heads(publisher: str, flags: dict, tmp_path: Path) -> None:
     """Fails if a variant of a head, or a publisher's layout, computes anything else than the formulas: a norm that is
     left out, another residual, fc on its own predictions, ids taken for rows, a layer with the cache of another. A
-    random head drafts in fp32, greedily and sampled, and every cycle is compared with the plain builder's."""
+    random head drafts in fp32, with odd seeds sampled, and every cycle is compared with the plain builder's."""
     close = cycles = 0
-    for seed in range(SEEDS):
+    first = HEADS.index((publisher, flags))
+    for seed in range(first, first + SEEDS):
         model = tiny.target(seed, torch.float32, num_hidden_layers=8)
         expected = write(tmp_path / str(seed), publisher, model.cfg, seed, **flags | {"measured": True})
         head = load_head(tmp_path / str(seed), model)
