@@ -69,14 +69,12 @@ def eagle_path(args: argparse.Namespace, folder: str = "eagle") -> Path:
 
 
 def load_eagle(args: argparse.Namespace, model: Llama, folder: str = "eagle") -> EagleHead | Eagle3Head:
-    """The head that --draft names, or the one in this folder of the checkpoint. ValueError if its kind is another."""
-    path = eagle_path(args, folder)
-    head = load_head(path, model, args.draft_vocab, args.quantize, args.group or 128)
-    kind = "eagle3" if isinstance(head, Eagle3Head) else "eagle"
-    if kind != folder:
-        raise ValueError(f"{path}: holds an EAGLE-{'3' if kind == 'eagle3' else '1/2'} head: use "
-                         f"--{'eagle3' if kind == 'eagle3' else 'eagle2'}")
-    return head
+    """A head of any kind: the one that --draft names, or the one in this folder of the checkpoint."""
+    return load_head(eagle_path(args, folder), model, args.draft_vocab, args.quantize, args.group or 128)
+
+
+def widen_eagle(wide: Any, head: EagleHead | Eagle3Head) -> EagleHead | Eagle3Head:
+    return wide.head3(head) if isinstance(head, Eagle3Head) else wide.head(head)
 
 
 def load_checked_draft_model(args: argparse.Namespace, model: Llama) -> Llama:
@@ -99,13 +97,18 @@ def required(path: Path | None, option: str) -> Path:
     return path
 
 
+def folder_of_kind(kind: type) -> str:
+    """The folder of a checkpoint where heads of this kind lie."""
+    return "eagle3" if kind is Eagle3Head else "eagle"
+
+
 def method_of_head(path: Path) -> str:
     """The row for a head that --draft names without a method. Raises ValueError or OSError if it is no EAGLE head."""
     return "eagle3" if is_eagle3(path) else "eagle2"
 
 
-EAGLE = Weights("draft", load_eagle, lambda wide, head: wide.head(head))
-EAGLE3 = Weights("draft", partial(load_eagle, folder="eagle3"), lambda wide, head: wide.head3(head))
+EAGLE = Weights("draft", load_eagle, widen_eagle)
+EAGLE3 = Weights("draft", partial(load_eagle, folder="eagle3"), widen_eagle)
 MEDUSA = Weights("medusa", lambda args, model: load_medusa(required(args.medusa, "--medusa"), model),
                  lambda wide, heads: wide.medusa(heads))
 DRAFT_MODEL = Weights("speculate", load_checked_draft_model, lambda wide, draft: wide.draft_model(draft))
@@ -167,7 +170,12 @@ def make_staged(setup: Setup) -> Drafter:
     return Speculate(setup.weights, setup.model, setup.get("chain", 8), retrieval=retrieval(setup, 4))
 
 
-def make_eagle2(setup: Setup, with_lookup: bool = False) -> Drafter:
+def make_eagle2(setup: Setup, with_lookup: bool = False, kind: type = EagleHead) -> Drafter:
+    """EAGLE-2's tree, grown by a head of this kind. ValueError for one of the other kind, under whose name its speed
+    should be reported."""
+    if not isinstance(setup.weights, kind):
+        other, flag = ("3", "--eagle3") if kind is EagleHead else ("1/2", "--eagle2")
+        raise ValueError(f"{eagle_path(setup.args, folder_of_kind(kind))}: holds an EAGLE-{other} head: use {flag}")
     chain = retrieval(setup, setup.get("chain", CHAIN)) if with_lookup else None
     return Eagle2(setup.weights, setup.model, *tree_shape(setup), chain)
 
@@ -178,7 +186,7 @@ def tree_shape(setup: Setup) -> tuple[int, int, int]:
     cuda = model.embed.weight.is_cuda
     default = GPU_TREE if cuda else CPU_TREE
     given = (args.draft_tokens, args.draft_depth, args.draft_topk)
-    path = eagle_path(args, "eagle3" if isinstance(head, Eagle3Head) else "eagle")
+    path = eagle_path(args, folder_of_kind(type(head)))
     captured = cuda and not args.no_compile  # the measured times are those of CUDA graphs
     known = captured and given == (None, None, None) and curve_path(path).is_file()
     if known or args.tree_table or args.draft_tokens == "auto":
@@ -199,16 +207,17 @@ METHODS: dict[str, Method] = {
         lambda setup: make_speculate(setup, rejection=True), "the papers' rule when sampling: accepts more, but the "
         "same seed no longer gives the text of plain decoding", DRAFT_MODEL, ("chain",)),
     "speculate+lookup": Method(make_staged, "speed up the draft model by what the text suggests", DRAFT_MODEL, LOOKUP),
-    "eagle": Method(lambda setup: Eagle1(setup.weights, setup.model), "draft with EAGLE's fixed tree", EAGLE,
+    "eagle": Method(lambda setup: Eagle1(setup.weights, setup.model), "draft with EAGLE-1's fixed tree", EAGLE,
                     ("draft_vocab",)),
     "eagle2": Method(make_eagle2, "draft with EAGLE-2's dynamic tree", EAGLE, TREE),
     "eagle2+lookup": Method(
         lambda setup: make_eagle2(setup, with_lookup=True), "let what the text suggests compete with its own nodes",
         EAGLE, TREE + LOOKUP),
-    "eagle3": Method(make_eagle2, "draft EAGLE-2's dynamic tree with an EAGLE-3 head", EAGLE3, TREE),
+    "eagle3": Method(lambda setup: make_eagle2(setup, kind=Eagle3Head), "draft EAGLE-2's dynamic tree with an EAGLE-3 "
+                     "head", EAGLE3, TREE),
     "eagle3+lookup": Method(
-        lambda setup: make_eagle2(setup, with_lookup=True), "the same, and what the text suggests competes", EAGLE3,
-        TREE + LOOKUP)}
+        lambda setup: make_eagle2(setup, with_lookup=True, kind=Eagle3Head), "the same, and what the text suggests "
+        "competes", EAGLE3, TREE + LOOKUP)}
 
 
 WITH_TREES = [name for name, row in METHODS.items() if "draft_tokens" in row.options and "+" not in name]

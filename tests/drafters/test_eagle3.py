@@ -155,3 +155,6 @@ def test_the_other_kind_is_refused(tmp_path: Path) -> None:
             make_drafter(args.method, args, model, 64)
         assert generate.parse_args(arguments(folder, "--draft", path)).method == other.removeprefix("--")
     assert generate.parse_args(arguments(folder, "--draft", new, "--lookup")).method == "eagle3+lookup"
+    for path in (new, old):  # EAGLE-1's tree takes both
+        args = generate.parse_args(arguments(folder, "--eagle", "--draft", path))
+        assert type(make_drafter(args.method, args, model, 64)) is Eagle1
