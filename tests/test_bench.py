@@ -414,13 +414,15 @@ def test_widened_draft_model(checkpoint: Path, arguments, monkeypatch: pytest.Mo
         monkeypatch.setitem(SHAPE, "vocab_size", vocab_size)
         args, subject = wide_subject(arguments, "--speculate", checkpoint, "--methods", "speculate")
         weights = workload.load_weights("speculate", args, subject)
-        assert list(weights) == ["speculate"] and weights["speculate"].cfg.vocab_size == vocab_size
-        engine = Engine(subject.model, Speculate(weights["speculate"], subject.model), 300)
+        [draft] = weights.values()
+        assert draft.cfg.vocab_size == vocab_size
+        engine = Engine(subject.model, Speculate(draft, subject.model), 300)
         runs = [run(engine, p.ids, 30) for p in subject.prompts]
         assert sum(sum(r.gained) for r in runs) / sum(len(r.gained) for r in runs) > 4
     assert load_draft_model(checkpoint, subject.widening.small).cfg.vocab_size == 300
     assert workload.load_weights("lookup", args, subject) == {}
-    assert workload.load_weights("eagle", args, subject)["draft"].cfg.hidden_size == SHAPE["hidden_size"]
+    [head] = workload.load_weights("eagle", args, subject).values()
+    assert head.cfg.hidden_size == SHAPE["hidden_size"]
 
 
 @pytest.mark.slow
@@ -429,7 +431,7 @@ def test_what_methods_expect(arguments) -> None:
     args, subject = wide_subject(arguments)
     for name in ("eagle", "eagle2"):
         weights = workload.load_weights(name, args, subject)
-        head = weights["draft"]
+        [head] = weights.values()
         assert methods.make_drafter(name, args, subject.model, 64, weights).head is head
 
 

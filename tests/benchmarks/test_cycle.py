@@ -273,7 +273,7 @@ def texts(args: argparse.Namespace) -> tuple[list[list[int]], list[int]]:
     translated by their embeddings."""
     subject = workload.load(args, partial(contexts, args))
     model, prompts, stop, _ = subject
-    head = workload.load_weights("eagle2", args, subject)["draft"]
+    [head] = workload.load_weights("eagle2", args, subject).values()
     small = load_model(args.checkpoint, "cpu", torch.float32).embed.weight
     known = {tuple(row): i for i, row in enumerate(small.tolist())}
     ids = [known.get(tuple(row)) for row in model.embed.weight[:, :small.shape[1]].tolist()]

@@ -103,8 +103,8 @@ def test_strip_keeps_figures_and_drops_texts(raw: dict[str, dict], results: Resu
     one = strip(raw[METHODS] | {"measured": [raw[METHODS]["measured"][0] | {"gaps": apart}]})
     assert one["measured"][0]["largest_gap"] == 0.25
     assert results[CYCLES]["command"] == (
-        "python -m benchmarks.cycle --checkpoint checkpoint --shape tiny --contexts 60 40 --max_new_tokens 12 "
-        "--questions asked.jsonl --rounds 1 --rows --dtype float32 --device cpu")
+        "python -m benchmarks.cycle --checkpoint checkpoint --method eagle2 --shape tiny --contexts 60 40 "
+        "--max_new_tokens 12 --questions asked.jsonl --rounds 1 --rows --dtype float32 --device cpu")
     assert "--temperature 0 1 --runs 2" in results[METHODS]["command"] and "--json" not in results[METHODS]["command"]
 
 
