@@ -289,9 +289,9 @@ def check_rows(cycle: Cycle, plain: Plain, builder: Builder, atol: float) -> Non
             assert seen == own | set(range(length - 1))
 
 
-def check_cycles(recorder: Recorder, builder: Builder, grow, atol: float) -> tuple[int, int]:
+def check_cycles(recorder: Recorder, builder: Builder, grow, atol: float, margin: float = MARGIN) -> tuple[int, int]:
     """Compare every cycle with `grow(length)`. Returns how many cycles there were and how many were close calls: if a
-    choice hung on less than MARGIN, another tree, or the same one grown in another order, is right too."""
+    choice hung on less than `margin`, another tree, or the same one grown in another order, is right too."""
     close = 0
     for cycle in recorder.cycles:
         plain = grow(cycle.length)
@@ -299,6 +299,6 @@ def check_cycles(recorder: Recorder, builder: Builder, grow, atol: float) -> tup
         if fed and same_tree(cycle.tree, plain, builder.text[cycle.length - 1]):
             check_rows(cycle, plain, builder, atol)
         else:
-            assert plain.margin < MARGIN, f"another tree at length {cycle.length}"
+            assert plain.margin < margin, f"another tree at length {cycle.length}"
             close += 1
     return len(recorder.cycles), close

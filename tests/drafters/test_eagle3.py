@@ -61,7 +61,8 @@ def test_published_heads(publisher: str, flags: dict, tmp_path: Path) -> None:
         recorder, text, sampling = run(model, Eagle2(head, model, 20, 4, 3), seed)
         plain = PlainHead3(expected.tensors, expected.config, expected.ids, model)
         builder = Builder(plain, text, features_of(model, text, plain), sampling)
-        found = check_cycles(recorder, builder, partial(builder.eagle2, draft_tokens=20, draft_depth=4, topk=3), 1e-3)
+        grow = partial(builder.eagle2, draft_tokens=20, draft_depth=4, topk=3)
+        found = check_cycles(recorder, builder, grow, 1e-3, margin=1e-3)  # without a last norm, logits of hundreds
         cycles, close = cycles + found[0], close + found[1]
     assert cycles > 8 * SEEDS and close <= cycles // 10
 
