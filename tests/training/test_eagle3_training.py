@@ -367,7 +367,7 @@ def test_what_autograd_keeps(kind: type[Trainer], tmp_path: Path) -> None:
     as for a GPU as far as what is kept is decided, and what they keep is counted."""
     sizes = {"hidden_size": 64, "intermediate_size": 160, "vocab_size": 512}
     model = tiny.target(dtype=torch.bfloat16, num_hidden_layers=4, **sizes)
-    for batch, places, layers, unroll in ((4, 100, 1, 4), (1, 20, 1 + (kind is Eagle3Trainer), 2), (8, 2000, 1, 3)):
+    for batch, places, layers, unroll in ((4, 100, 1, 4), (8, 2000, 1 + (kind is Eagle3Trainer), 2)):
         torch._dynamo.reset()
         args = settings(tmp_path, length=80, batch=batch, places=places, head_layers=layers, unroll=unroll,
                         draft_vocab=256)
@@ -531,16 +531,16 @@ def test_curve(command, capsys: pytest.CaptureFixture) -> None:
     """Fails if the agreement is not measured on held-out dialogues at the steps that were asked for, measuring changes
     the training, or a resumed run loses what was measured before."""
     words = ("--kind", "eagle3", "--draft_vocab", 12, "--eval_prompts", 0, "--unroll", 2)
-    folder = command(*words, "--steps", 200, "--held_out", 150)
+    folder = command(*words, "--steps", 100, "--held_out", 50)
     out = capsys.readouterr().out
-    assert out.count("\nstep ") == 2 and out.count("  held out ") == 1 and "tokens/s  held out " in out
+    assert out.count("\nstep ") == 1 and out.count("  held out ") == 1 and "tokens/s  held out " in out
     path = folder / "training/eagle3/curve.json"
     (row,) = json.loads(path.read_text())
-    assert row["step"] == 200 and len(row["agreement"]) == 2 and row.keys() == {"step", "seconds", "loss", "agreement"}
+    assert row["step"] == 100 and len(row["agreement"]) == 2 and row.keys() == {"step", "seconds", "loss", "agreement"}
     measured = (folder / "eagle3/model.safetensors").read_bytes()
-    command(*words, "--steps", 300, "--held_out", 100)
-    assert [row["step"] for row in json.loads(path.read_text())] == [200, 300]
-    command(*words, "--steps", 200, "--held_out", 0, "--work", folder / "other", "--out", folder / "o")
+    command(*words, "--steps", 300, "--held_out", 150)
+    assert [row["step"] for row in json.loads(path.read_text())] == [100, 200]
+    command(*words, "--steps", 100, "--held_out", 0, "--work", folder / "other", "--out", folder / "o")
     assert not (folder / "other/eagle3/curve.json").exists()
     assert (folder / "o/model.safetensors").read_bytes() == measured
 
