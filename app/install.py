@@ -70,8 +70,9 @@ def add_head(head: Path, out: Path) -> None:
     with staged(out / ("eagle3" if is_new else "eagle"), head) as part:
         for file in HEAD_FILES & set(os.listdir(head)):
             shutil.copyfile(head / file, part / file)
-        if measured:
-            (part / MEASURED).write_text(json.dumps(measured) + "\n", encoding="utf-8")
+        if measured:  # besides what is known already
+            known = json.loads((part / MEASURED).read_text(encoding="utf-8")) if (part / MEASURED).exists() else {}
+            (part / MEASURED).write_text(json.dumps(known | measured) + "\n", encoding="utf-8")
 
 
 def measure(head: Path, checkpoint: Path, doubts: dict[str, tuple]) -> dict:

@@ -171,8 +171,8 @@ def make_staged(setup: Setup) -> Drafter:
 
 
 def make_eagle2(setup: Setup, with_lookup: bool = False, kind: type = EagleHead) -> Drafter:
-    """EAGLE-2's tree, grown by a head of this kind. ValueError for one of the other kind, under whose name its speed
-    should be reported."""
+    """EAGLE-2's tree, grown by a head of this kind. ValueError for a head of the other kind: each kind has a row, and
+    speeds are reported under its name."""
     if not isinstance(setup.weights, kind):
         other, flag = ("3", "--eagle3") if kind is EagleHead else ("1/2", "--eagle2")
         raise ValueError(f"{eagle_path(setup.args, folder_of_kind(kind))}: holds an EAGLE-{other} head: use {flag}")

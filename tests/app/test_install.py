@@ -63,6 +63,9 @@ def test_what_is_open_is_measured(target: Path, tmp_path: Path, monkeypatch: pyt
     install.add_head(head, target)
     assert tried[0] == wanted.doubts and "70.0%" in capsys.readouterr().err
     assert json.loads((target / "eagle3/measured.json").read_text()) == {"taps": [2, 3, 5], "rope_theta": 1e4}
+    (head / "measured.json").write_text('{"norm_before_residual": true}')  # what is known stays known
+    install.add_head(head, target)
+    assert json.loads((target / "eagle3/measured.json").read_text())["norm_before_residual"] is True
     found = open_eagle3(target / "eagle3", cfg)
     assert found.config.taps == (2, 3, 5) and found.config.layer.rope_theta == 1e4 and not found.doubts
 
