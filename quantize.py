@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from drafters.eagle3 import Eagle3Head
 from drafters.heads import load_head
-from formats.eagle import folder_of
+from formats.eagle import folder_of, open_head
 from formats.weights import FORMAT, read_tensors, write_file
 from formats.writing import locked, replace_files
 from model import Layer, Llama, load_model, rope_table
@@ -63,6 +63,7 @@ def quantize_checkpoint(path: Path, mode: str, group: int, device: str) -> Path:
 
 def quantize_draft(head: Path, checkpoint: Path, mode: str, group: int) -> Path:
     """The same for a draft head, a folder or file. It is small: all on the CPU, and int4 is not calibrated."""
+    stored_mode(*open_head(head, "EAGLE-1/2", "EAGLE-3")[::2], mode)  # refuses one that is quantised already
     eagle = load_head(head, open_model(checkpoint, mode)[0], 0, mode, group)
     tensors = eagle.state_dict()
     if isinstance(eagle, Eagle3Head) and eagle.vocab is not None:

@@ -63,6 +63,8 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--mlp", type=int, metavar="N", help="eagle3: width of the head's MLP (default: the model's)")
     p.add_argument("--norms", action="store_true", default=None, help="eagle3: EAGLE-3.1's norms, of each tap "
                    "before fc, and of what is fed back")
+    p.add_argument("--share_lm_head", action="store_true", default=None, help="eagle3: draft with the model's own "
+                   "lm_head, which is neither trained nor stored in the head: a smaller file")
     p.add_argument("--init", type=Path, metavar="DIR", help="eagle3: start from this EAGLE-3 head")
     p.add_argument("--questions", type=Path, nargs="*", default=[], metavar="FILE",
                    help="also evaluate on every second line of these .jsonl files (turns[0])")

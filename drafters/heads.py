@@ -21,7 +21,7 @@ def load_head(path: Path | str, target: Llama, vocab: int | None = None, quantiz
 
     vocab: draft only so many of the most frequent tokens, which draft_vocab.json beside the weights lists (train.py
     makes it); None: all that it lists, 0: every token. A head with a draft vocabulary of its own drafts from all of it.
-    quantize: convert to this mode while loading.
+    quantize: convert to this mode while loading. A head that is stored quantised stays in its own mode.
     Raises FileNotFoundError, or ValueError where the head is damaged, of another kind, or made for another model.
     """
     path = Path(path)
@@ -47,7 +47,7 @@ def load_eagle(path: Path, target: Llama, quantize: str | None, group: int) -> E
     folder, weight = folder_of(path), target.embed.weight
     file, published, metadata = open_head(path, "EAGLE-1/2")
     cfg = Config.load(folder, model_type="llama")
-    mode, stored_group = stored_mode(file, metadata, quantize)
+    mode, stored_group = stored_mode(file, metadata, None)
     if cfg.hidden_size != target.cfg.hidden_size or cfg.vocab_size != target.cfg.vocab_size or (
             "embed_tokens.weight" in published and published["embed_tokens.weight"].shape != weight.shape):
         raise ValueError(f"{folder}: a head for hidden size {cfg.hidden_size} and {cfg.vocab_size} tokens, but the "
@@ -61,7 +61,7 @@ def load_eagle(path: Path, target: Llama, quantize: str | None, group: int) -> E
 def load_eagle3(path: Path, target: Llama, quantize: str | None, group: int) -> Eagle3Head:
     """An EAGLE-3 head, with the fields that were measured when it was converted."""
     found = open_eagle3(path, target.cfg)
-    mode, stored_group = stored_mode(found.file, found.metadata, quantize)
+    mode, stored_group = stored_mode(found.file, found.metadata, None)
     with torch.device("meta"):
         head = Eagle3Head(found.config, found.tensors)
     head = filled(head, found.tensors, found.file, target, mode, stored_group, quantize, group)
@@ -72,8 +72,9 @@ def load_eagle3(path: Path, target: Llama, quantize: str | None, group: int) -> 
 def filled(head: EagleHead | Eagle3Head, tensors: dict, file: Path, target: Llama, mode: str | None,
            stored_group: int, quantize: str | None, group: int) -> EagleHead | Eagle3Head:
     """The head with its weights, on the target's device. mode, stored_group: how the file is quantised; quantize,
-    group: how it is to be."""
+    group: how it is to be if it is not."""
     device, dtype = target.embed.weight.device, target.embed.weight.dtype
+    quantize = None if mode else quantize
     if mode:
         head.quantize(mode, stored_group)
     fill(head, tensors, file, *(("cpu", None) if quantize else (device, dtype)))

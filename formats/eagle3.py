@@ -72,7 +72,7 @@ def open_eagle3(path: Path, target: Config) -> Eagle3Files:
     fuse(tensors, layer_sources(tensors, wide), file)
     with naming(file):
         check_names(tensors, wide)
-        found = what_tensors_say(tensors, wide, target)
+        found = what_tensors_say(tensors, wide, target, d2t)
     config, doubts = read_eagle3_config(folder_of(path), found, target)
     if not config.taps:  # vLLM and SGLang use no fc then, even where there is one
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("fc.")}
@@ -159,7 +159,7 @@ def check_names(tensors: dict[str, Tensor], wide: tuple[bool, ...]) -> None:
             size_of(tensors, f"layers.{i}.{module}")
 
 
-def what_tensors_say(tensors: dict[str, Tensor], wide: tuple[bool, ...], target: Config) -> Found:
+def what_tensors_say(tensors: dict[str, Tensor], wide: tuple[bool, ...], target: Config, d2t: Tensor | None) -> Found:
     """All that the config is checked against."""
     width, heads_width = size_of(tensors, "layers.0.wo")
     columns = size_of(tensors, "fc")[1] if has(tensors, "fc") else 0
@@ -174,7 +174,8 @@ def what_tensors_say(tensors: dict[str, Tensor], wide: tuple[bool, ...], target:
              "use_last_layernorm": "norm.weight" in tensors}
     return Found(width, size_of(tensors, "layers.0.w13")[0] // 2, size_of(tensors, "layers.0.wqkv")[0], heads_width,
                  "layers.0.q_norm.weight" in tensors, wide, taps,
-                 size_of(tensors, "lm_head")[0] if has(tensors, "lm_head") else None, norms)
+                 size_of(tensors, "lm_head")[0] if has(tensors, "lm_head") else None,
+                 len(d2t) if d2t is not None and d2t.dim() == 1 else None, norms)
 
 
 def check_width(config: Eagle3Config, tensors: dict[str, Tensor]) -> None:
@@ -241,7 +242,7 @@ def save_eagle3(cfg: Eagle3Config, state: dict[str, Tensor], ids: Tensor | None,
     norms = {"norm_before_fc": "input_norm.weight" in state, "fc_norm": "fc_norms.0.weight" in state,
              "use_last_layernorm": "norm.weight" in state}
     biases = [any(f"layers.0.{module}.bias" in state for module in pair) for pair in (("wqkv", "wo"), ("w13", "w2"))]
-    config = eagle3_config_json(cfg, norms, *biases)
+    config = eagle3_config_json(cfg, norms, *biases, ids is not None and "lm_head.weight" not in state)
     tensors = {name: t for old, tensor in state.items() for name, t in published_tensors(cfg, old, tensor)}
     if ids is not None:
         ids = ids.detach().to("cpu", torch.int64)

@@ -19,6 +19,7 @@ from formats.config import LLAMA3_ROPE, SAID_BY_TENSORS, Config, positive
 from formats.eagle import read_config
 
 MEASURED = "measured.json"
+SHARED = "share_lm_head"  # our entry of a config.json: the head drafts with the target's rows for the tokens of d2t
 USUAL_THETA = 10000.0  # what the first training programs computed with, whatever the config said
 
 
@@ -34,7 +35,7 @@ class Eagle3Config:
     target_layers: int
     taps: tuple[int, ...]  # boundaries, ascending; (): it drafts from the target's features, without fc
     wide: tuple[bool, ...]  # which layers take [embedding; feature]; the others take what the layer before leaves
-    draft_vocab_size: int  # rows of the lm_head
+    draft_vocab_size: int  # tokens that are drafted
     norm_before_residual: bool  # the residual is the normed feature
     norm_output: bool  # what is fed on is the output after the last norm
 
@@ -48,7 +49,8 @@ class Found(NamedTuple):
     qk_norm: bool
     wide: tuple[bool, ...]
     taps: int | None  # how many fc takes, 0 without fc; None where int4 hides it
-    draft_vocab_size: int | None  # None: there is no lm_head
+    lm_head_rows: int | None  # None: there is no lm_head
+    d2t_rows: int | None  # None: there is no d2t
     norms: dict[str, bool]  # the flag of a config -> whether the tensors for it are there
 
 
@@ -81,8 +83,9 @@ def read_eagle3_config(folder: Path, found: Found, target: Config) -> tuple[Eagl
     with naming(folder / "config.json"):
         possible = possible_values(raw, layer.rope_theta, count, target.num_layers, measured)
     first = {key: values[0] for key, values in possible.items()}
+    drafted = found.lm_head_rows or (found.d2t_rows if flag(raw, SHARED) else None) or target.vocab_size
     config = Eagle3Config(replace(layer, rope_theta=first.pop("rope_theta")), target.hidden_size, target.num_layers,
-                          wide=found.wide, draft_vocab_size=found.draft_vocab_size or target.vocab_size, **first)
+                          wide=found.wide, draft_vocab_size=drafted, **first)
     return config, {key: values for key, values in possible.items() if len(values) > 1}
 
 
@@ -119,7 +122,7 @@ def layer_config(raw: dict, found: Found, target: Config) -> Config:
     wanted = {"vocab_size": (target.vocab_size, "the target's"),
               "target_hidden_size": (target.hidden_size, "the target's"),
               "hidden_size": (found.width, "the width of the layers")}
-    if found.draft_vocab_size is None:
+    if found.lm_head_rows is None and not flag(raw, SHARED):
         wanted["draft_vocab_size"] = target.vocab_size, "as there is no lm_head but the target's"
     for key, (value, why) in wanted.items():
         if raw.get(key, value) != value:
@@ -159,6 +162,8 @@ def check_flags(raw: dict, found: Found) -> None:
         if said[key] not in (None, is_there):
             raise ValueError(f"{key} is {str(said[key]).lower()}, but the weights have {'' if is_there else 'not '}the "
                              "tensors for it: download both again")
+    if flag(raw, SHARED) and (found.lm_head_rows or not found.d2t_rows):
+        raise ValueError(f"{SHARED} is true, so the weights should have a d2t and no lm_head: download both again")
     if found.norms["norm_before_fc"] and found.norms["fc_norm"]:
         raise ValueError("the weights have the norms of both norm_before_fc and fc_norm, which exclude each other")
     if output_is_normed(raw) and not found.norms["use_last_layernorm"]:
@@ -272,8 +277,10 @@ def measured_json(cfg: Eagle3Config) -> dict:
             "norm_before_residual": cfg.norm_before_residual}
 
 
-def eagle3_config_json(cfg: Eagle3Config, norms: dict[str, bool], attention_bias: bool, mlp_bias: bool) -> dict:
-    """The config.json of a head that SGLang and vLLM read as this config. norms: as Found's.
+def eagle3_config_json(cfg: Eagle3Config, norms: dict[str, bool], attention_bias: bool, mlp_bias: bool, shared: bool
+                       ) -> dict:
+    """The config.json of a head that SGLang and vLLM read as this config. norms: as Found's. shared: the head has a
+    draft vocabulary and no lm_head, which only this project reads.
 
     The usual taps are left out, which all readers understand. Others are written as boundaries, since vLLM reads all
     numbers so, and SGLang reads those so that do not begin with 1. ValueError for taps that do.
@@ -287,7 +294,8 @@ def eagle3_config_json(cfg: Eagle3Config, norms: dict[str, bool], attention_bias
                              "as boundaries; choose another first tap")
         nested["eagle_aux_hidden_state_layer_ids"] = list(cfg.taps)
     # What is false is left out: SpecForge's programs before September 2026 took a false norm_output for no last norm.
-    flags = {"norm_output": cfg.norm_output, "norm_before_fc": norms["norm_before_fc"], "fc_norm": norms["fc_norm"]}
+    flags = {"norm_output": cfg.norm_output, "norm_before_fc": norms["norm_before_fc"], "fc_norm": norms["fc_norm"],
+             SHARED: shared}
     scaling = layer.rope_scaling and layer.rope_scaling | {
         "rope_type": "llama3", LLAMA3_ROPE[-1]: int(layer.rope_scaling[LLAMA3_ROPE[-1]])}
     return {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "qwen3" if layer.qk_norm else "llama",

@@ -50,6 +50,7 @@ HEADS: list[tuple[str, dict]] = [(publisher, {}) for publisher in PUBLISHERS] + 
     ("modelopt", {"layers": 2, "all_wide": True, **NORMS}),
     ("megatron", {"layers": 1, "taps": (), "own_lm_head": False, "draft_vocab": None}),
     ("megatron", {"layers": 2, "biases": BIASES, "unsorted": False, "taps": (1, 2, 3, 4)}),
+    ("specforge", {"own_lm_head": False, "share_lm_head": True}),  # as train.py writes it
 ]
 
 
@@ -70,6 +71,7 @@ class Flags:
     taps: tuple[int, ...] | None = None  # boundaries
     own_embed: bool = False
     own_lm_head: bool = True
+    share_lm_head: bool = False  # the target's rows for the draft vocabulary
     draft_vocab: int | None = 16  # None: all tokens
     unsorted: bool = False
     qk_norm: bool = False
@@ -284,7 +286,7 @@ def specforge(f: Flags, target: Config, config: Eagle3Config) -> dict:
     raw = sizes(f, config, architectures=["LlamaForCausalLMEagle3"], draft_vocab_size=config.draft_vocab_size,
                 target_model_type="llama", target_hidden_size=target.hidden_size, sliding_window=None,
                 eagle_config=outputs_of(f) | usual_switches(f))
-    return raw | said(f, "fc_norm", "norm_output", "norm_before_residual", "norm_before_fc")
+    return raw | said(f, "fc_norm", "norm_output", "norm_before_residual", "norm_before_fc", "share_lm_head")
 
 
 def angelslim(f: Flags, target: Config, config: Eagle3Config) -> dict:

@@ -98,9 +98,9 @@ class PlainHead3:
         self.w = {name: t.to(dtype) for name, t in tensors.items()}
         self.cfg = cfg
         self.embed = self.w.get("embed.weight", target.embed.weight)
-        self.lm_head = self.w.get("lm_head.weight", target.lm_head.weight)
         self.vocab_size = target.cfg.vocab_size
         self.ids = torch.arange(self.vocab_size) if ids is None else ids
+        self.lm_head = self.w.get("lm_head.weight", target.lm_head.weight[self.ids])
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         y = self.w[name + ".weight"] @ x

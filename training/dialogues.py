@@ -6,6 +6,7 @@ dialogues advance by one token together, so a step is one forward over `batch` r
 A dialogue is stored as a row of *marked* tokens: token t of an answer is stored as t, and every other token (template,
 user turn) as ~t, which is negative. So one number says which token it is and whether training should learn it.
 """
+import json
 import math
 import time
 from functools import partial
@@ -32,7 +33,20 @@ Which|Given|Consider|Suppose|def |import|Generate a|Generate a list of|Propose|D
 Provide|Draft|Compose|Come up with|Help me|Read the passage below|Extract|Convert|Implement|What's"""
 OPENERS = OPENERS.replace("\n", "|").split("|")
 MAX_USER = 80  # tokens after which a user turn is cut short
-MAX_ANSWER = 256  # the same for an answer
+MAX_ANSWER = 400  # the same for an answer
+
+
+def read_openers(path: Path | None) -> list[str]:
+    """The openers in a JSON file, a list of texts; without a file OPENERS. ValueError for any other file."""
+    if path is None:
+        return OPENERS
+    try:
+        openers = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        openers = None
+    if not openers or not isinstance(openers, list) or not all(isinstance(o, str) and o.strip() for o in openers):
+        raise ValueError(f"{path}: should be a JSON list of texts, the first words of user turns")
+    return openers
 
 
 def unmark(marked: Tensor) -> Tensor:
@@ -59,7 +73,7 @@ class Script:
     template has no turns, and the model continues an empty text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, device: torch.device) -> None:
+    def __init__(self, tokenizer: Tokenizer, device: torch.device, openings: list[str] = OPENERS) -> None:
         stops = sorted(tokenizer.stop_ids)
         if tokenizer.has_chat_template:
             one, other = (tokenizer.chat([{"role": "user", "content": c}]) for c in "X7")
@@ -68,8 +82,8 @@ class Script:
             two = tokenizer.chat([{"role": "user", "content": "X"}, {"role": "assistant", "content": "X"},
                                   {"role": "user", "content": "X"}])
             between = two[len(one) + 1:len(two) - len(tail) - 1]  # ids between an answer and the next user turn
-            openers = [[]] * (len(OPENERS) // 2)  # a third of the user turns has no opener
-            openers += [tokenizer.chat([{"role": "user", "content": o.strip()}])[head:-len(tail)] for o in OPENERS]
+            openers = [[]] * (len(openings) // 2)  # a third of the user turns has no opener
+            openers += [tokenizer.chat([{"role": "user", "content": o.strip()}])[head:-len(tail)] for o in openings]
             first_turns = [[*one[:head], *opener] for opener in openers]
             later_turns = [[*between, *opener] for opener in openers]
             sequences = [*first_turns, *later_turns, tail]

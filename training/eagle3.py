@@ -3,9 +3,10 @@
     python train.py --checkpoint checkpoints/ORG/NAME --kind eagle3 --tokens 24e6 --minutes 12 --lr 2e-3
 
 The head drafts from taps, the target's residual stream at three depths, and has an lm_head of its own over a draft
-vocabulary: the tokens that the target writes most often in its answers. The loss is the cross-entropy with the target's
-distribution over these tokens, at every unrolled step (section 3 of the paper, "training-time test"). Where the
-target's best token is another one, nothing is learned.
+vocabulary: the tokens that the target writes most often in its answers. (With --share_lm_head these are the target's
+rows, which are neither trained nor saved.) The loss is the cross-entropy with the target's distribution over these
+tokens, at every unrolled step (section 3 of the paper, "training-time test"). Where the target's best token is another
+one, nothing is learned.
 
 Shapes: B dialogues, R positions, N places, H the head's width, C the target's, k taps, V tokens, Vd draft tokens.
 """
@@ -109,7 +110,8 @@ def initialise(head: Eagle3Head, target: Llama, embedded: Tensor, inputs: Tensor
     first.feature_norm.weight.copy_(evened(normed))
     first.mlp_norm.weight.copy_(evened(normed))
     attend_to_own_row(first, embedded * first.embed_norm.weight)
-    head.lm_head.weight.copy_(rows_of(target, head.vocab))
+    if head.lm_head is not None:
+        head.lm_head.weight.copy_(rows_of(target, head.vocab))
 
 
 def attend_to_own_row(layer: Eagle3Layer, embedded: Tensor) -> None:
@@ -174,7 +176,8 @@ def distill3(head: Eagle3Head, taken: Tensor, feature: Tensor, target_rows: Tens
     a draft token. Where it is not, nothing is learned, and the head disagrees.
     """
     target = F.linear(feature, target_rows).detach().float()
-    logits = head.lm_head(taken if head.cfg.norm_output else head.norm(taken)).float()
+    rows = target_rows if head.lm_head is None else head.lm_head.weight
+    logits = F.linear(taken if head.cfg.norm_output else head.norm(taken), rows).float()
     learned = of_answer & known
     share = learned / learned.sum().clamp(min=1)
     agree = learned & (logits.argmax(-1) == target.argmax(-1))
@@ -192,11 +195,8 @@ def best_tokens(feature: Tensor, lm_head: Tensor) -> Tensor:
 class Eagle3Trainer(Trainer):
     """Trains an Eagle3Head that has two more tensors: `vocab`, so that a state carries the draft vocabulary it was
     trained with, and `tap_scale` [k * C], which the published fc holds already."""
-    own_options = ("head_layers", "norms", "mlp", "init")
+    own_options = ("head_layers", "norms", "mlp", "share_lm_head", "init")
     vocab_file = False
-    # These rows begin as the target's. A step of Muon would move all directions equally far, also those of tokens that
-    # hardly occur; AdamW, at a twentieth of the rate, keeps near what is known.
-    by_token = ("lm_head.weight",)
 
     def __init__(self, model: Llama, args: argparse.Namespace, data: Tensor, held_out: Tensor | None = None) -> None:
         super().__init__(model, args, data, held_out)
@@ -215,10 +215,18 @@ class Eagle3Trainer(Trainer):
         found = open_eagle3(args.init, target)
         cfg = found.config
         own = {"head_layers": cfg.layer.num_layers, "mlp": cfg.layer.intermediate_size,
-               "norms": cfg.norm_output and "fc_norms.0.weight" in found.tensors, "draft_vocab": cfg.draft_vocab_size}
+               "norms": cfg.norm_output and "fc_norms.0.weight" in found.tensors,
+               "share_lm_head": "lm_head.weight" not in found.tensors, "draft_vocab": cfg.draft_vocab_size}
         for name, value in own.items():
             if getattr(args, name) not in (None, value):
                 raise ValueError(f"--{name} {getattr(args, name)}: the head in {args.init} has {value}; leave it out")
+
+    @property
+    def by_token(self) -> tuple[str, ...]:
+        """The rows of the head's own lm_head. They begin as the target's. A step of Muon would move all directions
+        equally far, also those of tokens that hardly occur; AdamW, at a twentieth of the rate, keeps near what is
+        known."""
+        return () if self.module.lm_head is None else ("lm_head.weight",)
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -237,7 +245,8 @@ class Eagle3Trainer(Trainer):
         else:
             cfg = new_config(target.cfg, args)
             norms = [f"fc_norms.{i}.weight" for i in range(len(cfg.taps))] if args.norms else []
-            head = Eagle3Head(cfg, (*PLAIN, *norms)).to(self.device)
+            parts = [name for name in PLAIN if name != "lm_head.weight" or not args.share_lm_head]
+            head = Eagle3Head(cfg, (*parts, *norms)).to(self.device)
             vocab = frequent_tokens(self.data, cfg.draft_vocab_size, target.cfg.vocab_size)
             for norm in head.fc_norms:
                 torch.nn.init.ones_(norm.weight)
@@ -318,9 +327,8 @@ def trainable(path: Path, target: Llama) -> Eagle3Head:
     """The head in this folder with fp32 weights that can be trained. ValueError if it has parts that no head trained
     here has."""
     head = load_head(path, target, 0)
-    odd = {"no fc": head.fc is None, "no last norm": head.norm is None, "no lm_head of its own": head.lm_head is None,
-           "one norm for all taps": head.input_norm is not None, "an embedding of its own": head.embed is not None,
-           "quantised weights": head.quantized}
+    odd = {"no fc": head.fc is None, "no last norm": head.norm is None, "quantised weights": head.quantized,
+           "one norm for all taps": head.input_norm is not None, "an embedding of its own": head.embed is not None}
     if any(odd.values()):
         raise ValueError(f"{path}: a head that has {' and '.join(what for what in odd if odd[what])} cannot be trained "
                          "on here")

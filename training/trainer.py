@@ -23,7 +23,7 @@ from formats.writing import replace_files, write_text
 from model import Llama, load_model, rope_table
 from ops.quantized import dequantize
 from tokenizer import Tokenizer
-from training.dialogues import Script, unmark, write_dialogues
+from training.dialogues import Script, read_openers, unmark, write_dialogues
 from training.steps import compile_on_gpu, distill, new_head, unrolled
 
 CURVE = "curve.json"  # beside the state: the agreement on held-out dialogues while the head was trained
@@ -258,6 +258,8 @@ def options(description: str) -> argparse.ArgumentParser:
     p.add_argument("--checkpoint", type=Path, required=True, help="folder of the converted target model")
     p.add_argument("--work", type=Path, help="dialogues and training state (default: <checkpoint>/training)")
     p.add_argument("--tokens", type=float, default=40e6, help="dialogue tokens that the model writes")
+    p.add_argument("--openers", type=Path, metavar="FILE", help="a JSON list of the first words of user turns, such as "
+                   "training/coding_openers.json (default: those in training/dialogues.py, of general questions)")
     p.add_argument("--steps", type=int, default=10000, help="end training after this many steps; 0: do not train, only "
                    "evaluate what is there already")
     p.add_argument("--minutes", type=float, default=math.inf, help="end training after this time, if that comes sooner")
@@ -283,7 +285,7 @@ def prepare(args: argparse.Namespace, quantize: str | None = None) -> tuple[Llam
     if quantize:
         model.lm_head = plain_lm_head(model)
     tokenizer = Tokenizer(args.checkpoint)
-    script = Script(tokenizer, model.embed.weight.device)
+    script = Script(tokenizer, model.embed.weight.device, read_openers(args.openers))
     args.work.mkdir(parents=True, exist_ok=True)
     if args.device == "cuda":
         torch._dynamo.config.recompile_limit = 64

@@ -244,6 +244,8 @@ REFUSED: dict[str, tuple[str, dict, dict, str]] = {
     "d2t twice": ("modelopt", {"d2t": torch.tensor([1, 0] + [0] * 14)}, {}, "15 different ids"),
     "d2t against t2d": ("specforge", {"d2t": D2T, "t2d": T2D.roll(1)}, {}, "those of t2d"),
     "no lm_head": ("specforge", {"lm_head.weight": None}, {}, "draft_vocab_size is 16, but should be 24"),
+    "shared and own lm_head": ("specforge", {}, {"share_lm_head": True}, "share_lm_head is true, so .* no lm_head"),
+    "shared without d2t": ("specforge", {"lm_head.weight": None, "d2t": None}, {"share_lm_head": True}, "have a d2t"),
     "norm_before_fc": ("specforge", {}, {"norm_before_fc": True}, "norm_before_fc is true, but .* not the tensors"),
     "use_aux_norm": ("specforge", {}, {"use_aux_norm": True}, "fc_norm is true, but .* not the tensors"),
     "fc_norm": ("speculators", {f"fc_norm.{i}.weight": torch.ones(C) for i in range(3)}, {}, "fc_norm is false, but"),

@@ -1,6 +1,11 @@
-"""What the GPU tests share: engines of all kinds on the demo model, and how many kernels Triton has compiled."""
+"""What the GPU tests share: engines of all kinds on the demo model, the weights of its methods, and how many kernels
+Triton has compiled."""
+from pathlib import Path
+
 import pytest
+import tiny
 import torch
+from conftest import ROOT
 
 from app.options import Engine
 from draft import Eagle2, Vanilla
@@ -9,8 +14,12 @@ from drafters.heads import load_head
 from drafters.lookahead import Lookahead
 from drafters.lookup import Lookup, Retrieval
 from drafters.medusa import Medusa, MedusaHeads
+from drafters.methods import METHODS
 from drafters.speculate import Speculate
-from model import load_model
+from formats.config import Config
+from formats.eagle3 import save_eagle3
+from formats.eagle3_config import usual_taps
+from model import Llama, load_model
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +38,19 @@ def engines(demo) -> list[Engine]:
         Medusa(heads, model), Speculate(draft, model),
         Speculate(draft, model, 8, retrieval=Retrieval(4, device="cuda"))]
     return [Engine(model, drafter, 3200, frozenset([2])) for drafter in drafters]
+
+
+@pytest.fixture(scope="session")
+def weights_of(demo, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]:
+    """For each method the option that names its weights: those of this repository, the head in the checkpoint where
+    nothing is named, and for EAGLE-3 a random head, of which few drafts are accepted."""
+    heads, folder = ROOT / "heads/SmolLM2-135M-Instruct", tmp_path_factory.mktemp("eagle3")
+    cfg = Config.load(demo)
+    with torch.device("meta"):
+        target = Llama(cfg)
+    head = tiny.head3(target, taps=usual_taps(cfg.num_layers), num_attention_heads=cfg.num_heads,
+                      num_key_value_heads=cfg.num_kv_heads)
+    save_eagle3(head.cfg, head.state_dict(), None, folder)
+    named = {"speculate": {"speculate": heads / "draft_model"}, "medusa": {"medusa": heads / "medusa"},
+             "eagle3": {"draft": folder}}
+    return {name: named.get(name.split("+")[0], {}) for name in METHODS}

@@ -8,7 +8,6 @@ from statistics import fmean
 
 import pytest
 import torch
-from conftest import ROOT
 
 import generate
 from app import memory, trace
@@ -110,14 +109,11 @@ def test_planned_engine(demo, mode: str | None) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_planned_drafter(demo, method: str) -> None:
+def test_planned_drafter(demo, weights_of: dict, method: str) -> None:
     """Fails if a method's engine takes more than planned, or if the plan is off by more than 2 % and 4 MB."""
-    heads = ROOT / "heads/SmolLM2-135M-Instruct"
-    weights = METHODS[method].weights
-    named = {"medusa": heads / "medusa", "speculate": heads / "draft_model"}
     more = ["--method", method]
-    if weights and weights.option in named:
-        more += [f"--{weights.option}", str(named[weights.option])]
+    for option, folder in weights_of[method].items():
+        more += [f"--{option}", str(folder)]
     if "draft_tokens" in METHODS[method].options:
         more += ["--draft_tokens", "60"]
     before = allocated()

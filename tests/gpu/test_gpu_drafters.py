@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from conftest import ROOT
 
 from app.options import Engine
 from draft import Eagle2, Vanilla
@@ -21,7 +20,6 @@ from sampling import Sampling
 from tree import State
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-HEADS = ROOT / "heads/SmolLM2-135M-Instruct"
 
 
 @pytest.mark.parametrize("rule", lookup.RULES)
@@ -54,11 +52,11 @@ def test_rejection(engines: list[Engine], demo_prompts: list[list[int]]) -> None
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != BASELINE])
-def test_methods_as_they_are_used(demo, demo_prompts: list[list[int]], method: str) -> None:
-    """Fails if a method, with the heads of this repository, in bfloat16, and warmed up again after a long text as by
+def test_methods_as_they_are_used(demo, demo_prompts: list[list[int]], weights_of: dict, method: str) -> None:
+    """Fails if a method, with weights as in a checkpoint, in bfloat16, and warmed up again after a long text as by
     bench.py, writes another text than vanilla, but for near-ties and other draws."""
-    given = {"speculate": {"speculate": HEADS / "draft_model"}, "medusa": {"medusa": HEADS / "medusa"}}
-    engine = Engine.load(demo, method, max_seq_len=900, **given.get(method.split("+")[0], {}))
+    given = {{"draft": "head"}.get(option, option): folder for option, folder in weights_of[method].items()}
+    engine = Engine.load(demo, method, max_seq_len=900, **given)
     vanilla = Engine(engine.model, Vanilla("cuda"), 900, frozenset(engine.stop_ids.tolist()))
     for how in (Sampling(), Sampling(1.0, seed=3)):
         for each in (engine, vanilla):

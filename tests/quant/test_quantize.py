@@ -396,7 +396,7 @@ def test_refusals(wrong: str, words: str, folder: Path) -> None:
         elif wrong == "another mode":
             quantize_checkpoint(path, "int4", 64, "cpu")
         elif wrong == "head twice":
-            load_head(head, load_model(folder), None, "int4")
+            quantize_draft(head, folder, "int4", 128)
         else:
             load_model(path)
     assert "\n" not in str(error.value)

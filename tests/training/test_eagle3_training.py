@@ -44,7 +44,7 @@ FC_NORMS = (*PLAIN, *(f"fc_norms.{i}.weight" for i in range(3)))
 def settings(tmp_path: Path, **changes) -> argparse.Namespace:
     values = {"length": 32, "batch": 8, "unroll": 4, "decay": 0.8, "places": 128, "lr": 0.05, "steps": 80,
               "minutes": math.inf, "out": tmp_path / "head", "held_out": 0, "draft_vocab": 12, "head_layers": None,
-              "norms": None, "mlp": None, "init": None, "regression": 0.0}
+              "norms": None, "mlp": None, "share_lm_head": None, "init": None, "regression": 0.0}
     return argparse.Namespace(**values | changes)
 
 
@@ -111,8 +111,9 @@ def learnable(tmp_path_factory: pytest.TempPathFactory) -> tuple[Llama, Tensor]:
 
 STEPS = {"plain": {}, "one step": {"unroll": 1}, "seven steps": {"unroll": 7, "shape": {"num_key_value_heads": 1}},
          "norms": {"norms": True}, "two layers": {"head_layers": 2, "unroll": 3}, "all tokens": {"draft_vocab": V},
-         "norms, two layers": {"norms": True, "head_layers": 2, "mlp": 20},
+         "norms, two layers": {"norms": True, "head_layers": 2, "mlp": 20}, "shared": {"share_lm_head": True},
          "init, normed residual": {"head": {"norm_before_residual": True, "wide": (True, True), "norm_output": True}},
+         "init, shared": {"head": {"names": ("fc.weight", "norm.weight")}},
          "init, biases": {"head": {"names": (*PLAIN, "fc.bias", "layers.0.wqkv.bias", "layers.0.w13.bias")}},
          "init, unsorted ids": {"head": {"ids": IDS[::-1], "num_attention_heads": 2, "num_key_value_heads": 1}}}
 
@@ -331,6 +332,7 @@ def test_init_goes_on(learnable: tuple[Llama, Tensor], tmp_path: Path) -> None:
 @pytest.mark.parametrize("option, value, says", [
     ("draft_vocab", 14, "--draft_vocab 14: the head in .* has 12"), ("head_layers", 2, "--head_layers 2: .* has 1"),
     ("norms", True, "--norms True: .* has False"), ("mlp", 20, "--mlp 20: .* has 48"),
+    ("share_lm_head", True, "--share_lm_head True: .* has False"),
     ("draft_vocab", 25, "--draft_vocab takes 10 to 24"), ("draft_vocab", 9, "--draft_vocab takes 10 to 24")])
 def test_init_does_not_fit(option: str, value: int, says: str, tmp_path: Path) -> None:
     """Fails if an option that contradicts the head is ignored."""

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from conftest import ROOT
 from helpers import Letters, marked
 from torch import nn
 
 from model import Llama
 from training import dialogues
-from training.dialogues import Script
+from training.dialogues import Script, read_openers
 from training.trainer import Trainer, new_head, options
 
 CPU = torch.device("cpu")
@@ -142,4 +143,21 @@ def test_openers() -> None:
     sequences = script.start(60000, 1).sequence
     assert sequences.unique().tolist() == list(range(script.openers))
     assert (sequences < count // 2).double().mean() == pytest.approx(1 / 3, abs=0.01)
-    assert (dialogues.MAX_USER, dialogues.MAX_ANSWER) == (80, 256)
+    assert (dialogues.MAX_USER, dialogues.MAX_ANSWER) == (80, 400)
+
+
+def test_own_openers(tmp_path: Path) -> None:
+    """Fails if the openers of a file are not those that user turns begin with, if the file of this repository cannot be
+    read, or if a wrong file is not refused by its name."""
+    assert read_openers(None) is dialogues.OPENERS
+    coding = read_openers(ROOT / "training/coding_openers.json")
+    assert len(set(coding)) == len(coding) > 100 and all(opener == opener.strip() for opener in coding)
+    file = tmp_path / "openers.json"
+    file.write_text('["abc", "de"]')
+    script = Script(Letters(), CPU, read_openers(file))
+    turns = [[i for i in row if i >= 0] for row in script.forced.tolist()]
+    assert script.openers == 3 and [len(turn) - len(turns[0]) for turn in turns[:3]] == [0, 3, 2]
+    for wrong in ("", "{}", "[]", '["a", 1]', '["a", " "]', "[" * 100000):
+        file.write_text(wrong)
+        with pytest.raises(ValueError, match=r"openers\.json: should be a JSON list of texts"):
+            read_openers(file)
