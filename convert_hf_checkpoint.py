@@ -8,7 +8,7 @@ The folder is --out, or checkpoints/ and the hub id, or checkpoints/ and the las
 
     config.json, tokenizer files   as published; for a GGUF file made from its metadata
     model.safetensors              all weights, with q, k, v fused, and gate, up fused
-    eagle/ or eagle3/              the draft head, as published, and what was measured of it (app/install.py)
+    eagle/, eagle3/ or block/      the draft head, as published, and what was measured of it (app/install.py)
 
 One tensor is in memory at a time. What was written is loaded as generate.py would load it. Only then it replaces what
 an earlier run wrote (formats/writing.py), so that a run that is killed leaves nothing that loads half.
@@ -153,7 +153,7 @@ def work() -> None:
                         "a converted folder")
     parser.add_argument("--out", type=Path, help="the folder to write (default: checkpoints/ORG/NAME)")
     parser.add_argument("--eagle", metavar="ID_OR_DIR", help="also try out this draft head and copy it to "
-                        "<out>/eagle or <out>/eagle3, whichever kind it is")
+                        "<out>/eagle, eagle3 or block, whichever kind it is")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--token", help="hub token (default: the one from `hf auth login`)")
     args = parser.parse_args()

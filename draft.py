@@ -6,8 +6,7 @@ text: a drafter can be slow or wrong, but it can never change what is written.
 The EAGLE head (arXiv 2401.15077) guesses the target's next *feature*, its hidden state after the final norm, from the
 present feature and the token that followed it: fc([embedding(t_{i+1}); f_i]), then one decoder layer without an input
 norm. The target's own lm_head turns the guess into tokens. Row i of the head pairs feature i with token i + 1 and has
-RoPE position i, the feature's, not the token's. An error of one there costs acceptance, never correctness: that is why
-acceptance has tests of its own.
+RoPE position i, the feature's, not the token's. An error of one there costs acceptance, never correctness.
 
 EAGLE-2 (arXiv 2406.16858) grows its tree where the head is confident. EAGLE-3's heads (drafters/eagle3.py) draft the
 same trees. The other ways to draft are in drafters/.
@@ -26,8 +25,7 @@ from model import Layer, Llama, rope_table
 from ops.attention import TreeMask, causal_mask, tree_mask
 from ops.embed_rope import embed
 from ops.linear import linear
-from ops.quantized import Quantized, dequantize
-from quant.linear import quantize_linears, quantize_weight, rows_of, stack
+from quant.linear import drafting_rows, quantize_linears, rows_of, stack
 from tree import MAX_NODES, Candidates, Level, State, Tree, root_token, start_tree
 
 
@@ -101,6 +99,7 @@ class Vanilla(Drafter):
 
 class EagleHead(nn.Module):
     """fc and one decoder layer, with a KV cache of its own. Sizes come from the head's own config."""
+    folder = "eagle"  # where it lies in the folder of a checkpoint
 
     def __init__(self, cfg: Config, *, fc_bias: bool = False, qkv_bias: bool = False) -> None:
         super().__init__()
@@ -138,18 +137,6 @@ class EagleHead(nn.Module):
         self.of_embedding = nn.Parameter(for_embedding, False)
         self.fc.weight = nn.Parameter(for_feature, False)
         quantize_linears(self, mode, group, device)
-
-
-def drafting_rows(weight: Tensor | Quantized, ids: Tensor | None, quantized: bool) -> Tensor | Quantized:
-    """The rows of the lm_head that are drafted from: those of `ids`, or all. For a quantised head they are int8, even
-    where the target's are not. Activations have 8 bits here: a draft need not be exact, and the best ten rarely
-    change."""
-    if ids is not None:
-        weight = rows_of(weight, ids)
-    if quantized and (ids is not None or not isinstance(weight, Quantized)):  # a copy anyway: rotate it, as fc is
-        exact = dequantize(weight, torch.float32) if isinstance(weight, Quantized) else weight.detach()
-        weight = quantize_weight(exact, "int8dyn")
-    return weight._replace(planes=1) if isinstance(weight, Quantized) else weight
 
 
 # ----- Drafting with it --------------------------------------------------------------------------------------------

@@ -266,9 +266,8 @@ class Engine:
 
     def reusable(self, ids: list[int]) -> int:
         """How many tokens of the prompt need not be processed again: the prefix that it shares with the last text, less
-        one (the head's entry of a token needs the token after it), and never the last max_depth + 2 tokens of that
-        text (a drafter learns what a cycle committed in the next one). A cycle that ran ahead or was interrupted writes
-        to no slot before these."""
+        one (a head's entry needs the next token), and never the last max_depth + 2 of that text: a drafter learns what
+        a cycle committed in the next one, and a cycle that ran ahead or was interrupted writes to no slot before."""
         if not self.owns_caches(self.sequence):
             return 0
         return max(0, min(first_difference(ids, self.text) - 1, len(self.text) - self.drafter.max_depth - 2))

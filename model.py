@@ -48,8 +48,8 @@ def rope_table(cfg: Config, length: int, device: torch.device | None = None) -> 
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate x [B, T, heads, D] by rope [2, T, D] (Hugging Face's layout: element i pairs with i + D/2)."""
-    cos, sin = rope[:, :, None].unbind(0)  # [T, 1, D]
+    """Rotate x [..., T, heads, D] by rope [2, ..., T, D] (Hugging Face's layout: element i pairs with i + D/2)."""
+    cos, sin = rope.unsqueeze(-2).unbind(0)  # [..., T, 1, D]
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from drafters.eagle3 import Eagle3Head
+from draft import EagleHead
 from drafters.heads import load_head
 from formats.eagle import folder_of, open_head
 from formats.weights import FORMAT, read_tensors, write_file
@@ -63,10 +63,10 @@ def quantize_checkpoint(path: Path, mode: str, group: int, device: str) -> Path:
 
 def quantize_draft(head: Path, checkpoint: Path, mode: str, group: int) -> Path:
     """The same for a draft head, a folder or file. It is small: all on the CPU, and int4 is not calibrated."""
-    stored_mode(*open_head(head, "EAGLE-1/2", "EAGLE-3")[::2], mode)  # refuses one that is quantised already
+    stored_mode(*open_head(head, "EAGLE-1/2", "EAGLE-3", "block")[::2], mode)  # refuses one that is quantised already
     eagle = load_head(head, open_model(checkpoint, mode)[0], 0, mode, group)
     tensors = eagle.state_dict()
-    if isinstance(eagle, Eagle3Head) and eagle.vocab is not None:
+    if not isinstance(eagle, EagleHead) and eagle.vocab is not None:
         tensors["d2t"] = eagle.vocab - torch.arange(len(eagle.vocab))  # as published: offsets
     return write_quantized(head, tensors, tensors, iter(()), {"format": FORMAT}, mode, group)
 

@@ -1,4 +1,4 @@
-"""Train an EAGLE draft head for any converted chat model, on one GPU, from nothing but the model itself.
+"""Train a draft head for any converted chat model, on one GPU, from nothing but the model itself.
 
     python train.py --checkpoint checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct --tokens 16e6 --minutes 7
     python train.py --checkpoint checkpoints/Qwen/Qwen2.5-Coder-1.5B-Instruct --kind eagle3 --minutes 12 --lr 2e-3
@@ -12,8 +12,8 @@
 3. Evaluation on held-out dialogues with the real tree and the real engine: tokens per step, what trees of other sizes
    would have reached (acceptance.json, from which drafters/tree_size.py chooses the best size), and the speed.
 
-Stop it at any time: the same command goes on where it stopped. Heads of both kinds are trained from the same dialogues.
-They are saved as EAGLE heads are published, so vLLM, SGLang and the EAGLE reference load them too.
+Stop it at any time: the same command goes on where it stopped. Heads of all kinds are trained from the same dialogues.
+They are saved as such heads are published, so other engines load them too.
 
 A trap: starting an EAGLE-1/2 head from the target's last layer instead of small random weights diverges. That layer
 expects a normed input, and the head's layer has none.
@@ -37,30 +37,37 @@ from formats.eagle import save_vocab
 from formats.writing import locked
 from model import load_model
 from tokenizer import Tokenizer
+from training.block import BlockTrainer
 from training.eagle3 import Eagle3Trainer
 from training.evaluation import compare_speeds, evaluate, held_out_prompts, save_curve
 from training.memory import fit_batch
 from training.trainer import Trainer, options, prepare
 
-KINDS: dict[str, type[Trainer]] = {"eagle": Trainer, "eagle3": Eagle3Trainer}
+KINDS: dict[str, type[Trainer]] = {"eagle": Trainer, "eagle3": Eagle3Trainer, "block": BlockTrainer}
 LONGEST_QUESTION = 700  # tokens; longer ones of --questions are left out
 TIMED_PROMPTS = 20  # held-out prompts that decoding is timed on
 
 
 def parse_args() -> argparse.Namespace:
-    p = options("Train an EAGLE head by self-distillation.")
-    p.add_argument("--kind", choices=KINDS, default=next(iter(KINDS)), help="eagle: an EAGLE-1/2 head; eagle3: EAGLE-3")
+    p = options("Train a draft head by self-distillation.")
+    p.add_argument("--kind", choices=KINDS, default=next(iter(KINDS)), help="eagle: EAGLE-1/2; eagle3: EAGLE-3; "
+                   "block: a head that drafts all levels in one forward")
     p.add_argument("--out", type=Path, help="folder for the head (default: <checkpoint>/<kind>)")
-    p.add_argument("--unroll", type=int, default=4, help="draft steps that training unrolls")
+    p.add_argument("--unroll", type=int, default=4, help="eagle, eagle3: draft steps that training unrolls")
     p.add_argument("--held_out", type=int, default=500, metavar="N", help="measure the agreement on held-out dialogues "
                    "every N steps, in whole hundreds, and write it to <work>/<kind>/curve.json; 0: never")
     p.add_argument("--target_quantize", choices=["int8"], help="keep the model in int8 meanwhile: half its memory")
-    p.add_argument("--draft_vocab", type=int, metavar="N", help="eagle3: tokens of the head's lm_head, those that the "
+    p.add_argument("--draft_vocab", type=int, metavar="N", help="eagle3, block: draft these many tokens, which the "
                    "model writes most often (default: 16384). eagle: write draft_vocab.json beside the head: the N "
                    "most frequent tokens, the only ones that are drafted then; with --steps 0 for a trained head")
     p.add_argument("--regression", type=float, help="eagle: weight of the regression on features in the loss")
-    p.add_argument("--head_layers", type=int, choices=[1, 2], help="eagle3: layers of the head (default: 1)")
-    p.add_argument("--mlp", type=int, metavar="N", help="eagle3: width of the head's MLP (default: the model's)")
+    p.add_argument("--head_layers", type=int, choices=range(1, 6), metavar="N", help="eagle3, block: layers of the "
+                   "head (default: 1 and 2)")
+    p.add_argument("--mlp", type=int, metavar="N", help="eagle3, block: width of its MLP (default: the model's)")
+    p.add_argument("--block_size", type=int, choices=range(2, 17), metavar="N", help="block: levels that are drafted "
+                   "(default: 8)")
+    p.add_argument("--markov_rank", type=int, metavar="N", help="block: rank of its Markov head (default: 128; 0: "
+                   "none)")
     p.add_argument("--norms", action="store_true", default=None, help="eagle3: EAGLE-3.1's norms, of each tap "
                    "before fc, and of what is fed back")
     p.add_argument("--share_lm_head", action="store_true", default=None, help="eagle3: draft with the model's own "

@@ -121,11 +121,14 @@ def start_tree(k: int, levels: int, device: torch.device, retrieved: int = 0) ->
     (the first one has k) and of a retrieved chain."""
     zero = torch.zeros(1, dtype=torch.int64, device=device)
     root = Level(zero, zero.float(), zero - 1, zero, zero.new_zeros(1, 2))
-    drafted = k + (levels - 1) * k * k
+    return root, empty_candidates(k + (levels - 1) * k * k, device, retrieved)
+
+
+def empty_candidates(drafted: int, device: torch.device, retrieved: int = 0) -> Candidates:
+    """Room for so many drafted candidates and for a retrieved chain."""
     tokens, parents = torch.arange(-1, drafted + retrieved - 1, device=device).repeat(2, 1)  # a chain: the one before
     parents[drafted:drafted + 2] = -1
-    scores = torch.full((drafted + retrieved,), -torch.inf, device=device)
-    return root, Candidates(tokens, scores, parents, retrieved)
+    return Candidates(tokens, torch.full((drafted + retrieved,), -torch.inf, device=device), parents, retrieved)
 
 
 def grow(logits: Tensor, level: Level, candidates: Candidates, depth: int, k: int, ids: Tensor | None = None,
@@ -152,9 +155,34 @@ def grow(logits: Tensor, level: Level, candidates: Candidates, depth: int, k: in
     return Level(tokens[best], scores[best], first + best, parent_rows, level.visible[parent_rows] | own)
 
 
+def grid(logits: Tensor, candidates: Candidates, n: int, k: int, ids: Tensor | None = None,
+         noise: Tensor | None = None) -> None:
+    """The n best nodes of each depth, stored in `candidates` depth by depth, best first, where what comes below a node
+    depends on its depth alone. logits [D, V], ids as in `grow`. noise [D or more, all tokens]: a row for each of them.
+
+    A node is a path of ranks. The i-th best parent's child of rank r has (i + 1)(r + 1) - 1 nodes of its depth before
+    it, so pairs with more than n up to them are never kept. `rerank` then finds the best tree of all, as a heap would.
+    """
+    rows, device = len(logits), logits.device
+    logits = add_noise(logits, ids, None if noise is None else noise[:rows])
+    tokens, log_p = best_children(logits, torch.zeros(rows, device=device), k)
+    tokens = tokens if ids is None else ids[tokens]
+    pairs = [(i, r) for i in range(n) for r in range(k) if (i + 1) * (r + 1) <= n]
+    parent, rank = torch.tensor(pairs, device=device).T
+    scores = torch.tensor([0.0] + (n - 1) * [-torch.inf], device=device)  # the root is the only node above
+    index = torch.full((n,), -1, device=device)
+    for d in range(rows):
+        children = scores[parent] + log_p[d, rank]
+        best = best_first(children, n)
+        stored = slice(d * n, (d + 1) * n)
+        candidates.tokens[stored] = tokens[d, rank[best]]
+        candidates.scores[stored] = scores = children[best]
+        candidates.parents[stored] = index[parent[best]]
+        index = torch.arange(d * n, (d + 1) * n, device=device)
+
+
 def rerank(state: State, candidates: Candidates, n: int, max_depth: int) -> Tree:
-    """The n most probable candidates as one tree of n + 1 nodes under the newest committed token (EAGLE-2's last step,
-    section 4.2).
+    """The n most probable candidates as a tree of n + 1 nodes under the newest committed token (EAGLE-2, section 4.2).
 
     A parent is stored before its children and never scores lower, and the sort is stable: so the parent of every kept
     node is kept too, and ascending indices are level order.
@@ -188,7 +216,7 @@ def best_tokens(logits: Tensor, k: int, ids: Tensor | None = None, noise: Tensor
 
 
 def add_noise(logits: Tensor, ids: Tensor | None, noise: Tensor | None) -> Tensor:
-    return logits if noise is None else logits + (noise if ids is None else noise[ids])
+    return logits if noise is None else logits + (noise if ids is None else noise[..., ids])
 
 
 def best_first(scores: Tensor, n: int) -> Tensor:

@@ -2,8 +2,8 @@
 asked what it guesses.
 
 A head that does not fit its target is silent: the text is right, and few drafts are accepted. So the target writes a
-few answers, and the head guesses them (drafters/head_check.py). What the files of an EAGLE-3 head leave open is chosen
-so, and written beside it into measured.json. A head that guesses badly is installed with a warning.
+few answers, and the head guesses them (drafters/head_check.py). What the files of an EAGLE-3 or block head leave open
+is chosen so, and written beside it into measured.json. A head that guesses badly is installed with a warning.
 """
 import argparse
 import json
@@ -18,9 +18,12 @@ import torch
 
 from app.memory import empty_model, free_bytes, total_bytes
 from app.options import placement
+from draft import EagleHead
+from drafters.block import BlockHead
 from drafters.eagle3 import Eagle3Head
 from drafters.head_check import EXPECTED, compare, is_clear, right_guesses, table, write_answers
-from drafters.heads import is_eagle3, load_head
+from drafters.heads import Head, load_head, type_of_head
+from formats.block import open_block
 from formats.config import Config
 from formats.eagle import CURVE, VOCAB, folder_of
 from formats.eagle3 import open_eagle3
@@ -34,8 +37,11 @@ from tokenizer import Tokenizer
 HEAD_FILES = {"config.json", "model.safetensors", "pytorch_model.bin", VOCAB, CURVE, MEASURED}
 FEW = (3, 32)  # questions, and tokens of each answer, that show whether a head guesses at all
 MANY = (3, 192)  # the same to tell variants of a head apart: a wrong RoPE base shows in longer texts
-CAUSES = {False: "another model's, or one of another chat template",
-          True: "another model's, one of another chat template, or read from the wrong layers (taps in measured.json)"}
+CAUSES = {EagleHead: "another model's, or one of another chat template",
+          Eagle3Head: "another model's, one of another chat template, or read from the wrong layers (taps in "
+          "measured.json)",
+          BlockHead: "another model's, one of another chat template, or read in the wrong way (taps, anchor_first and "
+          "causal in measured.json)"}
 
 
 @contextmanager
@@ -59,15 +65,16 @@ def staged(out: Path, source: Path) -> Iterator[Path]:
 
 
 def add_head(head: Path, out: Path) -> None:
-    """Copy a published EAGLE head, unchanged, to the folder eagle/ or eagle3/ of the checkpoint `out`, and write what
+    """Copy a published head, unchanged, to the folder eagle/, eagle3/ or block/ of the checkpoint `out`, and write what
     was measured of it beside it. Raises ValueError if it does not load as a head of the model in `out`, or if nothing
     tells what its files leave open."""
     with torch.device("meta"):
         target = Llama(Config.load(out))
     load_head(head, target)
-    is_new = is_eagle3(head)
-    measured = measure(head, out, open_eagle3(head, target.cfg).doubts if is_new else {})
-    with staged(out / ("eagle3" if is_new else "eagle"), head) as part:
+    kind = type_of_head(head)
+    read = {Eagle3Head: open_eagle3, BlockHead: open_block}.get(kind)
+    measured = measure(head, out, read(head, target.cfg).doubts if read else {})
+    with staged(out / kind.folder, head) as part:
         for file in HEAD_FILES & set(os.listdir(head)):
             shutil.copyfile(head / file, part / file)
         if measured:  # besides what is known already
@@ -117,11 +124,11 @@ def why_not_measured(checkpoint: Path, device: str, dtype: torch.dtype) -> str |
     return None
 
 
-def warn(head: Path, loaded: object, shares: list[float]) -> None:
+def warn(head: Path, loaded: Head, shares: list[float]) -> None:
     """Say on stderr how often the head's guesses were right and, where that is far too seldom, the likely cause."""
     guessed = ", ".join(f"{share:.0%}" for share in shares)
     line = f"{head}: of its first, second and third guesses {guessed} are right"
     if shares[0] < EXPECTED / 3:
         line += (f"; a head that fits has about {EXPECTED:.0%}. Drafts will seldom be accepted: it is probably "
-                 f"{CAUSES[isinstance(loaded, Eagle3Head)]}")
+                 f"{CAUSES[type(loaded)]}")
     print(line, file=sys.stderr)

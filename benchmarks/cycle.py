@@ -1,4 +1,4 @@
-"""Where the time of an EAGLE cycle goes: its parts, the bytes that they read, and what is lost between two cycles.
+"""Where the time of a cycle with a draft head goes: its parts, the bytes they read, what is lost between two cycles.
 
     python -m benchmarks.cycle --checkpoint checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct --shape llama-2-7b --rows
 
@@ -49,6 +49,7 @@ from benchmarks.workload import (
     step_gb,
 )
 from draft import Eagle2, Vanilla
+from drafters.heads import tree_drafter
 from drafters.methods import BASELINE, CPU_TREE, GPU_TREE, WITH_TREES, head_path, tree_nodes
 from drafters.tree_size import fit, read_curve, verify_by_rows
 from engine import Engine
@@ -91,15 +92,18 @@ def cycle_parts(engine: Engine) -> list[dict]:
 
     enter_gb, level_gb, next_gb = (gigabytes(*weights) for weights in drafter.bound.weights())
     level_gb += kv_gigabytes(drafter.head.kv, length)
-    next_gb = [next_gb] * (drafter.levels - 1) + [0]  # of each level but the last
-    scratch, taken, level = time_part(
-        f"draft: extend, {drafter.max_depth + 1} rows", enter_gb + level_gb + next_gb[0], partial(drafter.begin, state))
-    for depth in range(1, drafter.levels):
-        taken, level = time_part(
-            f"draft: expansion {depth}, {drafter.topk} rows", level_gb + next_gb[depth],
-            partial(drafter.expand, state, scratch, taken, level, depth))
+    if isinstance(drafter, Eagle2):
+        next_gb = [next_gb] * (drafter.levels - 1) + [0]  # of each level but the last
+        scratch, taken, level = time_part(f"draft: extend, {drafter.max_depth + 1} rows",
+                                          enter_gb + level_gb + next_gb[0], partial(drafter.begin, state))
+        for depth in range(1, drafter.levels):
+            taken, level = time_part(
+                f"draft: expansion {depth}, {drafter.topk} rows", level_gb + next_gb[depth],
+                partial(drafter.expand, state, scratch, taken, level, depth))
+    else:
+        time_part(f"draft: block, {drafter.rows} rows", enter_gb + level_gb, partial(drafter.draft, state))
     tree = time_part("rerank", 0, partial(drafter.rerank, state))
-    base = scratch[0, 0]
+    base = state.length - 1
     hidden, next_tokens = time_part(f"verify, {len(tree.tokens)} rows", step_gb(model, length),
                                       partial(engine.verify, base, tree))
     time_part("accept and compact", 0, partial(engine.commit, base, tree, hidden, next_tokens))
@@ -213,7 +217,7 @@ def measure_all(args: argparse.Namespace, result: dict) -> None:
         curve = read_curve(head_path(args, args.method))
         tree = fit(model, head, curve, slots, show=True) or default
     engines = {BASELINE: Engine(model, Vanilla(device), slots, stop_ids),
-               args.method: Engine(model, Eagle2(head, model, *tree), slots, stop_ids)}
+               args.method: Engine(model, tree_drafter(head, model, *tree), slots, stop_ids)}
     for n in args.contexts:
         context = measure_context(engines, [p.ids for p in prompts if p.category == str(n)], args)
         result["contexts"].append(context)
@@ -287,18 +291,18 @@ def last_table(result: dict) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    p = argparse.ArgumentParser("python -m benchmarks.cycle", description="Time the parts of an EAGLE cycle.")
+    p = argparse.ArgumentParser("python -m benchmarks.cycle", description="Time the parts of a cycle.")
     p.add_argument("--checkpoint", type=Path, required=True, help="converted folder, or a model file in it")
     p.add_argument("--method", choices=WITH_TREES, default=WITH_TREES[0], help="default: %(default)s")
-    p.add_argument("--draft", type=Path, help="EAGLE head: its folder, or a file in it (default: <checkpoint>/eagle "
-                   "or, for an EAGLE-3 head, <checkpoint>/eagle3)")
+    p.add_argument("--draft", type=Path, help="draft head: its folder, or a file in it (default: the folder eagle, "
+                   "eagle3 or block of the checkpoint, as --method says)")
     p.add_argument("--quantize", choices=MODES, help="quantise target and draft head, after widening")
     p.add_argument("--group", type=int, choices=GROUPS, help="columns that share a scale, with int4 (default: 128)")
     p.add_argument("--draft_vocab", type=int, help="draft only this many of the head's most frequent tokens; 0: all")
     p.add_argument("--shape", choices=SHAPES, help="widen the checkpoint to this shape (default: do not widen)")
     p.add_argument("--contexts", type=int, nargs="+", default=[512, 3500],
                    help="lengths of the prompts in tokens; 0: the questions alone (default: 512 3500)")
-    p.add_argument("--tree", type=tree_nodes, nargs="+", metavar="N", help="EAGLE-2's nodes, levels, top-k; or auto")
+    p.add_argument("--tree", type=tree_nodes, nargs="+", metavar="N", help="nodes, levels and top-k; or auto")
     p.add_argument("--max_new_tokens", type=int, default=256)
     p.add_argument("--questions", type=Path, default=QUESTIONS,
                    help='JSON lines with "turns"; only the first turn is asked')

@@ -21,13 +21,12 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from draft import drafting_rows
 from formats.eagle3 import Eagle3Config
 from model import Layer, Llama, RMSNorm, rope_table
 from ops.attention import TreeMask
 from ops.embed_rope import embed_pair
 from ops.linear import linear, rms_norm
-from quant.linear import quantize_linears
+from quant.linear import drafting_rows, quantize_linears
 
 PLAIN = ("fc.weight", "norm.weight", "lm_head.weight")  # of the tensors that a variant may lack, what plain EAGLE-3 has
 
@@ -52,6 +51,7 @@ class Eagle3Layer(Layer):
 
 class Eagle3Head(nn.Module):
     """The weights of a head, and its KV cache. `names`: those of its tensors, which decide what parts there are."""
+    folder = "eagle3"
 
     def __init__(self, cfg: Eagle3Config, names: Collection[str] = PLAIN) -> None:
         super().__init__()

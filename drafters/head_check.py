@@ -2,9 +2,10 @@
 
 A head that reads the wrong layers, turns by other RoPE angles or skips a norm is silent: the text stays right, and
 fewer drafts are accepted. So the converter asks it: the target writes a few answers, and the head guesses each of their
-tokens from the tokens and the true hidden states before it. For an EAGLE-3 head this also decides what its files leave
-open (formats/eagle3.py): a tap one layer off costs tens of points of the first guesses, a wrong RoPE base one to three,
-and a wrong `norm_output` shows from the second guess on.
+tokens from the tokens and the true hidden states before it. For an EAGLE-3 or block head this also decides what its
+files leave open (formats/eagle3.py, formats/block.py): a tap one layer off costs tens of points of the first guesses, a
+wrong RoPE base one to three, a wrong `norm_output` shows from the second guess on, and a block head that is read in the
+wrong layout guesses next to nothing.
 """
 import math
 from dataclasses import replace
@@ -14,8 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from draft import BoundHead, EagleHead, Vanilla
+from draft import BoundHead, Vanilla
+from drafters.block import BlockHead, BoundBlock
 from drafters.eagle3 import BoundHead3, Eagle3Head
+from drafters.heads import Head
 from engine import Engine
 from model import Llama
 from tokenizer import Tokenizer
@@ -59,8 +62,10 @@ def write_answers(model: Llama, tokenizer: Tokenizer, questions: int, new_tokens
 
 
 @torch.inference_mode()
-def right_guesses(head: EagleHead | Eagle3Head, model: Llama, answers: list[Answer]) -> list[Tensor]:
+def right_guesses(head: Head, model: Llama, answers: list[Answer]) -> list[Tensor]:
     """Which of the head's guesses are the target's own tokens: for each step, bool [tokens of all answers]."""
+    if isinstance(head, BlockHead):
+        return right_guesses_of_blocks(head, model, answers)
     bound = head.bind(model)
     device = model.embed.weight.device
     longest = max(len(answer.ids) for answer in answers)
@@ -91,7 +96,54 @@ def run_step(bound: BoundHead | BoundHead3, ids: Tensor, taken: Tensor, step: in
     return bound.run(ids[1 + step:1 + step + rows], taken, None, row + step, step * n + row, mask)
 
 
-def compare(head: Eagle3Head, open_fields: dict[str, tuple], model: Llama, answers: list[Answer]) -> list[Variant]:
+@torch.inference_mode()
+def right_guesses_of_blocks(head: BlockHead, model: Llama, answers: list[Answer]) -> list[Tensor]:
+    """The same of a block head: a block behind each token of an answer, and the tokens its first rows guess."""
+    bound = BoundBlock(head, model)
+    device, size = model.embed.weight.device, head.cfg.block_size
+    skipped = 0 if head.cfg.anchor_first else 1
+    longest = max(len(answer.ids) for answer in answers)
+    head.allocate_cache(longest * (1 + size))
+    model.allocate_rope(longest)
+    right = [[] for _ in range(STEPS)]
+    for answer in answers:
+        ids = torch.tensor(answer.ids, device=device)
+        n = len(ids)
+        slots = torch.arange(n, device=device)
+        bound.remember(model.forward_with_taps(ids[None], slots, taps=head.cfg.taps)[1][0], slots)
+        anchors = torch.arange(answer.start - 1, n - STEPS, device=device)
+        x = run_blocks(bound, ids, anchors).unflatten(0, (-1, size))[:, skipped:]
+        states = x.new_zeros(len(anchors), head.cfg.markov_rank)
+        for step in range(min(STEPS, x.shape[1])):
+            logits = bound.read(x[:, step])
+            if head.markov:
+                added, states = head.markov.step(ids[anchors + step], bound.normed(x[:, step]), states)
+                logits = logits + added
+            guesses = logits.argmax(-1)
+            guesses = guesses if bound.ids is None else bound.ids[guesses]
+            right[step].append((guesses == ids[anchors + step + 1]).cpu())
+    return [torch.cat(parts) for parts in right if parts]
+
+
+def run_blocks(bound: BoundBlock, ids: Tensor, anchors: Tensor) -> Tensor:
+    """The hidden states of the rows of a block behind each of the anchors, indices of ids [n]: [anchors * b, H]. The
+    rows lie in cache slots from n on; each sees the context before its anchor, and rows of its own block."""
+    cfg, n = bound.head.cfg, len(ids)
+    size = cfg.block_size
+    row = torch.arange(size, device=ids.device)
+    tokens = torch.full((len(anchors), size), cfg.mask_token, device=ids.device)
+    tokens[:, 0] = ids[anchors]
+    block = torch.arange(len(anchors), device=ids.device).repeat_interleave(size)
+    row = row.repeat(len(anchors))
+    slot = torch.arange(n + len(block), device=ids.device)
+    seen = slot[n:] - n  # of a block's slots: which row of all blocks lies there
+    in_block = (block[seen] == block[:, None]) & (row[seen] <= row[:, None] if cfg.causal else True)
+    mask = torch.cat((slot[:n] < anchors[block][:, None], in_block), 1)
+    return bound.run(tokens.flatten(), anchors[block] + row, slot[n:], mask)
+
+
+def compare(head: Eagle3Head | BlockHead, open_fields: dict[str, tuple], model: Llama, answers: list[Answer]
+            ) -> list[Variant]:
     """How well the head guesses with each combination of the values of `open_fields`, the best first."""
     variants = []
     for values in product(*open_fields.values()):
@@ -107,12 +159,12 @@ def is_clear(best: Variant, other: Variant) -> bool:
     return float((a & ~b).sum() - (b & ~a).sum()) > 2 * math.sqrt((a ^ b).sum())
 
 
-def with_fields(head: Eagle3Head, fields: dict) -> Eagle3Head:
+def with_fields(head: Eagle3Head | BlockHead, fields: dict) -> Eagle3Head | BlockHead:
     """The same weights under a config with other fields."""
     others = dict(fields)
     layer = replace(head.cfg.layer, rope_theta=others.pop("rope_theta", head.cfg.layer.rope_theta))
     with torch.device("meta"):
-        other = Eagle3Head(replace(head.cfg, layer=layer, **others), dict(head.named_parameters()))
+        other = type(head)(replace(head.cfg, layer=layer, **others), dict(head.named_parameters()))
     other.load_state_dict(head.state_dict(), assign=True)
     other.vocab = head.vocab
     return other.requires_grad_(False).eval()

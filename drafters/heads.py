@@ -1,22 +1,29 @@
-"""Loading an EAGLE head of any kind: the tensors tell which kind it is, never the names of files or folders."""
+"""Loading a draft head of any kind: the tensors tell which kind it is, never the names of files or folders."""
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from draft import EagleHead
+from draft import Drafter, Eagle2, EagleHead
+from drafters.block import Block, BlockHead
 from drafters.eagle3 import Eagle3Head
+from formats.block import open_block
 from formats.config import Config
 from formats.eagle import VOCAB, folder_of, native_names, open_head, read_config, read_vocab
 from formats.eagle3 import open_eagle3
 from formats.foreign import kind_of_head
 from formats.weights import fill
 from model import Llama
+from ops.quantized import Quantized
 from quant.linear import stored_mode
+
+Head = EagleHead | Eagle3Head | BlockHead
+KINDS = {"an EAGLE-3 head": Eagle3Head, "a block head": BlockHead}  # by formats.foreign.kind_of_head; else an EagleHead
 
 
 def load_head(path: Path | str, target: Llama, vocab: int | None = None, quantize: str | None = None,
-              group: int = 128) -> EagleHead | Eagle3Head:
-    """Load an EAGLE head as published: a folder with config.json and model.safetensors or pytorch_model.bin, or one
+              group: int = 128) -> Head:
+    """Load a head as published: a folder with config.json and model.safetensors or pytorch_model.bin, or one
     file of such a folder, for example what quantize.py writes.
 
     vocab: draft only so many of the most frequent tokens, which draft_vocab.json beside the weights lists (train.py
@@ -25,9 +32,10 @@ def load_head(path: Path | str, target: Llama, vocab: int | None = None, quantiz
     Raises FileNotFoundError, or ValueError where the head is damaged, of another kind, or made for another model.
     """
     path = Path(path)
-    head = (load_eagle3 if is_eagle3(path) else load_eagle)(path, target, quantize, group)
+    load = {EagleHead: load_eagle, Eagle3Head: load_eagle3, BlockHead: load_block}[type_of_head(path)]
+    head = load(path, target, quantize, group)
     file = folder_of(path) / VOCAB
-    if isinstance(head, Eagle3Head) and head.vocab is not None:
+    if head.vocab is not None:
         if vocab:
             raise ValueError(f"{path}: this head has a draft vocabulary of its own, so --draft_vocab cannot choose one")
     elif vocab != 0 and (vocab or file.is_file()):
@@ -35,10 +43,17 @@ def load_head(path: Path | str, target: Llama, vocab: int | None = None, quantiz
     return head
 
 
-def is_eagle3(path: Path) -> bool:
-    """Whether this head is an EAGLE-3 head. Raises as `load_head` where it is neither that nor an EAGLE-1/2 head."""
-    tensors = open_head(path, "EAGLE-1/2", "EAGLE-3")[1]
-    return kind_of_head(tensors, read_config(folder_of(path))) == "an EAGLE-3 head"
+def type_of_head(path: Path) -> type[Head]:
+    """What kind of head this is. Raises as `load_head` where it is none of them."""
+    tensors = open_head(path, "EAGLE-1/2", "EAGLE-3", "block")[1]
+    return KINDS.get(kind_of_head(tensors, read_config(folder_of(path))), EagleHead)
+
+
+def tree_drafter(head: Head, target: Llama, nodes: int, levels: int, topk: int, retrieval=None) -> Drafter:
+    """The dynamic tree of a head of any kind. A block head drafts all of its levels, which cost what one costs."""
+    if isinstance(head, BlockHead):
+        return Block(head, target, nodes, topk, retrieval)
+    return Eagle2(head, target, nodes, levels, topk, retrieval)
 
 
 def load_eagle(path: Path, target: Llama, quantize: str | None, group: int) -> EagleHead:
@@ -69,8 +84,30 @@ def load_eagle3(path: Path, target: Llama, quantize: str | None, group: int) -> 
     return head
 
 
-def filled(head: EagleHead | Eagle3Head, tensors: dict, file: Path, target: Llama, mode: str | None,
-           stored_group: int, quantize: str | None, group: int) -> EagleHead | Eagle3Head:
+def load_block(path: Path, target: Llama, quantize: str | None, group: int) -> BlockHead:
+    """A block head. Some publishers add copies of the target's embedding and lm_head: these are dropped."""
+    found = open_block(path, target.cfg)
+    mode, stored_group = stored_mode(found.file, found.metadata, None)
+    tensors = found.tensors
+    for name, of_target in (("embed.weight", target.embed.weight), ("lm_head.weight", target.lm_head.weight)):
+        if name in tensors and is_copy(tensors[name], of_target):
+            del tensors[name]
+    with torch.device("meta"):
+        head = BlockHead(found.config, tensors)
+    head = filled(head, tensors, found.file, target, mode, stored_group, quantize, group)
+    head.vocab = None if found.ids is None else found.ids.to(target.embed.weight.device)
+    return head
+
+
+def is_copy(published: Tensor, of_target: Tensor | Quantized) -> bool:
+    """Whether a tensor of a head is the target's own. On the meta device nobody knows: False."""
+    if isinstance(of_target, Quantized) or of_target.is_meta or published.shape != of_target.shape:
+        return False
+    return torch.equal(published.to(of_target.device, of_target.dtype), of_target)
+
+
+def filled(head: Head, tensors: dict, file: Path, target: Llama, mode: str | None, stored_group: int,
+           quantize: str | None, group: int) -> Head:
     """The head with its weights, on the target's device. mode, stored_group: how the file is quantised; quantize,
     group: how it is to be if it is not."""
     device, dtype = target.embed.weight.device, target.embed.weight.dtype

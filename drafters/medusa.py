@@ -20,12 +20,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from draft import Drafter, drafting_rows, tree_ops
+from draft import Drafter, tree_ops
 from formats.medusa import FILES, PROJECTION, arrange, common_name, open_heads, shares_lm_head
 from formats.weights import fill, save_tensors
 from formats.writing import replace_files
 from model import Llama
 from ops.linear import linear
+from quant.linear import drafting_rows
 from tree import MAX_NODES, State, Tree, fixed_tree, root_token
 from tree import Path as TreePath
 

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from draft import Drafter, Eagle2, EagleHead, Vanilla
+from draft import Drafter, EagleHead, Vanilla
+from drafters.block import BlockHead
 from drafters.eagle1 import Eagle1
 from drafters.eagle3 import Eagle3Head
-from drafters.heads import is_eagle3, load_head
+from drafters.heads import Head, load_head, tree_drafter, type_of_head
 from drafters.lookahead import Lookahead
 from drafters.lookup import RULES, Lookup, Retrieval
 from drafters.medusa import Medusa, load_medusa
@@ -68,12 +69,14 @@ def eagle_path(args: argparse.Namespace, folder: str = "eagle") -> Path:
     return args.draft or find_head(args.checkpoint, folder)
 
 
-def load_eagle(args: argparse.Namespace, model: Llama, folder: str = "eagle") -> EagleHead | Eagle3Head:
+def load_eagle(args: argparse.Namespace, model: Llama, folder: str = "eagle") -> Head:
     """A head of any kind: the one that --draft names, or the one in this folder of the checkpoint."""
     return load_head(eagle_path(args, folder), model, args.draft_vocab, args.quantize, args.group or 128)
 
 
-def widen_eagle(wide: Any, head: EagleHead | Eagle3Head) -> EagleHead | Eagle3Head:
+def widen_eagle(wide: Any, head: Head) -> Head:
+    if isinstance(head, BlockHead):
+        return wide.block(head)
     return wide.head3(head) if isinstance(head, Eagle3Head) else wide.head(head)
 
 
@@ -97,18 +100,17 @@ def required(path: Path | None, option: str) -> Path:
     return path
 
 
-def folder_of_kind(kind: type) -> str:
-    """The folder of a checkpoint where heads of this kind lie."""
-    return "eagle3" if kind is Eagle3Head else "eagle"
-
-
 def method_of_head(path: Path) -> str:
-    """The row for a head that --draft names without a method. Raises ValueError or OSError if it is no EAGLE head."""
-    return "eagle3" if is_eagle3(path) else "eagle2"
+    """The row for a head that --draft names without a method. Raises ValueError or OSError if it is no such head."""
+    return ROW_OF_HEAD[type_of_head(path)][0]
 
 
+# The row of a head of each kind, and what to call the kind.
+ROW_OF_HEAD = {EagleHead: ("eagle2", "an EAGLE-1/2 head"), Eagle3Head: ("eagle3", "an EAGLE-3 head"),
+               BlockHead: ("block", "a block head")}
 EAGLE = Weights("draft", load_eagle, widen_eagle)
-EAGLE3 = Weights("draft", partial(load_eagle, folder="eagle3"), widen_eagle)
+EAGLE3 = Weights("draft", partial(load_eagle, folder=Eagle3Head.folder), widen_eagle)
+BLOCK = Weights("draft", partial(load_eagle, folder=BlockHead.folder), widen_eagle)
 MEDUSA = Weights("medusa", lambda args, model: load_medusa(required(args.medusa, "--medusa"), model),
                  lambda wide, heads: wide.medusa(heads))
 DRAFT_MODEL = Weights("speculate", load_checked_draft_model, lambda wide, draft: wide.draft_model(draft))
@@ -123,8 +125,8 @@ def tree_nodes(text: str) -> int | str:
 
 # Options that shape a method, as argparse takes them. None: not given.
 OPTIONS: dict[str, dict[str, Any]] = {
-    "draft": dict(type=Path, help="EAGLE head: its folder, or a file in it (default: <checkpoint>/eagle or, with "
-                  "--eagle3, <checkpoint>/eagle3, and in it the file named like the model's)"),
+    "draft": dict(type=Path, help="draft head: its folder, or a file in it (default: <checkpoint>/eagle or, with "
+                  "--eagle3 or --block, <checkpoint>/eagle3 or block, and in it the file named like the model's)"),
     "medusa": dict(type=Path, metavar="DIR", help="Medusa heads: their folder"),
     "speculate": dict(type=Path, metavar="DIR", help="draft model: its folder"),
     "draft_vocab": dict(type=int, help="EAGLE drafts only this many of the head's most frequent tokens; 0: all"),
@@ -139,6 +141,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "window": dict(type=int, nargs=3, metavar=("W", "N", "G"),
                    help=f"Lookahead: window, n-gram and guesses (default: {' '.join(map(str, WINDOW))})")}
 TREE = ("draft_tokens", "draft_depth", "draft_topk", "tree_table", "draft_vocab")
+BLOCK_TREE = tuple(option for option in TREE if option != "draft_depth")
 LOOKUP = ("chain", "lookup_rule")
 
 
@@ -170,23 +173,24 @@ def make_staged(setup: Setup) -> Drafter:
     return Speculate(setup.weights, setup.model, setup.get("chain", 8), retrieval=retrieval(setup, 4))
 
 
-def make_eagle2(setup: Setup, with_lookup: bool = False, kind: type = EagleHead) -> Drafter:
-    """EAGLE-2's tree, grown by a head of this kind. ValueError for a head of the other kind: each kind has a row, and
-    speeds are reported under its name."""
-    if not isinstance(setup.weights, kind):
-        other, flag = ("3", "--eagle3") if kind is EagleHead else ("1/2", "--eagle2")
-        raise ValueError(f"{eagle_path(setup.args, folder_of_kind(kind))}: holds an EAGLE-{other} head: use {flag}")
+def make_tree(setup: Setup, with_lookup: bool = False, kind: type = EagleHead) -> Drafter:
+    """The dynamic tree of a head of this kind. ValueError for a head of another kind: each kind has a row, and speeds
+    are reported under its name."""
+    head = setup.weights
+    if not isinstance(head, kind):
+        row, name = ROW_OF_HEAD[type(head)]
+        raise ValueError(f"{eagle_path(setup.args, kind.folder)}: holds {name}: use --{row}")
     chain = retrieval(setup, setup.get("chain", CHAIN)) if with_lookup else None
-    return Eagle2(setup.weights, setup.model, *tree_shape(setup), chain)
+    return tree_drafter(head, setup.model, *tree_shape(setup), chain)
 
 
 def tree_shape(setup: Setup) -> tuple[int, int, int]:
-    """Nodes, levels and top-k of EAGLE-2's tree: as given, else the fastest, else the device's default."""
+    """Nodes, levels and top-k of a dynamic tree: as given, else the fastest, else the device's default."""
     args, model, head = setup.args, setup.model, setup.weights
     cuda = model.embed.weight.is_cuda
     default = GPU_TREE if cuda else CPU_TREE
     given = (args.draft_tokens, args.draft_depth, args.draft_topk)
-    path = eagle_path(args, folder_of_kind(type(head)))
+    path = eagle_path(args, head.folder)
     captured = cuda and not args.no_compile  # the measured times are those of CUDA graphs
     known = captured and given == (None, None, None) and curve_path(path).is_file()
     if known or args.tree_table or args.draft_tokens == "auto":
@@ -209,23 +213,28 @@ METHODS: dict[str, Method] = {
     "speculate+lookup": Method(make_staged, "speed up the draft model by what the text suggests", DRAFT_MODEL, LOOKUP),
     "eagle": Method(lambda setup: Eagle1(setup.weights, setup.model), "draft with EAGLE-1's fixed tree", EAGLE,
                     ("draft_vocab",)),
-    "eagle2": Method(make_eagle2, "draft with EAGLE-2's dynamic tree", EAGLE, TREE),
+    "eagle2": Method(make_tree, "draft with EAGLE-2's dynamic tree", EAGLE, TREE),
     "eagle2+lookup": Method(
-        lambda setup: make_eagle2(setup, with_lookup=True), "let what the text suggests compete with its own nodes",
+        lambda setup: make_tree(setup, with_lookup=True), "let what the text suggests compete with its own nodes",
         EAGLE, TREE + LOOKUP),
-    "eagle3": Method(lambda setup: make_eagle2(setup, kind=Eagle3Head), "draft EAGLE-2's dynamic tree with an EAGLE-3 "
+    "eagle3": Method(lambda setup: make_tree(setup, kind=Eagle3Head), "draft EAGLE-2's dynamic tree with an EAGLE-3 "
                      "head", EAGLE3, TREE),
     "eagle3+lookup": Method(
-        lambda setup: make_eagle2(setup, with_lookup=True, kind=Eagle3Head), "the same, and what the text suggests "
-        "competes", EAGLE3, TREE + LOOKUP)}
+        lambda setup: make_tree(setup, with_lookup=True, kind=Eagle3Head), "the same, and what the text suggests "
+        "competes", EAGLE3, TREE + LOOKUP),
+    "block": Method(lambda setup: make_tree(setup, kind=BlockHead), "draft a tree from one forward of a block head "
+                    "(DFlash, DSpark, JetSpec)", BLOCK, BLOCK_TREE),
+    "block+lookup": Method(
+        lambda setup: make_tree(setup, with_lookup=True, kind=BlockHead), "the same, and what the text suggests "
+        "competes", BLOCK, BLOCK_TREE + LOOKUP)}
 
 
 WITH_TREES = [name for name, row in METHODS.items() if "draft_tokens" in row.options and "+" not in name]
 
 
 def head_path(args: argparse.Namespace, method: str) -> Path:
-    """Where the EAGLE head of a method is."""
-    return eagle_path(args, "eagle3" if METHODS[method].weights is EAGLE3 else "eagle")
+    """Where the head of a method is."""
+    return eagle_path(args, {EAGLE3: Eagle3Head, BLOCK: BlockHead}.get(METHODS[method].weights, EagleHead).folder)
 
 
 def make_drafter(method: str, args: argparse.Namespace, model: Llama, max_seq_len: int,

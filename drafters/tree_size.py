@@ -1,4 +1,4 @@
-"""The best tree size for this GPU: how many nodes and levels EAGLE-2 should draft, with this model and head.
+"""The best tree size for this GPU: how many nodes and levels to draft, with this model and head.
 
 Of all sizes, take the one with the highest estimate of
 
@@ -25,7 +25,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from draft import Eagle2, EagleHead
+from draft import Drafter, Eagle2
+from drafters.heads import Head, tree_drafter
 from engine import Engine
 from formats.eagle import CURVE, folder_of
 from formats.writing import replace_when_whole
@@ -35,7 +36,7 @@ from ops.graphs import Timer, timed
 from tree import Candidates, best_first
 
 NODES = (8, 16, 24, 32, 48, 60)  # the sizes of a curve, the root included
-LEVELS = 8  # a curve is of 1 to LEVELS levels
+LEVELS = 8  # a curve is of 1 to LEVELS levels; the last are all levels of a block head that has more
 TOPK = 10
 LIMIT_MS = 10_000  # nobody wants to wait longer for a better tree
 
@@ -50,10 +51,11 @@ def verify_by_rows(engine: Engine, counts: tuple[int, ...], timer: Timer = timed
     return {rows: timer(partial(engine.verify, base, engine.chain(rows)), engine.device) for rows in counts}
 
 
-def measure(model: Llama, head: EagleHead, max_seq_len: int) -> list[float] | None:
-    """The profile of a device: milliseconds of the first drafted level, of each further level, of the rest of a cycle,
-    and of verifying each of NODES, after a text of 512 tokens. None if measuring would take longer than LIMIT_MS."""
-    engine = Engine(model, Eagle2(head, model, NODES[-1], LEVELS, TOPK), max_seq_len)
+def measure(model: Llama, head: Head, max_seq_len: int) -> list[float] | None:
+    """The profile of a device: milliseconds of the first drafted level, of each further level (0 for a block head), of
+    the rest of a cycle, and of verifying each of NODES, after a text of 512 tokens. None if measuring would take longer
+    than LIMIT_MS."""
+    engine = Engine(model, largest_tree(head, model), max_seq_len)
     state = engine.state
     drafter = engine.drafter
     cuda = engine.device.type == "cuda"
@@ -69,21 +71,29 @@ def measure(model: Llama, head: EagleHead, max_seq_len: int) -> list[float] | No
         return timer(partial(function, *inputs), engine.device)
 
     with torch.inference_mode():  # not above: other engines go on with the caches that were allocated there
-        scratch, taken, level = drafter.begin(state)
-        first = part_ms(drafter.begin, state)
-        further = part_ms(drafter.expand, state, scratch, taken, level, 1)
-        last = part_ms(drafter.expand, state, scratch, taken, level, LEVELS - 1)
-        # An EAGLE-2 head's levels but the last also compute fc's share, which the next level reads. It takes
-        # further - last and is counted with the level that reads it, so that a tree of one level has none.
-        first -= further - last
-        base = scratch[0, 0]  # the root's slot
+        if isinstance(drafter, Eagle2):
+            scratch, taken, level = drafter.begin(state)
+            first = part_ms(drafter.begin, state)
+            further = part_ms(drafter.expand, state, scratch, taken, level, 1)
+            last = part_ms(drafter.expand, state, scratch, taken, level, LEVELS - 1)
+            # An EAGLE-2 head's levels but the last also compute fc's share, which the next level reads. It takes
+            # further - last and is counted with the level that reads it, so that a tree of one level has none.
+            first -= further - last
+        else:
+            first, further = part_ms(drafter.draft, state), 0.0
+        base = state.length - 1  # the root's slot
         tree = drafter.propose(state)
         rest = part_ms(drafter.rerank, state)
         rest += part_ms(engine.commit, base, tree, *engine.verify(base, tree))
     return [first, further, rest, *verify_by_rows(engine, NODES, timer).values()]
 
 
-def profile_key(model: Llama, head: EagleHead, paths: Iterable[Path], *settings: object) -> str:
+def largest_tree(head: Head, model: Llama, nodes: int = NODES[-1]) -> Drafter:
+    """The drafter of the largest tree that a curve tells of, or of one with more nodes."""
+    return tree_drafter(head, model, nodes, LEVELS, TOPK)
+
+
+def profile_key(model: Llama, head: Head, paths: Iterable[Path], *settings: object) -> str:
     """Everything that decides how long a cycle takes: device, versions, shapes, dtype, settings, and the weight files
     at `paths` (a folder stands for the weight files in it)."""
     files = []
@@ -96,13 +106,13 @@ def profile_key(model: Llama, head: EagleHead, paths: Iterable[Path], *settings:
                        settings, stamps])
 
 
-def cached_profile(key: str, model: Llama, head: EagleHead, max_seq_len: int) -> list[float] | None:
+def cached_profile(key: str, model: Llama, head: Head, max_seq_len: int) -> list[float] | None:
     """The profile, measured once for each key. A damaged cache is written anew. A cache that cannot be written is no
     error."""
     path = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "eagle2/trees.json")
     profile = read_profiles(path).get(key)
     if isinstance(profile, list) and len(profile) == 3 + len(NODES) and all(
-            isinstance(ms, float) and 0 < ms < float("inf") for ms in profile):
+            isinstance(ms, float) and 0 <= ms < float("inf") and (ms or i == 1) for i, ms in enumerate(profile)):
         return profile
     profile = measure(model, head, max_seq_len)
     if profile:
@@ -130,9 +140,14 @@ def tokens_by_size(candidates: Candidates, text: list[int]) -> Tensor:
 
     candidates: those of the largest tree. text: what the target writes after the root.
     """
+    depth = torch.ones_like(candidates.parents)
+    above = candidates.parents
+    while (above >= 0).any():
+        depth += above >= 0
+        above = torch.where(above >= 0, candidates.parents[above], -1)
     path = []  # the candidates that the text follows, from the root down
     node = -1
-    for token in text[:LEVELS]:
+    for token in text[:int(depth.max())]:
         found = ((candidates.parents == node) & (candidates.tokens == token)).nonzero()
         if not len(found):
             break
@@ -140,9 +155,9 @@ def tokens_by_size(candidates: Candidates, text: list[int]) -> Tensor:
         path.append(node)
     room = torch.tensor(NODES)[:, None] - 1  # the root takes one node
     counts = []
-    for levels in range(1, LEVELS + 1):  # the candidates of these levels come first, and parents rank above children
-        drafted = TOPK + (levels - 1) * TOPK**2
-        rank = best_first(candidates.scores[:drafted], drafted).argsort()
+    for levels in (*range(1, LEVELS), int(depth.max())):  # parents rank above children
+        scores = candidates.scores.where(depth <= levels, -torch.inf)
+        rank = best_first(scores, len(scores)).argsort()
         counts.append(1 + (rank[path[:levels]] < room).sum(1))
     return torch.stack(counts, 1).clamp(max=len(text))
 
@@ -164,7 +179,7 @@ def read_curve(head: Path) -> list[list[float]]:
         raw = json.loads(path.read_text(encoding="utf-8"))
         nodes, topk, rows = (raw[key] for key in ("nodes", "topk", "gained"))
         sound = ([nodes, topk] == [[*NODES], TOPK] and [len(row) for row in rows] == [LEVELS] * len(NODES)
-                 and all(1 <= x <= LEVELS + 1 for row in rows for x in row))
+                 and all(1 <= x <= NODES[-1] for row in rows for x in row))
     except (ValueError, KeyError, TypeError, RecursionError):
         sound = False
     if not sound:
@@ -193,7 +208,7 @@ def best_size(profile: list[float], curve: list[list[float]]) -> tuple[int, int,
     return NODES[row], speeds[row].index(best) + 1, "\n".join(lines)
 
 
-def fit(model: Llama, head: EagleHead, curve: list[list[float]], max_seq_len: int, key: str | None = None,
+def fit(model: Llama, head: Head, curve: list[list[float]], max_seq_len: int, key: str | None = None,
         show: bool = False) -> tuple[int, int, int] | None:
     """Nodes, levels and top-k of the best tree. If measuring would take too long: None, and a line on stderr.
 

@@ -37,8 +37,8 @@ def find_head(checkpoint: Path, name: str = "eagle") -> Path:
 
 
 def open_head(path: Path, *kinds: str) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
-    """The weight file of a head, which is a folder or one file in it; its tensors; its metadata. kinds: "EAGLE-1/2",
-    "EAGLE-3", or both, whatever is welcome.
+    """The weight file of a head, which is a folder or one file in it; its tensors; its metadata. kinds: of
+    "EAGLE-1/2", "EAGLE-3" and "block", what is welcome.
 
     Raises FileNotFoundError, or ValueError if the file is damaged, or of another kind, which is then named.
     """
@@ -59,7 +59,7 @@ def open_head(path: Path, *kinds: str) -> tuple[Path, dict[str, Tensor], dict[st
     tensors, metadata = read_tensors(file)
     tensors = {str(name): tensor for name, tensor in tensors.items()}  # a pickle may have others
     found = kind_of_head(tensors, raw)
-    if found and not any(found.startswith(f"an {kind} head") for kind in kinds):
+    if found and not any(found.startswith((f"an {kind} head", f"a {kind} head")) for kind in kinds):
         raise ValueError(f"{file}: holds {found}; only {' and '.join(kinds)} heads can be given here")
     if quantized := quantized_by_tensors(tensors):
         raise ValueError(f"{file}: {quantized}")

@@ -82,12 +82,12 @@ def open_eagle3(path: Path, target: Config) -> Eagle3Files:
     return Eagle3Files(config, tensors, ids, doubts, file, metadata)
 
 
-def usual_names(published: dict[str, Tensor]) -> dict[str, Tensor]:
+def usual_names(published: dict[str, Tensor], renamed: tuple[tuple[str, str], ...] = RENAMED) -> dict[str, Tensor]:
     """The tensors without their publishers' prefixes, and layers as layers.0, layers.1, ..."""
     tensors = {}
     for name, tensor in published.items():
         plain = name
-        for pattern, new in RENAMED:
+        for pattern, new in renamed:
             plain = re.sub(pattern, new, plain)
         if plain in tensors:
             raise ValueError(f"{name} is there under another name too")
@@ -111,16 +111,21 @@ def size_of(tensors: dict[str, Tensor], module: str) -> tuple[int, int | None]:
     return len(matrix), None if scale is not None and scale.dim() == 3 else matrix.shape[1]
 
 
+def count_layers(tensors: dict[str, Tensor]) -> int:
+    """How many layers there are. ValueError if there is none, or if one is missing between others."""
+    numbers = {int(found[1]) for name in tensors if (found := re.match(r"layers\.(\d{1,3})\.", name))}
+    if not numbers or numbers != set(range(len(numbers))):
+        raise ValueError(f"its layers are {sorted(numbers)[:9]}, where 0, 1, ... should be: download it again")
+    return len(numbers)
+
+
 def wide_layers(tensors: dict[str, Tensor]) -> tuple[bool, ...]:
     """For each layer, whether it takes [embedding; feature], twice the width that its o_proj gives."""
     for part, what in OTHERS.items():
         if name := next((name for name in tensors if part in name), None):
             raise ValueError(f"has {name}: {what} is not implemented")
-    numbers = {int(found[1]) for name in tensors if (found := re.match(r"layers\.(\d{1,3})\.", name))}
-    if not numbers or numbers != set(range(len(numbers))):
-        raise ValueError(f"its layers are {sorted(numbers)[:9]}, where 0, 1, ... should be: download it again")
     wide = []
-    for i in range(len(numbers)):
+    for i in range(count_layers(tensors)):
         if has(tensors, f"layers.{i}.wqkv"):  # a file of ours
             wide.append(f"layers.{i}.embed_norm.weight" in tensors)
             continue
@@ -244,10 +249,7 @@ def save_eagle3(cfg: Eagle3Config, state: dict[str, Tensor], ids: Tensor | None,
     biases = [any(f"layers.0.{module}.bias" in state for module in pair) for pair in (("wqkv", "wo"), ("w13", "w2"))]
     config = eagle3_config_json(cfg, norms, *biases, ids is not None and "lm_head.weight" not in state)
     tensors = {name: t for old, tensor in state.items() for name, t in published_tensors(cfg, old, tensor)}
-    if ids is not None:
-        ids = ids.detach().to("cpu", torch.int64)
-        tensors["d2t"] = ids - torch.arange(len(ids))
-        tensors["t2d"] = torch.zeros(cfg.layer.vocab_size, dtype=torch.bool).index_fill(0, ids, True)
+    tensors |= vocabulary_tables(ids, cfg.layer.vocab_size)
     with replace_files(out) as part:
         save_tensors(part / "model.safetensors", tensors)
         for name, values in (("config.json", config), (MEASURED, measured_json(cfg))):
@@ -261,8 +263,21 @@ def published_tensors(cfg: Eagle3Config, name: str, tensor: Tensor) -> list[tupl
         module = {"embed": "embed_tokens"}.get(module, module).replace("fc_norms.", "fc_norm.")
         return [(f"{module}.{kind}", tensor)]
     prefix = "midlayer" if cfg.layer.num_layers == 1 else f"layers.{prefix}"
-    kv_rows = cfg.layer.num_kv_heads * cfg.layer.head_dim
-    rows = {"wqkv": (cfg.layer.num_heads * cfg.layer.head_dim, kv_rows, kv_rows), "w13": len(tensor) // 2}
+    return [(f"{prefix}.{part}.{kind}", piece) for part, piece in layer_parts(cfg.layer, module, tensor)]
+
+
+def layer_parts(layer: Config, module: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """The published modules that a module of a layer is made of, and the rows of its tensor that belong to each."""
+    kv_rows = layer.num_kv_heads * layer.head_dim
+    rows = {"wqkv": (layer.num_heads * layer.head_dim, kv_rows, kv_rows), "w13": len(tensor) // 2}
     parts = (LAYER | WIDE | {"attn_norm": "input_layernorm"})[module].split()
-    pieces = tensor.split(rows.get(module, len(tensor)))
-    return [(f"{prefix}.{part}.{kind}", piece) for part, piece in zip(parts, pieces, strict=True)]
+    return list(zip(parts, tensor.split(rows.get(module, len(tensor))), strict=True))
+
+
+def vocabulary_tables(ids: Tensor | None, vocab_size: int) -> dict[str, Tensor]:
+    """d2t and t2d (read_ids) for these ids [any]; {} for None."""
+    if ids is None:
+        return {}
+    ids = ids.detach().to("cpu", torch.int64)
+    return {"d2t": ids - torch.arange(len(ids)),
+            "t2d": torch.zeros(vocab_size, dtype=torch.bool).index_fill(0, ids, True)}

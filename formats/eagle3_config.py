@@ -89,15 +89,15 @@ def read_eagle3_config(folder: Path, found: Found, target: Config) -> tuple[Eagl
     return config, {key: values for key, values in possible.items() if len(values) > 1}
 
 
-def flat(raw: dict) -> dict:
-    """A config.json as one object without nulls. speculators nests the sizes, and these count. Others nest flags, and
-    these count where they do not stand outside too."""
+def flat(raw: dict, nested: str = "eagle_config") -> dict:
+    """A config.json as one object without nulls. speculators nests the sizes, and these count. Others nest flags in
+    `nested`, and these count where they do not stand outside too."""
     if not raw:
         raise ValueError("missing, or no JSON object: a head comes with a config.json of its own")
     merged = {}
-    for part in (raw.get("eagle_config") or {}, raw, raw.get("transformer_layer_config") or {}):
+    for part in (raw.get(nested) or {}, raw, raw.get("transformer_layer_config") or {}):
         if not isinstance(part, dict):
-            raise ValueError("eagle_config and transformer_layer_config should be objects")
+            raise ValueError(f"{nested} and transformer_layer_config should be objects")
         merged |= {key: value for key, value in part.items() if value is not None}
     return merged
 
@@ -246,18 +246,19 @@ def are_taps(taps: tuple[int, ...], count: int | None, num_layers: int) -> bool:
             and all(0 <= boundary <= num_layers for boundary in taps))
 
 
-def read_measured(path: Path, count: int | None, num_layers: int) -> dict:
-    """The fields that measured.json says; {} if there is none."""
+def read_measured(path: Path, count: int | None, num_layers: int,
+                  flags: tuple[str, ...] = ("norm_output", "norm_before_residual"),
+                  numbers: tuple[str, ...] = ("rope_theta",)) -> dict:
+    """The fields that measured.json says, of the taps and these; {} if there is none."""
     if not path.is_file():
         return {}
     raw = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(raw, dict):
         raise ValueError("not a JSON object")
-    if unknown := sorted(raw.keys() - {"taps", "rope_theta", "norm_output", "norm_before_residual"}):
+    if unknown := sorted(raw.keys() - {"taps", *flags, *numbers}):
         raise ValueError(f"{unknown[0][:60]} is no field that is measured")
-    measured = {key: flag(raw, key) for key in ("norm_output", "norm_before_residual") if key in raw}
-    if "rope_theta" in raw:
-        measured["rope_theta"] = positive(raw, "rope_theta", kind=float)
+    measured = {key: flag(raw, key) for key in flags if key in raw}
+    measured |= {key: positive(raw, key, kind=float) for key in numbers if key in raw}
     if "taps" in raw:
         taps = raw["taps"]
         if not (isinstance(taps, list) and all(type(i) is int for i in taps)
@@ -296,15 +297,20 @@ def eagle3_config_json(cfg: Eagle3Config, norms: dict[str, bool], attention_bias
     # What is false is left out: SpecForge's programs before September 2026 took a false norm_output for no last norm.
     flags = {"norm_output": cfg.norm_output, "norm_before_fc": norms["norm_before_fc"], "fc_norm": norms["fc_norm"],
              SHARED: shared}
+    return {"architectures": ["LlamaForCausalLMEagle3"], **sizes_json(layer), "draft_vocab_size": cfg.draft_vocab_size,
+            "target_hidden_size": cfg.target_size, "attention_bias": attention_bias, "mlp_bias": mlp_bias,
+            "norm_before_residual": cfg.norm_before_residual, "eagle_config": nested,
+            **{key: True for key, is_set in flags.items() if is_set}}
+
+
+def sizes_json(layer: Config) -> dict:
+    """What a head's config.json says of its layers, in the words of transformers."""
     scaling = layer.rope_scaling and layer.rope_scaling | {
         "rope_type": "llama3", LLAMA3_ROPE[-1]: int(layer.rope_scaling[LLAMA3_ROPE[-1]])}
-    return {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "qwen3" if layer.qk_norm else "llama",
-            "hidden_size": layer.hidden_size, "intermediate_size": layer.intermediate_size,
-            "num_hidden_layers": layer.num_layers, "num_attention_heads": layer.num_heads,
-            "num_key_value_heads": layer.num_kv_heads, "head_dim": layer.head_dim, "hidden_act": "silu",
-            "rms_norm_eps": layer.rms_norm_eps, "rope_theta": layer.rope_theta, "rope_scaling": scaling,
-            "vocab_size": layer.vocab_size, "draft_vocab_size": cfg.draft_vocab_size,
-            "target_hidden_size": cfg.target_size, "max_position_embeddings": layer.max_position_embeddings,
-            "attention_bias": attention_bias, "mlp_bias": mlp_bias, "tie_word_embeddings": False,
-            "torch_dtype": "bfloat16", "norm_before_residual": cfg.norm_before_residual, "eagle_config": nested,
-            **{key: True for key, is_set in flags.items() if is_set}}
+    return {"model_type": "qwen3" if layer.qk_norm else "llama", "hidden_size": layer.hidden_size,
+            "intermediate_size": layer.intermediate_size, "num_hidden_layers": layer.num_layers,
+            "num_attention_heads": layer.num_heads, "num_key_value_heads": layer.num_kv_heads,
+            "head_dim": layer.head_dim, "hidden_act": "silu", "rms_norm_eps": layer.rms_norm_eps,
+            "rope_theta": layer.rope_theta, "rope_scaling": scaling, "vocab_size": layer.vocab_size,
+            "max_position_embeddings": layer.max_position_embeddings, "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16"}

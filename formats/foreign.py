@@ -146,8 +146,10 @@ HEADS = [
     ("a Domino head", r"^prefix_gru\."),
     ("a DFlare head", r"^layer_fusion_weights"),
     ("a DFlash2 head", r"^candidate_selector\.|(attention|mlp)_conv\."),
-    ("a DSpark head", r"(^|\.)markov_head\.|^confidence_head\."),
-    ("a DFlash head", r"^hidden_norm\.weight$|^encoder\.fc\."),
+    ("a DFlash head of the assistant kind", r"^encoder\.(fc|output_norm_enc)\."),
+    ("a DFlash head of Laguna's or MiMo's kind", r"^mask_embedding|^aux_hidden_norms|\.g_proj\."
+     r"|(^|[._])sinks?([._]|$)"),
+    ("a block head", r"^hidden_norm\.weight$|(^|\.)markov_head\.|^confidence_head\."),
     ("an EAGLE-3 head", r"^midlayer\.|^d2t$|^t2d$|^layers\.\d+\.(hidden|feature)_norm\."
      r"|^fc_norm\.|^input_norm\.|^aux_norm"),
     ("an MLP speculator", r"^(emb|proj|ln|head)\.\d+\.weight$"),
@@ -156,14 +158,15 @@ HEADS = [
 ]
 # The same in config.json, for files whose tensors do not say.
 SAID = {"peagle": "a P-EAGLE head", "hydra": "Hydra heads", "medusa": "Medusa heads (--medusa takes them)",
-        "dspark": "a DSpark head", "domino": "a Domino head", "dflash": "a DFlash head", "eagle3": "an EAGLE-3 head",
+        "domino": "a Domino head", "dspark": "a block head", "dflash": "a block head", "eagle3": "an EAGLE-3 head",
         "mlp_speculator": "an MLP speculator", "mtp": "an MTP head"}
 
 
 def kind_of_head(names: Iterable[str], raw: dict) -> str | None:
     """What kind of draft head has tensors of these names and this config.json, such as "an EAGLE-3 head", or None."""
     names = {re.sub(r"^((model|draft_model|dflash_module|module)\.)+", "", name) for name in names}
-    marks = {"a whole model": names & {"embed_tokens.weight", "embed.weight"}, "an EAGLE-1/2": "fc.weight" in names}
+    marks = {"a whole model": names & {"embed_tokens.weight", "embed.weight"}, "an EAGLE-1/2": "fc.weight" in names,
+             "a DFlash head of Laguna": "fc.weight" in names}  # models have sinks and gates too
     for kind, pattern in HEADS:
         if any(re.search(pattern, name) for name in names):
             if all(found for start, found in marks.items() if kind.startswith(start)):
@@ -172,7 +175,4 @@ def kind_of_head(names: Iterable[str], raw: dict) -> str | None:
         fields = ("speculators_model_type", "speculators_config", "architectures", "model_type", "hydra_num_heads")
         said = json.dumps({key: raw[key] for key in fields if key in raw}).lower()
         kind = next((kind for word, kind in SAID.items() if word in said), None)
-    block = raw.get("dflash_config")
-    if kind == "a DFlash head" and isinstance(block, dict) and block.get("causal_head"):
-        return "a JetSpec head"
     return kind

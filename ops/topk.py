@@ -34,13 +34,14 @@ def key_index(key):
 
 
 @triton.jit
-def best_of_block_kernel(logits, noise, ids, keys, peaks, sums, V, stride, K: tl.constexpr, BLOCK: tl.constexpr,
-                         SUM: tl.constexpr, PDL: tl.constexpr):
+def best_of_block_kernel(logits, noise, ids, keys, peaks, sums, V, stride, NOISE_STRIDE: tl.constexpr, K: tl.constexpr,
+                         BLOCK: tl.constexpr, SUM: tl.constexpr, PDL: tl.constexpr):
     """The K best tokens of each block of a row and, with SUM, the block's share of the row's log-sum-exp.
 
     Grid (rows, blocks of V): a program does BLOCK tokens of one row.
-    Pointers: logits [rows, V] with rows `stride` apart, noise [all tokens] fp32 (or None), ids [V] int64 (or None),
-    keys [rows, blocks, K] int64, peaks and sums [rows, blocks] fp32: each block's maximum and its sum of exp(x - peak).
+    Pointers: logits [rows, V] with rows `stride` apart, noise [any, all tokens] fp32 (or None) with rows NOISE_STRIDE
+    apart (0: one for all rows), ids [V] int64 (or None), keys [rows, blocks, K] int64, peaks and sums [rows, blocks]
+    fp32: each block's maximum and its sum of exp(x - peak).
     """
     wait_for_previous(PDL)
     row, block = tl.program_id(0), tl.program_id(1)
@@ -49,7 +50,7 @@ def best_of_block_kernel(logits, noise, ids, keys, peaks, sums, V, stride, K: tl
     x = tl.load(logits + row * stride + token, mask=token < V, other=-float("inf")).to(tl.float32)
     if noise is not None:
         id_ = token if ids is None else tl.load(ids + token, mask=token < V, other=0)
-        x += tl.load(noise + id_, mask=token < V, other=0.0)
+        x += tl.load(noise + row * NOISE_STRIDE + id_, mask=token < V, other=0.0)
     if SUM:
         peak = tl.max(x, 0)
         tl.store(peaks + at, peak)
@@ -95,8 +96,8 @@ def merge_blocks_kernel(keys, peaks, sums, ids, tokens, logs, BLOCKS, K: tl.cons
 def top_children(logits: Tensor, k: int, ids: Tensor | None = None, noise: Tensor | None = None, log_p: bool = True
                  ) -> tuple[Tensor, Tensor]:
     """The k <= 10 most probable tokens of each row of logits [rows, V], best first, the lower id at a tie: tokens
-    [rows, k] int64, and their log-probabilities [rows, k] fp32, at most 0 (without `log_p` not computed). ids, noise:
-    see tree.grow.
+    [rows, k] int64, and their log-probabilities [rows, k] fp32, at most 0 (without `log_p` not computed). ids: see
+    tree.grow. noise [all tokens] fp32 is added to every row, or row r of noise [>= rows, all tokens] to row r.
 
     A row is cut into at most 64 blocks: enough programs for a large GPU even if there is one row.
     """
@@ -108,9 +109,10 @@ def top_children(logits: Tensor, k: int, ids: Tensor | None = None, noise: Tenso
     peaks, sums = torch.empty(2, rows if log_p else 0, blocks, device=device)
     tokens = keys.new_empty(rows, k)
     logs = peaks.new_empty(rows, k)
+    noise_stride = noise.stride(0) if noise is not None and noise.dim() == 2 else 0
     best_of_block_kernel[rows, blocks](logits, noise, None if noise is None else ids, keys, peaks, sums, vocab,
-                                       logits.stride(0), k, block, log_p, num_warps=4 if block == 1024 else 2,
-                                       **pdl_options(device))
+                                       logits.stride(0), noise_stride, k, block, log_p,
+                                       num_warps=4 if block == 1024 else 2, **pdl_options(device))
     size = triton.next_power_of_2(blocks * k)
     merge_blocks_kernel[rows,](keys, peaks, sums, ids, tokens, logs, blocks, k, size, triton.next_power_of_2(blocks),
                                log_p, num_warps=max(1, size // 256), **pdl_options(device))

@@ -4,13 +4,13 @@ Between two forwards, a cycle does little work in many steps: as PyTorch operati
 microseconds each. Here the host reads nothing, grids are static, every sum has a fixed order, and state changes in
 place. The functions have the names and results of their twins, which are the documentation:
 
-    catch_up, best_tokens, argmax, grow, rerank, accept_commit, compact     tree.py
-    gumbel_noise                                                            sampling.py
+    catch_up, best_tokens, argmax, grow, grid, rerank, accept_commit, compact     tree.py
+    gumbel_noise                                                                  sampling.py
 
 Choices compare the keys of ops/topk.py. A tile has 16 lanes for the k <= 10 nodes of a level, and 64 for the nodes of
 a tree.
 
-Letters: T nodes of a tree, N drafted candidates, V tokens of the vocabulary.
+Letters: T nodes of a tree, N drafted candidates, D depths, V tokens of the vocabulary.
 """
 import torch
 from torch import Tensor
@@ -97,6 +97,36 @@ def grow_kernel(children, logs, level_scores, level_index, level_visible,  # of 
         own = tl.where(slot // 64 == word, tl.full([16], 1, tl.int64) << (slot % 64), 0)
         inherited = tl.load(level_visible + row * 2 + word, mask=chosen, other=0)
         tl.store(next_visible + lane * 2 + word, inherited | own, mask=chosen)
+
+
+@triton.jit(do_not_specialize=["D", "n"])
+def grid_kernel(children, logs, tokens, scores, parents, D, n, K: tl.constexpr, BEAM: tl.constexpr,
+                PAIRS: tl.constexpr, PDL: tl.constexpr):
+    """See `grid`. One program does one depth after the other. A lane of PAIRS is a pair: a parent and a child's rank.
+
+    Pointers: children [D, K] int64 and logs [D, K] fp32, the K best tokens of each depth and their log-probabilities;
+    tokens, scores, parents [D * n or more] as in tree.Candidates. BEAM and PAIRS are n and the number of pairs, rounded
+    up to a power of two, at least 16.
+    """
+    wait_for_previous(PDL)
+    node, lane = tl.arange(0, BEAM), tl.arange(0, PAIRS)
+    parent, rank, pairs = lane, lane * 0, n
+    for r in tl.static_range(1, K):  # n // (r + 1) parents have a child of rank r that can be kept
+        parent = tl.where(lane < pairs, parent, lane - pairs)
+        rank = tl.where(lane < pairs, rank, r)
+        pairs += n // (r + 1)
+    real = lane < pairs
+    parent = tl.where(real, parent, 0)
+    pair = parent * 16 + rank  # the order at a tie; and lanes may have any order, because keys carry the pair
+    score = tl.where(node == 0, 0.0, -float("inf"))  # the root alone
+    for depth in range(D):
+        log_p = tl.load(logs + depth * K + rank, mask=real, other=0.0)
+        best = tl.topk(sort_key(tl.gather(score, parent, 0) + log_p, pair, real), BEAM)
+        score, winner = key_value(best), key_index(best)
+        at, kept = depth * n + node, node < n
+        tl.store(tokens + at, tl.load(children + depth * K + winner % 16, mask=kept), mask=kept)
+        tl.store(scores + at, score, mask=kept)
+        tl.store(parents + at, tl.where(depth == 0, -1, (depth - 1) * n + winner // 16), mask=kept)
 
 
 @triton.jit
@@ -226,6 +256,16 @@ def grow(logits: Tensor, level: Level, candidates: Candidates, depth: int, k: in
     grow_kernel[1,](children, logs, level.scores, level.index, level.visible, *candidates[:3], *following,
                     len(logits), depth, k, **pdl_options(logits.device))
     return following
+
+
+def grid(logits: Tensor, candidates: Candidates, n: int, k: int, ids: Tensor | None = None,
+         noise: Tensor | None = None) -> None:
+    """tree.grid, for n <= 127 and k <= 10; at a tie of a row's tokens the lower id."""
+    children, logs = top_children(logits, k, ids, noise)
+    beam = max(16, triton.next_power_of_2(n))
+    pairs = max(16, triton.next_power_of_2(sum(n // rank for rank in range(1, k + 1))))
+    grid_kernel[1,](children, logs, *candidates[:3], len(logits), n, k, beam, pairs, num_warps=max(1, pairs // 64),
+                    **pdl_options(logits.device))
 
 
 def rerank(state: State, candidates: Candidates, n: int, max_depth: int) -> Tree:

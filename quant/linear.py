@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ops.linear import linear
-from ops.quantized import ROTATION, Quantized, pack, rotate
+from ops.quantized import ROTATION, Quantized, dequantize, pack, rotate
 from quant.int4 import SHRINK, column_importance, gptq, nearest_integers, search_scales
 
 MODES = ("int8", "int8dyn", "int4")
@@ -71,20 +71,34 @@ def quantize_weight(w: Tensor, mode: str, group: int = 128, hessian: Tensor | No
 
 
 def rows_of(weight: Tensor | Quantized, rows: Tensor | slice) -> Tensor | Quantized:
-    """The given rows (outputs) of a weight: ids or a slice. Not for int4."""
+    """The given rows (outputs) of a weight: ids or a slice."""
     if not isinstance(weight, Quantized):
         return weight[rows]
-    return weight._replace(data=weight.data[rows], scale=weight.scale[rows])
+    scale = weight.scale[:, rows].contiguous() if weight.group else weight.scale[rows]  # int4: [groups, N, 2]
+    return weight._replace(data=weight.data[rows], scale=scale)
 
 
 def stack(above: Tensor | Quantized, below: Tensor | Quantized) -> Tensor | Quantized | None:
     """Two weights that read the same input as one weight, the rows of `above` first. None if they are quantised in
-    different ways, or to int4."""
+    different ways."""
     if not isinstance(above, Quantized) and not isinstance(below, Quantized):
         return torch.cat((above, below))
-    if isinstance(above, Quantized) and isinstance(below, Quantized) and above[2:] == below[2:] and not above.group:
-        return above._replace(data=torch.cat((above.data, below.data)), scale=torch.cat((above.scale, below.scale)))
+    if isinstance(above, Quantized) and isinstance(below, Quantized) and above[2:] == below[2:]:
+        scale = torch.cat((above.scale, below.scale), int(above.group > 0))
+        return above._replace(data=torch.cat((above.data, below.data)), scale=scale)
     return None
+
+
+def drafting_rows(weight: Tensor | Quantized, ids: Tensor | None, quantized: bool) -> Tensor | Quantized:
+    """The rows of the lm_head that are drafted from: those of `ids`, or all. For a quantised head they are int8, even
+    where the target's are not. Activations have 8 bits here: a draft need not be exact, and the best ten rarely
+    change."""
+    if ids is not None:
+        weight = rows_of(weight, ids)
+    if quantized and (ids is not None or not isinstance(weight, Quantized)):  # a copy anyway: rotate it, as fc is
+        exact = dequantize(weight, torch.float32) if isinstance(weight, Quantized) else weight.detach()
+        weight = quantize_weight(exact, "int8dyn")
+    return weight._replace(planes=1) if isinstance(weight, Quantized) else weight
 
 
 # ----- Modules -----------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct"
+DEMO_TREE = (8, 3, 3)  # EAGLE-2's default on a CPU
 
 PROMPTS = [
     "What should I pack for a weekend in the mountains?",
@@ -82,7 +83,7 @@ def demo_prompts(demo: Path) -> list[list[int]]:
 
 @pytest.fixture(scope="session")
 def demo_runs(demo_model, demo_head, demo_prompts):
-    """Every prompt continued greedily by 64 tokens with EAGLE-2's default tree: [(cycles, all ids, Recorder)].
+    """Every prompt continued greedily by 36 tokens with EAGLE-2's tree DEMO_TREE: [(cycles, all ids, Recorder)].
 
     Tests that use it belong to the xdist_group "demo": with --dist loadgroup one worker runs them, and makes it once.
     """
@@ -93,9 +94,9 @@ def demo_runs(demo_model, demo_head, demo_prompts):
     runs = []
     with all_cores():
         for ids in demo_prompts:
-            recorder = Recorder(Eagle2(demo_head, demo_model))
+            recorder = Recorder(Eagle2(demo_head, demo_model, *DEMO_TREE))
             engine = Engine(demo_model, recorder.drafter, 512, frozenset([2]))
-            cycles = list(engine.generate(ids, 64))
+            cycles = list(engine.generate(ids, 36))
             runs.append((cycles, ids + sum(cycles, []), recorder))
     return runs
 
@@ -110,6 +111,7 @@ def checkpoint(tmp_path: Path):
     folder = tiny.save_target(model, tmp_path / "target")
     tiny.save_head(head, folder / "eagle")
     tiny.save_head3(tiny.head3(model), folder / "eagle3")
+    tiny.save_block(tiny.block(model), folder / "block")
     save_medusa(MedusaHeads(model.cfg.hidden_size, 4), folder / "medusa")
     return folder, model
 

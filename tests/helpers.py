@@ -31,6 +31,7 @@ class Letters:
     Private-use characters stand for single ids, so that any ids can be written as text."""
     has_chat_template, stop_ids, bos_id = True, frozenset([EOS, END]), BOS
     head, between, tail = [BOS, USER], [USER], [END, ASSISTANT]
+    added: dict[int, object] = {}
 
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
         ids = [BOS]
@@ -95,7 +96,8 @@ FLAGS = {"vanilla": (), "lookup": ("--lookup",), "lookahead": ("--lookahead",), 
          "speculate": ("--speculate", "."), "speculate+rejection": ("--speculate", ".", "--rejection"),
          "speculate+lookup": ("--speculate", ".", "--lookup"), "eagle": ("--eagle",), "eagle2": ("--eagle2",),
          "eagle2+lookup": ("--eagle2", "--lookup"), "eagle3": ("--eagle3",),
-         "eagle3+lookup": ("--eagle3", "--lookup")}  # "medusa" and "." stand for folders of weights
+         "eagle3+lookup": ("--eagle3", "--lookup"), "block": ("--block",),
+         "block+lookup": ("--block", "--lookup")}  # "medusa" and "." stand for folders of weights
 
 # What --json prints
 KEYS = {"method", "text", "tokens", "prompt_tokens", "new_tokens", "cycles", "gained", "mean_gained", "accept_by_depth",
@@ -113,6 +115,7 @@ def tiny_checkpoint(folder: Path) -> Path:
     model, head = tiny.pair(4, 0.03, torch.float32, vocab_size=V)
     tiny.save_head(head, tiny.save_target(model, folder) / "eagle")
     tiny.save_head3(tiny.head3(model), folder / "eagle3")
+    tiny.save_block(tiny.block(model), folder / "block")
     bpe = BPE(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     bpe.train_from_iterator(cycle.QUESTIONS.read_text().split("\n"), trainers.BpeTrainer(

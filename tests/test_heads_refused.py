@@ -13,6 +13,7 @@ from torch import Tensor
 
 from drafters.heads import load_head
 from drafters.medusa import load_medusa
+from formats.foreign import kind_of_head
 from formats.hf import open_folder
 
 C, V = tiny.SHAPE["hidden_size"], tiny.SHAPE["vocab_size"]
@@ -49,9 +50,12 @@ KINDS = [
     ("an EAGLE-3 head", EAGLE3 | D2T | named("embed_tokens.weight"), NESTED), ("an EAGLE-3 head", EAGLE3, {}),
     ("an EAGLE-3 head", {f"model.{name}": tensor for name, tensor in MIDLAYER.items()}, tiny.SHAPE),
     ("a P-EAGLE head", EAGLE3 | {"mask_hidden": torch.zeros(1, 1, 3 * C)}, NESTED),
-    ("a DFlash head", BLOCK, DFLASH), ("a DFlash head", BLOCK | D2T | named("embed_tokens.weight"), NESTED),
-    ("a JetSpec head", BLOCK, DFLASH | {"dflash_config": {"causal_head": True}}),
-    ("a DSpark head", BLOCK | named("markov_head.markov_w1.weight", "markov_head.markov_w2.weight"), DFLASH),
+    ("a block head", BLOCK, DFLASH), ("a block head", BLOCK | D2T | named("embed_tokens.weight"), NESTED),
+    ("a block head", BLOCK | named("markov_head.markov_w1.weight", "markov_head.markov_w2.weight"), DFLASH),
+    ("a DFlash head of the assistant kind", named("encoder.fc.weight", "encoder.output_norm_enc.weight"), DFLASH),
+    *(("a DFlash head of Laguna's or MiMo's kind", BLOCK | named(name), DFLASH) for name in (
+        "mask_embedding", "aux_hidden_norms.0.weight", "layers.0.self_attn.g_proj.weight", "layers.0.self_attn.sinks",
+        "layers.1.self_attn.attention_sink_bias")),
     ("a Domino head", BLOCK | named("prefix_gru.weight_ih_l0"), DFLASH),
     ("a DFlare head", BLOCK | named("layer_fusion_weights"), DFLASH),
     ("a DFlash2 head", BLOCK | named("candidate_selector.hidden_projection"), DFLASH),
@@ -75,7 +79,7 @@ def test_other_kinds_are_named(tmp_path: Path) -> None:
     target = tiny.target()
     for kind, tensors, raw in KINDS:
         save(tmp_path, tensors, raw)
-        for load in (load_medusa,) if kind == "an EAGLE-3 head" else (load_head, load_medusa):
+        for load in (load_medusa,) if kind in ("an EAGLE-3 head", "a block head") else (load_head, load_medusa):
             with pytest.raises(ValueError, match=f"model.safetensors: holds {kind}.*; only") as error:
                 load(tmp_path, target)
             assert "\n" not in str(error.value)
@@ -83,13 +87,19 @@ def test_other_kinds_are_named(tmp_path: Path) -> None:
 
 def test_heads_are_not_converted_as_models(tmp_path: Path) -> None:
     """Fails if the converter, given a head's folder in place of a model's, complains of a tensor."""
-    for kind, tensors, raw in KINDS[:6]:
+    for kind, tensors, raw in KINDS[:9]:
         save(tmp_path, tensors, tiny.SHAPE | raw)
         with pytest.raises(ValueError, match=f"holds {kind}, not a model"):
             open_folder(tmp_path)
     tiny.save_head(tiny.head(tiny.target()), tmp_path)
     with pytest.raises(ValueError, match="holds an EAGLE-1/2 head, not a model"):
         open_folder(tmp_path)
+
+
+def test_models_are_no_heads() -> None:
+    """Fails if a model whose attention has sinks or gates is taken for a head that has them too."""
+    for name in ("self_attn.sinks", "self_attn.g_proj.weight", "self_attn.attention_sink_bias"):
+        assert kind_of_head(WHOLE | named(f"model.layers.0.{name}"), tiny.SHAPE).startswith("a whole model")
 
 
 def test_each_option_names_the_other(tmp_path: Path) -> None:

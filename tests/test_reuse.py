@@ -27,6 +27,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Llam
     folder = tiny.save_target(model, tmp_path_factory.mktemp("checkpoint") / "target")
     tiny.save_head(head, folder / "eagle")
     tiny.save_head3(tiny.pair3(0, 0.1, torch.float32)[1], folder / "eagle3")
+    tiny.save_block(tiny.block(model), folder / "block")
     save_medusa(MedusaHeads(model.cfg.hidden_size, 4), folder / "medusa")
     small = tiny.save_target(tiny.pair(0, 0.05, torch.float32)[0], folder / "small")
 

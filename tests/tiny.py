@@ -16,9 +16,12 @@ from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor, nn
 
 from draft import EagleHead
+from drafters.block import BlockHead
 from drafters.eagle3 import PLAIN, Eagle3Head
 from drafters.medusa import MedusaHeads, save_medusa
 from drafters.tree_size import NODES
+from formats.block import BlockConfig
+from formats.block import save_block as save_block_head
 from formats.config import Config
 from formats.eagle import CURVE, VOCAB
 from formats.eagle3 import Eagle3Config, save_eagle3
@@ -119,6 +122,23 @@ def pair3(seed: int = 0, noise: float = 0.1, dtype: torch.dtype = torch.float64,
     return model, eagle
 
 
+def block(model: Llama, seed: int = 3, names: Collection[str] = (), ids: list[int] | None = None, layers: int = 2,
+          **changes) -> BlockHead:
+    """A random block head for `model`, in the same dtype: anchor-first, causal, 6 rows. names, ids: as `head3`'s.
+    `changes` are fields of its BlockConfig, or entries of its layers' config.json."""
+    size, count = model.cfg.hidden_size, model.cfg.vocab_size
+    facts = {"taps": (0, 1, 2), "block_size": 6, "mask_token": 7, "anchor_first": True, "causal": True, "markov": None}
+    facts |= {key: changes.pop(key) for key in list(changes) if key in facts}
+    shape = {"model_type": "qwen3", "vocab_size": count, "hidden_size": size, "num_hidden_layers": layers}
+    eagle = BlockHead(BlockConfig(
+        layer=Config.from_dict(SHAPE | shape | changes), target_size=size, target_layers=model.cfg.num_layers,
+        windows=(None,) * layers, draft_vocab_size=len(ids) if ids else count, markov_rank=5 if facts["markov"] else 0,
+        **facts), names)
+    randomise(eagle, seed, model.embed.weight.dtype)
+    eagle.vocab = torch.tensor(ids) if ids else None
+    return eagle
+
+
 def config_json(cfg: Config) -> dict:
     """The entries of config.json that give this Config."""
     raw = {"model_type": "qwen3" if cfg.qk_norm else "llama", "num_hidden_layers": cfg.num_layers,
@@ -171,11 +191,17 @@ def save_head3(eagle: Eagle3Head, folder: Path) -> Path:
     return folder
 
 
+def save_block(eagle: BlockHead, folder: Path) -> Path:
+    """Save a block head as published. Returns the folder."""
+    save_block_head(eagle.cfg, eagle.state_dict(), eagle.vocab, folder)
+    return folder
+
+
 def save_everything(folder: Path) -> Path:
     """Save a folder that generate.py can run with any method, for a vocabulary of 256 bytes, 2 special tokens and 2
     unused ids. Returns the folder. It holds the target with a tokenizer and a chat template, and in folders below
 
-        eagle, eagle3, medusa          draft heads
+        eagle, eagle3, block, medusa   draft heads
         eagle_pickle, medusa_pickle    the same as pickles
         draft                          a draft model of one layer
         int8                           the target in int8
@@ -184,6 +210,7 @@ def save_everything(folder: Path) -> Path:
     save_target(model, folder)
     save_head(eagle, folder / "eagle")
     save_head3(head3(model, ids=list(range(64, 123)) + [32]), folder / "eagle3")
+    save_block(block(model, markov="vanilla"), folder / "block")
     save_medusa(MedusaHeads(model.cfg.hidden_size, 3, vocab_size=260), folder / "medusa")
     save_target(target(5, torch.float32, vocab_size=260, num_hidden_layers=1), folder / "draft")
     for name, file, pickle in (("eagle", "model.safetensors", "pytorch_model.bin"),

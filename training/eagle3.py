@@ -23,12 +23,9 @@ from formats.config import Config
 from formats.eagle3 import open_eagle3, save_eagle3
 from formats.eagle3_config import Eagle3Config, usual_taps
 from model import Llama
-from training.dialogues import unmark
 from training.steps import compile_on_gpu, soft_cross_entropy, unrolled_attention
-from training.trainer import Trainer
+from training.tapped import DRAFT_VOCAB, TappedTrainer, evened, frequent_tokens, rows_of, sample_hidden
 
-DRAFT_VOCAB = 16384  # tokens, where --draft_vocab does not say how many
-SAMPLE = 4  # dialogues that the sizes of the taps are measured on
 OWN_SCORE = 8.0  # of a new head's rows with themselves: exp(8) outweighs some hundred rows of score 0
 
 # ----- A new head --------------------------------------------------------------------------------------------------
@@ -52,29 +49,6 @@ def new_config(target: Config, args: argparse.Namespace) -> Eagle3Config:
         layer, target.hidden_size, target.num_layers, choose_taps(target.num_layers), (True,) + (False,) * (count - 1),
         args.draft_vocab or min(DRAFT_VOCAB, target.vocab_size), norm_before_residual=False,
         norm_output=bool(args.norms))
-
-
-def frequent_tokens(data: Tensor, size: int, vocab_size: int) -> Tensor | None:
-    """The ids of the `size` tokens that occur most often in the answers of data [dialogues, S], marked: [size] int64,
-    ascending. None if these are all tokens."""
-    if size == vocab_size:
-        return None
-    counts = torch.bincount(data[data >= 0].long(), minlength=vocab_size)
-    return counts.argsort(descending=True, stable=True)[:size].sort().values
-
-
-def rows_of(target: Llama, ids: Tensor | None) -> Tensor:
-    """The target's lm_head for the tokens `ids`, [Vd, C]."""
-    weight = target.lm_head.weight
-    return weight if ids is None else weight[ids]
-
-
-def evened(x: Tensor) -> Tensor:
-    """Factors [C] that bring every channel of x [T, C] to a typical size of 1. A few channels of a residual stream are
-    a hundred times larger than the others: unscaled, every step of training would turn the head by them. Medians, since
-    the first token of a text is as exceptional. Small channels are enlarged ten times at most."""
-    size = x.float().abs().median(0).values
-    return 1 / size.clamp(min=0.1 * size.median())
 
 
 def initialise(head: Eagle3Head, target: Llama, embedded: Tensor, inputs: Tensor) -> None:
@@ -184,31 +158,22 @@ def distill3(head: Eagle3Head, taken: Tensor, feature: Tensor, target_rows: Tens
     return (soft_cross_entropy(logits, target) * share).sum(), agree.sum() / of_answer.sum().clamp(min=1)
 
 
-def best_tokens(feature: Tensor, lm_head: Tensor) -> Tensor:
-    """The target's best of all tokens, [S] int64, of its features [S, C]."""
-    return F.linear(feature, lm_head).argmax(-1)
-
-
 # ----- The trainer -------------------------------------------------------------------------------------------------
 
 
-class Eagle3Trainer(Trainer):
-    """Trains an Eagle3Head that has two more tensors: `vocab`, so that a state carries the draft vocabulary it was
-    trained with, and `tap_scale` [k * C], which the published fc holds already."""
+class Eagle3Trainer(TappedTrainer):
+    """Trains an Eagle3Head."""
     own_options = ("head_layers", "norms", "mlp", "share_lm_head", "init")
-    vocab_file = False
 
     def __init__(self, model: Llama, args: argparse.Namespace, data: Tensor, held_out: Tensor | None = None) -> None:
         super().__init__(model, args, data, held_out)
         self.join = compile_on_gpu(join, self.device)
         self.unrolled = compile_on_gpu(unrolled3, self.device)
         self.distill = compile_on_gpu(distill3, self.device)
-        self.best_tokens = compile_on_gpu(best_tokens, self.device)
-        self.use_vocab()
 
     @staticmethod
     def check(args: argparse.Namespace, target: Config) -> None:
-        Trainer.check(args, target)
+        TappedTrainer.check(args, target)
         if args.init is None:
             choose_taps(target.num_layers)
             return
@@ -228,14 +193,6 @@ class Eagle3Trainer(Trainer):
         known."""
         return () if self.module.lm_head is None else ("lm_head.weight",)
 
-    @property
-    def taps(self) -> tuple[int, ...]:
-        return self.module.cfg.taps
-
-    @property
-    def layer_config(self) -> Config:
-        return self.module.cfg.layer
-
     @torch.no_grad()
     def make_module(self) -> Eagle3Head:
         args, target = self.args, self.model
@@ -252,7 +209,7 @@ class Eagle3Trainer(Trainer):
                 torch.nn.init.ones_(norm.weight)
         del head.vocab
         head.register_buffer("vocab", None if vocab is None else vocab.to(self.device))
-        embedded, taps = self.sample(head.cfg.taps)
+        embedded, taps = sample_hidden(target, self.data, head.cfg.taps)
         inputs = fc_inputs(head, taps)
         head.register_buffer("tap_scale", evened(inputs))
         if args.init:
@@ -261,40 +218,8 @@ class Eagle3Trainer(Trainer):
             initialise(head, target, embedded, inputs)
         return head
 
-    def sample(self, taps: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """The embedded tokens of a few dialogues [T, C], and their taps [T, k * C], both fp32."""
-        tokens = unmark(self.data[:SAMPLE].to(self.device, torch.int64))
-        with torch.compiler.set_stance("force_eager"):  # this shape comes once
-            found = self.model.forward_with_taps(tokens, torch.arange(tokens.shape[1], device=self.device), taps=taps)
-        return self.model.embed(tokens).flatten(0, 1).float(), found[1].flatten(0, 1).float()
-
-    def use_vocab(self) -> None:
-        """Take the draft vocabulary from the head."""
-        ids = self.module.vocab
-        self.target_rows = rows_of(self.model, ids)  # [Vd, C]
-        self.drafted = None  # [V] bool, which tokens are drafted; None: all
-        if ids is not None:
-            self.drafted = torch.zeros(self.model.cfg.vocab_size, dtype=torch.bool, device=self.device)
-            self.drafted[ids] = True
-
-    def resume(self, work: Path) -> None:
-        super().resume(work)
-        self.use_vocab()
-
     def export(self) -> None:
-        state = self.module.state_dict()
-        ids = state.pop("vocab", None)
-        state["fc.weight"] = state["fc.weight"] * state.pop("tap_scale")
-        save_eagle3(self.module.cfg, state, ids, self.args.out)
-
-    @torch.no_grad()
-    def known(self, features: Tensor) -> Tensor:
-        """Where the target's best token is a draft token, [B, S] bool of its features [B, S, C]. One dialogue after the
-        other: the logits of all would be the largest tensor of a step."""
-        if self.drafted is None:
-            return torch.ones(features.shape[:2], dtype=torch.bool, device=self.device)
-        weight = self.model.lm_head.weight
-        return torch.stack([self.drafted[self.best_tokens(feature, weight)] for feature in features])
+        save_eagle3(self.module.cfg, *self.published(), self.args.out)
 
     def losses(self, tokens: Tensor, of_answer: Tensor, features: Tensor, taps: Tensor, places: Tensor
                ) -> tuple[Tensor, list[Tensor]]:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from app.answer import run
-from draft import Eagle2, Vanilla
-from drafters.heads import load_head
+from draft import Vanilla
+from drafters.heads import load_head, tree_drafter
 from drafters.methods import CPU_TREE, GPU_TREE
-from drafters.tree_size import LEVELS, NODES, TOPK, fit, read_curve, tokens_by_size
+from drafters.tree_size import LEVELS, NODES, TOPK, fit, largest_tree, read_curve, tokens_by_size
 from engine import Engine
 from formats.eagle import CURVE
 from formats.writing import replace_files
@@ -23,11 +23,11 @@ from tree import MAX_NODES, Candidates
 
 def evaluate(model: Llama, out: Path, prompts: list[list[int]], stop_ids: frozenset[int], temperature: float,
              new_tokens: int = 128) -> float:
-    """Tokens per step with the head in `out` and EAGLE-2's default tree: all tokens committed after prefill, divided by
+    """Tokens per step with the head in `out` and the default tree: all tokens committed after prefill, divided by
     all cycles."""
     longest = max(map(len, prompts), default=0) + new_tokens
     model.free_cache()
-    engine = Engine(model, Eagle2(load_head(out, model), model), longest, stop_ids)
+    engine = Engine(model, tree_drafter(load_head(out, model), model, *GPU_TREE), longest, stop_ids)
     committed = []  # tokens of each cycle
     for ids in prompts:
         prefill, *cycles = engine.generate(ids, new_tokens, Sampling(temperature=temperature))
@@ -41,7 +41,7 @@ def save_curve(model: Llama, out: Path, prompts: list[list[int]], stop_ids: froz
     from the candidates of the largest tree, which is drafted here (drafters/tree_size.py)."""
     longest = max(map(len, prompts), default=0) + new_tokens
     model.free_cache()
-    engine = Engine(model, Eagle2(load_head(out, model), model, MAX_NODES, LEVELS, TOPK), longest, stop_ids)
+    engine = Engine(model, largest_tree(load_head(out, model), model, MAX_NODES), longest, stop_ids)
     cycle = engine.captured(engine.cycle, "cycle")
     counts = []  # of each cycle, [sizes, levels]
     for ids in prompts:
@@ -71,7 +71,7 @@ def compare_speeds(model: Llama, out: Path, prompts: list[list[int]], stop_ids: 
     tree = fit(model, head, read_curve(out), longest) or GPU_TREE if device.type == "cuda" else CPU_TREE
     steps = []
     speeds = []
-    for drafter in (Vanilla(device), Eagle2(head, model, *tree)):
+    for drafter in (Vanilla(device), tree_drafter(head, model, *tree)):
         engine = Engine(model, drafter, longest, stop_ids)
         run(engine, prompts[0], 2)  # captures the graph of a cycle
         runs = [run(engine, ids, new_tokens) for ids in prompts]

@@ -34,22 +34,20 @@ def training_need(trainer, batch: int) -> Need:
 
     Of each draft step and each layer, autograd keeps for each position what the layer reads (2 C), norms and residuals
     (5 C), queries, keys, values and what they give, of all heads (4 H D), gate, up and their product (3 I), and for
-    each head a score and a weight for all positions. One step more is counted: the gradients of the step that is gone
-    through backwards.
+    each head a score and a weight for all positions.
     """
     args, cfg = trainer.args, trainer.layer_config
-    steps = trainer.ahead + 1
-    rows = args.length - steps
+    passes, rows, logit_rows = trainer.work(batch)
     per_position = (7 * cfg.hidden_size + 4 * cfg.num_heads * cfg.head_dim + 3 * cfg.intermediate_size
                     + 2 * cfg.num_heads * args.length)
     parameters = sum(p.numel() for p in trainer.module.parameters())
     states = sum((2 if isinstance(optimizer, torch.optim.AdamW) else 1) * p.numel()
                  for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"])
     hidden = batch * args.length * trainer.model.cfg.hidden_size * (1 + len(trainer.taps))
-    logits = 2 * min(args.places, batch * rows) * len(trainer.target_rows)
+    logits = 2 * logit_rows * len(trainer.target_rows)
     return Need(target=total_bytes(trainer.model) + target_passing(trainer.model, batch * args.length),
                 head=4 * (2 * parameters + states), hidden=2 * hidden,
-                steps=2 * steps * (parameters + cfg.num_layers * batch * rows * per_position), loss=2 * steps * logits)
+                steps=2 * (passes * parameters + cfg.num_layers * rows * per_position), loss=2 * logits)
 
 
 def target_passing(model: Llama, tokens: int) -> int:

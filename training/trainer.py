@@ -85,6 +85,13 @@ class Trainer:
         """How many features ahead the last prediction lies: the draft steps that training unrolls."""
         return self.args.unroll
 
+    def work(self, batch: int) -> tuple[int, int, int]:
+        """What a training step keeps for its backward pass: passes of the module, rows of its layers and rows of logits
+        in all passes. One more than there are is counted: the gradients of the pass that is gone through backwards."""
+        passes = self.ahead + 1
+        rows = batch * (self.args.length - passes)
+        return passes, passes * rows, passes * min(self.args.places, rows)
+
     def make_module(self) -> nn.Module:
         """What is trained, before training: a module with a `cfg`."""
         return new_head(self.model.cfg, self.device)

@@ -3,9 +3,11 @@
 import pytest
 import tiny
 import torch
+from plain_blocks import PlainBlock
 from plain_trees import Builder, PlainHead, PlainHead3
 
 from drafters.head_check import STEPS, Answer, Variant, compare, is_clear, right_guesses
+from model import Llama
 
 
 def plain_guesses(builder: Builder, start: int) -> list[list[bool]]:
@@ -72,3 +74,61 @@ def test_what_is_clear() -> None:
     assert not is_clear(variant(53, 100), variant(50, 100)) and not is_clear(variant(50, 100), variant(50, 100))
     a, b = Variant({}, [torch.arange(100) % 2 == 0]), Variant({}, [torch.arange(100) % 2 == 1])
     assert not is_clear(a, b) and not is_clear(b, a)
+
+
+BLOCKS = {"anchor first": {}, "fill in, sees all": {"anchor_first": False, "causal": False},
+          "markov": {"markov": "rnn", "ids": [9, 3, 4, 17, 22, 0, 1, 8, 12, 11, 10, 20, 5, 6]},
+          "two rows": {"block_size": 2, "markov": "vanilla"}}
+
+
+def guessed_by(plain: PlainBlock, model: Llama, ids: list[int], length: int, own: int = 1) -> list[int]:
+    """A text that begins with `ids`, in which every `own`-th token is the first guess of the head."""
+    while len(ids) < length:
+        taps = model.forward_with_taps(torch.tensor([ids]), torch.arange(len(ids)), taps=plain.cfg.taps)[1][0]
+        context = [plain.remember(row, place) for place, row in enumerate(taps[:-1])]
+        h = plain.rows(ids[-1], len(ids) - 1, context)[0]
+        logits = plain.lm_head @ h
+        if plain.cfg.markov:
+            logits = logits + plain.markov(ids[-1], h, torch.zeros(plain.cfg.markov_rank, dtype=h.dtype))[0]
+        ids = [*ids, 5 if len(ids) % own else int(plain.ids[logits.argmax()])]
+    return ids
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_guesses_of_blocks(kind: str) -> None:
+    """Fails if a block sees the context of another anchor or rows of another block, if the layout's shift is left out,
+    or if the Markov head is given another token."""
+    model = tiny.target(4, num_hidden_layers=3)
+    model.allocate_rope(64)
+    head = tiny.block(model, **BLOCKS[kind])
+    plain = PlainBlock(head.state_dict(), head.cfg, head.vocab, model)
+    answers = [Answer(guessed_by(plain, model, tiny.prompt(seed, 5), 14 + seed, 2), 5 + 2 * seed) for seed in range(3)]
+    steps = min(STEPS, head.cfg.block_size - (not head.cfg.anchor_first))
+    expected = [[] for _ in range(steps)]
+    for ids, start in answers:
+        taps = model.forward_with_taps(torch.tensor([ids]), torch.arange(len(ids)), taps=head.cfg.taps)[1][0]
+        context = [plain.remember(row, place) for place, row in enumerate(taps)]
+        for anchor in range(start - 1, len(ids) - STEPS):
+            state = torch.zeros(head.cfg.markov_rank, dtype=torch.float64)
+            for step, h in enumerate(plain.rows(ids[anchor], anchor, context[:anchor])[:steps]):
+                logits = plain.lm_head @ h
+                if head.cfg.markov:
+                    added, state = plain.markov(ids[anchor + step], h, state)
+                    logits = logits + added
+                expected[step].append(int(plain.ids[logits.argmax()]) == ids[anchor + step + 1])
+    found = right_guesses(head, model, answers)
+    assert [right.tolist() for right in found] == expected and 0 < sum(map(sum, expected)) < sum(map(len, expected))
+
+
+def test_variants_of_blocks() -> None:
+    """Fails if a layout, the causality or taps that are tried do not reach the head: a text that the head itself has
+    guessed is right for its own fields alone."""
+    model = tiny.target(2, num_hidden_layers=5)
+    model.allocate_rope(64)
+    head = tiny.block(model, taps=(0, 2, 4), anchor_first=False)
+    plain = PlainBlock(head.state_dict(), head.cfg, None, model)
+    ids = guessed_by(plain, model, tiny.prompt(3, 5), 45)
+    doubts = {"anchor_first": (True, False), "causal": (False, True), "taps": ((1, 3, 5), (0, 2, 4))}
+    best, *others = compare(head, doubts, model, [Answer(ids, 5)])
+    assert best.fields == {"anchor_first": False, "causal": True, "taps": (0, 2, 4)} and best.shares[0] == 1
+    assert len(others) == 7 and all(is_clear(best, other) for other in others)

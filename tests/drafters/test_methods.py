@@ -1,6 +1,7 @@
 """drafters/methods.py and app/options.py: each row of the table makes its drafter, with the sizes asked for, from
 flags, from --method and from Engine.load; what does not fit is refused in one line."""
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import generate
 from app.options import Engine, load_engine
 from draft import Eagle2, Vanilla
 from drafters import methods
+from drafters.block import Block
 from drafters.eagle1 import Eagle1
 from drafters.lookahead import Lookahead
 from drafters.lookup import Lookup
@@ -22,7 +24,7 @@ from drafters.speculate import Speculate
 from model import Llama
 
 KINDS = {"vanilla": Vanilla, "lookup": Lookup, "lookahead": Lookahead, "medusa": Medusa, "speculate": Speculate,
-         "eagle": Eagle1, "eagle2": Eagle2, "eagle3": Eagle2}
+         "eagle": Eagle1, "eagle2": Eagle2, "eagle3": Eagle2, "block": Block}
 
 
 def method_words(method: str, folder: Path) -> list[str]:
@@ -40,7 +42,7 @@ def test_every_method(method: str, checkpoint: tuple[Path, Llama]) -> None:
     needed = words[:2] if weights and weights.option in ("medusa", "speculate") else []
     args = generate.parse_args(arguments(folder, "--method", method, *needed))
     assert vars(args) == vars(generate.parse_args(arguments(folder, *words))) | {
-        extra: False for extra in ("eagle", "eagle2", "eagle3", "lookup", "lookahead", "rejection")}
+        extra: False for extra in ("eagle", "eagle2", "eagle3", "block", "lookup", "lookahead", "rejection")}
     assert args.method == method
     drafter = make_drafter(method, args, model, 128)
     assert type(drafter) is KINDS[method.partition("+")[0]] and drafter.rejection_sampling == ("rejection" in method)
@@ -114,6 +116,15 @@ def test_load_refuses(options: dict, message: str, loadable: Path) -> None:
         Engine.load(loadable, **options, draft_token=8)
 
 
+@cache
+def plain_text(length: int, slots: int) -> tuple[list[int], list[int]]:
+    """A prompt and how the model of `checkpoint` continues it up to the last slot, without a cache and chunks."""
+    model, ids, text = tiny.pair(0, 0.1, torch.float32)[0], tiny.prompt(length, length), []
+    while len(ids + text) < slots:
+        text.append(int(tiny.logits(model, ids + text)[-1].argmax()))
+    return ids, text
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_limits(method: str, checkpoint: tuple[Path, Llama], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,13 +135,10 @@ def test_limits(method: str, checkpoint: tuple[Path, Llama], monkeypatch: pytest
     args = generate.parse_args(arguments(folder, *method_words(method, folder)))
     parts, slots = {}, 40
     for length in (1, 2, 7, 8, 9, 15, 16, 17, 33, slots - 2, slots - 1):
-        ids = tiny.prompt(length, length)
-        text = []
-        while len(ids + text) < slots:
-            text.append(int(tiny.logits(model, ids + text)[-1].argmax()))  # no cache, no chunks
+        ids, text = plain_text(length, slots)
         fast = Engine(model, make_drafter(method, args, model, slots, parts), slots)
         assert sum(fast.generate(ids, 1000), []) == text
-        for stop in {*text[1:12]}:
+        for stop in {*text[1:12]} if length in (1, 8, 17) else {}:
             fast = Engine(model, make_drafter(method, args, model, slots, parts), slots, frozenset({stop, 999}))
             assert sum(fast.generate(ids, 1000), []) == text[:text.index(stop) + 1]
     for wrong in ([], tiny.prompt(0, slots)):
@@ -189,17 +197,17 @@ def test_refused(checkpoint: tuple[Path, Llama], demo: Path, tmp_path: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("demo")
-@pytest.mark.parametrize("method, least", [("medusa", 2.0), ("speculate", 2.8)])
+@pytest.mark.parametrize("method, least", [("medusa", 2.0), ("speculate", 3.1)])
 def test_demo_peers(method: str, least: float, demo: Path, demo_model: Llama, demo_runs) -> None:
     """Fails if the Medusa heads or the draft model in heads/ are read wrongly or draft one position off: the text would
-    be the same, with fewer tokens per step. Here Medusa has 2.14 and the draft model 3.04."""
+    be the same, with fewer tokens per step. Here Medusa has 2.19 and the draft model 3.41."""
     heads = ROOT / "heads/SmolLM2-135M-Instruct"
     args = generate.parse_args(arguments(demo))
     args.medusa, args.speculate = heads / "medusa", heads / "draft_model"
     engine, gained = Engine(demo_model, make_drafter(method, args, demo_model, 512), 512, frozenset([2])), []
     for cycles, text, _ in demo_runs[:4]:
         ids = text[:len(text) - sum(map(len, cycles))]
-        mine = list(engine.generate(ids, 64))
+        mine = list(engine.generate(ids, 36))
         assert ids + sum(mine, []) == text
         gained += map(len, mine[1:])
     assert sum(gained) / len(gained) > least

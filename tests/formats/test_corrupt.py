@@ -24,7 +24,7 @@ from formats.eagle import CURVE
 from sampling import Sampling
 
 # The options that load the files of each folder that tiny.save_everything makes.
-METHODS = {"": ["--eagle2"], "eagle": ["--eagle2"], "eagle3": ["--eagle3"],
+METHODS = {"": ["--eagle2"], "eagle": ["--eagle2"], "eagle3": ["--eagle3"], "block": ["--block"],
            "eagle_pickle": ["--eagle2", "--draft", "eagle_pickle"], "medusa": ["--medusa", "medusa"],
            "medusa_pickle": ["--medusa", "medusa_pickle"],
            "draft": ["--speculate", "draft"], "int8": ["--checkpoint", "int8"]}

@@ -17,7 +17,6 @@ from drafters.medusa import Medusa, MedusaHeads
 from drafters.methods import METHODS
 from drafters.speculate import Speculate
 from formats.config import Config
-from formats.eagle3 import save_eagle3
 from formats.eagle3_config import usual_taps
 from model import Llama, load_model
 
@@ -43,14 +42,15 @@ def engines(demo) -> list[Engine]:
 @pytest.fixture(scope="session")
 def weights_of(demo, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]:
     """For each method the option that names its weights: those of this repository, the head in the checkpoint where
-    nothing is named, and for EAGLE-3 a random head, of which few drafts are accepted."""
-    heads, folder = ROOT / "heads/SmolLM2-135M-Instruct", tmp_path_factory.mktemp("eagle3")
+    nothing is named, and for EAGLE-3 and block drafting a random head, of which few drafts are accepted."""
+    heads, folder = ROOT / "heads/SmolLM2-135M-Instruct", tmp_path_factory.mktemp("heads")
     cfg = Config.load(demo)
     with torch.device("meta"):
         target = Llama(cfg)
     head = tiny.head3(target, taps=usual_taps(cfg.num_layers), num_attention_heads=cfg.num_heads,
                       num_key_value_heads=cfg.num_kv_heads)
-    save_eagle3(head.cfg, head.state_dict(), None, folder)
+    tiny.save_head3(head, folder / "eagle3")
+    tiny.save_block(tiny.block(target, block_size=8, head_dim=64), folder / "block")
     named = {"speculate": {"speculate": heads / "draft_model"}, "medusa": {"medusa": heads / "medusa"},
-             "eagle3": {"draft": folder}}
+             "eagle3": {"draft": folder / "eagle3"}, "block": {"draft": folder / "block"}}
     return {name: named.get(name.split("+")[0], {}) for name in METHODS}

@@ -8,8 +8,8 @@ from triton_tools import assert_fits, compile_ahead, not_interpreted
 from ops import topk
 from ops import tree as tree_kernels
 from ops.topk import argmax, top_children
-from ops.tree import accept_commit, catch_up, compact, grow, gumbel_noise, rerank
-from tree import State, start_tree
+from ops.tree import accept_commit, catch_up, compact, grid, grow, gumbel_noise, rerank
+from tree import State, empty_candidates, start_tree
 
 CPU = torch.device("cpu")
 
@@ -59,7 +59,7 @@ def test_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
             kernels[name] = Compiling(getattr(module, name))
             monkeypatch.setattr(module, name, kernels[name])
     launch_all()
-    assert len(kernels) == 8 and all(kernel.compiled for kernel in kernels.values())
+    assert len(kernels) == 9 and all(kernel.compiled for kernel in kernels.values())
 
 
 def launch_all() -> None:
@@ -73,6 +73,8 @@ def launch_all() -> None:
         grow(torch.zeros(k, vocab, dtype=dtype), level, candidates, 1, k)
         for noise in (None, torch.zeros(vocab)):
             grow(torch.zeros(k, vocab, dtype=dtype), level, candidates, 1, k, torch.arange(vocab), noise)
+        noise = torch.zeros(8, vocab)
+        grid(torch.zeros(7, vocab), empty_candidates(7 * (nodes - 1), CPU), nodes - 1, k, None, noise)
         made = rerank(state, candidates, nodes - 1, depth)
         tokens, _ = top_children(torch.zeros(k, vocab, dtype=dtype), k)
         chosen = argmax(torch.zeros(nodes, vocab, dtype=dtype))

@@ -44,7 +44,7 @@ FC_NORMS = (*PLAIN, *(f"fc_norms.{i}.weight" for i in range(3)))
 def settings(tmp_path: Path, **changes) -> argparse.Namespace:
     values = {"length": 32, "batch": 8, "unroll": 4, "decay": 0.8, "places": 128, "lr": 0.05, "steps": 80,
               "minutes": math.inf, "out": tmp_path / "head", "held_out": 0, "draft_vocab": 12, "head_layers": None,
-              "norms": None, "mlp": None, "share_lm_head": None, "init": None, "regression": 0.0}
+              "norms": None, "mlp": None, "share_lm_head": None, "init": None, "regression": 0.0, "openers": None}
     return argparse.Namespace(**values | changes)
 
 

@@ -1,0 +1,252 @@
+"""Block drafters: DFlash, DSpark and JetSpec write all levels of a tree in one forward (formats/block.py reads them).
+
+    python generate.py --checkpoint checkpoints/Qwen/Qwen3-8B --block --prompt "Write a queue."
+
+EAGLE's heads run once for each level. A block drafter runs once a cycle, over b rows: the newest committed token (the
+*anchor*) and b - 1 mask tokens. Row j guesses the token j + 1 after the anchor, or in the layout called fill-in the
+token j after it, where row 0 is not read. The rows see the text through *context* entries: keys and values made of the
+target's taps, which are final once they are written.
+
+    t      = norm(fc([tap_1; ...; tap_k]))        for each committed token but the anchor
+    k, v   = rows of each layer's own projections of t, without the input norm; k is normed and rotated
+    x      = embedding(anchor), embedding(mask), embedding(mask), ...
+    x      = layer(x)                             five or so Qwen3 layers; a row sees the context, and rows of the block
+    logits = lm_head(norm(x))
+
+All branches of the tree share these logits, so the best tree is found exactly (tree.grid). A Markov head (DSpark) adds
+a term for the token before, and then the tree is grown level by level as EAGLE-2's is:
+
+    logits_d = logits of row d + W2 W1[token before]
+
+Shapes: T tokens, b rows of the block, D depths, H the head's width, C the target's, k taps, V tokens, Vd draft tokens,
+L layers, K key/value heads, S cache slots.
+"""
+from collections.abc import Collection
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from draft import Drafter, tree_ops
+from formats.block import BlockConfig
+from model import Layer, Llama, RMSNorm, rope_table
+from ops.attention import TreeMask, tree_mask
+from ops.context import store_context
+from ops.embed_rope import embed
+from ops.linear import linear, rms_norm
+from quant.linear import drafting_rows, quantize_linears, rows_of, stack
+from tree import MAX_NODES, Candidates, State, Tree, empty_candidates, root_token, start_tree
+
+MOST_LEVELS = 16  # that are drafted; each has up to 63 candidates, and tree.rerank chooses from 1,024
+MOST_CANDIDATES = 1000  # the same for a tree that is grown level by level
+
+# ----- The head ----------------------------------------------------------------------------------------------------
+
+
+class Markov(nn.Module):
+    """What DSpark adds to the logits for the token before. "vanilla": W2 W1[token]. "gated": a gate from the row's
+    hidden state multiplies W1[token]. "rnn": a state of all tokens since the anchor takes the place of W1[token]."""
+
+    def __init__(self, cfg: BlockConfig) -> None:
+        super().__init__()
+        size, rank = cfg.layer.hidden_size, cfg.markov_rank
+        self.kind = cfg.markov
+        self.w1 = nn.Embedding(cfg.layer.vocab_size, rank)
+        self.w2 = nn.Linear(rank, cfg.draft_vocab_size, bias=False)
+        if cfg.markov == "gated":
+            self.gate = nn.Linear(size + rank, rank)
+        elif cfg.markov == "rnn":
+            self.joint = nn.Linear(2 * rank + size, 3 * rank)
+
+    def step(self, tokens: Tensor, h: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """What is added to the logits below tokens [m], [m, Vd] at least fp32, and the states after them [m, r]. h [1
+        or m, H] is the hidden state of their row, `state` [m, r] before them; only "rnn" changes it."""
+        e = self.w1.weight[tokens]
+        if self.kind != "vanilla":
+            h = h.expand(len(e), -1)
+        if self.kind == "gated":
+            e = torch.sigmoid(linear(torch.cat((h, e), -1), self.gate.weight, self.gate.bias)) * e
+        elif self.kind == "rnn":
+            x = linear(torch.cat((state, e, h), -1), self.joint.weight, self.joint.bias)
+            gate, new, out = x.chunk(3, -1)
+            gate = torch.sigmoid(gate)
+            state = gate * state + (1 - gate) * torch.tanh(new)
+            e = torch.tanh(out)
+        return linear(e, self.w2.weight, dtype=torch.promote_types(e.dtype, torch.float32)), state
+
+
+class BlockHead(nn.Module):
+    """The weights of a head, and its cache. `names`: those of its tensors, which decide what parts there are."""
+    folder = "block"
+
+    def __init__(self, cfg: BlockConfig, names: Collection[str] = ()) -> None:
+        super().__init__()
+        size, eps = cfg.layer.hidden_size, cfg.layer.rms_norm_eps
+        self.cfg = cfg
+        self.embed = nn.Embedding(cfg.layer.vocab_size, size) if "embed.weight" in names else None
+        self.fc = nn.Linear(len(cfg.taps) * cfg.target_size, size, bias=False)
+        self.hidden_norm = RMSNorm(size, eps)
+        bias = "layers.0.wqkv.bias" in names
+        self.layers = nn.ModuleList(Layer(cfg.layer, qkv_bias=bias) for _ in range(cfg.layer.num_layers))
+        self.norm = RMSNorm(size, eps)
+        own = not {"lm_head.weight", "lm_head.data"}.isdisjoint(names)
+        self.lm_head = nn.Linear(size, cfg.draft_vocab_size, bias=False) if own else None
+        self.markov = Markov(cfg) if cfg.markov else None
+        self.vocab: Tensor | None = None  # [any] int64: the tokens that are drafted, in the order of the lm_head's rows
+        self.quantized = False
+        self.kv: Tensor | None = None  # [L, 2, 1, K, S, D]
+        self.rope: Tensor | None = None  # [2, S, D]
+
+    def allocate_cache(self, slots: int) -> None:
+        """As EagleHead.allocate_cache. ValueError where a sliding window of the head is shorter."""
+        if self.kv is not None and self.kv.shape[4] >= slots:
+            return
+        layer, weight = self.cfg.layer, self.norm.weight
+        shortest = min((window for window in self.cfg.windows if window), default=slots)
+        if shortest < slots:
+            raise ValueError(f"this head's sliding window of {shortest} tokens is not implemented: use a smaller "
+                             "--max_seq_len")
+        kv = weight.new_zeros(layer.num_layers, 2, 1, layer.num_kv_heads, slots, layer.head_dim)
+        self.rope = rope_table(layer, slots, weight.device).to(weight.dtype)
+        self.kv = kv  # last, as in Llama.allocate_cache
+
+    def quantize(self, mode: str, group: int = 128, device: torch.device | str | None = None) -> None:
+        """Quantise all linears. int8 means int8dyn, as in EagleHead.quantize; the lm_head is int8 in every mode."""
+        quantize_linears(self, "int8dyn" if mode == "int8" else mode, group, device)
+        self.quantized = True
+
+
+class BoundBlock:
+    """A head with the target that it drafts for: the keys' and values' projections of all layers as one matrix, and
+    the rows of the lm_head that are drafted from."""
+
+    def __init__(self, head: BlockHead, target: Llama) -> None:
+        self.head = head
+        layer = head.cfg.layer
+        self.table = (target if head.embed is None else head).embed.weight
+        self.ids = head.vocab
+        lm_head = (target if head.lm_head is None else head).lm_head.weight
+        has_other_rows = self.ids is not None and len(self.ids) < lm_head.shape[0]
+        self.lm_head = drafting_rows(lm_head, self.ids if has_other_rows else None, head.quantized)
+        keys_and_values = slice(layer.num_heads * layer.head_dim, None)
+        self.kv_weight, *further = (rows_of(each.wqkv.weight, keys_and_values) for each in head.layers)
+        for weight in further:
+            self.kv_weight = stack(self.kv_weight, weight)
+        biases = [each.wqkv.bias for each in head.layers]
+        self.kv_bias = None if biases[0] is None else torch.cat([bias[keys_and_values] for bias in biases])
+        self.k_norms = torch.stack([each.k_norm.weight for each in head.layers])
+
+    def weights(self) -> tuple[tuple, tuple, tuple]:
+        """The weights that `remember` reads, and that `run` and `read` do, as draft.BoundHead.weights."""
+        markov = () if self.head.markov is None else (self.head.markov.w2,)
+        return (self.head.fc, self.kv_weight), (self.head.layers, self.lm_head, *markov), ()
+
+    def remember(self, taps: Tensor, slots: Tensor) -> None:
+        """Store the context entries of tokens in `slots` [T], of which the target's taps are [T, k * C]."""
+        head = self.head
+        t = linear(taps, head.fc.weight)
+        rows = linear(t, self.kv_weight, self.kv_bias, (head.hidden_norm.weight, head.hidden_norm.eps))
+        store_context(rows, head.rope, slots, head.kv[:, :, 0], self.k_norms, head.layers[0].k_norm.eps)
+
+    def run(self, tokens: Tensor, rope_pos: Tensor, cache_pos: Tensor, mask: Tensor | TreeMask) -> Tensor:
+        """The hidden states [rows, H] of rows of blocks, before the last norm. tokens, rope_pos, cache_pos [rows]."""
+        x, rope = embed(self.table, tokens, self.head.rope, rope_pos)
+        x = x[None]
+        for layer, kv in zip(self.head.layers, self.head.kv):
+            x = layer(x, rope, kv, cache_pos, mask)
+        return x[0]
+
+    def normed(self, x: Tensor) -> Tensor:
+        """Hidden states [N, H] after the last norm."""
+        return rms_norm(x.contiguous(), self.head.norm.weight, self.head.norm.eps)
+
+    def read(self, x: Tensor) -> Tensor:
+        """The logits [N, Vd] of hidden states [N, H], at least fp32."""
+        norm = self.head.norm
+        return linear(x, self.lm_head, norm=(norm.weight, norm.eps), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+# ----- Drafting with it --------------------------------------------------------------------------------------------
+
+
+class Block(Drafter):
+    """A tree of `draft_tokens` nodes, the root included, from one forward of the head. Nodes have `topk` possible
+    continuations. With `retrieval` (drafters/lookup.py) a chain found in the text competes with the drafted nodes.
+    """
+
+    def __init__(self, head: BlockHead, target: Llama, draft_tokens: int = 60, topk: int = 10, retrieval=None) -> None:
+        if not (2 <= draft_tokens <= MAX_NODES and 1 <= topk <= 10):
+            raise ValueError(f"a tree takes 2-{MAX_NODES} --draft_tokens and 1-10 --draft_topk")
+        cfg, device = head.cfg, target.embed.weight.device
+        skipped = 0 if cfg.anchor_first else 1  # rows before the first that is read
+        depth = min(cfg.block_size - skipped, MOST_LEVELS)
+        # A head whose rows see later rows needs all of them, as it was trained.
+        rows = self.rows = depth + skipped if cfg.causal else cfg.block_size
+        chain = retrieval.length if retrieval else 0
+        self.head, self.depth, self.retrieval, self.taps = head, depth, retrieval, cfg.taps
+        self.max_depth = max(depth, chain)
+        self.bound = BoundBlock(head, target)
+        self.tree_ops = tree_ops(device)
+        self.read_rows = slice(skipped, skipped + depth)
+        self.scratch = torch.arange(rows, device=device).repeat(2, 1) - 1  # the anchor is the last token of the text
+        self.masks = torch.full((rows - 1,), cfg.mask_token, device=device)
+        bits = [(1 << (row + 1 if cfg.causal else rows)) - 1 for row in range(rows)]
+        self.visible = torch.tensor([[word - (word >> 63 << 64)] for word in bits], device=device)  # as signed words
+        while head.markov and topk + (depth - 1) * topk**2 > MOST_CANDIDATES:
+            topk -= 1
+        self.topk = min(topk, cfg.draft_vocab_size)
+        self.num_nodes = min(draft_tokens, 1 + sum(min(self.topk**d, MAX_NODES) for d in range(1, depth + 1)))
+        if head.markov:
+            self.root_level, self.candidates = start_tree(self.topk, depth, device, chain and chain + 1)
+            self.num_nodes = min(self.num_nodes, 1 + self.topk + (depth - 1) * self.topk**2)
+        else:
+            self.candidates = empty_candidates(depth * (self.num_nodes - 1), device, chain and chain + 1)
+
+    def allocate(self, slots: int) -> None:
+        self.head.allocate_cache(slots)
+
+    def caches(self) -> tuple[Tensor, ...]:
+        return (self.head.kv,)
+
+    def prefill(self, state: State, hidden: Tensor, slots: Tensor, mask: Tensor | TreeMask) -> None:
+        self.bound.remember(hidden, slots)
+
+    def propose(self, state: State) -> Tree:
+        self.draft(state)
+        return self.rerank(state)
+
+    def draft(self, state: State) -> None:
+        """Catch up with what was committed, and draft all levels. Rows of `hidden` that do not count are remembered
+        too, in slots that the block overwrites or cannot see."""
+        _, places, _, (slots, _) = self.tree_ops.catch_up(state, self.max_depth + 1, self.scratch)
+        self.bound.remember(state.hidden, places)
+        anchor = root_token(state)
+        mask = tree_mask(slots[0], self.visible, state.width)
+        x = self.bound.run(torch.cat((anchor, self.masks)), slots, slots, mask)[self.read_rows]
+        logits = self.bound.read(x)
+        if self.head.markov:
+            self.grow(state, anchor, x, logits)
+        else:
+            self.tree_ops.grid(logits, self.candidates, self.num_nodes - 1, self.topk, self.bound.ids, state.noise)
+
+    def rerank(self, state: State) -> Tree:
+        if self.retrieval:
+            chain = self.retrieval.length
+            self.retrieval.write(state, self.candidates.tokens[-chain - 1:], self.candidates.scores[-chain:])
+        return self.tree_ops.rerank(state, self.candidates, self.num_nodes - 1, self.max_depth)
+
+    def grow(self, state: State, anchor: Tensor, x: Tensor, logits: Tensor) -> None:
+        """Grow the tree by levels: what follows a node depends on its token. x [D, H] and logits [D, Vd] are the
+        rows'."""
+        markov = self.head.markov
+        h = x if markov.kind == "vanilla" else self.bound.normed(x)
+        level = self.root_level._replace(tokens=anchor)
+        states = x.new_zeros(1, markov.w1.weight.shape[1])
+        for depth in range(self.depth):
+            added, states = markov.step(level.tokens, h[depth:depth + 1], states)
+            level = self.tree_ops.grow(logits[depth:depth + 1] + added, level, self.candidates, depth, self.topk,
+                                       self.bound.ids, None if state.noise is None else state.noise[depth])
+            states = states[level.parent_rows] if markov.kind == "rnn" else states
+
+    def scores(self) -> Candidates:
+        return self.candidates

@@ -1,0 +1,220 @@
+"""Training a block drafter (drafters/block.py): what differs from an EAGLE-1/2 head (training/trainer.py).
+
+    python train.py --checkpoint checkpoints/ORG/NAME --kind block --tokens 24e6 --minutes 12 --lr 2e-3
+
+A dialogue is cut at random places of its answers, the anchors. Behind each, a block of rows guesses the tokens that
+follow, all at once: row j (from 0) the token j + 1 after the anchor. The rows see the text before the anchor as context
+entries, and each the earlier rows of its own block. The loss is the cross-entropy with the target's distribution, given
+the whole text, over the draft vocabulary (forward KL, as JetSpec's). The Markov head (DSpark) is given the true token
+before each.
+
+Shapes: B dialogues, S tokens of one, A anchors of one, b rows of a block, N = B * A * b, H hidden size, k taps,
+L layers, K key/value heads, D head size, V tokens, Vd draft tokens, r the Markov head's rank.
+"""
+import argparse
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from drafters.block import BlockHead, Markov
+from formats.block import BlockConfig, save_block
+from formats.block_config import usual_outputs
+from formats.config import Config
+from model import Layer, Llama, apply_rope
+from tokenizer import Tokenizer
+from training.dialogues import Script, unmark
+from training.steps import compile_on_gpu, soft_cross_entropy
+from training.tapped import DRAFT_VOCAB, TappedTrainer, evened, frequent_tokens, sample_hidden
+
+LAYERS = 2  # where --head_layers does not say how many
+BLOCK = 8  # the same for --block_size
+RANK = 128  # the same for --markov_rank
+TAPS = 5  # as published heads have
+
+# ----- The forward and its loss ------------------------------------------------------------------------------------
+
+
+def context(head: BlockHead, taps: Tensor, rope: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """For each layer the rotated keys and the values of all tokens, [B, K, S, D], of the taps [B, S, k * H], which
+    head.tap_scale evens. rope [2, S, D]."""
+    t = head.hidden_norm(head.fc(taps * head.tap_scale)).to(taps.dtype)
+    entries = []
+    for layer in head.layers:
+        rows = layer.wqkv.weight[layer.num_heads * layer.head_dim:]
+        k, v = F.linear(t, rows).unflatten(-1, (2, -1, layer.head_dim)).unbind(2)  # [B, S, K, D]
+        entries.append((apply_rope(layer.k_norm(k).to(k.dtype), rope).transpose(1, 2), v.transpose(1, 2)))
+    return entries
+
+
+def block_rows(head: BlockHead, x: Tensor, rope: Tensor, anchors: Tensor, entries: list[tuple[Tensor, Tensor]]
+               ) -> Tensor:
+    """The rows of all blocks after the last norm, [B, A, b, H]. x [B, A, b, H]: the embedded anchors and mask tokens,
+    rope [2, B, A, b, D], anchors [B, A] int64, entries from `context`."""
+    for layer, (keys, values) in zip(head.layers, entries):
+        x = x + layer.wo(block_attention(layer, layer.attn_norm(x).to(x.dtype), rope, anchors, keys, values))
+        x = layer.mlp(x)
+    return head.norm(x).to(x.dtype)
+
+
+def block_attention(layer: Layer, x: Tensor, rope: Tensor, anchors: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """What the heads read, [B, A, b, heads * D], of normed rows x [B, A, b, H]: the context before the anchor, and the
+    rows of the same block up to their own."""
+    size, heads, key_heads = layer.head_dim, layer.num_heads, layer.num_kv_heads
+    q, k, v = layer.wqkv(x).unflatten(-1, (-1, size)).split((heads, key_heads, key_heads), -2)  # [B, A, b, heads, D]
+    q = apply_rope(layer.q_norm(q).to(q.dtype), rope)
+    k = apply_rope(layer.k_norm(k).to(k.dtype), rope)
+    q = q.unflatten(-2, (key_heads, -1))  # [B, A, b, K, G, D]
+    before = torch.einsum("naikgd,nksd->nakgis", q, keys)
+    own = torch.einsum("naikgd,najkd->nakgij", q, k)
+    place = torch.arange(keys.shape[2], device=x.device)
+    row = torch.arange(x.shape[2], device=x.device)
+    before = before.masked_fill((place >= anchors[..., None])[:, :, None, None, None], -torch.inf)
+    own = own.masked_fill(row > row[:, None], -torch.inf)
+    weights = (torch.cat((before, own), -1).float() * size**-0.5).softmax(-1).to(v.dtype)
+    in_context, in_block = weights.split((len(place), len(row)), -1)
+    y = torch.einsum("nakgis,nksd->naikgd", in_context, values) + torch.einsum("nakgij,najkd->naikgd", in_block, v)
+    return y.flatten(-3)
+
+
+def distill_block(markov: Markov | None, h: Tensor, previous: Tensor, feature: Tensor, target_rows: Tensor,
+                  learned: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each of N rows h [N, H] the loss [N] fp32, 0 where it is not `learned` [N] bool, and whether its best token is
+    the target's [N] bool. previous [N] int64: the true token before the guessed one. feature [N, H] is the target's.
+    target_rows [Vd, H]: the target's lm_head for the draft tokens."""
+    target = F.linear(feature, target_rows).detach().float()
+    logits = F.linear(h, target_rows)
+    if markov is not None:
+        logits = logits + markov.w2(markov.w1(previous).to(h.dtype))
+    logits = logits.float()
+    return soft_cross_entropy(logits, target) * learned, learned & (logits.argmax(-1) == target.argmax(-1))
+
+
+# ----- A new head --------------------------------------------------------------------------------------------------
+
+
+def new_config(target: Config, args: argparse.Namespace, mask_token: int) -> BlockConfig:
+    """What the options ask for; other sizes are the target's. The layers are Qwen3's, as in all published heads."""
+    count = args.head_layers or LAYERS
+    taps = sorted({i + 1 for i in usual_outputs(min(TAPS, target.num_layers), target.num_layers)})  # few: of few layers
+    layer = Config(**{**target.__dict__, "num_layers": count, "intermediate_size": args.mlp or target.intermediate_size,
+                      "qk_norm": True, "tie_word_embeddings": False, "sliding_window": None, "rope_scaling": None})
+    rank = RANK if args.markov_rank is None else args.markov_rank
+    return BlockConfig(
+        layer, target.hidden_size, target.num_layers, tuple(taps),
+        args.block_size or BLOCK, mask_token, anchor_first=True, causal=True, windows=(None,) * count,
+        draft_vocab_size=args.draft_vocab or min(DRAFT_VOCAB, target.vocab_size), markov="vanilla" if rank else None,
+        markov_rank=rank)
+
+
+def unused_token(tokenizer: Tokenizer, vocab_size: int) -> int:
+    """A token that texts do not contain: the last special one that neither ends a text nor is in the template."""
+    script = Script(tokenizer, torch.device("cpu"))
+    used = {*script.forced.flatten().tolist(), *tokenizer.stop_ids}
+    special = [i for i, token in tokenizer.added.items() if token.special and i < vocab_size and i not in used]
+    return max(special, default=vocab_size - 1)
+
+
+@torch.no_grad()
+def initialise(head: BlockHead, target: Llama) -> None:
+    """Give a new head its weights. At first its layers add almost nothing, so that each row predicts what its own
+    embedding says; the last norm is the target's."""
+    for name, p in head.named_parameters():
+        if p.ndim == 1:
+            p.fill_(1)
+        else:
+            torch.nn.init.normal_(p, std=0.002 if "w2.weight" in name else 0.02)
+    for layer in head.layers:
+        layer.wo.weight.zero_()
+    head.norm.weight.copy_(target.norm.weight)
+
+
+# ----- The trainer -------------------------------------------------------------------------------------------------
+
+
+class BlockTrainer(TappedTrainer):
+    """Trains a BlockHead."""
+    own_options = ("head_layers", "mlp", "block_size", "markov_rank")
+
+    @staticmethod
+    def check(args: argparse.Namespace, target: Config) -> None:
+        TappedTrainer.check(args, target)
+        if args.length < 2 * (args.block_size or BLOCK) + 2:
+            raise ValueError(f"--length {args.length} leaves no room for a block behind some context")
+
+    def __init__(self, model: Llama, args: argparse.Namespace, data: Tensor, held_out: Tensor | None = None) -> None:
+        super().__init__(model, args, data, held_out)
+        self.context = compile_on_gpu(context, self.device)
+        self.block_rows = compile_on_gpu(block_rows, self.device)
+        self.distill = compile_on_gpu(distill_block, self.device)
+
+    @property
+    def by_token(self) -> tuple[str, ...]:
+        return ("markov.w1.weight",) if self.module.markov else ()
+
+    @property
+    def ahead(self) -> int:
+        return self.module.cfg.block_size
+
+    def work(self, batch: int) -> tuple[int, int, int]:
+        """As Trainer.work: the rows of blocks, those of the context, and the gradients of both."""
+        rows = batch * self.anchors_of(batch) * self.module.cfg.block_size
+        return 2, 2 * (rows + batch * self.args.length), 2 * rows
+
+    def anchors_of(self, batch: int) -> int:
+        """How many anchors a dialogue has: so many that their blocks have `args.places` rows in all."""
+        most = self.args.length - self.ahead - 2
+        return min(max(self.args.places // (self.module.cfg.block_size * batch), 1), most)
+
+    @torch.no_grad()
+    def make_module(self) -> BlockHead:
+        args, target = self.args, self.model
+        cfg = new_config(target.cfg, args, unused_token(Tokenizer(args.checkpoint), target.cfg.vocab_size))
+        head = BlockHead(cfg).to(self.device)
+        del head.vocab
+        vocab = frequent_tokens(self.data, cfg.draft_vocab_size, target.cfg.vocab_size)
+        head.register_buffer("vocab", None if vocab is None else vocab.to(self.device))
+        head.register_buffer("tap_scale", evened(sample_hidden(target, self.data, cfg.taps)[1]))
+        initialise(head, target)
+        return head
+
+    def predict(self, marked: Tensor) -> tuple[Tensor, Tensor]:
+        """As Trainer.predict: with `args.places` rows of blocks in all."""
+        tokens = unmark(marked)
+        of_answer = marked >= 0
+        with torch.no_grad():
+            positions = torch.arange(tokens.shape[1], device=self.device)
+            features, taps = self.model.forward_with_taps(tokens, positions, taps=self.taps)
+            # A random number below 1, plus 1 where the token after the anchor belongs to an answer. An anchor needs
+            # context, so that the first is token 1.
+            priority = torch.rand_like(features[:, 1:self.rows(tokens), 0].float())
+            priority += of_answer[:, 2:self.rows(tokens) + 1]
+            anchors = 1 + priority.topk(self.anchors_of(len(marked)), 1).indices
+        return self.block_losses(tokens, of_answer, features, taps, anchors)
+
+    def block_losses(self, tokens: Tensor, of_answer: Tensor, features: Tensor, taps: Tensor, anchors: Tensor
+                     ) -> tuple[Tensor, Tensor]:
+        """The loss and the agreement at each row, [b]. tokens and of_answer [B, S]; features [B, S, H] and taps [B, S,
+        k * H] are the target's; anchors [B, A] int64."""
+        head, rows = self.module, self.module.cfg.block_size
+        place = anchors[..., None] + torch.arange(rows, device=self.device)  # [B, A, b], of the token before the guess
+        flat = (place + tokens.shape[1] * torch.arange(len(tokens), device=self.device)[:, None, None]).flatten()
+        in_answer = (of_answer.flatten()[flat + 1].view(place.shape).long().cumprod(-1) == 1).flatten()
+        previous = tokens.flatten()[flat]
+        feature = features.flatten(0, 1).index_select(0, flat)
+        block = torch.full_like(place, head.cfg.mask_token)
+        block[..., 0] = tokens.gather(1, anchors)
+        rope = self.rope[:, :tokens.shape[1]]
+        with self.amp:
+            entries = self.context(head, taps, rope)
+            x = self.model.embed(block)
+            h = self.block_rows(head, x, self.rope[:, place], anchors, entries).flatten(0, 2)
+            loss, agrees = self.distill(head.markov, h, previous, feature, self.target_rows,
+                                        in_answer & self.known(feature))
+        counts = in_answer.view(-1, rows).sum(0).clamp(min=1)
+        weight = self.args.decay ** torch.arange(rows, device=self.device)
+        total = (loss.view(-1, rows).sum(0) / counts * weight).sum()
+        return total, agrees.view(-1, rows).sum(0) / counts
+
+    def export(self) -> None:
+        save_block(self.module.cfg, *self.published(), self.args.out)

@@ -1,0 +1,106 @@
+"""What the trainers of heads that read taps share (training/eagle3.py, training/block.py): a draft vocabulary that is a
+part of the head, and taps whose channels are brought to one size.
+
+Shapes: B dialogues, S tokens of one, T tokens, N places, C the target's width, k taps, V tokens, Vd draft tokens.
+"""
+import argparse
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import Llama
+from training.dialogues import unmark
+from training.steps import compile_on_gpu
+from training.trainer import Trainer
+
+DRAFT_VOCAB = 16384  # tokens, where --draft_vocab does not say how many
+SAMPLE = 4  # dialogues that the sizes of the taps are measured on
+CHUNK = 1024  # places whose logits of all tokens are computed at a time: those of all would be the largest tensor
+
+
+def frequent_tokens(data: Tensor, size: int, vocab_size: int) -> Tensor | None:
+    """The ids of the `size` tokens that occur most often in the answers of data [dialogues, S], marked: [size] int64,
+    ascending. None if these are all tokens."""
+    if size == vocab_size:
+        return None
+    counts = torch.bincount(data[data >= 0].long(), minlength=vocab_size)
+    return counts.argsort(descending=True, stable=True)[:size].sort().values
+
+
+def rows_of(target: Llama, ids: Tensor | None) -> Tensor:
+    """The target's lm_head for the tokens `ids`, [Vd, C]."""
+    weight = target.lm_head.weight
+    return weight if ids is None else weight[ids]
+
+
+def evened(x: Tensor) -> Tensor:
+    """Factors [C] that bring every channel of x [T, C] to a typical size of 1. A few channels of a residual stream are
+    a hundred times larger than the others: unscaled, every step of training would turn the head by them. Medians, since
+    the first token of a text is as exceptional. Small channels are enlarged ten times at most."""
+    size = x.float().abs().median(0).values
+    return 1 / size.clamp(min=0.1 * size.median())
+
+
+def sample_hidden(target: Llama, data: Tensor, taps: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The embedded tokens of a few dialogues of data [dialogues, S], marked: [T, C], and their taps [T, k * C], both
+    fp32."""
+    device = target.embed.weight.device
+    tokens = unmark(data[:SAMPLE].to(device, torch.int64))
+    with torch.compiler.set_stance("force_eager"):  # this shape comes once
+        found = target.forward_with_taps(tokens, torch.arange(tokens.shape[1], device=device), taps=taps)
+    return target.embed(tokens).flatten(0, 1).float(), found[1].flatten(0, 1).float()
+
+
+def best_tokens(feature: Tensor, lm_head: Tensor) -> Tensor:
+    """The target's best of all tokens, [N] int64, of its features [N, C]."""
+    return F.linear(feature, lm_head).argmax(-1)
+
+
+class TappedTrainer(Trainer):
+    """Trains a module with two tensors that its published file does not have: `vocab`, so that a state carries the
+    draft vocabulary it was trained with, and `tap_scale` [k * C], which the published fc holds already."""
+    vocab_file = False
+
+    def __init__(self, model: Llama, args: argparse.Namespace, data: Tensor, held_out: Tensor | None = None) -> None:
+        super().__init__(model, args, data, held_out)
+        self.best_tokens = compile_on_gpu(best_tokens, self.device)
+        self.use_vocab()
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return self.module.cfg.taps
+
+    @property
+    def layer_config(self):
+        return self.module.cfg.layer
+
+    def use_vocab(self) -> None:
+        """Take the draft vocabulary from the head."""
+        ids = self.module.vocab
+        self.target_rows = rows_of(self.model, ids)  # [Vd, C]
+        self.drafted = None  # [V] bool, which tokens are drafted; None: all
+        if ids is not None:
+            self.drafted = torch.zeros(self.model.cfg.vocab_size, dtype=torch.bool, device=self.device)
+            self.drafted[ids] = True
+
+    def resume(self, work: Path) -> None:
+        super().resume(work)
+        self.use_vocab()
+
+    @torch.no_grad()
+    def known(self, features: Tensor) -> Tensor:
+        """Where the target's best token is a draft token, [...] bool of its features [..., C]."""
+        if self.drafted is None:
+            return torch.ones(features.shape[:-1], dtype=torch.bool, device=self.device)
+        weight = self.model.lm_head.weight
+        best = [self.best_tokens(part, weight) for part in features.flatten(0, -2).split(CHUNK)]
+        return self.drafted[torch.cat(best)].view(features.shape[:-1])
+
+    def published(self) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The module's tensors as a head has them, and the draft vocabulary, [Vd] int64 or None."""
+        state = self.module.state_dict()
+        ids = state.pop("vocab", None)
+        state["fc.weight"] = state["fc.weight"] * state.pop("tap_scale")
+        return state, ids
