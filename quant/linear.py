@@ -44,12 +44,14 @@ def layout(N: int, K: int, mode: str, group: int, device: torch.device | str = "
 
 def quantize_weight(w: Tensor, mode: str, group: int = 128, hessian: Tensor | None = None,
                     shrink: Sequence[float] = SHRINK) -> Quantized:
-    """Quantise w [N, K] of any dtype, on its own device.
+    """Quantise w [N, K] of any dtype, on its own device. A weight on the meta device gives shapes and dtypes only.
 
     hessian [K, K] fp32, the mean of x.T @ x over the layer's inputs: int4 then searches scales for these inputs and
     uses GPTQ. Without it int4 searches scales alone, and shrink=(1,) makes that plain round-to-nearest.
     """
     out = layout(*w.shape, mode, group, w.device)
+    if w.is_meta:
+        return out
     importance = None if hessian is None else column_importance(hessian)
     for first in range(0, len(w), ROWS):
         rows = slice(first, first + ROWS)
@@ -143,12 +145,8 @@ def quantize_linears(module: nn.Module, mode: str, group: int = 128, device: tor
     for path, old in list(module.named_modules()):
         if isinstance(old, nn.Linear):
             parent, _, name = path.rpartition(".")
-            mode_here = mode_of(name, mode)
-            if old.weight.is_meta:
-                weight = layout(*old.weight.shape, mode_here, group)
-            else:
-                w = old.weight.detach().to(device or old.weight.device)
-                weight = quantize_weight(w, mode_here, group, shrink=shrink)
+            w = old.weight.detach().to(device or old.weight.device)
+            weight = quantize_weight(w, mode_of(name, mode), group, shrink=shrink)
             setattr(module.get_submodule(parent), name, QuantizedLinear(weight, old.bias))
 
 

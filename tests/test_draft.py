@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from conftest import all_cores
+from conftest import DEMO_TREE, all_cores
 from helpers import Payload, slow_but
 from plain_trees import Builder, PlainHead, check_cycles
 from recorder import Recorder
@@ -94,7 +94,7 @@ def test_eagle2_demo(demo_runs, demo_model: Llama, plain_demo_head: PlainHead) -
     with all_cores():
         for _, text, recorder in demo_runs:
             builder = Builder(plain_demo_head, text, tiny.features(demo_model, text))
-            found = check_cycles(recorder, builder, lambda length, b=builder: b.eagle2(length, 60, 6, 10), 2e-3)
+            found = check_cycles(recorder, builder, lambda length, b=builder: b.eagle2(length, *DEMO_TREE), 2e-3)
             total, close = total + found[0], close + found[1]
     assert total >= 200
     assert close <= total // 20

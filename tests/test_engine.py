@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import tiny
 import torch
-from conftest import all_cores
+from conftest import DEMO_TREE, all_cores
 from helpers import GREEDY, SAMPLINGS, Scripted, as_on_a_gpu, cycle_by_cycle, slow_but, vanilla, write
 from scipy import stats
 from soak import soak
@@ -350,45 +350,45 @@ def test_distribution_of_texts() -> None:
 # ----- The demo model --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def demo_texts(demo_model: Llama, demo_prompts) -> list[list[int]]:
-    """Every prompt continued greedily by 32 tokens, one at a time."""
+@pytest.mark.slow
+@pytest.mark.xdist_group("demo")
+@torch.inference_mode()
+def test_demo_eagle2_is_plain_decoding(demo_runs, demo_model: Llama, demo_prompts) -> None:
+    """Fails if EAGLE-2 changes the text of trained weights, with their sharp attention and vocabulary of 49,152. One
+    forward over a text without a cache says what decoding would choose after each of its tokens."""
     with all_cores():
-        return [ids + vanilla(demo_model, ids, 32, max_seq_len=512, stop_ids=frozenset([2])) for ids in demo_prompts]
+        for (_, text, _), ids in zip(demo_runs, demo_prompts, strict=True):
+            assert len(text) == len(ids) + 36 or text[-1] == 2
+            assert tiny.logits(demo_model, text).argmax(-1)[len(ids) - 1:-1].tolist() == text[len(ids):]
 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("demo")
-def test_demo_eagle2_equals_vanilla(demo_runs, demo_texts, demo_prompts) -> None:
-    """Fails if EAGLE-2 changes the text of trained weights, with their sharp attention and vocabulary of 49,152."""
-    assert [text[:len(ids) + 32] for (_, text, _), ids in zip(demo_runs, demo_prompts, strict=True)] == demo_texts
-
-
-@pytest.mark.slow
-@pytest.mark.xdist_group("demo")
-def test_demo_eagle1_equals_vanilla(demo_model: Llama, demo_head, demo_prompts, demo_texts) -> None:
-    """Fails if EAGLE-1 does; half of the prompts."""
+def test_demo_eagle1_equals_eagle2(demo_model: Llama, demo_head, demo_prompts, demo_runs) -> None:
+    """Fails if EAGLE-1 does; every fourth prompt."""
     engine = Engine(demo_model, Eagle1(demo_head, demo_model), 512, frozenset([2]))
     with all_cores():
-        for ids, text in list(zip(demo_prompts, demo_texts, strict=True))[::2]:
-            assert write(engine, ids, 32) == text[len(ids):]
+        for ids, (_, text, _) in list(zip(demo_prompts, demo_runs, strict=True))[::4]:
+            assert ids + write(engine, ids, 36) == text
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampling", [Sampling(temperature=0.7, top_p=0.9, seed=1), Sampling(temperature=1.0, seed=2)])
-def test_demo_sampled(sampling: Sampling, demo_model: Llama, demo_head, demo_prompts) -> None:
+@pytest.mark.parametrize("sampling, tree", [(Sampling(temperature=0.7, top_p=0.9, seed=1), (60, 6, 10)),
+                                            (Sampling(temperature=1.0, seed=2), DEMO_TREE)])
+def test_demo_sampled(sampling: Sampling, tree: tuple[int, int, int], demo_model: Llama, demo_head, demo_prompts
+                      ) -> None:
     """Fails if sampled text changes with the drafter: if noise depends on anything but seed, position and token."""
-    engine = Engine(demo_model, Eagle2(demo_head, demo_model), 512, frozenset([2]))
+    engine = Engine(demo_model, Eagle2(demo_head, demo_model, *tree), 512, frozenset([2]))
     with all_cores():
-        for ids in demo_prompts[:3]:
+        for ids in demo_prompts[:2]:
             expected = vanilla(demo_model, ids, 24, sampling, 512, frozenset([2]))
             assert write(engine, ids, 24, sampling) == expected
 
 
-# Tokens per step. The head in heads/ has 3.94 here, and 3.24 if the prompt's tokens are one position off. An earlier
-# head had 3.39, and 3.13 with that error, 3.15 without the prompt, 1.41 with every token one position off. An error of
-# one in the RoPE positions of the drafted levels does not show here (3.41 and 3.37); test_draft.py sees it.
-MEAN_GAINED = 3.7
+# Tokens per step. The head in heads/ has 2.63 here, 2.23 if the prompt's tokens are one position off, 2.19 without the
+# prompt, 2.21 if newly accepted tokens get each other's features. An error of one in the RoPE positions of the drafted
+# levels does not show here; test_draft.py sees it.
+MEAN_GAINED = 2.45
 
 
 @pytest.mark.slow

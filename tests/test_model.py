@@ -18,6 +18,7 @@ from convert_hf_checkpoint import convert
 from formats.config import Config
 from formats.weights import FORMAT
 from model import Llama, load_model, rope_table
+from ops.linear import linear
 from tokenizer import Tokenizer
 
 LLAMA31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -331,6 +332,22 @@ def unfused(model: Llama) -> dict[str, Tensor]:
         parts, rows = split.get(module, ([names.get(module)], [len(weight)]))
         state |= {f"{place}{part}.{kind}": t for part, t in zip(parts, weight.split(rows), strict=True)}
     return state
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 64, 65])
+def test_few_rows_of_fp32(rows: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the product that a CPU uses for a few rows of fp32 mixes up rows and columns, loses the bias, or returns
+    rows that are not contiguous, which the next product would read slowly."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    random = torch.Generator().manual_seed(rows)
+    weight, bias, x = (torch.randn(shape, generator=random) for shape in ((24, 40), (24,), (1, rows, 40)))
+    for given in (x, x[0], x[0].T.contiguous().T):
+        for b in (bias, None):
+            y = linear(given, weight, b)
+            wanted = given.double() @ weight.double().T + (0 if b is None else b.double())
+            torch.testing.assert_close(y, wanted.float())
+            assert y.is_contiguous()
 
 
 @pytest.mark.slow

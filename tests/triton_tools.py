@@ -7,15 +7,18 @@ memory, but computes nothing. So every kernel meets both. Triton chooses between
 
     TRITON_INTERPRET=1 python -m pytest tests/ops/test_linear.py
 """
+import inspect
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 
 from ops.linear import linear_kernel
@@ -27,6 +30,7 @@ interpreted = pytest.mark.skipif(not INTERPRET, reason="runs in the interpreter:
 not_interpreted = pytest.mark.skipif(INTERPRET, reason="not in the interpreter's process")
 
 CARDS = {80: 108, 86: 82, 89: 128, 90: 132}  # architecture: multiprocessors of A100, RTX 3090, RTX 4090, H100 SXM
+SAME_PTX = (80, 86, 89)  # Triton makes the same PTX for them, but for the name of the target: test_the_same_ptx
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448}  # bytes of shared memory that a program may use
 
 ROWS = (1, 2, 7, 10, 16, 33, 60, 64)
@@ -38,6 +42,13 @@ SHAPES = {  # [N, K] of wqkv, wo, w13, w2, lm_head (and EAGLE's fc)
 }
 
 
+def cards(group: str, archs: Iterable[int] = CARDS) -> list:
+    """For pytest.mark.parametrize: these architectures. With --dist loadgroup one worker gets those of SAME_PTX: what
+    it compiled for one of them serves the others."""
+    return [pytest.param(arch, marks=pytest.mark.xdist_group(f"{group}, same PTX")) if arch in SAME_PTX else arch
+            for arch in archs]
+
+
 def run_interpreted(file: str) -> None:
     """Run the tests of `file` that are marked `interpreted`, in a pytest process where Triton interprets."""
     pytest.importorskip("triton")
@@ -46,6 +57,43 @@ def run_interpreted(file: str) -> None:
     done = subprocess.run(command, env=env, cwd=ROOT, text=True, capture_output=True)
     passed = done.returncode == 0 and "skipped" not in done.stdout.splitlines()[-1]
     assert passed, done.stdout[-8000:] + done.stderr[-4000:]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """In the process of `run_interpreted`: spare Triton's interpreter what takes it half of its time. At each call of a
+    function in a kernel it searches triton.language for what it has replaced already, at each operation it makes a
+    table of data types, and it combines the elements of a tl.reduce one by one."""
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
+    replace, find_dtype, reduce = (
+        interpreter._patch_builtin, interpreter._get_np_dtype, interpreter.ReduceOps.generic_reduce)
+    first_name = cache(lambda owner: next(name for name, value in inspect.getmembers(owner) if is_builtin(value)))
+    dtypes = {}
+
+    def replace_once(owner: Any, *rest: Any) -> None:
+        if is_builtin(getattr(owner, first_name(owner))):  # all of them are replaced, or none
+            replace(owner, *rest)
+
+    def find_dtype_once(dtype: Any) -> Any:
+        name = dtype.scalar.name
+        if name not in dtypes:
+            dtypes[name] = find_dtype(dtype)
+        return dtypes[name]
+
+    def reduce_by_halves(self: Any, blocks: tuple) -> list:
+        if self.axis is None:
+            return reduce(self, blocks)
+        arrays = [block.handle.data for block in blocks]
+        while arrays[0].shape[self.axis] > 1:
+            halves = zip(*(np.split(array, 2, self.axis) for array in arrays), strict=True)
+            operands = [self.to_tensor(array, block.dtype)
+                        for half in halves for array, block in zip(half, blocks, strict=True)]
+            made = self.combine_fn.fn(*operands)
+            arrays = [tensor.handle.data for tensor in (made if isinstance(made, tuple) else (made,))]
+        arrays = arrays if self.keep_dims else [array.squeeze(self.axis) for array in arrays]
+        return [self.to_tensor(array, block.dtype) for array, block in zip(arrays, blocks, strict=True)]
+    interpreter._patch_builtin, interpreter._get_np_dtype = replace_once, find_dtype_once
+    interpreter.ReduceOps.generic_reduce = reduce_by_halves
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -74,17 +122,24 @@ class Compiled(NamedTuple):
     shared: int  # bytes of shared memory a program
 
 
+compiled: dict[tuple, Compiled] = {}  # what compile_ahead has made, by what it was asked for
+
+
 def compile_ahead(kernel, arch: int, types: Mapping[str, str], constants: Mapping[str, Any], warps: int = 4,
                   stages: int = 3, divisible: Collection[str] = ()) -> Compiled:
     """Compile a kernel for architecture `arch` (90: sm_90), without a GPU.
 
     types: Triton's type of each parameter, such as "*bf16" or "i32"; constants: the values of all constexpr parameters
     and of those that are None, whatever `types` says of them. Pointers are divisible by 16, and so are the integers in
-    `divisible`. Nothing is found in, or left in, the cache in the home folder.
+    `divisible`. Nothing is found in, or left in, the cache in the home folder. What was compiled for one card of
+    SAME_PTX is only assembled for the others.
     """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    key = kernel, str((arch in SAME_PTX or arch, types, constants, warps, stages, divisible))
+    if key in compiled:
+        return assemble(compiled[key], arch, warps) if arch in SAME_PTX else compiled[key]
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     aligned = [name for name in names if signature[name][0] == "*" or name in divisible]
@@ -95,18 +150,33 @@ def compile_ahead(kernel, arch: int, types: Mapping[str, str], constants: Mappin
         patch.setenv("TRITON_CACHE_DIR", folder)
         made = triton.compile(source, target=GPUTarget("cuda", arch, 32),
                               options={"num_warps": warps, "num_stages": stages})
-        usage = nvidia_tool("cuobjdump", "-res-usage", made.asm["cubin"], folder)
-    spilled = int(re.search(r"STACK:(\d+)", usage)[1])
-    return Compiled(made.asm["ptx"], made.asm["ttgir"], made.asm["cubin"], spilled, made.metadata.shared)
+    cubin = made.asm["cubin"]
+    compiled[key] = Compiled(made.asm["ptx"], made.asm["ttgir"], cubin, spilled_bytes(cubin), made.metadata.shared)
+    return compiled[key]
 
 
-def nvidia_tool(name: str, option: str, cubin: bytes, folder: str) -> str:
+def assemble(made: Compiled, arch: int, warps: int) -> Compiled:
+    """The same kernel for another card that gets the same PTX."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    backend = make_backend(GPUTarget("cuda", arch, 32))
+    ptx = re.sub(r"(?m)^\.target sm_\d+", f".target sm_{arch}", made.ptx)
+    cubin = backend.make_cubin(ptx, {}, backend.parse_options({"num_warps": warps}), arch)
+    return made._replace(ptx=ptx, cubin=cubin, spilled=spilled_bytes(cubin))
+
+
+def spilled_bytes(cubin: bytes) -> int:
+    return int(re.search(r"STACK:(\d+)", nvidia_tool("cuobjdump", cubin, "-res-usage"))[1])
+
+
+def nvidia_tool(name: str, code: bytes, *options: str) -> str:
     """What cuobjdump or nvdisasm, which come with Triton, print about machine code."""
     import triton
-    file = Path(folder) / "kernel.cubin"
-    file.write_bytes(cubin)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
-    return subprocess.run([tool, option, file], text=True, capture_output=True, check=True).stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code)
+        file.flush()
+        return subprocess.run([tool, *options, file.name], text=True, capture_output=True, check=True).stdout
 
 
 def assert_fits(made: Compiled, arch: int, what: object = "", spilled: int = 0) -> None:

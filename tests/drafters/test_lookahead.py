@@ -1,5 +1,6 @@
 """drafters/lookahead.py against a twin in plain Python, and its text against plain decoding."""
 import random
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -261,6 +262,14 @@ def vanilla(model: Llama, ids: list[int], count: int, sampling: Sampling = Sampl
     return write(Engine(model, Vanilla(), max_seq_len, stop_ids), ids, count, sampling)
 
 
+@cache
+def case(seed: int, sampling: Sampling) -> tuple[Llama, list[int], list[int]]:
+    """A model, a prompt, and what vanilla writes."""
+    model = tiny.pair(seed, 0.1)[0] if seed else tiny.target(seed)
+    ids = tiny.prompt(seed, 1 + 6 * seed)
+    return model, ids, vanilla(model, ids, 60, sampling)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("sampling", SAMPLINGS)
@@ -269,10 +278,9 @@ def test_equals_vanilla(shape: tuple[int, int, int], sampling: Sampling) -> None
     a row lies deeper than the noise reaches."""
     total = []
     for seed in range(3):
-        model = tiny.pair(seed, 0.1)[0] if seed else tiny.target(seed)
-        ids = tiny.prompt(seed, 1 + 6 * seed)
+        model, ids, text = case(seed, sampling)
         cycles = cycle_by_cycle(Engine(model, Lookahead(model, *shape), 256), ids, 60, sampling)
-        assert sum(cycles, []) == vanilla(model, ids, 60, sampling)
+        assert sum(cycles, []) == text
         total += cycles[1:]
     assert max(map(len, total)) > 1 or sampling.temperature  # otherwise nothing is compared
 

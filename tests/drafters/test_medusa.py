@@ -308,7 +308,7 @@ def test_tree_equals_twin(sampling: Sampling, own: bool, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_equals_vanilla(seed: int, tmp_path: Path) -> None:
     """Fails if the text depends on the drafts: with 1 to 5 heads of 1 or 2 blocks, V1 and V2, greedy and sampled, with
     a stop id within an accepted path, and up to the last slot of the context."""
@@ -319,7 +319,7 @@ def test_equals_vanilla(seed: int, tmp_path: Path) -> None:
         text = vanilla(model, ids, 40, sampling)
         assert write(Engine(model, Medusa(heads, model), 256), ids, 40, sampling) == text
         stop_ids = frozenset([text[20]])
-        expected = vanilla(model, ids, 40, sampling, stop_ids=stop_ids)
+        expected = text[:text.index(text[20]) + 1]
         assert write(Engine(model, Medusa(heads, model), 256, stop_ids), ids, 40, sampling) == expected
         engine = Engine(model, Medusa(heads, model), len(ids) + 17)
         assert write(engine, ids, 40, sampling) == text[:17]

@@ -29,7 +29,7 @@ def models(seed: int, apart: float = 0.05) -> tuple[Llama, Llama]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_text_is_vanillas(seed: int) -> None:
     """Fails if a drafted token is fed at another position, noise is of another position, or a blocked node is accepted:
     plain and staged, with a stop id, and to the end of the context. Drafts must be accepted, or nothing is tested."""
@@ -103,12 +103,14 @@ def plain_chain(draft: Llama, text: list[int], length: int, how: Sampling) -> li
                                          (Sampling(0.8, top_p=0.9), False)])
 def test_rejection_keeps_the_distribution(how: Sampling, staged: bool) -> None:
     """Fails if q is taken for p, q is not subtracted after a rejection, or a blocked node counts as rejected.
-    Chi-square of three tokens in a row against the target's exact distribution, over 1,200 seeds."""
+    Chi-square of three tokens in a row against the target's exact distribution, over 600 seeds; over 1,200 for the
+    staged chain, whose blocked nodes are rare."""
+    count = 1200 if staged else 600
     model, draft = (tiny.target(seed, vocab_size=8, num_hidden_layers=1) for seed in (0, 1))
     ids = tiny.prompt(5, 6, 8)
     drafter = Speculate(draft, model, 2, True, Retrieval(1), 1) if staged else Speculate(draft, model, 2, True)
     engine, counts = Engine(model, drafter, 32), {}
-    for seed in range(1200):
+    for seed in range(count):
         state = engine.prefill(ids, 3, Sampling(how.temperature, how.top_k, how.top_p, how.min_p, seed))
         while not state.done:
             engine.cycle()
@@ -117,7 +119,7 @@ def test_rejection_keeps_the_distribution(how: Sampling, staged: bool) -> None:
     seen, expected = [], []
     for text, p in texts(model, ids, 3, how):
         seen.append(counts.pop(text, 0))
-        expected.append(1200 * p)
+        expected.append(count * p)
     assert not counts, f"texts that the target never writes: {counts}"
     order = sorted(range(len(expected)), key=lambda i: -expected[i])
     groups, total = [[0.0, 0.0]], 0.0  # joined until each group expects ten texts
@@ -127,7 +129,7 @@ def test_rejection_keeps_the_distribution(how: Sampling, staged: bool) -> None:
         groups[-1][0] += seen[i]
         groups[-1][1] += expected[i]
         total += expected[i]
-    assert total == pytest.approx(1200, rel=1e-3)
+    assert total == pytest.approx(count, rel=1e-3)
     if groups[-1][1] < 10:
         last = groups.pop()
         groups[-1] = [a + b for a, b in zip(groups[-1], last)]

@@ -1,12 +1,16 @@
 """ops/attention.py and ops/embed_rope.py through Triton's compiler, without a GPU: every config that attention_config
 gives compiles for every architecture, fits its shared memory and spills no register. test_attention.py checks the
 numbers; speed needs a GPU."""
+import re
+
 import pytest
 import torch
-from triton_tools import Compiled, assert_fits, compile_ahead, not_interpreted
+import triton_tools
+from triton_tools import Compiled, assert_fits, compile_ahead, compile_linear, not_interpreted
 
 from ops.attention import attention_config, attention_kernel, merge_splits_kernel
 from ops.embed_rope import embed_kernel, embed_pair_kernel, rope_store_kernel
+from ops.tiling import Tiling
 
 triton = pytest.importorskip("triton")
 pytestmark = not_interpreted
@@ -37,7 +41,7 @@ def compile_attention(arch: int, T: int, shape: tuple[int, int, int], words: int
     types = {"q": f"*{dtype}", "kv": f"*{dtype}", "base": "*i64", "bits": "*i64", "out": f"*{dtype}", "parts": "*fp32",
              "logs": "*fp32", "S": "i32"}
     return compile_checked(attention_kernel, arch, types, warps, stages, **dict.fromkeys(unused), T=T, H=H, K=K, D=D,
-                           DP=triton.next_power_of_2(D), WORDS=words, BM=BM, BN=BN, NS=NS, PDL=pdl).ptx
+                           DP=triton.next_power_of_2(D), WORDS=words, WINDOW=0, BM=BM, BN=BN, NS=NS, PDL=pdl).ptx
 
 
 @pytest.mark.slow
@@ -62,6 +66,21 @@ def test_dependent_launch_is_in_the_code_only_where_asked_for():
     assert "griddepcontrol" not in compile_attention(90, 10, LLAMA2, 1, "bf16", 132)
     ptx = compile_attention(90, 10, LLAMA2, 1, "bf16", 132, pdl=True)
     assert ptx.index("griddepcontrol.launch_dependents") < ptx.index("griddepcontrol.wait") < ptx.index("ld.global")
+
+
+@pytest.mark.slow
+def test_the_same_ptx(monkeypatch):
+    """Fails if the cards of triton_tools.SAME_PTX get different PTX, so that what was compiled for one of them must not
+    serve the others."""
+    archs = triton_tools.SAME_PTX
+    monkeypatch.setattr(triton_tools, "SAME_PTX", ())
+    for compile_for in (lambda arch: compile_attention(arch, 10, LLAMA2, 1, "bf16", 128),
+                        lambda arch: compile_linear(Tiling(16, 64, 64, 2, 4, 4), True, arch, True, True).ptx,
+                        lambda arch: compile_linear(Tiling(8, 64, 64, 1, 4, 3), True, arch, True, False, planes=2,
+                                                    group=64).ptx):
+        found = [compile_for(arch) for arch in archs]
+        assert all(f".target sm_{arch}" in ptx for arch, ptx in zip(archs, found, strict=True))
+        assert len({re.sub(r"\bsm_\d+", "", ptx) for ptx in found}) == 1
 
 
 def test_no_other_config_is_ever_returned():

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from conftest import ROOT
-from triton_tools import assert_fits, compile_ahead, not_interpreted
+from triton_tools import assert_fits, compile_ahead, not_interpreted, run_without_triton
 
 from model import load_model
 from ops import device
@@ -101,6 +101,16 @@ def test_every_command_loads_a_model(gpu: pytest.MonkeyPatch, tmp_path: Path) ->
     for where in ("cuda", "cuda:0", torch.device("cuda")):
         with pytest.raises(ValueError, match="cannot be imported"):
             load_model(folder, where)
+
+
+@pytest.mark.slow
+def test_cpus_need_no_triton() -> None:
+    """Fails if ops/ cannot be imported without Triton, which PyTorch for CPUs does not bring, or cannot be used."""
+    out = run_without_triton("import torch, ops.tree; from ops import attention; from ops.linear import linear; "
+                             "q = torch.ones(1, 1, 4); "
+                             "print(attention.tree_attention(q, torch.ones(2, 1, 8, 4), torch.tensor(3)).tolist(), "
+                             "linear(torch.ones(1, 16), torch.ones(3, 16)).tolist())")
+    assert out.strip() == "[[1.0, 1.0, 1.0, 1.0]] [[16.0, 16.0, 16.0]]"
 
 
 class Broken(MetaPathFinder):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from triton_tools import interpreted, not_interpreted, run_interpreted, run_without_triton
+from triton_tools import interpreted, not_interpreted, run_interpreted
 
 import sampling
 import tree
@@ -19,12 +19,6 @@ from ops.tree import accept_commit, catch_up, compact, grow, gumbel_noise, reran
 from tree import Candidates, Level, State, Tree, accept, best_first, build_tree, start_tree
 
 CPU = torch.device("cpu")
-
-
-@pytest.mark.slow
-def test_imports_without_triton() -> None:
-    """Fails if importing needs Triton: then a machine without a GPU could not even start."""
-    run_without_triton("import ops.tree")
 
 
 @pytest.mark.slow
@@ -50,12 +44,13 @@ def rows(kind: str, n: int, vocab: int, seed: int = 0) -> Tensor:
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["random", "ties", "excluded", "certain", "negative"])
+@pytest.mark.parametrize("kind, dtype", [
+    ("random", torch.float32), ("random", torch.bfloat16), ("random", torch.float16), ("ties", torch.float32),
+    ("excluded", torch.float16), ("certain", torch.bfloat16), ("negative", torch.float32)])
 def test_top_children(kind: str, dtype: torch.dtype) -> None:
     """Fails if a tie goes to the higher id, if a token of the padding wins, if the last block or row is forgotten, if a
     block's sum is not scaled by its peak, or if log p is above 0, or NaN where whole blocks are excluded."""
-    for n, vocab, k in ((1, 3000, 10), (5, 1025, 3), (16, 12, 10), (2, 1024, 1), (1, 1, 1)):
+    for n, vocab, k in ((1, 3000, 10), (4, 1025, 3), (3, 12, 10), (2, 1024, 1), (1, 1, 1)):
         logits = rows(kind, n, vocab).to(dtype)
         tokens, log_p = top_children(logits, k)
         order = logits.float().sort(descending=True, stable=True)
@@ -76,7 +71,7 @@ def test_top_children_of_a_view() -> None:
 @pytest.mark.parametrize("kind", ["random", "ties", "excluded"])
 def test_argmax(kind: str) -> None:
     """Fails like test_top_children, with the shapes of verification."""
-    for n, vocab in ((1, 1), (2, 2049), (64, 40), (3, 5000)):
+    for n, vocab in ((1, 1), (2, 2049), (17, 40), (3, 5000)):
         logits = rows(kind, n, vocab).bfloat16()
         assert torch.equal(argmax(logits), logits.float().sort(descending=True, stable=True).indices[:, 0])
 
@@ -282,7 +277,7 @@ class FusedEagle2(Eagle2):
 
 @pytest.mark.slow
 @interpreted
-@pytest.mark.parametrize("shape", [(2, 1, 1), (9, 8, 1), (12, 3, 3), (64, 6, 10)])
+@pytest.mark.parametrize("shape", [(2, 1, 1), (9, 8, 1), (12, 3, 3), (64, 3, 10)])
 def test_cycle(shape: tuple[int, int, int]) -> None:
     """Fails if the kernels do not fit together: they must give the same trees and the same text as tree.py."""
     model, head = tiny.pair()
