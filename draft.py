@@ -88,7 +88,7 @@ class Vanilla(Drafter):
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         zero = torch.zeros(1, dtype=torch.int64, device=device)
-        self.shape = Tree(zero, zero, zero, zero + 1)
+        self.shape = Tree(zero, zero, zero, zero[:, None] + 1)
 
     def propose(self, state: State) -> Tree:
         return self.shape._replace(tokens=root_token(state))
@@ -243,8 +243,8 @@ class Eagle2(Eagle):
 
     def __init__(self, head: EagleHead, target: Llama, draft_tokens: int = 60, draft_depth: int = 6,
                  topk: int = 10, retrieval=None) -> None:
-        if not (2 <= draft_tokens <= MAX_NODES and 1 <= draft_depth <= 8 and 1 <= topk <= 10):
-            raise ValueError(f"a tree takes 2-{MAX_NODES} --draft_tokens, 1-8 --draft_depth and 1-10 --draft_topk")
+        if not (2 <= draft_tokens <= MAX_NODES and 1 <= draft_depth <= 10 and 1 <= topk <= 10):
+            raise ValueError(f"a tree takes 2-{MAX_NODES} --draft_tokens, 1-10 --draft_depth and 1-10 --draft_topk")
         chain = retrieval.length if retrieval else 0
         super().__init__(head, target, max(draft_depth, chain))
         self.topk, self.levels, self.retrieval = topk, draft_depth, retrieval

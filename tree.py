@@ -1,10 +1,10 @@
 """Draft trees as a few small tensors: growing a tree, choosing its nodes, accepting a path, committing it.
 
-Every function has static shapes, never reads a value on the host and knows no model. All of them run on a CPU and on a
-GPU. On a GPU, ops/tree.py does the steps of a cycle in fewer kernels, under the same names and with the same results.
+Every function has static shapes, never reads a value on the host and knows no model. On a GPU, ops/tree.py does the
+steps of a cycle in fewer kernels, under the same names and with the same results.
 
-A tree of T <= 64 nodes is three vectors: `tokens`, `parents` and `depth`. Node 0 is the root, the newest committed
-token, and parents[i] < i. The ancestors of a node, the node itself included, are the bits of one int64:
+A tree of T <= 128 nodes is three vectors: `tokens`, `parents` and `depth`. Node 0 is the root, the newest committed
+token, and parents[i] < i. The ancestors of a node, the node itself included, are the bits of one int64, or of two:
 
         root                 node        0   1   2    3     4
         /  \\                 parent      0   0   0    1     1
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MAX_NODES = 64  # the bits of an int64
+MAX_NODES = 128  # the bits of two int64
 Path = tuple[int, ...]  # a node of a fixed tree, as ranks: (0, 1) is the best token's second-best continuation
 
 
@@ -28,7 +28,7 @@ class Tree(NamedTuple):
     tokens: Tensor  # [T] int64; a node that must never be accepted holds ~token, which is negative
     parents: Tensor  # [T] int64, parents[0] = 0
     depth: Tensor  # [T] int64
-    ancestors: Tensor  # [T] int64, bit j of ancestors[i]: node i is node j or descends from it
+    ancestors: Tensor  # [T, W] int64, W = 1 for T <= 64, else 2; see `bit`: node i is node j or descends from it
 
 
 @dataclass
@@ -71,11 +71,16 @@ def root_token(state: State) -> Tensor:
     return state.tokens.index_select(0, (state.length - 1)[None])
 
 
+def bit(i: Tensor, words: int) -> Tensor:
+    """Bit i of a row of so many int64, bit i % 64 of word i // 64: [N, words] of i [N] int64."""
+    i = i[:, None]
+    return torch.where(i >> 6 == torch.arange(words, device=i.device), torch.ones_like(i) << (i & 63), 0)
+
+
 def build_tree(tokens: Tensor, parents: Tensor, max_depth: int) -> Tree:
     """A Tree from its tokens and parents [T]. `max_depth` bounds the depth of every node."""
     node = torch.arange(len(parents), device=parents.device)
-    own = torch.ones_like(parents) << node
-    ancestors = own
+    ancestors = own = bit(node, 1 if len(node) <= 64 else 2)
     depth = (node > 0).long()
     above = parents
     for _ in range(max_depth):
@@ -86,10 +91,8 @@ def build_tree(tokens: Tensor, parents: Tensor, max_depth: int) -> Tree:
 
 
 def fixed_tree(paths: list[Path], device: torch.device | str) -> tuple[list[Path], Tree]:
-    """A tree whose shape is known beforehand, given as the paths of ranks that lead to its nodes.
-
-    Returns the nodes in level order, the root () first, and the Tree, whose tokens are still to be filled in.
-    """
+    """The tree that these paths of ranks lead through: its nodes in level order, the root () first, and the Tree, whose
+    tokens are still to be filled in."""
     nodes = sorted({(), *paths}, key=lambda path: (len(path), path))
     parents = torch.tensor([0] + [nodes.index(path[:-1]) for path in nodes[1:]], device=device)
     return nodes, build_tree(torch.zeros_like(parents), parents, len(nodes[-1]))
@@ -117,8 +120,7 @@ def catch_up(state: State, n: int, scratch: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def start_tree(k: int, levels: int, device: torch.device, retrieved: int = 0) -> tuple[Level, Candidates]:
-    """The level that is the root alone, with score 0, and room for the candidates of `levels` levels of k^2 nodes
-    (the first one has k) and of a retrieved chain."""
+    """The level that is the root alone, with score 0, and room for the candidates of `levels` levels and of a chain."""
     zero = torch.zeros(1, dtype=torch.int64, device=device)
     root = Level(zero, zero.float(), zero - 1, zero, zero.new_zeros(1, 2))
     return root, empty_candidates(k + (levels - 1) * k * k, device, retrieved)
@@ -133,8 +135,7 @@ def empty_candidates(drafted: int, device: torch.device, retrieved: int = 0) -> 
 
 def grow(logits: Tensor, level: Level, candidates: Candidates, depth: int, k: int, ids: Tensor | None = None,
          noise: Tensor | None = None) -> Level:
-    """Give each node of `level` its k best continuations, store them in `candidates`, and choose the k best of them
-    to be fed next.
+    """Give each node of `level` its k best continuations, and store them in `candidates`. Returns the k best of all.
 
     logits [rows, V] of the nodes of `level`, which lie `depth` below the root. Column i is token ids[i], or without
     `ids` token i. noise [all tokens] fp32 is added to every row.
@@ -148,9 +149,7 @@ def grow(logits: Tensor, level: Level, candidates: Candidates, depth: int, k: in
     candidates.scores[stored] = scores
     candidates.parents[stored] = level.index.repeat_interleave(k)
     best = best_first(scores, k)
-    slot = torch.arange(depth * k, (depth + 1) * k, device=logits.device)[:, None]
-    word = torch.arange(2, device=slot.device)
-    own = torch.where(slot >> 6 == word, torch.ones_like(slot) << (slot & 63), 0)
+    own = bit(torch.arange(depth * k, (depth + 1) * k, device=logits.device), 2)
     parent_rows = best // k
     return Level(tokens[best], scores[best], first + best, parent_rows, level.visible[parent_rows] | own)
 
@@ -242,11 +241,12 @@ def accept(tree: Tree, next_tokens: Tensor, max_depth: int) -> tuple[Tensor, Ten
       out [max_depth + 1] int64: the tokens to commit, the bonus token last; entries beyond `accepted` repeat it
     """
     node = torch.arange(len(tree.tokens), device=tree.tokens.device)
+    own = bit(node, tree.ancestors.shape[1])
     wrong = (tree.tokens != next_tokens[tree.parents]) & (node > 0)
-    wrong_bits = (wrong.long() << node).sum()  # the bits are distinct, so their sum is their union
-    depth = torch.where((tree.ancestors & wrong_bits) == 0, tree.depth, -1)
+    wrong_bits = (own * wrong[:, None]).sum(0)  # the bits are distinct, so their sum is their union
+    depth = torch.where(((tree.ancestors & wrong_bits) == 0).all(1), tree.depth, -1)
     last = depth.argmax()
-    on_path = ((tree.ancestors[last] >> node) & 1) == 1
+    on_path = ((tree.ancestors[last] & own) != 0).any(1)
     steps = torch.arange(max_depth + 1, device=node.device)
     at_depth = on_path & (tree.depth == steps[:, None])  # [max_depth + 1, T], at most one node a row
     path = torch.where(at_depth.any(1), at_depth.int().argmax(1), last)

@@ -20,6 +20,7 @@ from formats.config import Config
 from formats.eagle import folder_of
 from formats.weights import read_tensors
 from model import Llama
+from ops import cpu_integers
 from quant.linear import ROWS, quantize_linears, stored_mode
 
 OVERHEAD = 0.5e9  # cuBLAS, CUDA graphs, the activations of a chunk of the prompt
@@ -117,7 +118,8 @@ def widest(cfg: Config, dtype: torch.dtype) -> int:
     return max(cfg.vocab_size, 2 * cfg.intermediate_size) * cfg.hidden_size * dtype.itemsize
 
 
-def plan(args: argparse.Namespace, dtype: torch.dtype, max_seq_len: int, mode: str | None) -> Need:
+def plan(args: argparse.Namespace, dtype: torch.dtype, max_seq_len: int, mode: str | None, device: str = "cuda"
+         ) -> Need:
     """What generate.py's options need, with this cache and quantised to this mode on load."""
     folder = folder_of(args.checkpoint)
     cfg = Config.load(folder)
@@ -127,9 +129,11 @@ def plan(args: argparse.Namespace, dtype: torch.dtype, max_seq_len: int, mode: s
     group = (stored_group if stored else args.group) or 128
     model = empty_model(cfg, dtype, stored or mode, group, "layers.0.wqkv.bias" in tensors)
     on_load = None if stored else mode
-    return Need(total_bytes(model), cache_bytes(cfg, max_seq_len, dtype),
-                drafter_bytes(args, model, max_seq_len, on_load), passing(cfg, dtype, stored or mode),
-                loading(cfg, dtype, on_load))
+    drafter = drafter_bytes(args, model, max_seq_len, on_load)
+    is_packed = device == "cpu" and (stored or mode) in ("int8", "int8dyn") and cpu_integers.is_supported()
+    copies = total_bytes((model.layers, model.lm_head)) + drafter if is_packed else 0  # in FBGEMM's order
+    return Need(total_bytes(model), cache_bytes(cfg, max_seq_len, dtype), drafter,
+                passing(cfg, dtype, stored or mode) + copies, loading(cfg, dtype, on_load))
 
 
 def free_bytes(device: str) -> int:
@@ -143,7 +147,7 @@ def free_bytes(device: str) -> int:
 def advice(args: argparse.Namespace, device: str, dtype: torch.dtype, max_seq_len: int, free: int | None = None) -> str:
     """One line: what was needed, what there is, and what would fit."""
     free = free_bytes(device) if free is None else free
-    need, file = plan(args, dtype, max_seq_len, args.quantize), args.checkpoint.is_file()
+    need, file = plan(args, dtype, max_seq_len, args.quantize, device), args.checkpoint.is_file()
     modes = [] if file or args.quantize == "int4" else [m for m in ("int8", "int4") if m != args.quantize]
     lengths = [2**n for n in range(16, 7, -1) if 2**n < max_seq_len]
     kinds = ([(f"--quantize {mode}", mode, max_seq_len) for mode in modes],
@@ -151,7 +155,7 @@ def advice(args: argparse.Namespace, device: str, dtype: torch.dtype, max_seq_le
              [(f"--quantize {mode} --max_seq_len {slots}", mode, slots) for mode in modes for slots in lengths])
     fits = []
     for ways in kinds:  # the first of each kind that fits; both together where neither does alone
-        found = ((flag, plan(args, dtype, slots, mode).total) for flag, mode, slots in ways)
+        found = ((flag, plan(args, dtype, slots, mode, device).total) for flag, mode, slots in ways)
         if not fits or ways is not kinds[-1]:
             fits += [f"{flag} ({total / 1e9:.1f} GB)" for flag, total in found if total < min(free, need.total)][:1]
     ways = " fits, as does ".join(fits) + " fits" * (len(fits) == 1)
@@ -167,6 +171,6 @@ def advice(args: argparse.Namespace, device: str, dtype: torch.dtype, max_seq_le
 
 def summary(args: argparse.Namespace, device: str, dtype: torch.dtype, max_seq_len: int) -> str:
     """One line for --memory."""
-    need = plan(args, dtype, max_seq_len, args.quantize)
+    need = plan(args, dtype, max_seq_len, args.quantize, device)
     parts = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in need._asdict().items())
     return f"{parts}; {need.total / 1e9:.2f} GB of {free_bytes(device) / 1e9:.2f} GB free"

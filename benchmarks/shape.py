@@ -1,7 +1,7 @@
 """--shape: a checkpoint's model in the shape of a large one, and its prompts and draft weights with it.
 
-benchmarks/widen.py says how a model gets wide without computing anything else, benchmarks/widen_eagle3.py the same of
-EAGLE-3 heads.
+benchmarks/widen.py says how a model gets wide without computing anything else, benchmarks/widen_eagle3.py and
+benchmarks/widen_block.py the same of EAGLE-3 and block heads.
 """
 import argparse
 from dataclasses import replace
@@ -12,11 +12,16 @@ from torch import nn
 
 from app.options import DTYPES
 from benchmarks.widen import PADDING, SHAPES, widen_head, widen_model, write_live_columns
+from benchmarks.widen_block import widen_block
 from benchmarks.widen_eagle3 import widen_head3
 from draft import EagleHead, Vanilla
+from drafters.block import BlockHead
 from drafters.eagle3 import Eagle3Head
 from drafters.medusa import MedusaHeads
 from engine import Engine
+from formats.block_config import NESTED
+from formats.eagle import find_head, folder_of, read_config
+from formats.eagle3_config import flat, naming
 from model import Llama
 from ops.quantized import Quantized
 
@@ -32,10 +37,20 @@ def choose_kept_ids(used: set[int], vocab_size: int, size: int) -> list[int]:
     return sorted(used | {i for i, _ in zip(unused, range(size - len(used)))})
 
 
+def mask_tokens(args: argparse.Namespace, vocab_size: int) -> set[int]:
+    """The mask token of the block head that --draft names, or of the checkpoint's. No text contains it, and the head
+    needs its embedding. Empty where there is no such head."""
+    folder = folder_of(args.draft or find_head(args.checkpoint, BlockHead.folder))
+    raw = read_config(folder)
+    with naming(folder / "config.json"):
+        token = flat(raw, NESTED).get("mask_token_id") if raw else None
+    return {token} if type(token) is int and 0 <= token < vocab_size else set()
+
+
 class Widening:
     """--shape: the checkpoint's model in fp32 (`small`), the wide one (`model`), and how prompts and draft weights get
     from one to the other. Draft weights are loaded for `small`, without --quantize, and then widened by `head`,
-    `head3`, `medusa` or `draft_model`."""
+    `head3`, `block`, `medusa` or `draft_model`."""
 
     def __init__(self, args: argparse.Namespace, small: Llama, prompts: list[list[int]], stop_ids: frozenset[int]
                  ) -> None:
@@ -46,8 +61,8 @@ class Widening:
         self.device, self.dtype = args.device, DTYPES[args.dtype]
         self.generator = torch.Generator(args.device).manual_seed(0)  # of the noise
         self.quantize = (args.quantize, args.group or 128) if args.quantize else None
-        used = {*stop_ids, *(i for ids in prompts for i in ids)}
         vocab_size = small.cfg.vocab_size
+        used = {*stop_ids, *(i for ids in prompts for i in ids), *mask_tokens(args, vocab_size)}
         if self.shape["vocab_size"] < vocab_size:  # the answers must not lose their ids: write them to see which
             slots = max(map(len, prompts)) + args.max_new_tokens
             engine = Engine(small, Vanilla(args.device), slots, stop_ids)
@@ -75,6 +90,12 @@ class Widening:
 
     def head3(self, small: Eagle3Head) -> Eagle3Head:
         head = widen_head3(small, self.small.cfg, self.shape, self.kept_ids, self.device, self.dtype, self.generator)
+        if self.quantize:
+            head.quantize(*self.quantize)
+        return head
+
+    def block(self, small: BlockHead) -> BlockHead:
+        head = widen_block(small, self.small.cfg, self.shape, self.kept_ids, self.device, self.dtype, self.generator)
         if self.quantize:
             head.quantize(*self.quantize)
         return head

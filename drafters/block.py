@@ -58,9 +58,9 @@ class Markov(nn.Module):
         elif cfg.markov == "rnn":
             self.joint = nn.Linear(2 * rank + size, 3 * rank)
 
-    def step(self, tokens: Tensor, h: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """What is added to the logits below tokens [m], [m, Vd] at least fp32, and the states after them [m, r]. h [1
-        or m, H] is the hidden state of their row, `state` [m, r] before them; only "rnn" changes it."""
+    def forward(self, tokens: Tensor, h: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """What W2 reads after tokens [m], [m, r], and the states after them [m, r]. h [1 or m, H] is the hidden state
+        of their row, `state` [m, r] the one before them; only "rnn" changes it."""
         e = self.w1.weight[tokens]
         if self.kind != "vanilla":
             h = h.expand(len(e), -1)
@@ -72,7 +72,7 @@ class Markov(nn.Module):
             gate = torch.sigmoid(gate)
             state = gate * state + (1 - gate) * torch.tanh(new)
             e = torch.tanh(out)
-        return linear(e, self.w2.weight, dtype=torch.promote_types(e.dtype, torch.float32)), state
+        return e, state
 
 
 class BlockHead(nn.Module):
@@ -98,14 +98,10 @@ class BlockHead(nn.Module):
         self.rope: Tensor | None = None  # [2, S, D]
 
     def allocate_cache(self, slots: int) -> None:
-        """As EagleHead.allocate_cache. ValueError where a sliding window of the head is shorter."""
+        """As EagleHead.allocate_cache. Layers with a sliding window keep all entries too, and read the last ones."""
         if self.kv is not None and self.kv.shape[4] >= slots:
             return
         layer, weight = self.cfg.layer, self.norm.weight
-        shortest = min((window for window in self.cfg.windows if window), default=slots)
-        if shortest < slots:
-            raise ValueError(f"this head's sliding window of {shortest} tokens is not implemented: use a smaller "
-                             "--max_seq_len")
         kv = weight.new_zeros(layer.num_layers, 2, 1, layer.num_kv_heads, slots, layer.head_dim)
         self.rope = rope_table(layer, slots, weight.device).to(weight.dtype)
         self.kv = kv  # last, as in Llama.allocate_cache
@@ -135,10 +131,13 @@ class BoundBlock:
         biases = [each.wqkv.bias for each in head.layers]
         self.kv_bias = None if biases[0] is None else torch.cat([bias[keys_and_values] for bias in biases])
         self.k_norms = torch.stack([each.k_norm.weight for each in head.layers])
+        self.w2 = None if head.markov is None else head.markov.w2.weight
+        if has_other_rows and self.w2 is not None and self.w2.shape[0] > len(self.ids):  # a list in draft_vocab.json
+            self.w2 = rows_of(self.w2, self.ids)
 
     def weights(self) -> tuple[tuple, tuple, tuple]:
         """The weights that `remember` reads, and that `run` and `read` do, as draft.BoundHead.weights."""
-        markov = () if self.head.markov is None else (self.head.markov.w2,)
+        markov = () if self.w2 is None else (self.w2,)
         return (self.head.fc, self.kv_weight), (self.head.layers, self.lm_head, *markov), ()
 
     def remember(self, taps: Tensor, slots: Tensor) -> None:
@@ -148,12 +147,14 @@ class BoundBlock:
         rows = linear(t, self.kv_weight, self.kv_bias, (head.hidden_norm.weight, head.hidden_norm.eps))
         store_context(rows, head.rope, slots, head.kv[:, :, 0], self.k_norms, head.layers[0].k_norm.eps)
 
-    def run(self, tokens: Tensor, rope_pos: Tensor, cache_pos: Tensor, mask: Tensor | TreeMask) -> Tensor:
-        """The hidden states [rows, H] of rows of blocks, before the last norm. tokens, rope_pos, cache_pos [rows]."""
+    def run(self, tokens: Tensor, rope_pos: Tensor, cache_pos: Tensor, masks: dict[int | None, Tensor | TreeMask]
+            ) -> Tensor:
+        """The hidden states [rows, H] of rows of blocks, before the last norm. tokens, rope_pos, cache_pos [rows];
+        masks: for each of the sliding windows in cfg.windows."""
         x, rope = embed(self.table, tokens, self.head.rope, rope_pos)
         x = x[None]
-        for layer, kv in zip(self.head.layers, self.head.kv):
-            x = layer(x, rope, kv, cache_pos, mask)
+        for layer, kv, window in zip(self.head.layers, self.head.kv, self.head.cfg.windows):
+            x = layer(x, rope, kv, cache_pos, masks[window])
         return x[0]
 
     def normed(self, x: Tensor) -> Tensor:
@@ -164,6 +165,13 @@ class BoundBlock:
         """The logits [N, Vd] of hidden states [N, H], at least fp32."""
         norm = self.head.norm
         return linear(x, self.lm_head, norm=(norm.weight, norm.eps), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+    def after(self, tokens: Tensor, h: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """What the Markov head adds to the logits below tokens [m], [m, Vd] at least fp32, and its states after them.
+        """
+        e, state = self.head.markov(tokens, h, state)
+        return linear(e, self.w2, dtype=torch.promote_types(e.dtype, torch.float32)), state
 
 
 # ----- Drafting with it --------------------------------------------------------------------------------------------
@@ -189,7 +197,7 @@ class Block(Drafter):
         self.tree_ops = tree_ops(device)
         self.read_rows = slice(skipped, skipped + depth)
         self.scratch = torch.arange(rows, device=device).repeat(2, 1) - 1  # the anchor is the last token of the text
-        self.masks = torch.full((rows - 1,), cfg.mask_token, device=device)
+        self.mask_tokens = torch.full((rows - 1,), cfg.mask_token, device=device)
         bits = [(1 << (row + 1 if cfg.causal else rows)) - 1 for row in range(rows)]
         self.visible = torch.tensor([[word - (word >> 63 << 64)] for word in bits], device=device)  # as signed words
         while head.markov and topk + (depth - 1) * topk**2 > MOST_CANDIDATES:
@@ -221,8 +229,10 @@ class Block(Drafter):
         _, places, _, (slots, _) = self.tree_ops.catch_up(state, self.max_depth + 1, self.scratch)
         self.bound.remember(state.hidden, places)
         anchor = root_token(state)
-        mask = tree_mask(slots[0], self.visible, state.width)
-        x = self.bound.run(torch.cat((anchor, self.masks)), slots, slots, mask)[self.read_rows]
+        # The row at place p sees the context from place p - window + 1 on, as SpecForge trains it. speculators lets all
+        # rows see as far back as `window` places before the anchor, which differs in a few places at the edge.
+        masks = {window: tree_mask(slots[0], self.visible, state.width, window) for window in self.head.cfg.windows}
+        x = self.bound.run(torch.cat((anchor, self.mask_tokens)), slots, slots, masks)[self.read_rows]
         logits = self.bound.read(x)
         if self.head.markov:
             self.grow(state, anchor, x, logits)
@@ -243,7 +253,7 @@ class Block(Drafter):
         level = self.root_level._replace(tokens=anchor)
         states = x.new_zeros(1, markov.w1.weight.shape[1])
         for depth in range(self.depth):
-            added, states = markov.step(level.tokens, h[depth:depth + 1], states)
+            added, states = self.bound.after(level.tokens, h[depth:depth + 1], states)
             level = self.tree_ops.grow(logits[depth:depth + 1] + added, level, self.candidates, depth, self.topk,
                                        self.bound.ids, None if state.noise is None else state.noise[depth])
             states = states[level.parent_rows] if markov.kind == "rnn" else states

@@ -117,7 +117,7 @@ def right_guesses_of_blocks(head: BlockHead, model: Llama, answers: list[Answer]
         for step in range(min(STEPS, x.shape[1])):
             logits = bound.read(x[:, step])
             if head.markov:
-                added, states = head.markov.step(ids[anchors + step], bound.normed(x[:, step]), states)
+                added, states = bound.after(ids[anchors + step], bound.normed(x[:, step]), states)
                 logits = logits + added
             guesses = logits.argmax(-1)
             guesses = guesses if bound.ids is None else bound.ids[guesses]
@@ -127,7 +127,8 @@ def right_guesses_of_blocks(head: BlockHead, model: Llama, answers: list[Answer]
 
 def run_blocks(bound: BoundBlock, ids: Tensor, anchors: Tensor) -> Tensor:
     """The hidden states of the rows of a block behind each of the anchors, indices of ids [n]: [anchors * b, H]. The
-    rows lie in cache slots from n on; each sees the context before its anchor, and rows of its own block."""
+    rows lie in cache slots from n on; each sees the context before its anchor, in a layer with a sliding window the
+    last of it, and rows of its own block."""
     cfg, n = bound.head.cfg, len(ids)
     size = cfg.block_size
     row = torch.arange(size, device=ids.device)
@@ -138,8 +139,14 @@ def run_blocks(bound: BoundBlock, ids: Tensor, anchors: Tensor) -> Tensor:
     slot = torch.arange(n + len(block), device=ids.device)
     seen = slot[n:] - n  # of a block's slots: which row of all blocks lies there
     in_block = (block[seen] == block[:, None]) & (row[seen] <= row[:, None] if cfg.causal else True)
-    mask = torch.cat((slot[:n] < anchors[block][:, None], in_block), 1)
-    return bound.run(tokens.flatten(), anchors[block] + row, slot[n:], mask)
+    place = anchors[block] + row
+    masks = {}
+    for window in set(cfg.windows):
+        in_context = slot[:n] < anchors[block][:, None]
+        if window is not None:
+            in_context &= slot[:n] > place[:, None] - window
+        masks[window] = torch.cat((in_context, in_block), 1)
+    return bound.run(tokens.flatten(), place, slot[n:], masks)
 
 
 def compare(head: Eagle3Head | BlockHead, open_fields: dict[str, tuple], model: Llama, answers: list[Answer]

@@ -37,7 +37,7 @@ from torch import Tensor
 from draft import Drafter
 from model import Llama
 from sampling import mix32
-from tree import MAX_NODES, State, Tree, build_tree, root_token
+from tree import MAX_NODES, State, Tree, bit, build_tree, root_token
 
 
 def lookahead_tree(window: int, ngram: int, guesses: int, device: torch.device) -> Tree:
@@ -55,7 +55,8 @@ def lookahead_tree(window: int, ngram: int, guesses: int, device: torch.device) 
     column = window_row % window
     sees = torch.where(level == 0, column <= column[:, None],
                        (column == column[:, None]) & (level <= level[:, None]))  # [rows, rows seen]
-    tree.ancestors[:len(window_row)] = (sees.long() << window_row).sum(1)
+    words = tree.ancestors.shape[1]
+    tree.ancestors[:len(window_row)] = (sees[..., None] * bit(window_row, words)).sum(1)
     tree.depth[:len(window_row)] = level + column
     return tree
 

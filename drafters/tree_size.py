@@ -36,7 +36,7 @@ from ops.graphs import Timer, timed
 from tree import Candidates, best_first
 
 NODES = (8, 16, 24, 32, 48, 60)  # the sizes of a curve, the root included
-LEVELS = 8  # a curve is of 1 to LEVELS levels; the last are all levels of a block head that has more
+LEVELS = 10  # a curve is of 1 to LEVELS levels; the last are all levels of a block head that has more
 TOPK = 10
 LIMIT_MS = 10_000  # nobody wants to wait longer for a better tree
 
@@ -136,7 +136,7 @@ def read_profiles(path: Path) -> dict:
 
 
 def tokens_by_size(candidates: Candidates, text: list[int]) -> Tensor:
-    """How many tokens a cycle commits with each of NODES and 1 to LEVELS levels, [6, 8] int64.
+    """How many tokens a cycle commits with each of NODES and 1 to LEVELS levels, [6, LEVELS] int64.
 
     candidates: those of the largest tree. text: what the target writes after the root.
     """
@@ -168,8 +168,8 @@ def curve_path(head: Path) -> Path:
 
 
 def read_curve(head: Path) -> list[list[float]]:
-    """A head's tokens per step, curve[i][levels - 1] for NODES[i] nodes. FileNotFoundError or ValueError where the file
-    is not there or damaged."""
+    """A head's tokens per step, curve[i][levels - 1] for NODES[i] nodes. A file with fewer levels tells of no gain by
+    further ones. FileNotFoundError or ValueError where the file is not there or damaged."""
     path = curve_path(head)
     again = "`train.py --steps 0 --tokens 0` measures it"
     if not path.is_file():
@@ -178,13 +178,14 @@ def read_curve(head: Path) -> list[list[float]]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         nodes, topk, rows = (raw[key] for key in ("nodes", "topk", "gained"))
-        sound = ([nodes, topk] == [[*NODES], TOPK] and [len(row) for row in rows] == [LEVELS] * len(NODES)
+        sound = ([nodes, topk] == [[*NODES], TOPK] and 1 <= len(rows[0]) <= LEVELS
+                 and [len(row) for row in rows] == [len(rows[0])] * len(NODES)
                  and all(1 <= x <= NODES[-1] for row in rows for x in row))
     except (ValueError, KeyError, TypeError, RecursionError):
         sound = False
     if not sound:
         raise ValueError(f"{path}: damaged; {again} again")
-    return rows
+    return [row + row[-1:] * (LEVELS - len(row)) for row in rows]
 
 
 # ----- The best size -----------------------------------------------------------------------------------------------
@@ -193,7 +194,7 @@ def read_curve(head: Path) -> list[list[float]]:
 def best_size(profile: list[float], curve: list[list[float]]) -> tuple[int, int, str]:
     """The nodes and levels with the most tokens per second, and a table of all sizes to print."""
     first, further, rest, *verify = profile
-    speeds = []  # tokens per second, [6][8]
+    speeds = []  # tokens per second, [6][LEVELS]
     for tokens_per_step, verify_ms in zip(curve, verify):
         speeds.append([1e3 * tokens / (first + i * further + verify_ms + rest)
                        for i, tokens in enumerate(tokens_per_step)])

@@ -21,25 +21,32 @@ from ops.device import by_device, device_limits, pdl_options, tl, triton, wait_f
 class TreeMask(NamedTuple):
     """Which cache slots each row sees: every slot below `base`, and slot base + j if bit j % 64 of bits[row, j // 64]
     is set. Without bits: slot base + j if j <= row. `tree_attention` reads this form, PyTorch's attention needs
-    `dense`."""
+    `dense`.
+
+    With a sliding window, row i, which lies in slot base + i, sees of the slots below `base` only those above
+    base + i - window: `window` of them, its own counted."""
     base: Tensor  # 0-d int64
     bits: Tensor | None  # [T, 1 or 2] int64
+    window: int | None = None
 
     def dense(self, rows: int, width: int) -> Tensor:
         """The mask as bool [rows, width], true where a row sees a slot."""
         node = torch.arange(width, device=self.base.device) - self.base  # negative in the prefix
+        row = torch.arange(rows, device=node.device)[:, None]
         if self.bits is None:
-            return node <= torch.arange(rows, device=node.device)[:, None]
-        last = 64 * self.bits.shape[1] - 1
-        words = self.bits.index_select(1, node.clamp(0, last) >> 6)  # [rows, width]
-        return (node < 0) | ((words >> (node & 63) & 1 == 1) & (node <= last))
+            seen = node <= row
+        else:
+            last = 64 * self.bits.shape[1] - 1
+            words = self.bits.index_select(1, node.clamp(0, last) >> 6)  # [rows, width]
+            seen = (node < 0) | ((words >> (node & 63) & 1 == 1) & (node <= last))
+        return seen if self.window is None else seen & ((node >= 0) | (node > row - self.window))
 
 
-def tree_mask(base: Tensor, bits: Tensor, width: int) -> Tensor | TreeMask:
-    """The mask of TreeMask(base, bits): on a GPU in that form, on a CPU as bool [rows, width] for PyTorch.
+def tree_mask(base: Tensor, bits: Tensor, width: int, window: int | None = None) -> Tensor | TreeMask:
+    """The mask of TreeMask(base, bits, window): on a GPU in that form, on a CPU as bool [rows, width] for PyTorch.
 
     base 0-d int64, bits [rows, 1 or 2] int64."""
-    mask = TreeMask(base, bits)
+    mask = TreeMask(base, bits, window)
     return mask if base.is_cuda else mask.dense(len(bits), width)
 
 
@@ -56,7 +63,7 @@ def attention_config(T: int, G: int, K: int, D: int, dtype: torch.dtype, sms: in
     num_warps, num_stages).
 
     BN and num_stages are as large as shared memory, and registers without spilling, allow. One program per
-    multiprocessor was fastest on an H100 (BENCHMARKS.md). More than 64 tokens are a prefill, where one split is enough.
+    multiprocessor was fastest on an H100 (BENCHMARKS.md). More than 128 tokens are a prefill: one split is enough.
     """
     rows = T * G
     if dtype == torch.float32:  # not on the tensor cores
@@ -69,7 +76,7 @@ def attention_config(T: int, G: int, K: int, D: int, dtype: torch.dtype, sms: in
         BM, BN, warps, stages = (64, 32, 4, 2) if D in (64, 128) else (64, 64, 8, 2)
     else:  # arithmetic dominates: a larger tile uses each block of keys for more rows
         BM, BN, warps, stages = 128, 64, 8, 2
-    splits = sms // (K * -(-rows // BM)) if T <= 64 else 1
+    splits = sms // (K * -(-rows // BM)) if T <= 128 else 1
     return BM, BN, min(max(splits, 1), 8), warps, stages  # at most 8: merging reads what every split wrote
 
 
@@ -97,12 +104,12 @@ def attend(q, keys, values, slot, in_cache, seen, d, in_head, state, D: tl.const
 
 @triton.jit
 def attention_kernel(q, kv, base, bits, out, parts, logs, S, T: tl.constexpr, H: tl.constexpr,
-                     K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WORDS: tl.constexpr, BM: tl.constexpr,
-                     BN: tl.constexpr, NS: tl.constexpr, PDL: tl.constexpr):
+                     K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WORDS: tl.constexpr, WINDOW: tl.constexpr,
+                     BM: tl.constexpr, BN: tl.constexpr, NS: tl.constexpr, PDL: tl.constexpr):
     """Tree attention, or with NS > 1 the parts of it that `merge_splits_kernel` adds up.
 
     Grid (tiles of T * G rows, K, NS): a program takes BM of the T * G rows that share a key/value head, and one of NS
-    parts of the slots that they see. DP is D rounded up to a power of two.
+    parts of the slots that they see. DP is D rounded up to a power of two. WINDOW: see TreeMask; 0: none.
     Pointers: q [T, H, D], kv [2, K, S, D], base int64, bits [T, WORDS] int64 (None: causal), out [T, H, D];
     parts [T * H, NS, D] fp32, the attention over each split, and logs [T * H, NS] fp32, log2 of its sum of weights.
     """
@@ -123,8 +130,11 @@ def attention_kernel(q, kv, base, bits, out, parts, logs, S, T: tl.constexpr, H:
         common, end = n, tl.minimum(n + 64 * WORDS, S)  # every row sees the slots below `common`, none those from `end`
     else:
         common, end = n + tile * BM // G + 1, tl.minimum(n + min(tile * BM + BM - 1, T * G - 1) // G + 1, S)
-    blocks = tl.cdiv(end, BN)
-    first, stop = split * blocks // NS, (split + 1) * blocks // NS
+    start = 0  # the first block that a row of the tile sees
+    if WINDOW > 0:  # then every block needs a mask: the first slots are seen by the first rows alone
+        start, common = tl.maximum(tl.minimum(n + tile * BM // G - WINDOW + 1, n), 0) // BN, 0
+    blocks = tl.cdiv(end, BN) - start
+    first, stop = start + split * blocks // NS, start + (split + 1) * blocks // NS
     masked = tl.minimum(tl.maximum(common // BN, first), stop)  # the first block that needs a mask
 
     top = tl.full((BM,), -1e30, tl.float32)  # finite: exp2(-inf - top) is 0 while nothing is seen, not NaN
@@ -141,6 +151,7 @@ def attention_kernel(q, kv, base, bits, out, parts, logs, S, T: tl.constexpr, H:
             seen = (node < 0) | (((word >> (node & 63)) & 1 == 1) & in_cache[None, :])
         else:
             seen = node <= token[:, None]
+        seen = seen & ((node >= 0) | (node > token[:, None] - WINDOW)) if WINDOW > 0 else seen
         state = attend(q_rows, keys, values, slot, in_cache, seen, d, in_head, state, D)
     acc, total, top = state
     acc = acc / total[:, None]  # NaN where this split saw nothing: its weight is 0, and the merge leaves it out
@@ -178,7 +189,7 @@ def merge_splits_kernel(parts, logs, out, ROWS: tl.constexpr, D: tl.constexpr, D
     tl.store(out + row[:, None] * D + d[None, :], acc / total[:, None], mask=mask)
 
 
-def tree_attention_triton(q: Tensor, kv: Tensor, base: Tensor, bits: Tensor | None = None,
+def tree_attention_triton(q: Tensor, kv: Tensor, base: Tensor, bits: Tensor | None = None, window: int | None = None,
                           config: tuple[int, int, int, int, int] | None = None) -> Tensor:
     """`tree_attention` by the kernels. config: see attention_config."""
     T, H, D = q.shape
@@ -194,24 +205,26 @@ def tree_attention_triton(q: Tensor, kv: Tensor, base: Tensor, bits: Tensor | No
         logs = torch.empty(T * H * NS, 1, dtype=torch.float32, device=q.device)
     pdl = pdl_options(q.device)
     attention_kernel[(triton.cdiv(T * H // K, BM), K, NS)](
-        q, kv, base, bits, out, parts, logs, S, T, H, K, D, DP, words, BM, BN, NS,
+        q, kv, base, bits, out, parts, logs, S, T, H, K, D, DP, words, window or 0, BM, BN, NS,
         num_warps=warps, num_stages=stages, **pdl)
     if NS > 1:
         merge_splits_kernel[(triton.cdiv(T * H, 2),)](parts, logs, out, T * H, D, DP, 2, NS, num_warps=1, **pdl)
     return out
 
 
-def tree_attention_torch(q: Tensor, kv: Tensor, base: Tensor, bits: Tensor | None = None) -> Tensor:
+def tree_attention_torch(q: Tensor, kv: Tensor, base: Tensor, bits: Tensor | None = None, window: int | None = None
+                         ) -> Tensor:
     """Attention over one layer's static cache -> [T, H * D].
 
     q [T, H, D], rotated; kv [2, K, S, D]: keys and values, those of the T tokens included, unused slots finite; base
     0-d int64; bits [T, 1 or 2] int64 or None. Row i sees every slot below base, and slot base + j if bit j % 64 of
-    bits[i, j // 64] is set; without bits, if j <= i. Each row must see at least one slot.
+    bits[i, j // 64] is set; without bits, if j <= i. With a window it sees of the slots below base only those
+    above base + i - window. Each row must see at least one slot.
     """
     T, H, D = q.shape
     K, S = kv.shape[1:3]
     width = min(S, int(base) + (T if bits is None else 64 * bits.shape[1]))  # on a CPU the used length may be read
-    mask = TreeMask(base, bits).dense(T, width)
+    mask = TreeMask(base, bits, window).dense(T, width)
     q = q.transpose(0, 1).reshape(1, K, -1, D)  # the rows that share a key are one matrix: no key is ever repeated
     y = F.scaled_dot_product_attention(q, *kv[:, None, :, :width], attn_mask=mask.repeat(H // K, 1))
     return y.reshape(H, T, D).transpose(0, 1).reshape(T, H * D)

@@ -1,4 +1,4 @@
-"""A linear layer for 1 to 64 rows that reads its weights at the speed of memory, RMSNorm, SiLU and residual fused in.
+"""A linear layer for 1 to 128 rows that reads its weights at the speed of memory, RMSNorm, SiLU and residual fused in.
 
 At batch 1, a decode step spends its time reading weights, and a tree of 60 tokens reads them as often as one token
 does: once. So one Triton kernel serves every number of rows. A program owns BN rows of the weights, reads them once,
@@ -24,12 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ops import cpu_integers
 from ops.device import INTERPRET, device_limits, pdl_options, tl, triton, wait_for_previous
 from ops.embed_rope import rope_store
 from ops.quantized import Quantized, integer_linear, multiply_int4, multiply_int8, quantize_triton
 from ops.tiling import Tiling, integer_config, linear_config
 
-MAX_ROWS = 64  # beyond, a matrix product is no longer bound by memory and cuBLAS is the better choice
+MAX_ROWS = 128  # beyond, a matrix product is no longer bound by memory and cuBLAS is the better choice
 MAX_TILES = 4096  # counters kept for split K
 NORM_ROWS = 16  # up to this many rows the norm is fused
 
@@ -48,7 +49,7 @@ def linear(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None, no
     """
     rows, K = x.numel() // x.shape[-1], x.shape[-1]
     if not x.is_cuda or rows > MAX_ROWS or K % 16 or x.dtype not in (torch.bfloat16, torch.float16):
-        y = linear_torch(x, weight, bias, norm, residual, gated)
+        y = linear_torch(x, weight, bias, norm, residual, gated, fast=True)
         return y.to(dtype or y.dtype) if heads is None else rope_store(y, *heads).flatten(1)
     flat = None if residual is None else residual.reshape(rows, -1)
     return linear_triton(x.reshape(rows, K), weight, bias, norm, flat, gated, heads, dtype).view(*x.shape[:-1], -1)
@@ -56,11 +57,15 @@ def linear(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None, no
 
 def linear_torch(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None,
                  norm: tuple[Tensor, float] | None = None, residual: Tensor | None = None,
-                 gated: bool = False) -> Tensor:
-    """`linear` in plain PyTorch, without heads and dtype: each step is rounded to x's dtype."""
+                 gated: bool = False, fast: bool = False) -> Tensor:
+    """`linear` in plain PyTorch, without heads and dtype: each step is rounded to x's dtype. fast: with a CPU's integer
+    kernels for int8, which round x to 14 or 7 bits."""
     if norm is not None:
         x = F.rms_norm(x, x.shape[-1:], *norm)
-    y = (integer_linear if isinstance(weight, Quantized) else float_linear)(x, weight, bias)
+    if fast and cpu_integers.takes(x, weight):
+        y = cpu_integers.integer_linear(x, weight, bias)
+    else:
+        y = (integer_linear if isinstance(weight, Quantized) else float_linear)(x, weight, bias)
     if gated:
         gate, up = y.chunk(2, dim=-1)
         y = F.silu(gate) * up
@@ -72,7 +77,7 @@ def float_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     rows = x.numel() // x.shape[-1]
     # MKL (2024.2 on an AMD EPYC with AVX2, two threads) takes 1.5 to 3 times as long for x @ weight.T as for
     # weight @ x.T with 2 to 48 rows. On one thread only up to 4 rows. bf16 has no such gap.
-    turned = 1 < rows <= (MAX_ROWS if torch.get_num_threads() > 1 else 4)
+    turned = 1 < rows <= (64 if torch.get_num_threads() > 1 else 4)
     if not turned or x.dtype != torch.float32 or x.device.type != "cpu":
         return F.linear(x, weight, bias)
     y = torch.mm(weight, x.reshape(rows, -1).t()).t().contiguous().view(*x.shape[:-1], -1)
@@ -121,7 +126,7 @@ def linear_triton(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = N
     linear_kernel[(tiles * SK,)](
         x, data, bias, norm_weight, eps, residual, out, partial, counts, rope, slots, kv, x_scale, sums, w_scale,
         M, width, K, columns, num_slots, D=D, KV_HEADS=kv_heads, GATED=gated,
-        EVEN_K=K % (2 * BK if group else BK) == 0, BM=BM, BN=BN, BK=BK, SK=SK, STAGES=stages, AHEAD=ahead,
+        EVEN_K=columns % BK == 0 and K == weight.shape[1], BM=BM, BN=BN, BK=BK, SK=SK, STAGES=stages, AHEAD=ahead,
         PLANES=planes, GROUP=group, GROUPS=groups, INTERPRET=INTERPRET, num_warps=warps, **pdl_options(x.device))
     return out
 
@@ -301,11 +306,15 @@ def sum_splits(ptr, NORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SK: 
     """What the splits of a tile stored, added up in their order: sums [BN, BM] and squares [BM]."""
     at = tl.arange(0, BN)[:, None] + tl.arange(0, BM)[None, :] * BN  # in the order of the outputs
     acc, squares = tl.zeros((BN, BM), dtype=tl.float32), tl.zeros((BM,), dtype=tl.float32)
-    for _ in tl.static_range(SK):
-        acc += tl.load(ptr + at, cache_modifier=".cg")
-        if NORM:
-            squares += tl.load(ptr + BN * BM + tl.arange(0, BM), cache_modifier=".cg")
-        ptr += (BN + 1) * BM
+    if BM > 64:  # not unrolled: registers hold the sums of one split beside `acc`. So many rows have no norm here
+        for split in tl.range(0, SK, num_stages=1):
+            acc += tl.load(ptr + split * (BN + 1) * BM + at, cache_modifier=".cg")
+    else:
+        for _ in tl.static_range(SK):
+            acc += tl.load(ptr + at, cache_modifier=".cg")
+            if NORM:
+                squares += tl.load(ptr + BN * BM + tl.arange(0, BM), cache_modifier=".cg")
+            ptr += (BN + 1) * BM
     return acc, squares
 
 

@@ -261,48 +261,71 @@ def multiply_int4(x_ptr, sums_ptr, w_rows, row, scale_ptr, M, N, K, half, first,
     program that starts at byte 0 adds the offsets of all columns.
 
     Pointers: x int8 [PLANES, M, K], sums fp32 [groups, M], w_rows [BN, 1] to the first byte of each row, int8; scale
-    int32 [groups, N] as in `dequantize_kernel`. row [BN]: the rows' numbers. half: bytes of a row.
+    int32 [groups, N] as in `dequantize_kernel`. row [BN]: the rows' numbers. half: bytes of a row. GROUPS: `groups`
+    rounded up to a power of two.
     """
-    r, b = tl.arange(0, PLANES * BM)[:, None], tl.arange(0, GROUP)[None, :]
+    APART: tl.constexpr = PLANES * BM > 128  # one plane after the other: registers do not hold a product of 256 rows
+    STEP: tl.constexpr = min(BK, GROUP)
+    r, b = tl.arange(0, BM if APART else PLANES * BM)[:, None], tl.arange(0, STEP)[None, :]
     live, x_rows = r % BM < M, x_ptr + (r // BM * M + r % BM).to(tl.int64) * K
-    acc = multiply_offsets(sums_ptr, scale_ptr, row, M, N, half * 2 // GROUP, first == 0, GROUPS, BM, INTERPRET)
+    groups, acc = half * 2 // GROUP, tl.zeros((BN, BM), dtype=tl.float32)
+    if APART and GROUPS > 32:  # a few groups at a time, and no address kept over the loop below: registers again
+        for top in tl.range(0, groups, 32, num_stages=1, disable_licm=True):
+            acc = multiply_offsets(sums_ptr, scale_ptr, row, M, N, top, groups, first == 0, acc, 32, BM, INTERPRET)
+    else:
+        acc = multiply_offsets(sums_ptr, scale_ptr, row, M, N, 0, groups, first == 0, acc, GROUPS, BM, INTERPRET)
     for start in tl.range(first, last, BK, num_stages=STAGES):
-        for part in tl.static_range(0, BK, GROUP):
+        for part in tl.static_range(0, BK, STEP):
             at = start + part
             k, g, h = at + b, at // GROUP, (at + half) // GROUP
             inside = (at < half) | EVEN_K
             w = tl.load(w_rows + k, mask=inside, other=0, eviction_policy="evict_first")
             x = tl.load(x_rows + k, mask=live & ((k < K) & inside | EVEN_K), other=0)
             y = tl.load(x_rows + half + k, mask=live & ((half + k < K) | EVEN_K), other=0)
+            x_low, y_low = None, None
+            if APART:  # x and y are the high planes
+                x_low = tl.load(x_rows + M * K + k, mask=live & ((k < K) & inside | EVEN_K), other=0)
+                y_low = tl.load(x_rows + M * K + half + k, mask=live & ((half + k < K) | EVEN_K), other=0)
             low, high = unpack_int4(w, INTERPRET)
             scale = tl.load(scale_ptr + g * N + row, mask=inside, other=0) << 16
-            dot = tl.dot(low, x.trans(), out_dtype=tl.int32)
-            acc += combine_planes(dot, 256, PLANES, BM, BN) * scale.to(tl.float32, bitcast=True)[:, None]
+            dot = multiply_group(low, x, x_low, PLANES, BM, BN)
+            acc += dot * scale.to(tl.float32, bitcast=True)[:, None]
             scale = tl.load(scale_ptr + h * N + row, mask=inside, other=0) << 16
-            dot = tl.dot(high, y.trans(), out_dtype=tl.int32)
-            acc += combine_planes(dot, 256, PLANES, BM, BN) * scale.to(tl.float32, bitcast=True)[:, None]
+            dot = multiply_group(high, y, y_low, PLANES, BM, BN)
+            acc += dot * scale.to(tl.float32, bitcast=True)[:, None]
     return acc
 
 
 @triton.jit
-def multiply_offsets(sums_ptr, scale_ptr, row, M, N, groups, wanted, GROUPS: tl.constexpr, BM: tl.constexpr,
+def multiply_group(w, x, x_low, PLANES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """w [BN, columns] times x, columns of one group: fp32 [BN, BM]. x holds all planes, or with x_low the high one."""
+    dot = tl.dot(w, x.trans(), out_dtype=tl.int32)
+    if x_low is None:
+        return combine_planes(dot, 256, PLANES, BM, BN)
+    else:
+        return tl.dot(w, x_low.trans(), dot * 256, out_dtype=tl.int32).to(tl.float32)
+
+
+@triton.jit
+def multiply_offsets(sums_ptr, scale_ptr, row, M, N, top, groups, wanted, acc, GROUPS: tl.constexpr, BM: tl.constexpr,
                      INTERPRET: tl.constexpr):
-    """The offset of each group times the group's sum of x, over all groups: fp32 [BN, BM]; zeros if not `wanted`.
+    """acc fp32 [BN, BM] and, if `wanted`, the offset of each group times the group's sum of x, over GROUPS groups from
+    `top` on; there are `groups` of them in all.
 
     Tensor cores multiply bf16, so a sum goes in as two bf16 numbers, which hold 16 of its 22 bits. Pointers: see
-    `multiply_int4`; GROUPS is `groups` rounded up to a power of two.
+    `multiply_int4`.
     """
-    g, m = tl.arange(0, GROUPS), tl.arange(0, BM)
+    g, m = top + tl.arange(0, GROUPS), tl.arange(0, BM)
     word = tl.load(scale_ptr + g[None, :] * N + row[:, None], mask=(g < groups)[None, :] & wanted, other=0)
     offset = (word & -65536).to(tl.float32, bitcast=True)
     sums = tl.load(sums_ptr + g[:, None] * M + m[None, :], mask=(g < groups)[:, None] & (m < M)[None, :] & wanted,
                    other=0.0)
     if INTERPRET:
-        return tl.dot(offset, sums, input_precision="ieee")
+        return tl.dot(offset, sums, acc, input_precision="ieee")
     else:
         high = sums.to(tl.bfloat16)
         low = (sums - high.to(tl.float32)).to(tl.bfloat16)
-        return tl.dot(offset.to(tl.bfloat16), low, tl.dot(offset.to(tl.bfloat16), high))
+        return tl.dot(offset.to(tl.bfloat16), low, tl.dot(offset.to(tl.bfloat16), high, acc))
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Tiling(NamedTuple):
-    BM: int  # rows of x, padded; 1: multiply and add instead of using tensor cores
+    BM: int  # rows of x, padded, at most 128; 1: multiply and add instead of using tensor cores
     BN: int  # rows of the weights that a program owns
     BK: int  # columns in one block (of int4: bytes)
     SK: int  # programs that share the columns of a tile, at most 64
@@ -21,6 +21,8 @@ def linear_config(M: int, N: int, K: int, sms: int, capability: tuple[int, int])
     """The Tiling for weights [N, K] in bf16 or fp16 and M rows of x, on a card with `sms` multiprocessors."""
     if M == 1:
         return one_row(N, K)
+    if M > 64:
+        return many_rows(N, K, 2, 2, 0, sms, capability)
     hopper = capability >= (9, 0)
     BM = 16 if M <= 16 else 32 if M <= 32 else 64
     if K < 1024:  # over before memory is busy: all of a tile's K in flight, and nothing shared
@@ -59,10 +61,38 @@ def one_row(N: int, K: int) -> Tiling:
     return Tiling(1, 4, 256, 1, 1, 1, ahead=1)
 
 
+def many_rows(N: int, columns: int, w_bytes: int, x_bytes: int, group: int, sms: int, capability: tuple[int, int]
+              ) -> Tiling:
+    """The Tiling for 65 to 128 rows of x, of x_bytes an element (two planes: 2), and weights of w_bytes an element (of
+    int4: `columns` of them, and group > 0). Not measured: it fits registers and shared memory.
+
+    Every tile reads all of x again, from L2, as many bytes as of weights or up to four times as many. So tiles are as
+    large as registers allow, and a sum of 64 KB is split among no more programs than make up nearly whole waves.
+    """
+    hopper = capability >= (9, 0)
+    tiles = -(-N // 128)
+    two = hopper and x_bytes == w_bytes and tiles > sms  # two programs fit on a multiprocessor, with half the stages
+    if group:
+        BK, stages = 64, 4 if hopper else 3
+    elif hopper:
+        BK, stages = 128 // w_bytes, 4 if x_bytes > w_bytes else 3 if two else 6
+    else:
+        BK, stages = 64 // w_bytes, 4
+    SK = max(1, sms // tiles)
+    while not two and math.ceil(tiles * SK / sms) > 1.4 * tiles * SK / sms:
+        SK += 1
+    while columns % BK and BK > 64 // w_bytes:
+        BK //= 2
+    SK = max(1, min(SK, columns // BK // 4, 64))
+    return Tiling(128, 128, BK, SK, 8, stages, ahead=4 if w_bytes == 2 else max(1, (256 if group else 1024) // BK))
+
+
 def integer_config(M: int, N: int, columns: int, planes: int, group: int, sms: int, capability: tuple[int, int]
                    ) -> Tiling:
     """The Tiling for integer weights of N rows of `columns` bytes and M rows of x in `planes` planes; group: see
     ops.quantized.Quantized. Hopper's tensor cores want at least 16 rows, all planes together."""
+    if M > 64:
+        return many_rows(N, columns, 1, planes, group, sms, capability)
     hopper = capability >= (9, 0)
     if M <= 8:
         BM = 8 if planes == 2 else 16

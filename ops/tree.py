@@ -7,8 +7,8 @@ place. The functions have the names and results of their twins, which are the do
     catch_up, best_tokens, argmax, grow, grid, rerank, accept_commit, compact     tree.py
     gumbel_noise                                                                  sampling.py
 
-Choices compare the keys of ops/topk.py. A tile has 16 lanes for the k <= 10 nodes of a level, and 64 for the nodes of
-a tree.
+Choices compare the keys of ops/topk.py. A tile has 16 lanes for the k <= 10 nodes of a level, and 64 or 128 for the
+nodes of a tree: as many as the words of its ancestors have bits.
 
 Letters: T nodes of a tree, N drafted candidates, D depths, V tokens of the vocabulary.
 """
@@ -130,55 +130,75 @@ def grid_kernel(children, logs, tokens, scores, parents, D, n, K: tl.constexpr, 
 
 
 @triton.jit
+def bit(node, word, WORDS: tl.constexpr):
+    """One word of tree.bit: the bit of each node, 0 where it is in the other one of two words."""
+    one = tl.full(node.shape, 1, tl.int64)
+    if WORDS == 1:
+        return one << node
+    else:
+        return tl.where(node // 64 == word, one << (node % 64), 0)
+
+
+@triton.jit
 def rerank_kernel(tokens, scores, parents, text, length, tree_tokens, tree_parents, tree_depth, tree_ancestors,
-                  N, n, MAX_DEPTH: tl.constexpr, SIZE: tl.constexpr, PDL: tl.constexpr):
+                  N, n, MAX_DEPTH: tl.constexpr, SIZE: tl.constexpr, WORDS: tl.constexpr, PDL: tl.constexpr):
     """See `rerank`. One program. The root takes part as candidate -1, which is the parent that its children name.
 
-    Pointers: tokens, scores, parents [N] as in tree.Candidates, text [any] int64, length 0-d int64; tree_* [n + 1]
-    int64 as in tree.Tree. SIZE is N rounded up to a power of two, at least 64.
+    Pointers: tokens, scores, parents [N] as in tree.Candidates, text [any] int64, length 0-d int64; tree_* [n + 1] and
+    tree_ancestors [n + 1, WORDS] int64 as in tree.Tree. SIZE is N rounded up to a power of two, at least 64 * WORDS.
     """
     wait_for_previous(PDL)
-    index, node = tl.arange(0, SIZE), tl.arange(0, 64).to(tl.int64)
+    LANES: tl.constexpr = 64 * WORDS
+    index, node = tl.arange(0, SIZE), tl.arange(0, LANES).to(tl.int64)
     score = tl.load(scores + index, mask=index < N, other=0.0)
-    best = key_index(tl.topk(sort_key(score, index, index < N), 64))
-    kept = tl.sort(tl.where(node < n, best, tl.where(node == 63, -1, SIZE)))  # the root, the n best, and padding
+    best = key_index(tl.topk(sort_key(score, index, index < N), LANES))
+    kept = tl.sort(tl.where(node < n, best, tl.where(node == LANES - 1, -1, SIZE)))  # the root, the n best, and padding
     drafted = (node > 0) & (node <= n)
     above = tl.load(parents + kept, mask=drafted, other=-1)
     parent = tl.sum(tl.where(kept[None, :] == above[:, None], node[None, :], 0), 1)
     token = tl.load(tokens + kept, mask=drafted, other=tl.load(text + tl.load(length) - 1))
 
-    one = tl.full([64], 1, tl.int64)
-    ancestors, depth, at = one << node, (node > 0).to(tl.int64), parent
+    low, high, depth, at = bit(node, 0, WORDS), bit(node, 1, WORDS), (node > 0).to(tl.int64), parent
     for _ in range(MAX_DEPTH):  # as tree.build_tree does
-        ancestors |= one << at
+        low |= bit(at, 0, WORDS)
+        high |= bit(at, 1, WORDS)
         depth += at > 0
         at = tl.gather(parent, at, 0)
     tl.store(tree_tokens + node, token, mask=node <= n)
     tl.store(tree_parents + node, parent, mask=node <= n)
     tl.store(tree_depth + node, depth, mask=node <= n)
-    tl.store(tree_ancestors + node, ancestors, mask=node <= n)
+    tl.store(tree_ancestors + node * WORDS, low, mask=node <= n)
+    if WORDS == 2:
+        tl.store(tree_ancestors + node * WORDS + 1, high, mask=node <= n)
 
 
 @triton.jit
 def accept_commit_kernel(tokens, parents, depths, ancestors, next_tokens, text, length, committed, done, stop_ids,
                          limit, path, report, T, STOPS, STEPS, PATH: tl.constexpr, STOP_TILE: tl.constexpr,
-                         PDL: tl.constexpr):
-    """See `accept_commit`. One program of one warp.
+                         WORDS: tl.constexpr, PDL: tl.constexpr):
+    """See `accept_commit`. One program.
 
-    Pointers: tokens, parents, depths, ancestors, next_tokens [T] int64; text [any], length, committed int64 and done
-    bool, which change in place; stop_ids [STOPS], limit, path [STEPS], report [STEPS + 2] int64; STEPS = max_depth + 1.
-    PATH and STOP_TILE are STEPS and STOPS rounded up to a power of two.
+    Pointers: tokens, parents, depths, next_tokens [T], ancestors [T, WORDS] int64; text [any], length, committed int64
+    and done bool, which change in place; stop_ids [STOPS], limit, path [STEPS], report [STEPS + 2] int64;
+    STEPS = max_depth + 1. PATH and STOP_TILE are STEPS and STOPS rounded up to a power of two.
     """
     wait_for_previous(PDL)
-    node, step = tl.arange(0, 64).to(tl.int64), tl.arange(0, PATH)
+    node, step = tl.arange(0, 64 * WORDS).to(tl.int64), tl.arange(0, PATH)
     real, taken = node < T, step < STEPS
     parent = tl.load(parents + node, mask=real, other=0)
     wrong = tl.load(tokens + node, mask=real, other=0) != tl.load(next_tokens + parent, mask=real, other=0)
-    wrong_bits = tl.sum((wrong & (node > 0)).to(tl.int64) << node, 0)  # bits are distinct
-    above, depth = tl.load(ancestors + node, mask=real, other=0), tl.load(depths + node, mask=real, other=-1)
-    reached = tl.where((above & wrong_bits) == 0, depth, -1)
+    word = 0 if WORDS == 1 else node // 64
+    shift = node if WORDS == 1 else node % 64
+    wrong_bits = (wrong & (node > 0)).to(tl.int64) << shift
+    low_wrong = tl.sum(wrong_bits if WORDS == 1 else tl.where(word == 0, wrong_bits, 0), 0)  # bits are distinct
+    wrong_above = tl.load(ancestors + node * WORDS, mask=real, other=0) & low_wrong
+    if WORDS == 2:
+        high_wrong = tl.sum(tl.where(word == 1, wrong_bits, 0), 0)
+        wrong_above |= tl.load(ancestors + node * 2 + 1, mask=real, other=0) & high_wrong
+    depth = tl.load(depths + node, mask=real, other=-1)
+    reached = tl.where(wrong_above == 0, depth, -1)
     last, accepted = tl.argmax(reached, 0), tl.max(reached, 0)
-    on_path = (tl.load(ancestors + last) >> node) & 1 == 1
+    on_path = (tl.load(ancestors + last * WORDS + word) >> shift) & 1 == 1
     here = tl.where(on_path[None, :] & (depth[None, :] == step[:, None]), node[None, :], -1)  # at most one node a row
     walk = tl.where(tl.max(here, 1) < 0, last, tl.max(here, 1))
     out = tl.load(next_tokens + walk)
@@ -269,11 +289,13 @@ def grid(logits: Tensor, candidates: Candidates, n: int, k: int, ids: Tensor | N
 
 
 def rerank(state: State, candidates: Candidates, n: int, max_depth: int) -> Tree:
-    """tree.rerank, for n <= 63."""
-    tree = Tree(*candidates.tokens.new_empty(4, n + 1))
+    """tree.rerank, for n <= 127."""
+    new, words = candidates.tokens.new_empty, 1 if n < 64 else 2
+    tree = Tree(*new(3, n + 1), new(n + 1, words))
     size = len(candidates.tokens)
     rerank_kernel[1,](*candidates[:3], state.tokens, state.length, *tree, size, n, max_depth,
-                      max(64, triton.next_power_of_2(size)), num_warps=8, **pdl_options(tree.tokens.device))
+                      max(64 * words, triton.next_power_of_2(size)), words, num_warps=8,
+                      **pdl_options(tree.tokens.device))
     return tree
 
 
@@ -281,11 +303,11 @@ def accept_commit(tree: Tree, next_tokens: Tensor, state: State, stop_ids: Tenso
                   report: Tensor) -> Tensor:
     """tree.accept_commit; once `done` is set, it changes nothing in the state."""
     path = torch.empty_like(report[2:])
-    stops = len(stop_ids)
+    stops, words = len(stop_ids), tree.ancestors.shape[1]
     accept_commit_kernel[1,](*tree, next_tokens, state.tokens, state.length, state.committed, state.done, stop_ids,
                              limit, path, report, len(next_tokens), stops, max_depth + 1,
-                             triton.next_power_of_2(max_depth + 1), triton.next_power_of_2(max(stops, 1)), num_warps=1,
-                             **pdl_options(path.device))
+                             triton.next_power_of_2(max_depth + 1), triton.next_power_of_2(max(stops, 1)), words,
+                             num_warps=1 if words == 1 else 4, **pdl_options(path.device))
     return path
 
 

@@ -92,6 +92,11 @@ def arguments(folder: Path, *words: str) -> list[str]:
     return ["--checkpoint", str(folder), "--prompt", "x", "--device", "cpu", *words]
 
 
+def bits_of(words: list[int]) -> int:
+    """One number of the bits of several int64."""
+    return sum(word % 2**64 << 64 * i for i, word in enumerate(words))
+
+
 FLAGS = {"vanilla": (), "lookup": ("--lookup",), "lookahead": ("--lookahead",), "medusa": ("--medusa", "medusa"),
          "speculate": ("--speculate", "."), "speculate+rejection": ("--speculate", ".", "--rejection"),
          "speculate+lookup": ("--speculate", ".", "--lookup"), "eagle": ("--eagle",), "eagle2": ("--eagle2",),

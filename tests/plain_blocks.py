@@ -46,7 +46,8 @@ class PlainBlock:
         return [self.qkv(layer, t, place)[1] for layer in range(self.cfg.layer.num_layers)]
 
     def rows(self, anchor: int, place: int, context: list[list[KeyValue]]) -> list[Tensor]:
-        """The rows of the block whose anchor is at `place`, after the last layer."""
+        """The rows of the block whose anchor is at `place`, after the last layer. context: of all places before it. A
+        layer with a sliding window cuts it: a row sees `window` places, its own the last of them."""
         size = self.cfg.block_size
         xs = [self.embed[token] for token in [anchor] + [self.cfg.mask_token] * (size - 1)]
         for layer in range(self.cfg.layer.num_layers):
@@ -54,7 +55,9 @@ class PlainBlock:
             parts = [self.qkv(layer, self.norm(at + "attn_norm", x), place + j) for j, x in enumerate(xs)]
             for j, (q, _) in enumerate(parts):
                 of_block = [key_value for _, key_value in parts[:j + 1 if self.cfg.causal else size]]
-                h = xs[j] + self.linear(at + "wo", attend(q, [entry[layer] for entry in context] + of_block))
+                window = self.cfg.windows[layer]
+                seen = context if window is None else context[max(0, place + j + 1 - window):]
+                h = xs[j] + self.linear(at + "wo", attend(q, [entry[layer] for entry in seen] + of_block))
                 gate, up = self.linear(at + "w13", self.norm(at + "mlp_norm", h)).chunk(2)
                 xs[j] = h + self.linear(at + "w2", F.silu(gate) * up)
         return [self.norm("norm", x) for x in (xs if self.cfg.anchor_first else xs[1:])]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from helpers import bits_of
 from recorder import Cycle, Recorder
 from torch import Tensor
 
@@ -262,7 +263,7 @@ def same_tree(tree: Tree, plain: Plain, root: int) -> bool:
     return (tree.tokens.tolist() == [root] + [node.token for node in plain.nodes]
             and tree.parents.tolist() == [0, *parents]
             and tree.depth.tolist() == [0] + [node.depth for node in plain.nodes]
-            and [{j for j in range(64) if bits >> j & 1} for bits in tree.ancestors.tolist()] == ancestors)
+            and [{j for j in range(128) if bits_of(words) >> j & 1} for words in tree.ancestors.tolist()] == ancestors)
 
 
 def check_rows(cycle: Cycle, plain: Plain, builder: Builder, atol: float) -> None:

@@ -29,7 +29,7 @@ from sampling import Sampling
 # ----- Trees -----------------------------------------------------------------------------------------------------
 
 SHAPES = [(2, 1, 1), (2, 8, 10), (4, 3, 1), (9, 8, 1), (6, 5, 2), (64, 6, 2), (20, 4, 3), (64, 1, 10), (11, 1, 10),
-          (60, 6, 10), (64, 8, 10), (33, 2, 7), (64, 8, 4), (17, 5, 9)]
+          (60, 6, 10), (128, 10, 10), (33, 2, 7), (64, 8, 4), (17, 5, 9)]
 HEADS = [{}, {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 20},
          {"fc_bias": True, "qkv_bias": True}, {"head_dim": 12, "rope_theta": 500.0, "rms_norm_eps": 1e-2}]
 
@@ -112,9 +112,9 @@ def test_eagle1_demo(demo_model: Llama, demo_head: EagleHead, demo_prompts, plai
     assert total >= 5 and close <= 1
 
 
-@pytest.mark.parametrize("shape", [(1, 6, 10), (65, 6, 10), (60, 0, 10), (60, 9, 10), (60, 6, 0), (60, 6, 11)])
+@pytest.mark.parametrize("shape", [(1, 6, 10), (129, 6, 10), (60, 0, 10), (60, 11, 10), (60, 6, 0), (60, 6, 11)])
 def test_impossible_shapes(shape: tuple[int, int, int]) -> None:
-    """Fails if a tree is accepted that overflows the 64 bits of a node's ancestors or the spare cache slots."""
+    """Fails if a tree is accepted that overflows the 128 bits of a node's ancestors or the spare cache slots."""
     model = tiny.target()
     with pytest.raises(ValueError, match="draft_tokens"):
         Eagle2(tiny.head(model), model, *shape)

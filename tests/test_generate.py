@@ -292,9 +292,9 @@ def test_the_smallest_context(method: str, slots: int, call, everything: Path) -
     (["--prompt", " \n"], "empty"),
     (["--prompt", "@/no/such/file"], "/no/such/file"),
     (["--prompt", "word " * 300, "--max_seq_len", "256"], "--max_seq_len 256"),
-    (["--prompt", "x", "--eagle2", "--draft_tokens", "65"], "--draft_tokens"),
-    (["--prompt", "x", "--eagle2", "--draft_tokens", "0"], "2-64 --draft_tokens"),
-    (["--prompt", "x", "--eagle2", "--draft_depth", "0"], "1-8 --draft_depth"),
+    (["--prompt", "x", "--eagle2", "--draft_tokens", "129"], "--draft_tokens"),
+    (["--prompt", "x", "--eagle2", "--draft_tokens", "0"], "2-128 --draft_tokens"),
+    (["--prompt", "x", "--eagle2", "--draft_depth", "0"], "1-10 --draft_depth"),
     (["--prompt", "x", "--eagle2", "--draft_topk", "0"], "1-10 --draft_topk"),
     (["--prompt", "x", "--eagle2", "--draft_vocab", "99999999"], "draft_vocab.json"),
     (["--prompt", "x", "--eagle2", "--draft", "/no/such/head"], "/no/such/head"),
@@ -346,7 +346,7 @@ def test_which_tree(words: tuple, cuda: bool, tree: tuple | str, tmp_path: Path,
     head = tmp_path / "eagle"
     head.mkdir()
     args = generate.parse_args(["--checkpoint", str(tmp_path), "--prompt", "x", "--eagle2", *words])
-    setup = methods.Setup(model, args, None, 64)
+    setup = methods.Setup(model, args, SimpleNamespace(folder="eagle"), 64)
     found = {"fit": (16, 4, 10)}
     monkeypatch.setattr(methods, "profile_key", lambda *inputs: "")
     monkeypatch.setattr(methods, "fit", lambda *inputs: found["fit"])

@@ -45,7 +45,7 @@ def test_bits_and_bools(name: str) -> None:
     base = torch.tensor(30)
     causal = TreeMask(base, None), torch.arange(30, 35), torch.arange(30, 35)
     one = TreeMask(base, torch.ones(1, 1, dtype=torch.int64)), base[None], base[None]
-    branches = TreeMask(base, tree.ancestors[:, None]), base + tree.depth, base + torch.arange(7)
+    branches = TreeMask(base, tree.ancestors), base + tree.depth, base + torch.arange(7)
     words = TreeMask(base, far), torch.tensor([90, 91, 97]), torch.tensor([30, 31, 99])
     for mask, positions, slots in (causal, one, branches, words):
         tokens = torch.tensor([tiny.prompt(len(slots), len(slots))])

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import bits_of
 from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import stats
@@ -55,47 +56,49 @@ def path_of(parents: list[int], node: int) -> list[int]:
 
 
 @st.composite
-def trees(draw: st.DrawFn, max_nodes: int = 64) -> tuple[list[int], list[int]]:
-    """(tokens, parents): any shape of 1 to 64 nodes, siblings with different tokens, cousins often with equal ones."""
+def trees(draw: st.DrawFn, max_nodes: int = 128) -> tuple[list[int], list[int]]:
+    """(tokens, parents): any shape of 1 to 128 nodes, siblings with different tokens, cousins often with equal ones."""
     size = draw(st.integers(1, max_nodes))
-    parents = [0] + [draw(st.integers(max(0, i - draw(st.sampled_from([1, 3, 64]))), i - 1)) for i in range(1, size)]
+    parents = [0] + [draw(st.integers(max(0, i - draw(st.sampled_from([1, 3, 128]))), i - 1)) for i in range(1, size)]
     children = [0] * size
     tokens = [draw(st.integers(0, 5))]
     for parent in parents[1:]:
         tokens.append(children[parent])
         children[parent] += 1
     shift = draw(st.integers(0, 3))
-    return [tokens[0], *((token + shift) % 64 for token in tokens[1:])], parents
+    return [tokens[0], *((token + shift) % 128 for token in tokens[1:])], parents
 
 
-CHAIN = ([0] * 64, [0, *range(63)])
-STAR = (list(range(64)), [0] * 64)
+CHAIN = ([0] * 128, [0, *range(127)])
+STAR = (list(range(128)), [0] * 128)
+SHORT = ([0] * 64, [0, *range(63)])  # the longest that needs one word
 
 
 def test_typed_tree() -> None:
     """Fails if a depth, an ancestor bit or a mask is off by one: a node that does not see itself, or sees a sibling."""
     made = build_tree(torch.arange(7), torch.tensor(PARENTS), 3)
     assert made.depth.tolist() == DEPTH
-    assert made.ancestors.tolist() == ANCESTORS
-    assert seen(tree_mask(torch.tensor(3), made.ancestors[:, None], 12)) == ["111" + row + ".." for row in SEES]
+    assert made.ancestors.tolist() == [[word] for word in ANCESTORS]
+    assert seen(tree_mask(torch.tensor(3), made.ancestors, 12)) == ["111" + row + ".." for row in SEES]
     assert seen(causal_mask(torch.tensor(2), 3, 6)) == ["111...", "1111..", "11111."]
 
 
 @given(trees(), st.integers(0, 9), st.integers(0, 5))
 @example(CHAIN, 1, 0)
 @example(STAR, 0, 3)
+@example(SHORT, 2, 1)
 def test_build_and_mask(drawn: tuple[list[int], list[int]], base: int, extra: int) -> None:
-    """Fails if the bound on depth stops too early, if bit 63, the sign, is lost, or if the tree's mask is shifted
-    against the prefix."""
+    """Fails if the bound on depth stops too early, if bit 63, the sign, or the second word is lost, or if the mask is
+    shifted against the prefix."""
     tokens, parents = drawn
     paths = [path_of(parents, node) for node in range(len(parents))]
     depth = [len(path) - 1 for path in paths]
     made = build_tree(torch.tensor(tokens), torch.tensor(parents), max(depth) + extra)
     assert made.depth.tolist() == depth
-    assert [bits % 2**64 for bits in made.ancestors.tolist()] == [sum(1 << node for node in path) for path in paths]
+    assert list(map(bits_of, made.ancestors.tolist())) == [sum(1 << node for node in path) for path in paths]
     width = base + len(parents) + extra
     expected = [[slot < base or slot - base in path for slot in range(width)] for path in paths]
-    assert tree_mask(torch.tensor(base), made.ancestors[:, None], width).tolist() == expected
+    assert tree_mask(torch.tensor(base), made.ancestors, width).tolist() == expected
 
 
 def walk(tokens: list[int], parents: list[int], next_tokens: list[int]) -> list[int]:
@@ -128,18 +131,20 @@ def test_accept_random(drawn: tuple[list[int], list[int]], data: st.DataObject) 
     next_tokens = []
     for node in range(len(tokens)):  # mostly a child's token, or the walk would end at once
         own = [tokens[child] for child in children[node]]
-        right = st.sampled_from(own) if own and data.draw(st.integers(0, 5)) else st.integers(0, 63)
+        right = st.sampled_from(own) if own and data.draw(st.integers(0, 5)) else st.integers(0, 127)
         next_tokens.append(data.draw(right))
     check_accept(tokens, parents, next_tokens, max_depth)
 
 
-@pytest.mark.parametrize("right", [0, 1, 62, 63])
-def test_accept_chain_of_64(right: int) -> None:
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("short", [1, 2, 63, 64])
+def test_accept_long_chain(size: int, short: int) -> None:
     """Fails if the last node of a full tree is wrongly refused or accepted: its bit is the sign of an int64."""
-    tokens = [node % 2 for node in range(64)]
-    next_tokens = [(node + 1) % 2 if node < right else 9 for node in range(64)]
-    check_accept(tokens, CHAIN[1], next_tokens, 63)
-    check_accept(list(range(64)), STAR[1], [right] * 64, 1)
+    right = size - short
+    tokens = [node % 2 for node in range(size)]
+    next_tokens = [(node + 1) % 2 if node < right else 9 for node in range(size)]
+    check_accept(tokens, CHAIN[1][:size], next_tokens, size - 1)
+    check_accept(list(range(size)), [0] * size, [right] * size, 1)
 
 
 def test_root_never_judged() -> None:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from helpers import CPU, SHAPE, STOPS, operations, tiny_checkpoint
+from helpers import CPU, SHAPE, STOPS, bits_of, operations, tiny_checkpoint
 
 from app.answer import Run, run
 from benchmarks import cycle, shape, workload
@@ -168,7 +168,7 @@ def test_rows_are_those_of_a_chain() -> None:
     assert list(tree_size.verify_by_rows(engine, cycle.ROWS)) == list(seen) == list(cycle.ROWS)
     for rows, (base, tree) in seen.items():
         assert base == length - 1 and tree.depth.tolist() == list(range(rows)) and base + rows <= engine.slots
-        assert [bin(a % 2**64).count("1") for a in tree.ancestors.tolist()] == list(range(1, rows + 1))
+        assert [bin(bits_of(words)).count("1") for words in tree.ancestors.tolist()] == list(range(1, rows + 1))
 
 
 def test_a_frozen_cycle_does_all_its_work() -> None:

@@ -4,13 +4,16 @@ text against plain decoding's, and what is remembered of it.
 Tiny random models, in float64 or float32 on the CPU.
 """
 import itertools
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import block_published
 import pytest
 import tiny
 import torch
+from helpers import slow_but
 from plain_blocks import BlockBuilder, PlainBlock, best_paths
 from plain_trees import same_tree
 from torch import Tensor
@@ -22,6 +25,7 @@ from drafters.heads import load_head
 from drafters.lookup import Retrieval
 from engine import Engine
 from model import Llama
+from ops.attention import TreeMask
 from quant.linear import MODES
 from sampling import Sampling
 from tree import State, Tree, empty_candidates, grid, rerank
@@ -34,6 +38,7 @@ HEADS = {"anchor first": {}, "fill in": {"anchor_first": False}, "sees all": {"c
          "head_dim": {"head_dim": 6, "num_attention_heads": 6, "num_key_value_heads": 3, "rope_theta": 100.0},
          "two rows": {"block_size": 2, "anchor_first": False}, "vanilla": {"markov": "vanilla"},
          "gated": {"markov": "gated", "ids": UNSORTED}, "rnn": {"markov": "rnn", "causal": False}}
+WINDOWS = {"one layer slides": (7, None), "two windows": (3, 9), "a row sees its block alone": (1, 1)}  # of the layers
 
 
 def taps_of(model: Llama, text: list[int], taps: tuple[int, ...]) -> Tensor:
@@ -55,12 +60,12 @@ def record(drafter: Block) -> list[tuple[int, Tree]]:
 
 
 def check(model: Llama, head: BlockHead, seed: int, nodes: int, topk: int, margin: float = 1e-9,
-          plain: PlainBlock | None = None) -> int:
+          plain: PlainBlock | None = None, new_tokens: int = 14) -> int:
     """Compare each cycle's tree with the plain builder's. Returns how many cycles there were."""
     drafter = Block(head, model, nodes, topk)
     trees = record(drafter)
     ids, sampling = tiny.prompt(seed, 3 + seed % 5), Sampling(temperature=float(seed % 2), seed=seed)
-    text = ids + sum(Engine(model, drafter, 96).generate(ids, 14, sampling), [])
+    text = ids + sum(Engine(model, drafter, 96).generate(ids, new_tokens, sampling), [])
     plain = plain or PlainBlock(head.state_dict(), head.cfg, head.vocab, model)
     builder = BlockBuilder(plain, text, taps_of(model, text, head.cfg.taps), sampling)
     for length, tree in trees:
@@ -83,6 +88,27 @@ def test_trees(kind: str) -> None:
     assert cycles > 20
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_sliding_windows(kind: str, causal: bool) -> None:
+    """Fails if a row sees a context entry too much or too few, if a layer has the window of another one, or if rows of
+    the block are cut too."""
+    for seed in range(2):
+        model = tiny.target(seed)
+        head = tiny.block(model, seed + 5, causal=causal, anchor_first=bool(seed))
+        head.cfg = replace(head.cfg, windows=WINDOWS[kind])
+        assert check(model, head, seed, 20, 5, new_tokens=24) > 5
+
+
+def test_windows_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a window gets lost on its way to the kernel, which reads masks as bits: here its twin does."""
+    model = tiny.target()
+    head = tiny.block(model)
+    head.cfg = replace(head.cfg, windows=(4, None))
+    monkeypatch.setattr(block, "tree_mask", lambda base, bits, width, window: TreeMask(base, bits, window))
+    assert check(model, head, 0, 20, 5, new_tokens=24) > 5
+
+
 @pytest.mark.parametrize("anchor_first", [True, False])
 def test_long_blocks(anchor_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a head with more levels than are drafted runs rows in vain or reads other rows, or if one whose rows see
@@ -92,7 +118,7 @@ def test_long_blocks(anchor_first: bool, monkeypatch: pytest.MonkeyPatch) -> Non
         model = tiny.target(seed)
         head = tiny.block(model, anchor_first=anchor_first, causal=causal)
         assert check(model, head, seed, 16, 4) > 5
-        assert len(Block(head, model).masks) + 1 == ((3 if anchor_first else 4) if causal else 6)
+        assert len(Block(head, model).mask_tokens) + 1 == ((3 if anchor_first else 4) if causal else 6)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -145,20 +171,22 @@ def test_quantized(mode: str | None) -> None:
         assert (stored[0, 0] - layer.k_norm(k[0])).abs().max() < 1e-4  # slot 0 is rotated by 0
 
 
-PUBLISHED = [(publisher, flags) for publisher, flags in block_published.HEADS if "window" not in flags]
+HEADS_OF_ALL = block_published.names_of(block_published.HEADS)
 
 
-@pytest.mark.parametrize(("publisher", "flags"), PUBLISHED, ids=block_published.names_of(PUBLISHED))
-def test_published_heads(publisher: str, flags: dict, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", slow_but(4, block_published.HEADS), ids=HEADS_OF_ALL)
+def test_published_heads(case: tuple[str, dict], tmp_path: Path) -> None:
     """Fails if a publisher's layout is read as another head than the one that was written: its trees would be others
     than the plain builder's. BLOCK_SEEDS=25 tries more than 200 contexts of each."""
+    publisher, flags = case
     cycles = 0
     for seed in range(int(os.environ.get("BLOCK_SEEDS", "1"))):
         model = tiny.target(seed, torch.float32, num_hidden_layers=8)
         expected = block_published.write(tmp_path / str(seed), publisher, model.cfg, seed, **flags | {"measured": True})
         head = load_head(tmp_path / str(seed), model)
         plain = PlainBlock(expected.tensors, expected.config, expected.ids, model)
-        cycles += check(model, head, seed, 20, 4, 1e-3, plain)
+        new_tokens = 14 + (flags.get("window") or 0)  # the text outgrows the window
+        cycles += check(model, head, seed, 20, 4, 1e-3, plain, new_tokens)
     assert cycles > 5
 
 
@@ -225,10 +253,21 @@ def test_grid_ties() -> None:
         assert total == pytest.approx(sum(torch.tensor(s).exp().item() for _, s, _ in plain_grid(logits, n, k)), 1e-4)
 
 
+def test_listed_tokens(tmp_path: Path) -> None:
+    """Fails if a list in draft_vocab.json cuts the lm_head's rows and not those of a Markov head."""
+    model = tiny.target(2, torch.float32)
+    folder = tiny.save_block(tiny.block(model, markov="vanilla"), tmp_path / "head")
+    (folder / "draft_vocab.json").write_text(json.dumps(UNSORTED))
+    head = load_head(folder, model)
+    plain = PlainBlock(head.state_dict(), head.cfg, head.vocab, model)
+    plain.w["markov.w2.weight"] = plain.w["markov.w2.weight"][head.vocab]
+    assert len(head.vocab) == len(UNSORTED) and check(model, head, 1, 16, 4, 1e-3, plain) > 5
+
+
 def test_refused() -> None:
     """Fails if a tree that the head cannot draft is taken."""
     model = tiny.target()
     head = tiny.block(model)
-    for wrong in ({"draft_tokens": 1}, {"draft_tokens": 65}, {"topk": 0}, {"topk": 11}):
-        with pytest.raises(ValueError, match="2-64 --draft_tokens and 1-10 --draft_topk"):
+    for wrong in ({"draft_tokens": 1}, {"draft_tokens": 129}, {"topk": 0}, {"topk": 11}):
+        with pytest.raises(ValueError, match="2-128 --draft_tokens and 1-10 --draft_topk"):
             Block(head, model, **wrong)

@@ -67,7 +67,8 @@ def test_published_heads(publisher: str, flags: dict, tmp_path: Path) -> None:
     assert cycles > 8 * SEEDS and close <= cycles // 10
 
 
-@pytest.mark.parametrize("shape", slow_but(1, [(60, 8, 10), (2, 1, 1), (9, 8, 1), (64, 1, 10), (33, 2, 7)]))
+@pytest.mark.parametrize("shape", slow_but(1, [(60, 8, 10), (2, 1, 1), (9, 8, 1), (64, 1, 10), (33, 2, 7),
+                                               (128, 6, 10)]))
 def test_trees(shape: tuple[int, int, int]) -> None:
     """Fails if a tree of another shape reads positions, slots or ancestors of another one."""
     model, head = tiny.pair3(3, ids=UNSORTED)

@@ -1,5 +1,7 @@
 """drafters/head_check.py: the guesses of a head against a plain builder's, and when one variant is better than another.
 """
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -78,7 +80,7 @@ def test_what_is_clear() -> None:
 
 BLOCKS = {"anchor first": {}, "fill in, sees all": {"anchor_first": False, "causal": False},
           "markov": {"markov": "rnn", "ids": [9, 3, 4, 17, 22, 0, 1, 8, 12, 11, 10, 20, 5, 6]},
-          "two rows": {"block_size": 2, "markov": "vanilla"}}
+          "two rows": {"block_size": 2, "markov": "vanilla"}, "windows": {}}
 
 
 def guessed_by(plain: PlainBlock, model: Llama, ids: list[int], length: int, own: int = 1) -> list[int]:
@@ -96,11 +98,13 @@ def guessed_by(plain: PlainBlock, model: Llama, ids: list[int], length: int, own
 
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_guesses_of_blocks(kind: str) -> None:
-    """Fails if a block sees the context of another anchor or rows of another block, if the layout's shift is left out,
-    or if the Markov head is given another token."""
+    """Fails if a block sees the context of another anchor or rows of another block, if a sliding window is another
+    layer's or cuts elsewhere, if the layout's shift is left out, or if the Markov head is given another token."""
     model = tiny.target(4, num_hidden_layers=3)
     model.allocate_rope(64)
     head = tiny.block(model, **BLOCKS[kind])
+    if kind == "windows":
+        head.cfg = replace(head.cfg, windows=(3, 6))
     plain = PlainBlock(head.state_dict(), head.cfg, head.vocab, model)
     answers = [Answer(guessed_by(plain, model, tiny.prompt(seed, 5), 14 + seed, 2), 5 + 2 * seed) for seed in range(3)]
     steps = min(STEPS, head.cfg.block_size - (not head.cfg.anchor_first))

@@ -123,8 +123,8 @@ def test_rows(shape: tuple[int, int, int]) -> None:
     made, levels = ours.propose(state), ngram - 1
     rows = [("window", level, column) for level in range(levels) for column in range(window)]
     rows += [("chain", chain, step) for chain in range(guesses) for step in range(levels)]
-    assert len(rows) == len(made.tokens) == ours.num_nodes <= 64
-    mask = tree_mask(torch.tensor(2), made.ancestors[:, None], 2 + 64)
+    assert len(rows) == len(made.tokens) == ours.num_nodes <= 128
+    mask = tree_mask(torch.tensor(2), made.ancestors, 2 + 128)
     assert mask[:, :2].all() and not mask[:, 2 + len(rows):].any()
     for i, (kind, a, b) in enumerate(rows):
         for j, (other, c, d) in enumerate(rows):
@@ -140,11 +140,11 @@ def test_rows(shape: tuple[int, int, int]) -> None:
 
 def test_refuses() -> None:
     """Fails if more rows than the mask has bits, or a shape without guesses, is accepted."""
-    for shape in ((7, 5, 10), (15, 5, 7), (64, 2, 1), (0, 5, 7), (7, 5, 0), (7, 1, 7), (-9, 5, 20), (-9, -1, -7)):
+    for shape in ((7, 5, 26), (26, 5, 7), (128, 2, 1), (0, 5, 7), (7, 5, 0), (7, 1, 7), (-9, 5, 20), (-9, -1, -7)):
         with pytest.raises(ValueError, match="Lookahead: ") as error:
             drafter(9, *shape)
         assert "\n" not in str(error.value)
-    assert drafter(9, 9, 5, 7).num_nodes == 64 and drafter(9, 63, 2, 1).num_nodes == 64
+    assert drafter(9, 25, 5, 7).num_nodes == 128 and drafter(9, 63, 2, 1).num_nodes == 64
 
 
 def test_reset() -> None:

@@ -248,11 +248,11 @@ def test_shape(count: int) -> None:
 
 
 def test_impossible_trees() -> None:
-    """Fails if a tree is accepted with more nodes than an int64 has bits, or more ranks than the GPU's kernel keeps or
-    the vocabulary has."""
-    heads = MedusaHeads(32, 2).double()
-    for choices, size in ([(i,) for i in range(10)] + [(i, j) for i in range(9) for j in range(6)], 24), (
-            [(10,)], 24), ([(9,)], 9):
+    """Fails if a tree is accepted with more nodes than two int64 have bits, or more ranks than the GPU's kernel keeps
+    or the vocabulary has."""
+    heads, ranks = MedusaHeads(32, 3).double(), range(10)
+    many = [(i,) for i in ranks] + [(i, j) for i in ranks for j in ranks] + [(0, i, j) for i in (0, 1) for j in ranks]
+    for choices, size in ((many, 24), ([(10,)], 24), ([(9,)], 9)):
         with pytest.raises(ValueError, match="are possible"):
             Medusa(heads, tiny.target(vocab_size=size), choices)
     with pytest.raises(ValueError):

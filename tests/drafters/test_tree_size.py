@@ -81,8 +81,8 @@ def test_choice() -> None:
     per step are taken for the best. Every size must be chosen where it alone gains."""
     rising = [[1 + 0.5 * i + 0.1 * j for j in range(LEVELS)] for i in range(len(NODES))]
     free, dear = [0.01] * 6, [8.0, 16.0, 24.0, 32.0, 48.0, 60.0]
-    assert best_size([0.01, 0.0001, 0.01, *free], rising)[:2] == (60, 8)
-    assert best_size([0.01, 0.0001, 0.01, *dear], rising)[:2] == (8, 8)
+    assert best_size([0.01, 0.0001, 0.01, *free], rising)[:2] == (60, LEVELS)
+    assert best_size([0.01, 0.0001, 0.01, *dear], rising)[:2] == (8, LEVELS)
     assert best_size([0.01, 5.0, 0.01, *free], rising)[:2] == (60, 1)
     assert best_size([0.01, 5.0, 0.01, *dear], rising)[:2] == (8, 1)
     assert best_size([1.0, 1.0, 1.0, *[1.0] * 6], FLAT)[:2] == (8, 1), "larger than needed"
@@ -97,7 +97,8 @@ def test_choice() -> None:
     nodes, levels, table = best_size([2.0, 1.0, 5.0, *[10.0] * 6], curve)
     lines = table.splitlines()
     assert (nodes, levels) == (32, 4) and table.count("*") == 1 and max(map(len, lines)) <= 100
-    assert lines[6].split() == ["32", "10.000", "58.8", "55.6", "52.6", "*200.0", "47.6", "45.5", "43.5", "41.7"]
+    assert lines[6].split() == ["32", "10.000", "58.8", "55.6", "52.6", "*200.0", "47.6", "45.5", "43.5", "41.7",
+                                "40.0", "38.5"]
     assert "2.000 ms" in lines[0] and "one 1.000" in lines[0] and "5.000" in lines[0]
 
 
@@ -199,8 +200,12 @@ def test_curve_is_refused(tmp_path: Path) -> None:
     sound = {"nodes": list(NODES), "topk": TOPK, "gained": FLAT}
     (tmp_path / CURVE).write_text(json.dumps(sound))
     assert read_curve(tmp_path) == FLAT
-    for wrong in ({"nodes": [8, 16]}, {"topk": 8}, {"gained": FLAT[1:]}, {"gained": [[3.0] * 7] * 6}, {"gained": 3},
-                  {"gained": [[0.0] * 8] * 6}, {"gained": [["3"] * 8] * 6}, {"gained": [[float("nan")] * 8] * 6}):
+    rising = [[1.0 + i + j for j in range(8)] for i in range(6)]  # of a version with 8 levels
+    (tmp_path / CURVE).write_text(json.dumps(sound | {"gained": rising}))
+    assert read_curve(tmp_path) == [row + 2 * row[-1:] for row in rising]
+    for wrong in ({"nodes": [8, 16]}, {"topk": 8}, {"gained": FLAT[1:]}, {"gained": [[3.0] * 11] * 6}, {"gained": 3},
+                  {"gained": [[3.0] * 7, *FLAT[1:]]}, {"gained": [[]] * 6}, {"gained": [[0.0] * 8] * 6},
+                  {"gained": [["3"] * 8] * 6}, {"gained": [[float("nan")] * 8] * 6}):
         (tmp_path / CURVE).write_text(json.dumps(sound | wrong))
         with pytest.raises(ValueError, match="acceptance.json: damaged"):
             read_curve(tmp_path)

@@ -10,6 +10,7 @@ from gpu_tools import ties
 from helpers import GREEDY, SAMPLINGS, write
 
 from draft import Drafter, Eagle2, Vanilla
+from drafters.block import Block
 from engine import Engine
 from formats.config import Config
 from model import Llama
@@ -48,6 +49,12 @@ def eagle3(model: Llama) -> Drafter:
     return Eagle2(head.to(model.embed.weight.device), model, 24, 4, 5)
 
 
+def block(model: Llama, markov: str | None = None) -> Drafter:
+    """Block drafting with a tiny head of heads of 24 elements."""
+    head = tiny.block(model, num_attention_heads=4, num_key_value_heads=2, head_dim=24, markov=markov)
+    return Block(head.to(model.embed.weight.device), model, 40, 6)
+
+
 def engine(model: Llama, drafter: Drafter) -> Engine:
     return Engine(model, drafter, 256)
 
@@ -61,8 +68,12 @@ def test_fp32_writes_what_float64_writes(name: str) -> None:
     for how in (GREEDY, *SAMPLINGS[1:4]):
         text = write(engine(exact, Vanilla()), IDS, COUNT, how)
         assert len(set(text)) > COUNT // 4  # else the comparison would show little
-        for drafter in (Vanilla("cuda"), eagle2(model), eagle3(model)):
+        for drafter in (Vanilla("cuda"), eagle2(model), eagle3(model), block(model, "vanilla")):
             assert write(engine(model, drafter), IDS, COUNT, how) == text
+        for markov in (None, "rnn"):  # the same drafts are accepted
+            cycles = [list(engine(m, block(m, markov)).generate(IDS, COUNT, how)) for m in (exact, model)]
+            assert sum(cycles[1], []) == text
+            assert sum(a != b for a, b in zip(*cycles)) <= 1
 
 
 def shortfalls(exact: Llama, text: list[int]) -> torch.Tensor:

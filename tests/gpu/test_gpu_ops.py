@@ -8,7 +8,7 @@ from torch import Tensor
 
 import sampling
 import tree
-from ops import attention, embed_rope, linear, quantized
+from ops import attention, context, embed_rope, linear, quantized
 from ops import tree as tree_kernels
 from ops.graphs import capture
 from ops.quantized import Quantized, dequantize, pack, quantize_rows, rotate
@@ -27,13 +27,13 @@ def error(out: Tensor, exact: Tensor) -> float:
 
 
 @pytest.mark.parametrize("H, K, D", [(32, 32, 128), (32, 8, 128), (9, 3, 64), (28, 4, 128)])
-@pytest.mark.parametrize("T", [1, 7, 10, 16, 32, 60, 64])
+@pytest.mark.parametrize("T", [1, 7, 10, 16, 32, 60, 64, 65, 128])
 def test_attention(T: int, H: int, K: int, D: int) -> None:
     """Fails if a tile, a layout or a split is wrong on real tensor cores: without a prefix, with one that ends at a
     block's edge, in a full cache."""
     torch.manual_seed(T)
     parents = torch.tensor([0] + [int(torch.randint(i, ())) for i in range(1, T)])
-    bits = tree.build_tree(parents, parents, T).ancestors[:, None].cuda()
+    bits = tree.build_tree(parents, parents, T).ancestors.cuda()
     for base in (0, 1, 63, 64, 65, 500, SLOTS - T):
         for seen, dtype in ((bits, torch.bfloat16), (None, torch.float16), (bits, torch.float32)):
             q, kv = randn(T, H, D, dtype=dtype), randn(2, K, SLOTS, D, dtype=dtype)
@@ -53,7 +53,7 @@ def test_attention_of_a_prefill() -> None:
 
 @pytest.mark.parametrize("N, K", [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (32000, 4096), (960, 576),
                                   (576, 576), (3072, 576), (576, 1536), (49152, 576), (576, 1152)])
-@pytest.mark.parametrize("M", [1, 2, 7, 10, 16, 24, 32, 48, 60, 64])
+@pytest.mark.parametrize("M", [1, 2, 7, 10, 16, 24, 32, 48, 60, 64, 65, 100, 128])
 def test_linear(M: int, N: int, K: int) -> None:
     """Fails if a pipeline overwrites what the tensor cores still read, or if a split is added twice: five runs must
     give the same bits, and float64's values."""
@@ -83,7 +83,7 @@ def test_integer_linear(N: int, K: int, group: int, planes: int, rotated: bool) 
         weight = Quantized(data, torch.rand(N, device="cuda") * 1e-3, 0, planes, rotated)
     full = dequantize(weight, torch.float32)[:, :K].double()
     assert full.equal(quantized.dequantize_torch(weight, torch.float32)[:, :K].double())
-    for M in (1, 2, 7, 10, 16, 24, 32, 48, 60, 64):
+    for M in (1, 2, 7, 10, 16, 24, 32, 48, 60, 64, 65, 100, 128):
         x, norm = randn(M, K), (randn(K) * 0.1 + 1, 1e-5)
         q, scale = quantize_rows(x, planes, rotated)
         outs = [linear.linear(x, weight, dtype=torch.float32) for _ in range(5)]
@@ -109,8 +109,37 @@ def test_heads(M: int, H: int, K: int, D: int, C: int) -> None:
     assert error(kv, exact) < 1e-2
 
 
-@pytest.mark.parametrize("vocab, k, depth", [(32000, 10, 6), (49152, 3, 3), (128256, 10, 8), (128256, 1, 1)])
-def test_tree_steps(vocab: int, k: int, depth: int) -> None:
+@pytest.mark.parametrize("L, K, D", [(5, 8, 128), (2, 3, 64), (1, 2, 24)])
+@pytest.mark.parametrize("T", [1, 8, 500])
+def test_store_context(T: int, L: int, K: int, D: int) -> None:
+    """Fails if a key is stored with another layer's norm, another angle or in another slot, or if a value changes."""
+    rows, k_norms, slots = randn(T, L * 2 * K * D), randn(L, D) * 0.1 + 1, torch.randperm(600, device="cuda")[:T]
+    angles = torch.rand(600, D // 2, device="cuda").repeat(1, 2) * 6
+    rope, kv = torch.stack((angles.cos(), angles.sin())).bfloat16(), randn(L, 2, K, 600, D)
+    exact = kv.double()
+    context.store_context_torch(rows.double(), rope.double(), slots, exact, k_norms.double(), 1e-6)
+    context.store_context(rows, rope, slots, kv, k_norms, 1e-6)
+    assert error(kv, exact) < 1e-2 and kv[:, 1].double().equal(exact[:, 1])
+
+
+@pytest.mark.parametrize("D, n, k, vocab", [(8, 59, 10, 16384), (15, 63, 10, 151936), (7, 127, 10, 32000),
+                                            (1, 9, 10, 99)])
+def test_grid(D: int, n: int, k: int, vocab: int) -> None:
+    """Fails if the kernel's nodes are not the twin's, on the same logits and noise."""
+    logits, noise = 4 * torch.randn(D, vocab), torch.randn(D + 1, vocab + 50)
+    ids = torch.randperm(vocab + 50)[:vocab].sort().values
+    found = []
+    for steps, device in ((tree, "cpu"), (tree_kernels, "cuda")):
+        candidates = tree.empty_candidates(D * n, torch.device(device), 5)
+        steps.grid(logits.to(device), candidates, n, k, ids.to(device), noise.to(device))
+        found.append([t.cpu() for t in candidates[:3]])
+    assert found[0][0].equal(found[1][0]) and found[0][2].equal(found[1][2])
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("vocab, k, depth, nodes", [(32000, 10, 6, 59), (49152, 3, 3, 59), (128256, 10, 8, 127),
+                                                   (128256, 1, 1, 59)])
+def test_tree_steps(vocab: int, k: int, depth: int, nodes: int) -> None:
     """Fails if a kernel of ops/tree.py gives something else than its twin in tree.py on the same logits."""
     results = []
     for steps, device in ((tree, "cpu"), (tree_kernels, "cuda")):
@@ -124,7 +153,7 @@ def test_tree_steps(vocab: int, k: int, depth: int) -> None:
         begun = steps.catch_up(state, depth + 1, torch.arange(2 * (depth - 1) * k, device=device).view(2, -1))
         noise, ids = torch.randn(vocab, generator=random).to(device), torch.arange(2, vocab, 3, device=device)
         best = steps.best_tokens(logits.to(device)[:, :len(ids)], k, ids, noise)
-        made = steps.rerank(state, candidates, min(59, len(candidates.tokens)), depth)
+        made = steps.rerank(state, candidates, min(nodes, len(candidates.tokens)), depth)
         chosen = steps.argmax(torch.randn(len(made.tokens), vocab, generator=random).to(device))
         chosen[:1] = made.tokens[1]
         report = torch.zeros(depth + 3, dtype=torch.int64, device=device)

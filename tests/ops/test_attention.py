@@ -27,7 +27,7 @@ def random_tree(nodes: int) -> tuple[Tree, Tensor]:
     """A tree and its ancestors as the bits [nodes, 1] of a mask, as verification has them."""
     parents = torch.tensor([0] + [int(torch.randint(i, ())) for i in range(1, nodes)])
     tree = build_tree(torch.arange(nodes), parents, nodes)
-    return tree, tree.ancestors[:, None].contiguous()
+    return tree, tree.ancestors
 
 
 def reference(q: Tensor, kv: Tensor, base: int, bits: Tensor | None) -> Tensor:
