@@ -400,7 +400,7 @@ def test_evaluate_is_not_a_mean_of_means(monkeypatch: pytest.MonkeyPatch) -> Non
     def generate(ids: list[int], new_tokens: int, sampling) -> list[list[int]]:
         seen.append((new_tokens, sampling.temperature))
         return [[7], *([0] * n for n in ids)]
-    for name in ("load_head", "Eagle2"):
+    for name in ("load_head", "tree_drafter"):
         monkeypatch.setattr(evaluation, name, lambda *args: None)
     monkeypatch.setattr(evaluation, "Engine", lambda *args: SimpleNamespace(generate=generate))
     model = SimpleNamespace(free_cache=lambda: None)
