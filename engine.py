@@ -31,13 +31,13 @@ from draft import Drafter, Vanilla, tree_ops
 from model import Llama
 from ops.attention import causal_mask, tree_mask
 from ops.graphs import Mailbox, capture
-from ops.linear import MAX_ROWS, linear
+from ops.linear import linear
 from ops.quantized import Quantized
 from sampling import Sampling, gumbel_noise, perturb, process
 from tree import MAX_NODES, State, Tree, chain_tree
 
 PREFILL_CHUNK = 512  # prompt tokens of one forward
-SHORT_CHUNK = MAX_ROWS  # on a GPU, for the end of a prompt: such a forward costs as little as a verification
+SHORT_CHUNK = 64  # on a GPU, for the end of a prompt: such a forward costs as little as a verification
 SPARE = 128  # cache slots past max_seq_len, for drafts that reach beyond the last token that may be committed
 LAST_WRITTEN = WeakTensorKeyDictionary()  # cache -> the sequence that was written to it last, by any engine
 

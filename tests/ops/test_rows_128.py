@@ -164,9 +164,13 @@ def test_linear_compiles(mode: str, arch: int) -> None:
 
 
 def check_pipeline(made: Compiled, c: Tiling, loads: int) -> None:
-    """Fails if the loop does not wait for its oldest loads alone."""
+    """Fails if the loop waits for other loads than its oldest, or if tensor cores that go on while it turns read what
+    the next load overwrites (see test_linear.check_pipeline)."""
     waits = [int(n) for n in re.findall(r"async_wait .*num = (\d+)", made.ttgir)]
+    pending = max(int(n) for n in re.findall(r"pendings = (\d+)", made.ttgir))
+    buffers = [int(n) for n in re.findall(r"ttg\.local_alloc :.*memdesc<(\d+)x\d+x\d+x", made.ttgir)]
     assert max(waits) >= loads * (c.stages - 2), f"{c}: waits for all but {max(waits)} loads"
+    assert pending == 0 or buffers[:2] == [c.stages] * 2, f"{c}: {buffers} buffers, {pending} products"
 
 
 # ----- Attention -----------------------------------------------------------------------------------------------------
@@ -181,7 +185,7 @@ def random_tree(nodes: int, seed: int = 0) -> Tree:
 
 
 @interpreted
-@pytest.mark.parametrize("T, G, base", [(65, 3, 0), (100, 1, 40), (128, 1, 63)])
+@pytest.mark.parametrize("T, G, base", [(65, 3, 0), (128, 1, 63)])
 def test_attention(T: int, G: int, base: int) -> None:
     """Fails if a row beyond the 64th or a bit of the second word is lost, with the tiles and splits that 65 to 128
     tokens get. The slots that no bit can name hold NaN."""
@@ -307,10 +311,11 @@ def test_accept_commit() -> None:
 @not_interpreted
 @pytest.mark.parametrize("arch", [86, 90])
 def test_tree_kernels_compile(arch: int) -> None:
-    """Fails if one of the two does not compile for 128 nodes, the largest grid of candidates and paths of 16."""
+    """Fails if one of the two does not compile for 128 nodes, the largest grid of candidates (on sm_90 alone, for it
+    takes long) and paths of 16."""
     pytest.importorskip("triton")
-    for kernel, warps, constants in ((rerank_kernel, 8, {"MAX_DEPTH": 16, "SIZE": 2048}),
-                                     (accept_commit_kernel, 4, {"PATH": 32, "STOP_TILE": 4})):
+    for kernel, warps, constants in ((accept_commit_kernel, 4, {"PATH": 32, "STOP_TILE": 4}),
+                                     (rerank_kernel, 8, {"MAX_DEPTH": 16, "SIZE": 2048}))[:2 if arch == 90 else 1]:
         types = dict.fromkeys(kernel.arg_names, "*i64") | {"scores": "*fp32", "done": "*i1"}
         types |= dict.fromkeys(("N", "n", "T", "STOPS", "STEPS"), "i32")
         made = compile_ahead(kernel, arch, types, constants | {"WORDS": 2, "PDL": arch >= 90}, warps)
