@@ -75,10 +75,11 @@ def linear_torch(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = No
 def float_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear of x [..., K]; for a few rows of fp32 on a CPU by a product that is faster there."""
     rows = x.numel() // x.shape[-1]
+    if x.device.type != "cpu" or x.dtype != torch.float32 or rows > 64 or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
     # MKL (2024.2 on an AMD EPYC with AVX2, two threads) takes 1.5 to 3 times as long for x @ weight.T as for
     # weight @ x.T with 2 to 48 rows. On one thread only up to 4 rows. bf16 has no such gap.
-    turned = 1 < rows <= (64 if torch.get_num_threads() > 1 else 4)
-    if not turned or x.dtype != torch.float32 or x.device.type != "cpu":
+    if rows == 1 or rows > 4 and torch.get_num_threads() == 1:
         return F.linear(x, weight, bias)
     y = torch.mm(weight, x.reshape(rows, -1).t()).t().contiguous().view(*x.shape[:-1], -1)
     return y if bias is None else y + bias

@@ -27,7 +27,7 @@ from engine import Engine
 from formats import weights
 from formats.eagle import VOCAB
 from model import load_model
-from ops.linear import linear
+from ops.linear import linear, linear_torch
 from ops.quantized import Quantized, dequantize, pack, rotate, unpack
 from quant.int4 import SHRINK, nearest_integers, search_scales
 from quant.linear import GROUPS, MODES, QuantizedLinear, quantize_linears, quantize_weight
@@ -107,9 +107,9 @@ def test_error(mode: str, group: int, K: int) -> None:
     else:
         difference = rotate(again) - rotate(w) if weight.rotated else again - w
         assert (difference.abs() <= weight.scale[:, None] * 0.501).all()
-    y = linear(x, weight, bias)
     exact = x.double() @ again.double().T + bias.double()
-    assert (y - exact).abs().max() < (0.02 if mode == "int8dyn" else 1e-5) * exact.abs().max()
+    for y, most in ((linear_torch(x, weight, bias), 1e-5), (linear(x, weight, bias), 2e-4)):  # 14 bits
+        assert (y - exact).abs().max() < (0.02 if mode == "int8dyn" else most) * exact.abs().max()
     assert torch.equal(linear(x, weight, bias), QuantizedLinear(weight, nn.Parameter(bias))(x))
 
 

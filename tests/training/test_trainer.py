@@ -383,10 +383,10 @@ def test_evaluate_counts_as_engines_do(tmp_path: Path, monkeypatch: pytest.Monke
     folder = tiny.save_head(eagle, tmp_path)
     recorders = []
 
-    def recorded(head: EagleHead, target: Llama) -> Eagle2:
-        recorders.append(Recorder(Eagle2(head, target)))
+    def recorded(head: EagleHead, target: Llama, *tree: int) -> Eagle2:
+        recorders.append(Recorder(Eagle2(head, target, *tree)))
         return recorders[-1].drafter
-    monkeypatch.setattr(evaluation, "Eagle2", recorded)
+    monkeypatch.setattr(evaluation, "tree_drafter", recorded)
     prompts = [tiny.prompt(seed, 5 + 4 * seed) for seed in range(3)]
     mean = evaluate(model, folder, prompts, frozenset(), 0.0, new_tokens=30)
     assert mean == pytest.approx(3 * 29 / len(recorders[0].cycles)) and mean > 2
