@@ -216,3 +216,10 @@ def test_length_of_files(name: str) -> None:
 def test_length_of_the_engine() -> None:
     """Fails if the six files that are the engine grow beyond what one reads in an hour."""
     assert sum(lines(FILES[name]) for name in ENGINE) <= MOST_LINES_OF_THE_ENGINE
+
+
+@pytest.mark.xdist_group("seen")
+def test_groups_are_seen(request: pytest.FixtureRequest) -> None:
+    """Fails if pytest-xdist does not see its groups, as version 3.8.0 with pytest 9.2: then each worker makes the demo
+    model's texts, and compiles what other cards share."""
+    assert not request.config.getoption("loadgroup", False) or request.node.nodeid.endswith("@seen")
