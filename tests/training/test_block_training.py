@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from helpers import Letters, marked, read, tiny_command
+from helpers import Letters, marked, tiny_command
 from plain_blocks import PlainBlock
 from torch import Tensor
 
@@ -26,7 +26,7 @@ from formats.block import open_block
 from model import Llama, load_model, rope_table
 from training import block, memory
 from training.block import BlockTrainer, unused_token
-from training.dialogues import Script, write_dialogues
+from training.dialogues import Script
 
 CPU = torch.device("cpu")
 V = tiny.SHAPE["vocab_size"]
@@ -88,15 +88,6 @@ def test_rows_are_what_drafting_computes(case: dict, tmp_path: Path) -> None:
     assert agreements.tolist() == pytest.approx([hit / max(n, 1) for hit, n in zip(hits, counts)])
     total.backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in made.module.parameters())
-
-
-@pytest.fixture(scope="module")
-def learnable(tmp_path_factory: pytest.TempPathFactory) -> tuple[Llama, Tensor]:
-    """A target in bfloat16, as train.py loads it, and 256 dialogues of 32 tokens."""
-    model, path = tiny.pair(3, 0.1, torch.bfloat16, num_hidden_layers=4)[0], tmp_path_factory.mktemp("dialogues") / "d"
-    plain = SimpleNamespace(has_chat_template=False, stop_ids=frozenset([4]), bos_id=1)
-    write_dialogues(model, Script(plain, CPU), path, 256, 32, 256)
-    return model, read(path, 32)
 
 
 @pytest.mark.slow

@@ -98,15 +98,6 @@ def drafted(head: Eagle3Head, model: Llama, ids: list[int], place: int, depth: i
     return torch.cat(taken), torch.cat(logits)
 
 
-@pytest.fixture(scope="module")
-def learnable(tmp_path_factory: pytest.TempPathFactory) -> tuple[Llama, Tensor]:
-    """A target in bfloat16, as train.py loads it, and 256 dialogues of 32 tokens."""
-    model, path = tiny.pair(3, 0.1, torch.bfloat16, num_hidden_layers=4)[0], tmp_path_factory.mktemp("dialogues") / "d"
-    plain = SimpleNamespace(has_chat_template=False, stop_ids=frozenset([4]), bos_id=1)
-    write_dialogues(model, Script(plain, CPU), path, 256, 32, 256)
-    return model, read(path, 32)
-
-
 # ----- A step and its loss -----------------------------------------------------------------------------------------
 
 STEPS = {"plain": {}, "one step": {"unroll": 1}, "seven steps": {"unroll": 7, "shape": {"num_key_value_heads": 1}},
