@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from formats.config import Config
-from formats.weights import FORMAT, fill, read_tensors
+from formats.weights import FORMAT, empty_embedding, fill, read_tensors
 from ops.attention import TreeMask, tree_attention
 from ops.device import gpu_problem
 from ops.embed_rope import embed, rope_store
@@ -141,7 +141,7 @@ class Llama(nn.Module):
     def __init__(self, cfg: Config, *, qkv_bias: bool = False) -> None:
         super().__init__()
         self.cfg = cfg
-        self.embed = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.embed = empty_embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList(Layer(cfg, qkv_bias=qkv_bias) for _ in range(cfg.num_layers))
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from draft import Drafter, tree_ops
 from formats.block import BlockConfig
+from formats.weights import empty_embedding
 from model import Layer, Llama, RMSNorm, rope_table
 from ops.attention import TreeMask, tree_mask
 from ops.context import store_context
@@ -51,7 +52,7 @@ class Markov(nn.Module):
         super().__init__()
         size, rank = cfg.layer.hidden_size, cfg.markov_rank
         self.kind = cfg.markov
-        self.w1 = nn.Embedding(cfg.layer.vocab_size, rank)
+        self.w1 = empty_embedding(cfg.layer.vocab_size, rank)
         self.w2 = nn.Linear(rank, cfg.draft_vocab_size, bias=False)
         if cfg.markov == "gated":
             self.gate = nn.Linear(size + rank, rank)
@@ -83,7 +84,7 @@ class BlockHead(nn.Module):
         super().__init__()
         size, eps = cfg.layer.hidden_size, cfg.layer.rms_norm_eps
         self.cfg = cfg
-        self.embed = nn.Embedding(cfg.layer.vocab_size, size) if "embed.weight" in names else None
+        self.embed = empty_embedding(cfg.layer.vocab_size, size) if "embed.weight" in names else None
         self.fc = nn.Linear(len(cfg.taps) * cfg.target_size, size, bias=False)
         self.hidden_norm = RMSNorm(size, eps)
         bias = "layers.0.wqkv.bias" in names

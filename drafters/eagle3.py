@@ -22,6 +22,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from formats.eagle3 import Eagle3Config
+from formats.weights import empty_embedding
 from model import Layer, Llama, RMSNorm, rope_table
 from ops.attention import TreeMask
 from ops.embed_rope import embed_pair
@@ -58,7 +59,7 @@ class Eagle3Head(nn.Module):
         size, eps = cfg.layer.hidden_size, cfg.layer.rms_norm_eps
         inputs = len(cfg.taps) * cfg.target_size
         self.cfg = cfg
-        self.embed = nn.Embedding(cfg.layer.vocab_size, size) if "embed.weight" in names else None
+        self.embed = empty_embedding(cfg.layer.vocab_size, size) if "embed.weight" in names else None
         self.input_norm = RMSNorm(inputs, eps) if "input_norm.weight" in names else None
         per_tap = [RMSNorm(cfg.target_size, eps) for _ in cfg.taps] if "fc_norms.0.weight" in names else []
         self.fc_norms = nn.ModuleList(per_tap)
