@@ -15,10 +15,10 @@ Prints Markdown (benchmarks/report.py). --json FILE writes all numbers and ids; 
 --against OLD.json compares with such a file, --plots DIR draws (benchmarks/plots.py). Ctrl-C reports the runs that are
 complete. benchmarks/cycle.py times the parts of one cycle in detail.
 """
-from app.command import run_command, watch_for_ctrl_c
+from app.command import before_imports, run_command
 
 if __name__ == "__main__":
-    watch_for_ctrl_c()
+    before_imports()
 
 import argparse
 import importlib.util

@@ -19,7 +19,6 @@ replays cycle n + 1 before it reads what cycle n committed, so that the GPU neve
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
@@ -30,7 +29,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from draft import Drafter, Vanilla, tree_ops
 from model import Llama
 from ops.attention import causal_mask, tree_mask
-from ops.graphs import Mailbox, capture
+from ops.graphs import Mailbox, capture, run_at_once
 from ops.linear import linear
 from ops.quantized import Quantized
 from sampling import Sampling, gumbel_noise, perturb, process
@@ -275,12 +274,13 @@ class Engine:
     # ----- Compiling and capturing ---------------------------------------------------------------------------------
 
     def warm_up(self, sampling: Sampling) -> None:
-        """Run a few cycles, so that compiling, capturing and allocating are not timed as decoding."""
+        """Compile and capture, and run a few cycles, so that this is not timed as decoding. On a CPU, where the first
+        cycle takes hardly longer than others, nothing."""
         start = time.perf_counter()
         if self.cuda:
             self.compile(self.drafter.num_nodes)
-        for _ in self.generate([0] * min(8, self.max_seq_len - 1), 8, sampling):
-            pass
+            for _ in self.generate([0] * min(8, self.max_seq_len - 1), 8, sampling):
+                pass
         self.compile_s = time.perf_counter() - start
 
     def compile(self, *rows: int) -> None:
@@ -292,12 +292,8 @@ class Engine:
         base = self.state.length - 1
         jobs = [partial(self.drafter.propose, self.state), partial(self.prefill_chunk, self.short, self.slots),
                 *(partial(self.verify, base, self.chain(n)) for n in rows)]
-        with ThreadPoolExecutor(len(jobs)) as pool:
-            futures = [pool.submit(torch.inference_mode()(job)) for job in jobs]
-            # In this thread, since cuBLAS has a workspace for every thread that calls it:
-            torch.inference_mode()(self.prefill_chunk)(len(self.features), self.slots)
-        for future in futures:
-            future.result()
+        # The last job calls cuBLAS, which has a workspace for every thread that calls it: graphs capture in this one.
+        run_at_once(jobs, partial(self.prefill_chunk, len(self.features), self.slots))
 
     def captured(self, function: Callable[[], None], *key: object) -> Callable[[], None]:
         """`function` as a CUDA graph, captured when this key is first asked for; on a CPU `function` itself."""

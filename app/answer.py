@@ -96,6 +96,18 @@ def report(result: dict) -> str:
             f"{result['prefill_s']:.2f} s")
 
 
+def time_to_first_token(parts: dict[str, float], prefill_s: float) -> dict:
+    """Keys for the result of a process's first text: the seconds since the command began, and their parts."""
+    start_s = parts | {"prompt": prefill_s}
+    return {"first_token_s": sum(start_s.values()), "start_s": start_s}
+
+
+def start_report(result: dict) -> str:
+    """One line: the time to the first token, and the parts that took 10 ms or more."""
+    parts = ", ".join(f"{name} {s:.2f}" for name, s in result["start_s"].items() if s >= 0.01)
+    return f"first token after {result['first_token_s']:.2f} s: {parts}"
+
+
 def compare(engine: Engine, vanilla: dict, fast: dict, ids: list[int], sampling: Sampling) -> str:
     """One line: the speed-up, and whether the tokens are the same. If they differ, how near a tie the difference is:
     `engine` decodes plainly."""

@@ -13,6 +13,7 @@ from formats.config import Config
 from formats.eagle import folder_of
 from model import load_model
 from ops.device import gpu_problem, has_cuda
+from ops.startup import part
 from quant.linear import GROUPS, MODES
 from tokenizer import Tokenizer
 
@@ -161,8 +162,11 @@ def load_engine(args: argparse.Namespace, kind: type[Engine] = Engine) -> Engine
     wrong = check_engine(args)
     if wrong:
         raise ValueError(wrong)
-    model = load_model(args.checkpoint, *placement(args), args.quantize, args.group or 128)
-    tokenizer = Tokenizer(folder_of(args.checkpoint), args.chat_template)
+    device, dtype = placement(args)
+    with part("model"):
+        model = load_model(args.checkpoint, device, dtype, args.quantize, args.group or 128)
+    with part("tokenizer"):
+        tokenizer = Tokenizer(folder_of(args.checkpoint), args.chat_template)
     if args.chat_template and tokenizer.template_error:
         raise ValueError(tokenizer.template_error)
     max_seq_len = context(args, model.cfg)

@@ -12,10 +12,10 @@ generations: greedy, without prefill, in turns with plain decoding.
 Prints Markdown; --json FILE writes the same numbers and more (measure_all and measure_context list the keys). bench.py
 compares all methods.
 """
-from app.command import run_command, watch_for_ctrl_c
+from app.command import before_imports, run_command
 
 if __name__ == "__main__":
-    watch_for_ctrl_c()
+    before_imports()
 
 import argparse
 import json

@@ -33,6 +33,7 @@ from formats.writing import replace_when_whole
 from model import Llama
 from ops.device import device_name, triton
 from ops.graphs import Timer, timed
+from ops.startup import part
 from tree import Candidates, best_first
 
 NODES = (8, 16, 24, 32, 48, 60)  # the sizes of a curve, the root included
@@ -51,6 +52,7 @@ def verify_by_rows(engine: Engine, counts: tuple[int, ...], timer: Timer = timed
     return {rows: timer(partial(engine.verify, base, engine.chain(rows)), engine.device) for rows in counts}
 
 
+@part("tree size")
 def measure(model: Llama, head: Head, max_seq_len: int) -> list[float] | None:
     """The profile of a device: milliseconds of the first drafted level, of each further level (0 for a block head), of
     the rest of a cycle, and of verifying each of NODES, after a text of 512 tokens. None if measuring would take longer

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from ops.startup import part
+
 try:
     import triton
     import triton.language as tl
@@ -73,6 +75,7 @@ def has_cuda() -> bool:
         return torch.cuda.is_available()
 
 
+@part("GPU")
 def gpu_problem(device: str | None) -> str | None:
     """Why this device, or the GPU if there is one for None, cannot be used, in one line; None where it can."""
     if device not in ("cuda", None):
