@@ -12,14 +12,23 @@ from torch import Tensor
 
 from ops.startup import part
 
+
+def has_cuda() -> bool:
+    with warnings.catch_warnings():  # torch warns of an old driver, which `gpu_problem` names
+        warnings.simplefilter("ignore")
+        return torch.cuda.is_available()
+
+
 try:
+    # Without a GPU no kernel is launched, and PyTorch for CPUs brings no Triton. Tests set the variable.
+    if not has_cuda() and "TRITON_INTERPRET" not in os.environ:
+        raise ImportError("there is no GPU")
     import triton
     import triton.language as tl
     TRITON_ERROR = None
 except Exception as error:  # a broken one raises anything
-    # PyTorch for CPUs brings no Triton. Files with kernels are imported there, kernels never launched.
     TRITON_ERROR = error
-    triton = SimpleNamespace(jit=lambda f=None, **_: f or (lambda f: f))
+    triton = SimpleNamespace(jit=lambda f=None, **_: f or (lambda f: f))  # files with kernels are imported all the same
     tl = SimpleNamespace(constexpr=None)
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter can neither multiply bf16 nor run assembly
@@ -67,12 +76,6 @@ def wait_for_previous(PDL: tl.constexpr):
 
 CAPABILITY = (8, 0)  # Ampere: the attention kernel takes 98 KB of shared memory, of which older cards have less
 WITHOUT = "; --device cpu works without it"
-
-
-def has_cuda() -> bool:
-    with warnings.catch_warnings():  # torch warns of an old driver, which `gpu_problem` names
-        warnings.simplefilter("ignore")
-        return torch.cuda.is_available()
 
 
 @part("GPU")

@@ -36,6 +36,7 @@ PROMPTS = [
     "Name three advantages and three disadvantages of working from home.",
 ]
 
+os.environ.setdefault("TRITON_INTERPRET", "0")  # ops/device.py imports Triton then, without a GPU too
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for one another
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")

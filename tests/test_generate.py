@@ -1,10 +1,12 @@
 """The command line: what it prints, its JSON, and that bad input ends in one line and exit code 2."""
 import io
 import json
+import os
 import pickle
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,7 +44,8 @@ def test_compare_json(call, demo: Path) -> None:
     assert code == 0
     *text, last = out.rstrip("\n").split("\n")
     result = json.loads(last)
-    assert result.keys() == KEYS | {"vanilla", "identical"} and result["vanilla"].keys() == KEYS
+    assert result.keys() == KEYS | {"vanilla", "identical", "start_s", "first_token_s"}
+    assert result["vanilla"].keys() == KEYS
     assert result["identical"] is True and result["tokens"] == result["vanilla"]["tokens"]
     assert "\n".join(text).rstrip() == result["text"].rstrip()
     assert result["new_tokens"] == len(result["tokens"]) == 1 + sum(result["gained"]) <= 24
@@ -50,6 +53,30 @@ def test_compare_json(call, demo: Path) -> None:
     assert result["mean_gained"] == pytest.approx(sum(result["gained"]) / result["cycles"])
     assert result["method"] == "eagle2" and result["vanilla"]["method"] == "vanilla" and result["dtype"] == "float32"
     assert "identical tokens" in err and "tokens/s" in err
+
+
+def test_imports_and_first_token(everything: Path) -> None:
+    """Fails if a run imports what it does not use and what takes long: torch's compiler, which a random number on the
+    meta device brings in, Triton without a GPU, or what other commands and a chat need. And if the statistics do not
+    say when the first token came."""
+    code = ("import sys, generate\n"
+            "generate.main()\n"
+            "print(*{'torch._dynamo', 'torch._inductor', 'sympy', 'triton', 'transformers', 'gguf', 'huggingface_hub', "
+            "'prompt_toolkit', 'matplotlib', 'tiktoken', 'ops.startup'} & {*sys.modules})")
+    words = ["--checkpoint", str(everything), "--device", "cpu", "--eagle2", "--prompt", "x", "--max_new_tokens", "2"]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    start = time.perf_counter()
+    run = subprocess.run([sys.executable, "-c", code, *words, "--json"], cwd=ROOT, env=env, capture_output=True,
+                         text=True)
+    took = time.perf_counter() - start
+    *_, result, imported = run.stdout.splitlines()
+    assert imported == "ops.startup" or torch.cuda.is_available()
+    result = json.loads(result)
+    parts = result["start_s"]
+    assert [*parts][0] == "imports" and [*parts][-1] == "prompt" and {"model", "tokenizer", "draft head"} < parts.keys()
+    assert parts["prompt"] == result["prefill_s"] and 0.5 < parts["imports"] < sum(parts.values()) < took
+    assert result["first_token_s"] == sum(parts.values())
+    assert f"first token after {result['first_token_s']:.2f} s: imports {parts['imports']:.2f}" in run.stderr
 
 
 @pytest.mark.slow
@@ -172,7 +199,8 @@ def test_what_is_said_about_templates(call, copy: Path, tmp_path: Path) -> None:
     def ask(template: str | None, *words: object) -> tuple[int, list[str]]:
         (copy / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
         code, _, err = call("--checkpoint", copy, "--device", "cpu", "--max_new_tokens", 2, *words)
-        return code, err.splitlines()[:-1] if code == 0 else err.splitlines()
+        statistics = 0 if code else 2 if "--prompt" in words else 1
+        return code, err.splitlines()[:len(err.splitlines()) - statistics]
 
     (tmp_path / "good.jinja").write_text("{{ messages[0].content }}|")
     (tmp_path / "q.jsonl").write_text('{"prompt": "x"}\n')
