@@ -29,7 +29,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from draft import Drafter, Vanilla, tree_ops
 from model import Llama
 from ops.attention import causal_mask, tree_mask
-from ops.graphs import Mailbox, capture, run_at_once
+from ops.compiling import compile_kernels
+from ops.graphs import Mailbox, capture
 from ops.linear import linear
 from ops.quantized import Quantized
 from sampling import Sampling, gumbel_noise, perturb, process
@@ -208,11 +209,15 @@ class Engine:
         self.text = list(ids)
         state.committed.fill_(0)
         state.done.fill_(False)
-        state.hidden[0] = self.hidden[last]
-        self.draw_noise()
-        root = Vanilla(self.device).propose(state)
-        self.accept(root, self.choose(self.features[last][None], root), 0)
+        self.commit_first(last)
         return state
+
+    def commit_first(self, row: int) -> None:
+        """Commit the target's choice after the prompt, whose last token is in this row of `features`."""
+        self.state.hidden[0] = self.hidden[row]
+        self.draw_noise()
+        root = Vanilla(self.device).propose(self.state)
+        self.accept(root, self.choose(self.features[row][None], root), 0)
 
     def prefill_chunks(self, ids: list[int], start: int = 0) -> int:
         """Run the prompt from token `start` on through the model and the drafter. Returns the row of `features`, and of
@@ -274,26 +279,24 @@ class Engine:
     # ----- Compiling and capturing ---------------------------------------------------------------------------------
 
     def warm_up(self, sampling: Sampling) -> None:
-        """Compile and capture, and run a few cycles, so that this is not timed as decoding. On a CPU, where the first
-        cycle takes hardly longer than others, nothing."""
+        """Compile, capture and run a few cycles, so that this is not timed as decoding. On a CPU, which compiles
+        nothing, the first cycle takes hardly longer than the next ones."""
         start = time.perf_counter()
         if self.cuda:
-            self.compile(self.drafter.num_nodes)
+            self.compile(sampling)
             for _ in self.generate([0] * min(8, self.max_seq_len - 1), 8, sampling):
                 pass
         self.compile_s = time.perf_counter() - start
 
-    def compile(self, *rows: int) -> None:
-        """Compile the kernels of prefill, of drafting and of verifying `rows` nodes, by running each once on arbitrary
-        tokens, each in a thread of its own: the compiler spends nearly all of its time outside of Python's lock."""
+    def compile(self, sampling: Sampling = Sampling(), rows: tuple[int, ...] = ()) -> None:
+        """Compile the kernels of prefill, of a cycle, and of verifying each of these counts of nodes (greedily: a chain
+        may be longer than the noise reaches). Ends the text."""
         self.begin_sequence([])
         self.first.zero_()  # elsewhere a chunk might reach past the caches
-        self.state.sampling, self.state.noise = Sampling(), None  # a chain may be longer than the noise reaches
-        base = self.state.length - 1
-        jobs = [partial(self.drafter.propose, self.state), partial(self.prefill_chunk, self.short, self.slots),
-                *(partial(self.verify, base, self.chain(n)) for n in rows)]
-        # The last job calls cuBLAS, which has a workspace for every thread that calls it: graphs capture in this one.
-        run_at_once(jobs, partial(self.prefill_chunk, len(self.features), self.slots))
+        self.state.sampling = sampling
+        chunks = (partial(self.prefill_chunk, size, self.slots) for size in (self.short, len(self.features)))
+        trees = (partial(self.verify, self.state.length - 1, self.chain(n)) for n in rows)
+        compile_kernels(self.cycle, *chunks, partial(self.commit_first, 0), *trees)
 
     def captured(self, function: Callable[[], None], *key: object) -> Callable[[], None]:
         """`function` as a CUDA graph, captured when this key is first asked for; on a CPU `function` itself."""

@@ -62,7 +62,7 @@ def measure(model: Llama, head: Head, max_seq_len: int) -> list[float] | None:
     drafter = engine.drafter
     cuda = engine.device.type == "cuda"
     if cuda:
-        engine.compile(*NODES)
+        engine.compile(rows=NODES)
     engine.freeze(min(512, max_seq_len))
     once = verify_by_rows(engine, NODES[:1], partial(timed, unroll=1, rounds=1, calls=1))[NODES[0]]
     if once * (200 if cuda else 40) > LIMIT_MS:  # all measurements below take about as long as so many verifications

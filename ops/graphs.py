@@ -5,7 +5,6 @@ torch.compile (Inductor) was measured beside them and took 12 % longer a layer (
 """
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from statistics import median
 
@@ -19,29 +18,16 @@ from ops.startup import part
 def capture(function: Callable[[], object], unroll: int = 1) -> Callable[[], None]:
     """Record `unroll` calls of `function` as one CUDA graph, and return what replays it.
 
-    Runs `function` twice before, which compiles its kernels. All graphs share one pool for temporary memory: replaying
+    Runs `function` once before, which compiles its kernels. All graphs share one pool for temporary memory: replaying
     a graph may overwrite what another one left there.
     """
-    for _ in range(2):
-        function()
+    function()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=graph_memory().pool()):
         for _ in range(unroll):
             function()
     return graph.replay
-
-
-@part("kernels")
-@torch.inference_mode()
-def run_at_once(jobs: list[Callable[[], object]], here: Callable[[], object]) -> None:
-    """Compile kernels by running what launches them: each job in a thread of its own, `here` in this thread. The
-    compiler spends nearly all of its time outside of Python's lock."""
-    with ThreadPoolExecutor(len(jobs)) as pool:
-        futures = [pool.submit(torch.inference_mode()(job)) for job in jobs]
-        here()
-    for future in futures:
-        future.result()
 
 
 @cache

@@ -101,9 +101,9 @@ def test_warm_up_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine.compile_s == 0.5
     ran = []
     monkeypatch.setattr(engine, "generate", lambda ids, count, how: ran.append((len(ids), count, how)) or [])
-    monkeypatch.setattr(engine, "compile", lambda *rows: ran.append(rows))
+    monkeypatch.setattr(engine, "compile", lambda *how: ran.append(how))
     as_on_a_gpu(engine).warm_up(SAMPLINGS[1])
-    assert ran == [(1,), (8, 8, SAMPLINGS[1])] and engine.compile_s == 4
+    assert ran == [(SAMPLINGS[1],), (8, 8, SAMPLINGS[1])] and engine.compile_s == 4
 
 
 def test_default_sizes(tmp_path: Path) -> None:

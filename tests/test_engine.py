@@ -136,7 +136,7 @@ def test_compile_changes_nothing(before: Sampling) -> None:
         engine, ids = Engine(model, drafter, 128), tiny.prompt(4, 9)
         wanted = [write(engine, ids, 20, how) for how in (before, GREEDY)]
         write(engine, ids, 5, before)
-        engine.compile(1, 8, 60)
+        engine.compile(rows=(1, 8, 60))
         assert [write(engine, ids, 20, how) for how in (before, GREEDY)] == wanted
 
 

@@ -178,7 +178,7 @@ def test_who_may_go_on(make, monkeypatch: pytest.MonkeyPatch) -> None:
     actions = {
         "newer": lambda: next(engine.generate(ids, 30)), "reusing": lambda: next(engine.generate(ids, 30, reuse=True)),
         "other engine": lambda: write(other, ids, 5), "scores": lambda: engine.top2_gap(ids),
-        "compiling": lambda: engine.compile(3)}
+        "compiling": lambda: engine.compile(rows=(3,))}
     for name, action in actions.items():
         old = engine.generate(ids, 30)
         next(old)

@@ -109,7 +109,7 @@ def test_every_drafter_writes_the_same(method: str, checkpoint) -> None:  # noqa
         for ids in (tiny.prompt(1, 9), tiny.prompt(2, 30)):
             plain = list(Engine(model, make_drafter(method, args, model, 128), 128).generate(ids, 30, sampling))
             engine = Engine(model, Watch(make_drafter(method, args, model, 128)), 128)
-            engine.compile(*[1, 8] * (method != "lookahead"), engine.drafter.num_nodes)  # what it runs is not a cycle
+            engine.compile(rows=(1, 8) * (method != "lookahead"))  # what it runs is not a cycle of the text
             news, cycles = watched(engine, ids, 30, sampling)
             assert news == plain
             text = ids + news[0]
