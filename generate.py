@@ -11,7 +11,7 @@ The text goes to stdout as it is written, statistics go to stderr. With --json t
 from app.command import before_imports, fail, run_command
 
 if __name__ == "__main__":
-    before_imports()
+    before_imports(gpu=True)
 
 import argparse
 import json

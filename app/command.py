@@ -13,16 +13,19 @@ import sys
 from collections.abc import Callable
 
 from app.streams import finish_stdout, prepare_streams
-from ops.startup import end_of_imports
+from ops.startup import end_of_imports, wake_gpu
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads it; waiting threads sleep (docs/benchmarking.md)
 
 
-def before_imports() -> None:
+def before_imports(gpu: bool = False) -> None:
     """A command calls this before it imports torch, and `run_command` ends it: Ctrl-C ends the process at once, and
-    nobody looks for garbage, of which imports leave none. At the end of the process, too, that would take 0.4 s."""
+    nobody looks for garbage, of which imports leave none. (At the end of the process, too, that would take 0.4 s.)
+    gpu: the command will run on a GPU if there is one, unless its words say "cpu"."""
     watch_for_ctrl_c()
     gc.disable()
+    if gpu and not any(word.rpartition("=")[2] == "cpu" for word in sys.argv):
+        wake_gpu()
 
 
 def watch_for_ctrl_c() -> None:

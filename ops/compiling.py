@@ -23,7 +23,8 @@ def compile_kernels(*jobs: Callable[[], object]) -> None:
     """Compile, or take from Triton's cache, and load all kernels that the jobs launch. Everything else that a job does
     is done, on zeros where kernels should have written something."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        with triton.AsyncCompileMode(pool), without_launches() as compiled, Zeros():
+        # An error that it does not ignore would leave the mode on. It is raised again below.
+        with triton.AsyncCompileMode(pool, ignore_errors=True), without_launches() as compiled, Zeros():
             for job in jobs:
                 job()
         kernels = {getattr(kernel, "result", lambda kernel=kernel: kernel)() for kernel in compiled.values()}
@@ -38,7 +39,7 @@ def without_launches() -> Iterator[dict]:
 
     def compile_only(kernel, grid):
         def call(*args, **options):
-            traits = (x if not isinstance(x, Tensor) else (x.dtype, x.data_ptr() % 16) for x in args)
+            traits = ((x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else (type(x), x) for x in args)
             key = id(kernel), *traits, *options.items()
             if key not in compiled:
                 compiled[key] = kernel.run(*args, grid=grid, warmup=True, **options)

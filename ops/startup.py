@@ -5,9 +5,11 @@
 Python's and torch's imports are the first part, so this file is imported before torch, and imports nothing but the
 standard library. generate.py prints the parts, and `benchmarks.cycle --startup` makes a table of them.
 """
+import ctypes
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 REST = "rest"
 
@@ -52,3 +54,27 @@ def parts_so_far() -> dict[str, float]:
     """The seconds of each part, in the order in which they began."""
     STARTUP.begin(STARTUP.running)
     return dict(STARTUP.seconds)
+
+
+# ----- What need not wait for torch ----------------------------------------------------------------------------------
+
+
+def wake_gpu() -> None:
+    """While torch is imported, let a thread create the GPU's context and compute Triton's checksum of itself, which is
+    part of the key of every kernel in its cache. Each takes 0.4 s, without Python's lock. Where something is missing or
+    broken, nothing happens: torch and Triton try it again, and say so."""
+    threading.Thread(target=create_context_and_checksum, daemon=True).start()
+
+
+def create_context_and_checksum() -> None:
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:  # no GPU
+        return
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    failed = driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0) or driver.cuDevicePrimaryCtxRetain(
+        ctypes.byref(context), device)
+    if not failed:
+        with suppress(Exception):
+            from triton.runtime.cache import triton_key  # Triton imports no torch, or the two could wait for each other
+            triton_key()

@@ -2,10 +2,12 @@
 
     python -m pytest tests/ops/test_startup.py
 """
+import sys
 from types import SimpleNamespace
 
 import pytest
 
+from app import command
 from ops import startup
 from ops.startup import Startup, end_of_imports, part, parts_so_far
 
@@ -47,3 +49,54 @@ def test_parts(tick) -> None:
         assert parts_so_far() == expected | {"model": 2}
         tick(1)
     assert parts_so_far() == expected | {"model": 3}
+
+
+class Driver:
+    """libcuda.so.1, of which one function may fail."""
+
+    def __init__(self, failing: str | None) -> None:
+        self.failing, self.called = failing, []
+
+    def __getattr__(self, name: str):
+        return lambda *_: self.called.append(name) or (100 if name == self.failing else 0)
+
+
+STEPS = ["cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "checksum"]
+
+
+@pytest.mark.parametrize("failing", [None, "CDLL", *STEPS])
+def test_waking_a_gpu(failing: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the thread goes on with a driver that does not work, or says something that torch will say."""
+    driver = Driver(failing)
+
+    def load(name: str) -> Driver:
+        assert name == "libcuda.so.1"
+        if failing == "CDLL":
+            raise OSError("no such file")
+        return driver
+
+    def checksum() -> None:
+        driver.called.append("checksum")
+        if failing == "checksum":
+            raise RuntimeError("broken")
+
+    monkeypatch.setattr(startup.ctypes, "CDLL", load)
+    monkeypatch.setitem(sys.modules, "triton.runtime.cache", SimpleNamespace(triton_key=checksum))
+    startup.create_context_and_checksum()
+    done = {"CDLL": 0, None: 4}.get(failing, STEPS.index(failing) + 1 if failing in STEPS else 0)
+    assert driver.called == STEPS[:done]
+
+
+@pytest.mark.parametrize("words, wakes", [
+    (("--prompt", "x"), True), (("--device", "cuda"), True), (("--device", "cpu"), False), (("--device=cpu",), False)])
+def test_a_cpu_wakes_no_gpu(words: tuple, wakes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if --device cpu takes memory of a GPU, or if without it nothing is begun while torch is imported."""
+    woken = []
+    monkeypatch.setattr(command, "wake_gpu", lambda: woken.append(True))
+    monkeypatch.setattr(command, "watch_for_ctrl_c", lambda: None)
+    monkeypatch.setattr(command.gc, "disable", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["generate.py", *words])
+    command.before_imports()
+    assert not woken
+    command.before_imports(gpu=True)
+    assert bool(woken) == wakes
