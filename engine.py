@@ -284,8 +284,7 @@ class Engine:
         start = time.perf_counter()
         if self.cuda:
             self.compile(sampling)
-            for _ in self.generate([0] * min(8, self.max_seq_len - 1), 8, sampling):
-                pass
+            list(self.generate([0] * min(8, self.max_seq_len - 1), 8, sampling))
         self.compile_s = time.perf_counter() - start
 
     def compile(self, sampling: Sampling = Sampling(), rows: tuple[int, ...] = ()) -> None:

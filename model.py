@@ -217,8 +217,7 @@ def load_model(path: Path | str, device: torch.device | str = "cpu", dtype: torc
         raise ValueError(f"{file}: not a converted checkpoint; run `python convert_hf_checkpoint.py {file.parent}`")
     mode, stored_group = stored_mode(file, metadata, quantize)
     check_integer_support(mode or quantize, torch.device(device))
-    problem = gpu_problem(torch.device(device).type)
-    if problem:
+    if problem := gpu_problem(torch.device(device).type):
         raise ValueError(problem)
     with torch.device("meta"):
         model = Llama(cfg, qkv_bias="layers.0.wqkv.bias" in tensors)

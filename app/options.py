@@ -2,6 +2,7 @@
 import argparse
 import shlex
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
@@ -163,10 +164,12 @@ def load_engine(args: argparse.Namespace, kind: type[Engine] = Engine) -> Engine
     if wrong:
         raise ValueError(wrong)
     device, dtype = placement(args)
-    with part("model"):
-        model = load_model(args.checkpoint, device, dtype, args.quantize, args.group or 128)
+    with ThreadPoolExecutor(1) as pool:  # a large tokenizer takes as long as weights that come from the page cache
+        tokenizer = pool.submit(Tokenizer, folder_of(args.checkpoint), args.chat_template)
+        with part("model"):
+            model = load_model(args.checkpoint, device, dtype, args.quantize, args.group or 128)
     with part("tokenizer"):
-        tokenizer = Tokenizer(folder_of(args.checkpoint), args.chat_template)
+        tokenizer = tokenizer.result()
     if args.chat_template and tokenizer.template_error:
         raise ValueError(tokenizer.template_error)
     max_seq_len = context(args, model.cfg)
