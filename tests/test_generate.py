@@ -62,7 +62,7 @@ def test_imports_and_first_token(everything: Path) -> None:
     code = ("import sys, generate\n"
             "generate.main()\n"
             "print(*{'torch._dynamo', 'torch._inductor', 'sympy', 'triton', 'transformers', 'gguf', 'huggingface_hub', "
-            "'prompt_toolkit', 'matplotlib', 'tiktoken', 'ops.startup'} & {*sys.modules})")
+            "'prompt_toolkit', 'matplotlib', 'tiktoken', 'sentencepiece', 'ops.startup'} & {*sys.modules})")
     words = ["--checkpoint", str(everything), "--device", "cpu", "--eagle2", "--prompt", "x", "--max_new_tokens", "2"]
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     start = time.perf_counter()
