@@ -38,7 +38,7 @@ def letters(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings(tmp_path: Path, **changes) -> argparse.Namespace:
-    values = {"length": 32, "batch": 8, "unroll": 4, "decay": 0.8, "anchors": 8, "lr": 0.05, "steps": 150,
+    values = {"length": 32, "batch": 8, "unroll": 4, "decay": 0.8, "anchors": 8, "lr": 0.05, "steps": 200,
               "minutes": math.inf, "out": tmp_path / "head", "held_out": 0, "draft_vocab": 12, "head_layers": None,
               "mlp": None, "block_size": 4, "markov_rank": 6, "checkpoint": tmp_path}
     return argparse.Namespace(**values | changes)
