@@ -2,12 +2,13 @@
 
 Triton compiles a kernel when it is first launched, which takes half a second to seconds, and then goes on. A cycle
 launches some fifty different kernels. So they are collected first, by running what launches them without launching
-anything, and compiled together: the compiler spends nearly all of its time outside of Python's lock.
+anything, and then compiled together: the compiler spends most of its time outside of Python's lock.
 """
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,32 +23,59 @@ from ops.startup import part
 def compile_kernels(*jobs: Callable[[], object]) -> None:
     """Compile, or take from Triton's cache, and load all kernels that the jobs launch. Everything else that a job does
     is done, on zeros where kernels should have written something."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        # An error that it does not ignore would leave the mode on. It is raised again below.
-        with triton.AsyncCompileMode(pool, ignore_errors=True), without_launches() as compiled, Zeros():
-            for job in jobs:
-                job()
-        kernels = {getattr(kernel, "result", lambda kernel=kernel: kernel)() for kernel in compiled.values()}
-        for _ in pool.map(lambda kernel: kernel.run, kernels):  # reading this property loads a kernel
-            pass
+    with without_launches() as calls, Zeros():
+        for job in jobs:
+            job()
+    with Loader(os.cpu_count()) as loader:
+        # An error that the mode does not ignore would leave it on: it is raised below.
+        with triton.AsyncCompileMode(loader, ignore_errors=True):
+            for kernel, args, options in calls:
+                kernel.run(*args, grid=None, warmup=True, **dict(options))
+    for future in loader.futures:
+        future.result()
+
+
+class Loader(ThreadPoolExecutor):
+    """Loads each kernel where it was compiled."""
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads)
+        self.futures: list[Future] = []
+
+    def submit(self, compile_one: Callable[[], object]) -> Future:
+        def load() -> object:
+            kernel = compile_one()
+            kernel.run  # noqa: B018  (reading this property loads it)
+            return kernel
+
+        self.futures.append(super().submit(load))
+        return self.futures[-1]
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """A tensor, as far as Triton's compiler looks at it, without its memory."""
+    dtype: torch.dtype
+    address: int  # modulo 16
+
+    def data_ptr(self) -> int:
+        return self.address
 
 
 @contextmanager
 def without_launches() -> Iterator[dict]:
-    """In the block, `kernel[grid](...)` compiles and does not launch. Yields what it compiled, by the arguments."""
-    compiled = {}
+    """In the block, `kernel[grid](...)` launches nothing. Yields the calls, each as (kernel, args, options), once."""
+    calls = {}
 
-    def compile_only(kernel, grid):
+    def note(kernel, grid):
         def call(*args, **options):
-            traits = ((x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else (type(x), x) for x in args)
-            key = id(kernel), *traits, *options.items()
-            if key not in compiled:
-                compiled[key] = kernel.run(*args, grid=grid, warmup=True, **options)
+            args = tuple(Pointer(x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else x for x in args)
+            calls.setdefault((kernel, args, tuple(options.items())))
         return call
 
-    triton.JITFunction.__getitem__ = compile_only
+    triton.JITFunction.__getitem__ = note
     try:
-        yield compiled
+        yield calls
     finally:
         del triton.JITFunction.__getitem__  # it is inherited
 

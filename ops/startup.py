@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 
 REST = "rest"
 
@@ -60,21 +61,24 @@ def parts_so_far() -> dict[str, float]:
 
 
 def wake_gpu() -> None:
-    """While torch is imported, let a thread create the GPU's context and compute Triton's checksum of itself, which is
+    """While torch is imported, let threads create the GPU's context and compute Triton's checksum of itself, which is
     part of the key of every kernel in its cache. Each takes 0.4 s, without Python's lock. Where something is missing or
     broken, nothing happens: torch and Triton try it again, and say so."""
-    threading.Thread(target=create_context_and_checksum, daemon=True).start()
-
-
-def create_context_and_checksum() -> None:
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:  # no GPU
         return
+    for work in (partial(create_context, driver), compute_checksum):
+        threading.Thread(target=work, daemon=True).start()
+
+
+def create_context(driver: ctypes.CDLL) -> None:
     device, context = ctypes.c_int(), ctypes.c_void_p()
-    failed = driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0) or driver.cuDevicePrimaryCtxRetain(
-        ctypes.byref(context), device)
-    if not failed:
-        with suppress(Exception):
-            from triton.runtime.cache import triton_key  # Triton imports no torch, or the two could wait for each other
-            triton_key()
+    if not (driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0)):  # 0 is success
+        driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)  # what torch uses too
+
+
+def compute_checksum() -> None:
+    with suppress(Exception):
+        from triton.runtime.cache import triton_key  # Triton imports no torch, or the two could wait for each other
+        triton_key()

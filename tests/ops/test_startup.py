@@ -2,7 +2,9 @@
 
     python -m pytest tests/ops/test_startup.py
 """
+import ctypes
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -61,13 +63,12 @@ class Driver:
         return lambda *_: self.called.append(name) or (100 if name == self.failing else 0)
 
 
-STEPS = ["cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "checksum"]
-
-
-@pytest.mark.parametrize("failing", [None, "CDLL", *STEPS])
-def test_waking_a_gpu(failing: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if the thread goes on with a driver that does not work, or says something that torch will say."""
-    driver = Driver(failing)
+@pytest.mark.parametrize("failing, calls", [
+    (None, 3), ("cuInit", 1), ("cuDeviceGet", 2), ("cuDevicePrimaryCtxRetain", 3), ("checksum", 3), ("CDLL", 0)])
+def test_waking_a_gpu(failing: str | None, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a context is asked for of a driver that does not work, if Triton is imported where there is none, or if
+    the threads say something that torch and Triton will say."""
+    driver, sums, waiting = Driver(failing), [], []
 
     def load(name: str) -> Driver:
         assert name == "libcuda.so.1"
@@ -76,15 +77,24 @@ def test_waking_a_gpu(failing: str | None, monkeypatch: pytest.MonkeyPatch) -> N
         return driver
 
     def checksum() -> None:
-        driver.called.append("checksum")
+        sums.append(1)
         if failing == "checksum":
             raise RuntimeError("broken")
 
-    monkeypatch.setattr(startup.ctypes, "CDLL", load)
+    class Thread:
+        def __init__(self, target: Callable[[], None], daemon: bool) -> None:
+            assert daemon  # the end of the process does not wait for it
+            self.start = lambda: waiting.append(target)
+
+    monkeypatch.setattr(startup, "ctypes", SimpleNamespace(**vars(ctypes) | {"CDLL": load}))
+    monkeypatch.setattr(startup, "threading", SimpleNamespace(Thread=Thread))
     monkeypatch.setitem(sys.modules, "triton.runtime.cache", SimpleNamespace(triton_key=checksum))
-    startup.create_context_and_checksum()
-    done = {"CDLL": 0, None: 4}.get(failing, STEPS.index(failing) + 1 if failing in STEPS else 0)
-    assert driver.called == STEPS[:done]
+    startup.wake_gpu()
+    assert not driver.called and not sums
+    for work in waiting:
+        work()
+    assert driver.called == ["cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain"][:calls]
+    assert len(sums) == (failing != "CDLL")
 
 
 @pytest.mark.parametrize("words, wakes", [
