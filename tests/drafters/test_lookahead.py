@@ -9,7 +9,7 @@ import torch
 from conftest import all_cores
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton_tools import interpreted, not_interpreted, run_interpreted
+from triton_tools import interpreted, not_interpreted
 
 import tree
 from draft import Vanilla
@@ -249,9 +249,10 @@ def test_accepted_by_the_kernel() -> None:
 
 @pytest.mark.slow
 @not_interpreted
-def test_in_the_interpreter() -> None:
+@pytest.mark.xdist_group("interpreter")
+def test_in_the_interpreter(interpreter) -> None:
     """Fails if test_accepted_by_the_kernel fails, in Triton's interpreter."""
-    run_interpreted(__file__)
+    interpreter(__file__)
 
 
 # ----- The engine ------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@ loops, and the kernel through the compiler. test_attention.py has all that is th
 import pytest
 import torch
 from torch import Tensor
-from triton_tools import CARDS, assert_fits, cards, compile_ahead, interpreted, not_interpreted, run_interpreted
+from triton_tools import CARDS, assert_fits, cards, compile_ahead, interpreted, not_interpreted
 
 from ops import attention
 from ops.attention import TreeMask, attention_config, attention_kernel, tree_mask
@@ -16,9 +16,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value)")
 
 @pytest.mark.slow
 @not_interpreted
-def test_in_the_interpreter() -> None:
+@pytest.mark.xdist_group("interpreter")
+def test_in_the_interpreter(interpreter) -> None:
     """Fails if one of the tests below fails with the Triton kernels."""
-    run_interpreted(__file__)
+    interpreter(__file__)
 
 
 def block_bits(rows: int, causal: bool) -> Tensor:

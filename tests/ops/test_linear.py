@@ -19,7 +19,6 @@ from triton_tools import (
     compile_linear,
     interpreted,
     not_interpreted,
-    run_interpreted,
 )
 
 from ops.embed_rope import rope_store_torch
@@ -162,9 +161,10 @@ def test_bounds() -> None:
 
 @pytest.mark.slow
 @not_interpreted
-def test_in_the_interpreter() -> None:
+@pytest.mark.xdist_group("interpreter")
+def test_in_the_interpreter(interpreter) -> None:
     """Fails if one of the tests above fails."""
-    run_interpreted(__file__)
+    interpreter(__file__)
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -20,7 +20,6 @@ from triton_tools import (
     interpreted,
     not_interpreted,
     nvidia_tool,
-    run_interpreted,
 )
 
 from ops.device import triton
@@ -231,9 +230,10 @@ def test_dequantize_by_the_kernel() -> None:
 
 @pytest.mark.slow
 @not_interpreted
-def test_in_the_interpreter() -> None:
+@pytest.mark.xdist_group("interpreter")
+def test_in_the_interpreter(interpreter) -> None:
     """Fails if one of the tests above that are marked `interpreted` fails."""
-    run_interpreted(__file__)
+    interpreter(__file__)
 
 
 def tilings(arch: int) -> list[tuple[int, int, Tiling, bool]]:

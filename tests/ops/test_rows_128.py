@@ -16,7 +16,6 @@ from triton_tools import (
     compile_linear,
     interpreted,
     not_interpreted,
-    run_interpreted,
 )
 
 import tree
@@ -38,9 +37,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value)")
 
 @pytest.mark.slow
 @not_interpreted
-def test_in_the_interpreter() -> None:
+@pytest.mark.xdist_group("interpreter")
+def test_in_the_interpreter(interpreter) -> None:
     """Fails if one of the tests below that are marked `interpreted` fails."""
-    run_interpreted(__file__)
+    interpreter(__file__)
 
 
 def tiling(mode: str, M: int, N: int, K: int, arch: int) -> Tiling:
