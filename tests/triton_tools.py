@@ -41,6 +41,7 @@ SHAPES = {  # [N, K] of wqkv, wo, w13, w2, lm_head (and EAGLE's fc)
     "Llama-3-8B": [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)],
     "SmolLM2": [(960, 576), (576, 576), (3072, 576), (576, 1536), (49152, 576)],
 }
+SPLITS = 6  # the most whose sums are added up by unrolled code, among the tilings of these shapes
 
 
 def cards(group: str, archs: Iterable[int] = CARDS) -> list:
@@ -152,7 +153,7 @@ class Compiled(NamedTuple):
     shared: int  # bytes of shared memory a program
 
 
-compiled: dict[tuple, Compiled] = {}  # what compile_ahead has made, by what it was asked for
+compiled: dict[tuple, Compiled] = {}  # what compile_ahead has made, by kernel, what else was asked for, and card
 
 
 def compile_ahead(kernel, arch: int, types: Mapping[str, str], constants: Mapping[str, Any], warps: int = 4,
@@ -167,9 +168,12 @@ def compile_ahead(kernel, arch: int, types: Mapping[str, str], constants: Mappin
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    key = kernel, str((arch in SAME_PTX or arch, types, constants, warps, stages, divisible))
-    if key in compiled:
-        return assemble(compiled[key], arch, warps) if arch in SAME_PTX else compiled[key]
+    wanted = str((types, constants, warps, stages, divisible))
+    for other in (arch, *(SAME_PTX if arch in SAME_PTX else ())):
+        if (kernel, wanted, other) in compiled:
+            made = compiled[kernel, wanted, other]
+            compiled[kernel, wanted, arch] = made if other == arch else assemble(made, arch, warps)
+            return compiled[kernel, wanted, arch]
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     aligned = [name for name in names if signature[name][0] == "*" or name in divisible]
@@ -181,8 +185,9 @@ def compile_ahead(kernel, arch: int, types: Mapping[str, str], constants: Mappin
         made = triton.compile(source, target=GPUTarget("cuda", arch, 32),
                               options={"num_warps": warps, "num_stages": stages})
     cubin = made.asm["cubin"]
-    compiled[key] = Compiled(made.asm["ptx"], made.asm["ttgir"], cubin, spilled_bytes(cubin), made.metadata.shared)
-    return compiled[key]
+    compiled[kernel, wanted, arch] = Compiled(
+        made.asm["ptx"], made.asm["ttgir"], cubin, spilled_bytes(cubin), made.metadata.shared)
+    return compiled[kernel, wanted, arch]
 
 
 def assemble(made: Compiled, arch: int, warps: int) -> Compiled:
@@ -214,16 +219,32 @@ def assert_fits(made: Compiled, arch: int, what: object = "", spilled: int = 0) 
     assert made.shared <= SHARED[arch], f"{what} wants {made.shared} bytes of shared memory on sm_{arch}"
 
 
+def largest(found: Iterable[tuple]) -> list[tuple]:
+    """Those of the tuples, each with a Tiling, that no other one has a part of: the same but for shorter blocks of
+    columns, fewer stages, and one split in place of several. That code needs no more registers and shared memory."""
+    groups: dict[tuple, list] = {}
+    for item in sorted(found):
+        same = tuple((part.BM, part.BN, part.warps) if isinstance(part, Tiling) else part for part in item)
+        [size] = [(part.BK, part.stages, part.SK > 1) for part in item if isinstance(part, Tiling)]
+        kept = [(other, its) for other, its in groups.get(same, []) if any(a > b for a, b in zip(its, size))]
+        inside = any(all(a >= b for a, b in zip(its, size)) for _, its in kept)
+        groups[same] = kept if inside else [*kept, (item, size)]
+    return [item for kept in groups.values() for item, _ in kept]
+
+
 def compile_linear(tiling: Tiling, even: bool, arch: int, options: bool, norm: bool, dtype: str = "bf16",
                    heads: bool = False, planes: int = 0, group: int = 0) -> Compiled:
     """Compile ops.linear.linear_kernel. even: BK divides K. planes, group: see ops.quantized.Quantized (0: no integers)
 
-    options: with a bias, gated and, without a norm, with a residual: what is normed is never what is added to it.
+    options: with a bias, gated and, without a norm, with a residual: what is normed is never what is added to it. Any
+    number of splits but one is compiled as SPLITS, so that cards with other numbers share the code.
     """
-    constants = {"BM": tiling.BM, "BN": tiling.BN, "BK": tiling.BK, "SK": tiling.SK, "STAGES": tiling.stages,
-                 "AHEAD": tiling.ahead, "PDL": arch >= 90, "EVEN_K": even, "GATED": options and not heads,
-                 "D": 128 if heads else 2, "KV_HEADS": 8 if heads else 0, "PLANES": planes, "GROUP": group,
-                 "GROUPS": 128 if group else 0, "INTERPRET": False}
+    assert tiling.SK <= SPLITS or tiling.BM > 64
+    constants = {"BM": tiling.BM, "BN": tiling.BN, "BK": tiling.BK, "SK": SPLITS if tiling.SK > 1 else 1,
+                 "STAGES": tiling.stages, "AHEAD": tiling.ahead if arch >= 90 else 0, "PDL": arch >= 90,
+                 "EVEN_K": even, "GATED": options and not heads, "D": 128 if heads else 2,
+                 "KV_HEADS": 8 if heads else 0, "PLANES": planes, "GROUP": group, "GROUPS": 128 if group else 0,
+                 "INTERPRET": False}
     absent = [] if group else ["sums_ptr"]
     absent += [] if planes else ["x_scale_ptr", "w_scale_ptr"]
     absent += [] if norm else ["norm_ptr"]
