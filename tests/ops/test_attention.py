@@ -4,7 +4,7 @@ in test_attention_aot.py."""
 import pytest
 import torch
 from torch import Tensor
-from triton_tools import interpreted, not_interpreted, run_interpreted
+from triton_tools import interpreted, not_interpreted
 
 from model import RMSNorm, apply_rope
 from ops import attention, embed_rope
@@ -18,9 +18,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value)")
 
 @pytest.mark.slow
 @not_interpreted
-def test_in_the_interpreter() -> None:
+@pytest.mark.xdist_group("interpreter")
+def test_in_the_interpreter(interpreter) -> None:
     """Fails if one of the tests below fails with the Triton kernels."""
-    run_interpreted(__file__)
+    interpreter(__file__)
 
 
 def random_tree(nodes: int) -> tuple[Tree, Tensor]:
