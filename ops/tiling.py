@@ -15,6 +15,7 @@ class Tiling(NamedTuple):
     warps: int
     stages: int  # blocks in flight, through shared memory
     ahead: int = 4  # blocks that are prefetched into L2 while the previous kernel still runs (Hopper)
+    early: int = 0  # of one row: blocks that are loaded into registers meanwhile
 
 
 def linear_config(M: int, N: int, K: int, sms: int, capability: tuple[int, int]) -> Tiling:
