@@ -62,14 +62,17 @@ def attention_config(T: int, G: int, K: int, D: int, dtype: torch.dtype, sms: in
     """How to cut the work on `sms` multiprocessors: (BM rows of a tile, BN slots of a block, NS splits of the slots,
     num_warps, num_stages).
 
-    BN and num_stages are as large as shared memory, and registers without spilling, allow. One program per
-    multiprocessor was fastest on an H100 (BENCHMARKS.md). More than 128 tokens are a prefill: one split is enough.
+    BN and num_stages are as large as shared memory, and registers without spilling, allow, except where splits are
+    many and short: there less shared memory lets the kernels beside start sooner. One program per multiprocessor was
+    fastest on an H100 (BENCHMARKS.md). More than 128 tokens are a prefill: one split is enough.
     """
     rows = T * G
     if dtype == torch.float32:  # not on the tensor cores
         BM, BN, warps, stages = (16, 32, 8, 2) if rows <= 16 else (32, 16, 8, 2)
-    elif rows <= 32:  # 16 is the smallest tile of the tensor cores
-        BM, BN, warps, stages = (16, 64, 4, 3) if rows <= 16 else (32, 64, 4, 2)
+    elif rows <= 16 or rows <= 64 and 8 * K * -(-rows // 16) <= sms:  # the smallest tile of the tensor cores
+        BM, BN, warps, stages = 16, 64, 4, 3
+    elif rows <= 32:
+        BM, BN, warps, stages = 32, 64, 4, 2
     elif T <= 64 and capability >= (9, 0):
         BM, BN, warps, stages = 64, 64, 4, 3
     elif T <= 64:
@@ -77,7 +80,8 @@ def attention_config(T: int, G: int, K: int, D: int, dtype: torch.dtype, sms: in
     else:  # arithmetic dominates: a larger tile uses each block of keys for more rows
         BM, BN, warps, stages = 128, 64, 8, 2
     splits = sms // (K * -(-rows // BM)) if T <= 128 else 1
-    return BM, BN, min(max(splits, 1), 8), warps, stages  # at most 8: merging reads what every split wrote
+    splits = min(max(splits, 1), 16)  # at most 16: merging reads what every split wrote
+    return BM, BN, splits, warps, stages if splits < 8 else 1 if BM == 16 else 2
 
 
 @triton.jit
