@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops.device import by_device, device_limits, pdl_options, tl, triton, wait_for_previous
+from ops.device import by_device, device_limits, pdl_options, start_next, tl, triton, wait_for_previous
 
 
 class TreeMask(NamedTuple):
@@ -136,7 +136,9 @@ def attention_kernel(q, kv, base, bits, out, parts, logs, S, T: tl.constexpr, H:
     Pointers: q [T, H, D], kv [2, K, S, D], base int64, bits [T, WORDS] int64 (None: causal), out [T, H, D];
     parts [T * H, NS, D] fp32, the attention over each split, and logs [T * H, NS] fp32, log2 of its sum of weights.
     """
-    if not EARLY:
+    if EARLY:
+        start_next(PDL)
+    else:
         wait_for_previous(PDL)
     tile, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     G: tl.constexpr = H // K
