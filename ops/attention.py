@@ -67,26 +67,27 @@ def attention_config(T: int, G: int, K: int, D: int, dtype: torch.dtype, sms: in
     """How to cut the work on `sms` multiprocessors: (BM rows of a tile, BN slots of a block, NS splits of the slots,
     num_warps, num_stages).
 
-    BN and num_stages are as large as shared memory, and registers without spilling, allow, except where splits are
-    many and short: there less shared memory lets the kernels beside start sooner. One program per multiprocessor was
-    fastest on an H100 (BENCHMARKS.md). More than 128 tokens are a prefill: one split is enough.
+    BN and num_stages are as large as shared memory, and registers without spilling, allow. One program per
+    multiprocessor was fastest on an H100 (BENCHMARKS.md). More than 128 tokens are a prefill: one split is enough.
     """
     rows = T * G
+    hopper = capability >= (9, 0)
+    small = rows <= 16 or hopper and rows <= 64 and 8 * K * -(-rows // 16) <= sms
     if dtype == torch.float32:  # not on the tensor cores
         BM, BN, warps, stages = (16, 32, 8, 2) if rows <= 16 else (32, 16, 8, 2)
-    elif rows <= 16 or rows <= 64 and 8 * K * -(-rows // 16) <= sms:  # the smallest tile of the tensor cores
-        BM, BN, warps, stages = 16, 64, 4, 3
-    elif rows <= 32:
-        BM, BN, warps, stages = 32, 64, 4, 2
-    elif T <= 64 and capability >= (9, 0):
+    elif small or rows <= 32:  # 16 is the smallest tile of the tensor cores
+        BM, BN, warps, stages = (16, 64, 4, 3) if small else (32, 64, 4, 2)
+    elif T <= 64 and hopper:
         BM, BN, warps, stages = 64, 64, 4, 3
     elif T <= 64:
         BM, BN, warps, stages = (64, 32, 4, 2) if D in (64, 128) else (64, 64, 8, 2)
     else:  # arithmetic dominates: a larger tile uses each block of keys for more rows
         BM, BN, warps, stages = 128, 64, 8, 2
     splits = sms // (K * -(-rows // BM)) if T <= 128 else 1
-    splits = min(max(splits, 1), 16)  # at most 16: merging reads what every split wrote
-    return BM, BN, splits, warps, stages if splits < 8 else 1 if BM == 16 else 2
+    most = 8  # since merging reads what every split wrote
+    if hopper and splits >= 8 and BM == 16 and BN == 64:  # few heads: many splits of a block or two. With less shared
+        most, stages = 16, 1  # memory each, programs of the next kernels fit beside them, and fetch their weights
+    return BM, BN, min(max(splits, 1), most), warps, stages
 
 
 @triton.jit
@@ -229,8 +230,8 @@ def merge_splits_kernel(parts, logs, out, ROWS: tl.constexpr, D: tl.constexpr, D
 def tree_attention_triton(q: Tensor, kv: Tensor, base: Tensor, bits: Tensor | None = None, window: int | None = None,
                           settled: bool = False, config: tuple[int, int, int, int, int] | None = None,
                           early: bool | None = None) -> Tensor:
-    """`tree_attention` by the kernels. config: see attention_config. early: see attention_kernel; None: where kernels
-    overlap, if the mask is `settled`."""
+    """`tree_attention` by the kernels. config: see attention_config. early: see attention_kernel; None: where it
+    was measured to help (docs/experiments.md)."""
     T, H, D = q.shape
     K, S = kv.shape[1:3]
     assert q.is_contiguous() and kv.is_contiguous() and (bits is None or bits.is_contiguous())
@@ -243,7 +244,8 @@ def tree_attention_triton(q: Tensor, kv: Tensor, base: Tensor, bits: Tensor | No
         parts = torch.empty(T * H * NS, D, dtype=torch.float32, device=q.device)
         logs = torch.empty(T * H * NS, 1, dtype=torch.float32, device=q.device)
     pdl = pdl_options(q.device)
-    early = settled and pdl["PDL"] if early is None else early
+    if early is None:  # with many splits, or one row, waiting for the block would keep the next kernels from starting
+        early = settled and pdl["PDL"] and T > 1 and NS < 8
     attention_kernel[(triton.cdiv(T * H // K, BM), K, NS)](
         q, kv, base, bits, out, parts, logs, S, T, H, K, D, DP, words, window or 0, early, BM, BN, NS,
         num_warps=warps, num_stages=stages, **pdl)

@@ -27,7 +27,6 @@ from torch import Tensor
 from ops import cpu_integers
 from ops.device import INTERPRET, device_limits, pdl_options, tl, triton, wait_for_previous
 from ops.embed_rope import rope_store
-from ops.one_row import load_block, multiply_row
 from ops.quantized import Quantized, integer_linear, multiply_int4, multiply_int8, quantize_triton
 from ops.tiling import Tiling, integer_config, linear_config
 
@@ -99,11 +98,7 @@ def linear_triton(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = N
     if config is None:
         limits = device_limits(x.device)
         config = integer_config(M, N, columns, planes, group, *limits) if integers else linear_config(M, N, K, *limits)
-    BM, BN, BK, SK, warps, stages, ahead, early = config
-    blocks = 0  # of one row, in registers
-    if BM == 1:
-        planes = 0
-        blocks = triton.cdiv(columns, BK) if stages == 1 and SK == 1 else early
+    BM, BN, BK, SK, warps, stages, ahead = config
     tiles = triton.cdiv(N, BN)
     width = N // 2 if gated or heads else N
     rope, slots, kv = heads or (None, None, None)
@@ -115,7 +110,7 @@ def linear_triton(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = N
     out = x.new_empty(M, N - 2 * kv_heads * D if heads else width, dtype=dtype)
     norm_weight, eps = norm or (None, 0.0)
     x_scale = sums = None
-    if integers and BM > 1:  # x is normed while it is quantised
+    if integers:  # x is normed while it is quantised
         x, x_scale, sums = quantize_triton(x, weight, norm)
         norm_weight = None
     elif norm_weight is not None and M > NORM_ROWS:
@@ -132,8 +127,8 @@ def linear_triton(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = N
     linear_kernel[(tiles * SK,)](
         x, data, bias, norm_weight, eps, residual, out, partial, counts, rope, slots, kv, x_scale, sums, w_scale,
         M, width, K, columns, num_slots, D=D, KV_HEADS=kv_heads, GATED=gated,
-        EVEN_K=columns % BK == 0 and K == weight.shape[1], BM=BM, BN=BN, BK=BK, SK=SK, STAGES=stages, AHEAD=ahead, EARLY=early,
-        BLOCKS=blocks, PLANES=planes, GROUP=group, GROUPS=groups, INTERPRET=INTERPRET, num_warps=warps, **pdl_options(x.device))
+        EVEN_K=columns % BK == 0 and K == weight.shape[1], BM=BM, BN=BN, BK=BK, SK=SK, STAGES=stages, AHEAD=ahead,
+        PLANES=planes, GROUP=group, GROUPS=groups, INTERPRET=INTERPRET, num_warps=warps, **pdl_options(x.device))
     return out
 
 
@@ -181,8 +176,8 @@ def linear_kernel(
         x_scale_ptr, sums_ptr, w_scale_ptr,  # integers: fp32 [M]; fp32 [groups, M]; fp32 [N] or int32 [groups, N]
         M, width, K, columns, S, D: tl.constexpr, KV_HEADS: tl.constexpr, GATED: tl.constexpr, EVEN_K: tl.constexpr,
         BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SK: tl.constexpr, STAGES: tl.constexpr,
-        AHEAD: tl.constexpr, EARLY: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr, PLANES: tl.constexpr,
-        GROUP: tl.constexpr, GROUPS: tl.constexpr, INTERPRET: tl.constexpr):
+        AHEAD: tl.constexpr, PDL: tl.constexpr, PLANES: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+        INTERPRET: tl.constexpr):
     tile, split = tl.program_id(0) // SK, tl.program_id(0) % SK
     ROPE: tl.constexpr = rope_ptr is not None
     HALVES: tl.constexpr = 2 if GATED or ROPE else 1  # rows of the weights that one output pairs
@@ -195,18 +190,12 @@ def linear_kernel(
     w_rows = w_ptr + row.to(tl.int64)[:, None] * columns
     blocks = tl.cdiv(columns, BK)
     first, last = split * blocks // SK * BK, (split + 1) * blocks // SK * BK
-    early = ()
     if PDL:  # as wait_for_previous; but weights depend on no kernel, so they may be fetched before the wait
         tl.extra.cuda.gdc_launch_dependents()
-        for i in tl.static_range(EARLY):
-            early += (load_block(w_rows, row, w_scale_ptr, width * HALVES, columns, first + i * BK, EVEN_K, GROUP, BK),)
         if AHEAD:
-            prefetch(w_rows, first + EARLY * BK, columns, AHEAD * BK, 1024 // w_ptr.dtype.element_ty.primitive_bitwidth)
+            prefetch(w_rows, first, columns, AHEAD * BK, 128 if PLANES else 64)
         tl.extra.cuda.gdc_wait()
-    if BM == 1:
-        acc, squares = multiply_row(early, x_ptr, w_rows, row, w_scale_ptr, norm_ptr, width * HALVES, K, columns, first,
-                                    last, EVEN_K, GROUP, BN, BK, BLOCKS, EARLY if PDL else 0, STAGES, INTERPRET)
-    elif GROUP:
+    if GROUP:
         acc, squares = multiply_int4(x_ptr, sums_ptr, w_rows, row, w_scale_ptr, M, width * HALVES, K, columns, first,
                                      last, EVEN_K, GROUP, GROUPS, PLANES, BM, BN, BK, STAGES, INTERPRET), None
     elif PLANES:
@@ -277,16 +266,21 @@ def multiply(x_ptr, w_rows, norm_ptr, M, K, first, last, EVEN_K: tl.constexpr, B
     """
     m = tl.arange(0, BM)[:, None]
     squares = tl.zeros((BM, BK), dtype=tl.float32)
-    acc = tl.zeros((BN, BM), dtype=tl.float32)
+    acc = tl.zeros((BN, BK if BM == 1 else BM), dtype=tl.float32)
     for start in tl.range(first, last, BK, num_stages=STAGES):
         k = start + tl.arange(0, BK)
         inside = (k < K)[None, :] | EVEN_K  # folds to no mask at all
         w = tl.load(w_rows + k[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
-        x = tl.load(x_ptr + m * K + k[None, :], mask=inside & (m < M), other=0.0)
+        x = tl.load(x_ptr + m * K + k[None, :], mask=inside & ((m < M) | (BM == 1)), other=0.0)
         if norm_ptr is not None:
             squares += x.to(tl.float32) * x.to(tl.float32)
             x = x * tl.load(norm_ptr + k, mask=(k < K) | EVEN_K, other=0.0)[None, :]
-        acc = tl.dot(w, x.trans(), acc, input_precision="ieee")
+        if BM == 1:
+            acc += w.to(tl.float32) * x.to(tl.float32)
+        else:
+            acc = tl.dot(w, x.trans(), acc, input_precision="ieee")
+    if BM == 1:
+        acc = tl.sum(acc, 1)[:, None]
     return acc, tl.sum(squares, 1)
 
 

@@ -15,7 +15,6 @@ class Tiling(NamedTuple):
     warps: int
     stages: int  # blocks in flight, through shared memory
     ahead: int = 4  # blocks that are prefetched into L2 while the previous kernel still runs (Hopper)
-    early: int = 0  # of one row: blocks that are loaded into registers meanwhile
 
 
 def linear_config(M: int, N: int, K: int, sms: int, capability: tuple[int, int]) -> Tiling:
@@ -51,21 +50,18 @@ def linear_config(M: int, N: int, K: int, sms: int, capability: tuple[int, int])
     while K % BK and BK > 32:
         BK //= 2  # K = 576: no masks with blocks of 64
     SK = max(1, min(SK, K // BK // shortest, 64))
-    return Tiling(BM, BN, BK, SK, warps, min(stages, max(3, -(-K // BK // SK))))
+    return Tiling(BM, BN, BK, SK, warps, min(stages, max(3, -(-K // BK // SK))))  # no more than a split has blocks
 
 
-def one_row(N: int, columns: int, w_bytes: int = 2, group: int = 0) -> Tiling:
-    """The Tiling for one row of x: threads lie side by side along K, 8 columns each, so that the loop needs no barrier.
-    w_bytes: of an element of the weights (of int4: `columns` of them, and group > 0)."""
-    if w_bytes == 2 and columns >= 8192:
-        return Tiling(1, 4, 2048, 1, 4, 3, ahead=1)
-    if w_bytes == 2 and columns >= 2048:
+def one_row(N: int, K: int) -> Tiling:
+    """The Tiling for one row of x: threads lie side by side along K, so that the loop needs no barrier."""
+    if K >= 8192:
+        return Tiling(1, 4, 2048, 1, 4, 1, ahead=1)
+    if K >= 2048:
         return Tiling(1, 8, 1024, 1, 4, 4, ahead=2)
-    if columns >= 2048:
-        return Tiling(1, 4, 2048, 1, 4, 4, ahead=1)
-    if columns < 1024 or N > 16384:  # all of a program's weights in flight at once
-        return Tiling(1, 4, 256, 1, 1, 1, ahead=1)
-    return Tiling(1, 4, 512, 1, 2, 1, ahead=2)
+    if N <= 16384:
+        return Tiling(1, 4, 1024, 1, 4, 1, ahead=1)
+    return Tiling(1, 4, 256, 1, 1, 1, ahead=1)
 
 
 def many_rows(N: int, columns: int, w_bytes: int, x_bytes: int, group: int, sms: int, capability: tuple[int, int]
@@ -103,8 +99,6 @@ def integer_config(M: int, N: int, columns: int, planes: int, group: int, sms: i
     ops.quantized.Quantized. Hopper's tensor cores want at least 16 rows, all planes together."""
     if M > 64:
         return many_rows(N, columns, 1, planes, group, sms, capability)
-    if M == 1 and planes == 2 and columns * (2 if group else 1) < 4096:
-        return one_row(N, columns, 1, group)
     hopper = capability >= (9, 0)
     if M <= 8:
         BM = 8 if planes == 2 else 16
@@ -116,12 +110,12 @@ def integer_config(M: int, N: int, columns: int, planes: int, group: int, sms: i
     BN = 128 if crowded else 64
     warps = 8 if crowded else 4
     if columns < 1024 and not crowded:  # all of a tile's weights in flight
-        if hopper and rows == 128 and group and -(-N // 16) <= sms:
+        if hopper and rows == 128 and group and -(-N // 16) <= sms:  # few tiles of few columns: narrow ones
             return Tiling(BM, 16, group, 1, warps, 4, ahead=2)
         stages = (6 if rows <= 16 else 4 if rows <= 32 else 3) if group else 9 if rows < 64 else 6 if rows < 128 else 4
         return Tiling(BM, BN, max(64, group), 1, warps, stages if hopper else min(stages, 3 if group else 4), ahead=0)
     if hopper:
-        BK, SK, stages = (hopper_int4 if group else hopper_int8)(rows, tiles, columns, sms)
+        BK, SK, stages = hopper_int4(rows, tiles, sms) if group else hopper_int8(rows, tiles, columns, sms)
     else:  # 99 KB of shared memory: 48 of them for each program, where they suffice
         BK = group if crowded else 128
         SK = -(-2 * sms // tiles) if tiles < sms else 1
@@ -132,7 +126,7 @@ def integer_config(M: int, N: int, columns: int, planes: int, group: int, sms: i
     return Tiling(BM, BN, BK, SK, warps, stages, ahead=max(1, (256 if group else 1024) // BK))
 
 
-def hopper_int4(rows: int, tiles: int, columns: int, sms: int) -> tuple[int, int, int]:
+def hopper_int4(rows: int, tiles: int, sms: int) -> tuple[int, int, int]:
     """BK, SK and stages for int4 on Hopper."""
     if tiles < sms and rows == 128:
         return (128, 4, 3) if 4 * tiles > sms else (128, sms // tiles, 4)

@@ -190,14 +190,12 @@ def compile_linear(tiling: Tiling, even: bool, arch: int, options: bool, norm: b
 
     options: with a bias, gated and, without a norm, with a residual: what is normed is never what is added to it.
     """
-    integers, planes = planes > 0, 0 if tiling.BM == 1 else planes
     constants = {"BM": tiling.BM, "BN": tiling.BN, "BK": tiling.BK, "SK": tiling.SK, "STAGES": tiling.stages,
-                 "AHEAD": tiling.ahead, "EARLY": tiling.early, "BLOCKS": blocks, "PDL": arch >= 90, "EVEN_K": even, "GATED": options and not heads,
+                 "AHEAD": tiling.ahead, "PDL": arch >= 90, "EVEN_K": even, "GATED": options and not heads,
                  "D": 128 if heads else 2, "KV_HEADS": 8 if heads else 0, "PLANES": planes, "GROUP": group,
                  "GROUPS": 128 if group else 0, "INTERPRET": False}
-    absent = [] if group and planes else ["sums_ptr"]
-    absent += [] if planes else ["x_scale_ptr"]
-    absent += [] if integers else ["w_scale_ptr"]
+    absent = [] if group else ["sums_ptr"]
+    absent += [] if planes else ["x_scale_ptr", "w_scale_ptr"]
     absent += [] if norm else ["norm_ptr"]
     absent += [] if options else ["bias_ptr"]
     absent += [] if options and not norm and not heads else ["res_ptr"]
@@ -207,7 +205,7 @@ def compile_linear(tiling: Tiling, even: bool, arch: int, options: bool, norm: b
     types |= dict.fromkeys(("M", "width", "K", "S", "columns"), "i32") | {"eps": "fp32"}
     types |= dict.fromkeys(("partial_ptr", "x_scale_ptr", "sums_ptr"), "*fp32")
     types |= {"count_ptr": "*i32", "slot_ptr": "*i64", "w_scale_ptr": "*i32" if group else "*fp32"}
-    types |= {"x_ptr": "*i8"} if planes else {}
-    types |= {"w_ptr": "*i8"} if integers else {}
+    if planes:
+        types |= {"x_ptr": "*i8", "w_ptr": "*i8"}
     return compile_ahead(linear_kernel, arch, types, constants | dict.fromkeys(absent), tiling.warps,
                          divisible=("width", "K", "columns"))
