@@ -150,7 +150,7 @@ class Engine:
         """One forward over all nodes, the root in slot `base` (0-d int64). Returns what the drafter drafts from, their
         features [T, C] or taps [T, k * C], and the target's choice after each, [T] int64."""
         slots = base + self.nodes[:len(tree.tokens)]  # siblings share a position, never a slot
-        mask = tree_mask(base, tree.ancestors, self.state.width)
+        mask = tree_mask(base, tree.ancestors, self.state.width, settled=True)
         tokens = tree.tokens ^ (tree.tokens >> 63) if self.drafter.has_blocked_nodes else tree.tokens  # ~t back to t
         features, hidden = self.model.forward_with_taps(tokens[None], base + tree.depth, slots, mask, self.drafter.taps)
         next_tokens = self.choose(features[0], tree)

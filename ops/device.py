@@ -64,11 +64,19 @@ def pdl_options(device: torch.device) -> dict[str, bool]:
 
 
 @triton.jit
+def start_next(PDL: tl.constexpr):
+    """Let the next kernel start: the first half of `wait_for_previous`, for kernels that do something before the second
+    half. (To do both twice is harmless.)"""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def wait_for_previous(PDL: tl.constexpr):
     """Let the next kernel start, then wait until everything that the previous kernel wrote is visible. Without PDL,
     nothing: kernels then run one after another."""
+    start_next(PDL)
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
 
 

@@ -112,6 +112,16 @@ def test_one_row(implementation, base):
     check(implementation, 1, base, torch.ones(1, 1, dtype=torch.int64), H=1, D=80, S=164)
 
 
+@interpreted
+@pytest.mark.parametrize("base", [0, 1, 31, 32, 33, 64, 96, 150])
+def test_loaded_early(base):
+    """Fails if the block that is loaded before the wait for the previous kernel is used twice or not at all, lacks the
+    slots that come after the wait, or is taken for one where there is none."""
+    for T, bits in ((1, None), (1, torch.ones(1, 1, dtype=torch.int64)), (10, random_tree(10)[1]), (10, None)):
+        check("triton", T, base, bits, early=True)
+    check("triton", 3, base, torch.randint(-2**63, 2**63 - 1, (3, 2)), S=300, config=(16, 32, 8, 4, 2), early=True)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_scores_far_below_zero(implementation):
     """Fails if the running maximum starts at 0: then all weights are exp(-3600)."""

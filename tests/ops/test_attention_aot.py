@@ -32,7 +32,7 @@ def compile_checked(kernel, arch: int, types: dict[str, str], warps: int, stages
 
 
 def compile_attention(arch: int, T: int, shape: tuple[int, int, int], words: int, dtype: str, sms: int,
-                      pdl: bool = False) -> str:
+                      pdl: bool = False, early: bool = False) -> str:
     """The PTX of attention_kernel, with the config that such a card gets."""
     H, K, D = shape
     BM, BN, NS, warps, stages = attention_config(T, H // K, K, D, DTYPES[dtype], sms, divmod(arch, 10))
@@ -40,7 +40,8 @@ def compile_attention(arch: int, T: int, shape: tuple[int, int, int], words: int
     types = {"q": f"*{dtype}", "kv": f"*{dtype}", "base": "*i64", "bits": "*i64", "out": f"*{dtype}", "parts": "*fp32",
              "logs": "*fp32", "S": "i32"}
     return compile_checked(attention_kernel, arch, types, warps, stages, **dict.fromkeys(unused), T=T, H=H, K=K, D=D,
-                           DP=triton.next_power_of_2(D), WORDS=words, WINDOW=0, BM=BM, BN=BN, NS=NS, PDL=pdl).ptx
+                           DP=triton.next_power_of_2(D), WORDS=words, WINDOW=0, EARLY=early, BM=BM, BN=BN, NS=NS,
+                           PDL=pdl).ptx
 
 
 @pytest.mark.slow
@@ -61,6 +62,15 @@ def test_dependent_launch_is_in_the_code_only_where_asked_for():
     assert "griddepcontrol" not in compile_attention(90, 10, LLAMA2, 1, "bf16", 132)
     ptx = compile_attention(90, 10, LLAMA2, 1, "bf16", 132, pdl=True)
     assert ptx.index("griddepcontrol.launch_dependents") < ptx.index("griddepcontrol.wait") < ptx.index("ld.global")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in CASES if case[0] <= 60 and case[2] and case[3] == "bf16"], ids=str)
+def test_loads_before_the_wait(case):
+    """Fails if a block that is loaded early spills on Hopper, or is loaded after the wait for the previous kernel."""
+    ptx = compile_attention(90, *case, 132, pdl=True, early=True)
+    before, after = ptx.split("griddepcontrol.wait")
+    assert before.count("ld.global") > 4 and after.count("ld.global") > 4
 
 
 @pytest.mark.slow

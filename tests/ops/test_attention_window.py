@@ -36,14 +36,14 @@ def seen_slots(base: int, row: int, bits: Tensor | None, window: int) -> list[in
 
 
 def check(implementation: str, T: int, base: int, bits: Tensor | None, window: int, *, H: int = 2, K: int = 1,
-          D: int = 16, S: int = 240, config: tuple = TREE) -> None:
+          D: int = 16, S: int = 240, config: tuple = TREE, early: bool = False) -> None:
     """Compare with the rows one by one, in float64. The slots of blocks that no row sees hold NaN, so that reading one
     of them shows; PyTorch's attention reads all."""
     q, kv = torch.randn(T, H, D), torch.randn(2, K, S, D)
     kv[:, :, base + (T if bits is None else 64 * bits.shape[1]):] = torch.nan
     options = {}
     if implementation == "triton":
-        options, BN = {"config": config}, config[1]
+        options, BN = {"config": config, "early": early}, config[1]
         kv[:, :, :min(max(base - window + 1, 0), base) // BN * BN] = torch.nan
     out = getattr(attention, f"tree_attention_{implementation}")(q, kv, torch.tensor(base), bits, window, **options)
     expected = torch.empty(T, H, D, dtype=torch.float64)
@@ -84,9 +84,12 @@ def test_several_tiles(implementation, H, K):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
 @pytest.mark.parametrize("NS", [1, 2, 3, 8])
 def test_splits(implementation, NS):
-    """Fails if the splits do not share the blocks of the window alone, or if one that sees nothing has a weight."""
+    """Fails if the splits do not share the blocks of the window alone, or if one that sees nothing has a weight, also
+    where the first block is loaded early."""
     for base, window in ((150, 3), (150, 70), (5, 70)):
-        check(implementation, 16, base, block_bits(16, causal=False), window, K=2, config=(16, 32, NS, 4, 2))
+        for early in (False, True):
+            check(implementation, 16, base, block_bits(16, causal=False), window, K=2, config=(16, 32, NS, 4, 2),
+                  early=early)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -121,8 +124,8 @@ def test_compiled(arch, T, H, K, D, dtype):
     types = {"q": f"*{dtype}", "kv": f"*{dtype}", "base": "*i64", "bits": "*i64", "out": f"*{dtype}", "parts": "*fp32",
              "logs": "*fp32", "S": "i32"}
     unused = dict.fromkeys([] if NS > 1 else ["parts", "logs"])
-    constants = {"T": T, "H": H, "K": K, "D": D, "DP": D, "WORDS": 1, "WINDOW": 2048, "BM": BM, "BN": BN, "NS": NS,
-                 "PDL": arch >= 90}
+    constants = {"T": T, "H": H, "K": K, "D": D, "DP": D, "WORDS": 1, "WINDOW": 2048, "EARLY": False, "BM": BM,
+                 "BN": BN, "NS": NS, "PDL": arch >= 90}
     made = compile_ahead(attention_kernel, arch, types, unused | constants, warps, stages)
     assert_fits(made, arch, "attention with a window")
     assert "cp.async.cg.shared.global" in made.ptx

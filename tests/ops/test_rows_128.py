@@ -233,7 +233,7 @@ def test_attention_compiles(arch: int) -> None:
         types = dict.fromkeys(attention_kernel.arg_names, "*bf16") | {"base": "*i64", "bits": "*i64", "S": "i32"}
         types |= {"parts": "*fp32", "logs": "*fp32"}
         constants = {"T": 128, "H": H, "K": K, "D": D, "DP": triton.next_power_of_2(D), "WORDS": 2, "WINDOW": 0,
-                     "BM": BM, "BN": BN, "NS": NS, "PDL": arch >= 90}
+                     "EARLY": arch >= 90, "BM": BM, "BN": BN, "NS": NS, "PDL": arch >= 90}
         assert NS > 1
         assert_fits(compile_ahead(attention_kernel, arch, types, constants, warps, stages), arch, (H, K, D))
 
