@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops import cpu_integers
+from ops import cpu_integers, cpu_kernels
 from ops.device import INTERPRET, device_limits, pdl_options, tl, triton, wait_for_previous
 from ops.embed_rope import rope_store
 from ops.quantized import Quantized, integer_linear, multiply_int4, multiply_int8, quantize_triton
@@ -47,6 +47,8 @@ def linear(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None, no
     stored in kv.
     dtype: of the output, by default x's. fp32 keeps the kernel's sums as they are: bf16 logits near 20 are 0.125 apart.
     """
+    if cpu_kernels.takes_linear(x, weight, heads):
+        return cpu_kernels.linear(x, weight, bias, norm, residual, gated, heads)
     rows, K = x.numel() // x.shape[-1], x.shape[-1]
     if not x.is_cuda or rows > MAX_ROWS or K % 16 or x.dtype not in (torch.bfloat16, torch.float16):
         y = linear_torch(x, weight, bias, norm, residual, gated, fast=True)

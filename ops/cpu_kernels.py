@@ -1,0 +1,117 @@
+"""Decoding's two kernels for a CPU, compiled from cpu_kernels.cpp when they are first needed, for this very CPU.
+
+A decoding step of PyTorch on a CPU is some thousand small operations, which cost more than the products between them.
+Here a linear layer with all that is fused into it is one call, as on a GPU, and so is attention. Compiling takes a few
+seconds; the result is kept in ~/.cache/eagle2. Without a C++ compiler, PyTorch does the same, several times slower.
+
+The results of a row do not depend on the other rows, nor on the threads, to the bit: with int8 weights and fp32
+activations, verification chooses exactly what plain decoding does.
+"""
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ops.quantized import ROTATION, Quantized
+
+SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-pthread")
+POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The kernels; None where they cannot be compiled, of which a line on stderr tells."""
+    try:
+        lib = ctypes.CDLL(str(compiled()))
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        print(f"decoding on this CPU is slow: its kernels cannot be compiled ({said.strip().splitlines()[0]}); "
+              "install g++ 11 or later", file=sys.stderr)
+        return None
+    lib.linear.argtypes = (INT, INT, INT, POINTER, POINTER, FLOAT, ctypes.c_int, POINTER, POINTER, POINTER, POINTER,
+                           ctypes.c_int, POINTER, POINTER, POINTER, INT, INT, INT, POINTER)
+    lib.attention.argtypes = (INT, INT, INT, INT, INT, POINTER, POINTER, POINTER, POINTER, INT, INT, POINTER)
+    lib.linear.restype = lib.attention.restype = None
+    lib.set_threads(torch.get_num_threads())
+    return lib
+
+
+def compiled() -> Path:
+    """The file of the compiled kernels, made where it is missing. OSError or CalledProcessError where that fails."""
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
+    if compiler is None:
+        raise FileNotFoundError("there is no C++ compiler")
+    features = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")][:1]
+    key = hashlib.sha256(repr((SOURCE.read_text(), FLAGS, compiler, features)).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "eagle2")
+    file = folder / f"cpu-{key}.so"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".so") as part:
+            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", part.name], check=True, capture_output=True, text=True)
+            os.link(part.name, file)
+    return file
+
+
+def takes_linear(x: Tensor, weight: object, heads: tuple[Tensor, Tensor, Tensor] | None) -> bool:
+    """Whether `linear` takes these: fp32 rows, int8 weights, sizes that vectors divide."""
+    return (type(weight) is Quantized and not weight.group and x.dtype == torch.float32 and not x.is_cuda
+            and weight.data.shape[0] % 64 == 0 and weight.data.shape[1] % ROTATION == 0
+            and (heads is None or heads[2].shape[-1] % 32 == 0) and library() is not None)
+
+
+def takes_attention(q: Tensor) -> bool:
+    """Whether `attention` takes these queries."""
+    return q.dtype == torch.float32 and not q.is_cuda and q.shape[-1] % 16 == 0 and library() is not None
+
+
+def linear(x: Tensor, weight: Quantized, bias: Tensor | None = None, norm: tuple[Tensor, float] | None = None,
+           residual: Tensor | None = None, gated: bool = False, heads: tuple[Tensor, Tensor, Tensor] | None = None
+           ) -> Tensor:
+    """`linear` of ops/linear.py by the kernel, which rounds x to 14 bits."""
+    N, K = weight.data.shape
+    x = x.contiguous()
+    T = x.numel() // K
+    rope, slots, kv = heads or (None, None, None)
+    kv_heads, S, D = kv.shape[1:] if heads else (0, 0, 0)
+    out = x.new_empty(*x.shape[:-1], N // 2 if gated else N - 2 * kv_heads * D)
+    norm_weight, eps = norm or (None, 0.0)
+    residual = None if residual is None else residual.contiguous()
+    slots = None if slots is None else slots.contiguous()
+    library().linear(T, K, N, x.data_ptr(), address(norm_weight), eps, weight.rotated, packed(weight.data).data_ptr(),
+                     weight.scale.data_ptr(), address(bias), address(residual), gated, address(rope), address(slots),
+                     address(kv), S, D, kv_heads, out.data_ptr())
+    return out
+
+
+def attention(q: Tensor, kv: Tensor, base: Tensor, bits: Tensor | None = None, window: int | None = None) -> Tensor:
+    """`tree_attention` of ops/attention.py by the kernel."""
+    T, H, D = q.shape
+    K, S = kv.shape[1:3]
+    out = q.new_empty(T, H * D)
+    bits = None if bits is None else bits.contiguous()
+    library().attention(T, H, K, S, D, q.contiguous().data_ptr(), kv.data_ptr(), base.data_ptr(), address(bits),
+                        0 if bits is None else bits.shape[1], window or 0, out.data_ptr())
+    return out
+
+
+def address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def packed(data: Tensor) -> Tensor:
+    """The integers [N, K] in the order in which the kernel reads them, [N / 16, K / 2, 16, 2]; made once for each
+    tensor, and as large."""
+    found = getattr(data, "packed", None)
+    if found is None:
+        found = data.packed = data.view(len(data) // 16, 16, -1, 2).transpose(1, 2).contiguous()
+    return found
