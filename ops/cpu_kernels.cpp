@@ -358,6 +358,24 @@ void store_head(const Linear& a, int64_t m, int rows, int64_t head, const float*
     }
 }
 
+// See rope_store_torch in ops/embed_rope.py: qkv [T, N] -> out, kv.
+extern "C" void rope_store(int64_t T, int64_t N, const float* qkv, const float* rope, const int64_t* slots, float* kv,
+                           int64_t S, int64_t D, int64_t kv_heads, float* out) {
+    Linear a{};
+    a.T = T, a.N = N, a.rope = rope, a.slots = slots, a.kv = kv, a.S = S, a.D = D, a.kv_heads = kv_heads, a.out = out;
+    for (int64_t head = 0; head < N / D; head++) store_head(a, 0, (int)T, head, qkv + head * D, N);
+}
+
+// norm * x / sqrt(mean(x^2) + eps) of each row. K is a multiple of 16.
+extern "C" void rms_norm(int64_t T, int64_t K, const float* x, const float* norm, float eps, float* out) {
+    for (int64_t t = 0; t < T; t++, x += K, out += K) {
+        Floats squares = {};
+        for (int64_t k = 0; k < K; k += LANES) squares += load(x + k) * load(x + k);
+        float factor = 1 / std::sqrt(sum(squares) / K + eps);
+        for (int64_t k = 0; k < K; k += LANES) store(out + k, load(x + k) * factor * load(norm + k));
+    }
+}
+
 // See `linear` in ops/linear.py. N is a multiple of 32, gated of 64, K of 16, D of 32 and at most 256; no bias where gated.
 extern "C" void linear(int64_t T, int64_t K, int64_t N, const float* x, const float* norm, float eps, int rotated,
                        const int8_t* packed, const float* scale, const float* bias, const float* residual, int gated,
@@ -402,7 +420,9 @@ extern "C" void linear(int64_t T, int64_t K, int64_t N, const float* x, const fl
 
 struct Attention {
     int64_t T, H, K, S, D;
-    const float *q, *kv;
+    const float* q;
+    const void* kv;
+    bool is_bf16;
     int64_t base;
     const int64_t* bits;
     int64_t words, window, reach;  // reach: from slot base + reach on, no bit is set
@@ -412,9 +432,20 @@ struct Attention {
 // LANES of the rows that share key/value head `head`, from row `first` on: a row is a token and one of its query heads.
 void attend(const Attention& a, int64_t head, int64_t first) {
     int64_t D = a.D, G = a.H / a.K, rows = std::min<int64_t>(LANES, a.T * G - first);
-    const float *keys = a.kv + head * a.S * D, *values = keys + a.K * a.S * D;
     int64_t end = std::min(a.S, a.base + (a.bits ? a.reach : (first + rows - 1) / G + 1));  // nobody sees this slot
-    thread_local std::vector<float> q, p;
+    thread_local std::vector<float> q, p, wide;
+    const float* cache[2];  // keys and values of this head
+    wide.resize(a.is_bf16 ? 2 * end * D : 0);
+    for (int i = 0; i < 2; i++) {
+        int64_t at = (i * a.K + head) * a.S * D;
+        cache[i] = a.is_bf16 ? &wide[i * end * D] : (const float*)a.kv + at;
+        if (a.is_bf16) {
+            const uint16_t* from = (const uint16_t*)a.kv + at;
+            uint32_t* to = (uint32_t*)&wide[i * end * D];
+            for (int64_t j = 0; j < end * D; j++) to[j] = (uint32_t)from[j] << 16;
+        }
+    }
+    const float *keys = cache[0], *values = cache[1];
     q.assign(D * LANES, 0);
     p.resize(end * LANES);
     int64_t token[LANES];
@@ -472,8 +503,8 @@ void attend(const Attention& a, int64_t head, int64_t first) {
 }
 
 // See tree_attention_torch in ops/attention.py. window 0: none. D is a multiple of 16.
-extern "C" void attention(int64_t T, int64_t H, int64_t K, int64_t S, int64_t D, const float* q, const float* kv,
-                          const int64_t* base, const int64_t* bits, int64_t words, int64_t window, float* out) {
+extern "C" void attention(int64_t T, int64_t H, int64_t K, int64_t S, int64_t D, const float* q, const void* kv,
+                          int is_bf16, const int64_t* base, const int64_t* bits, int64_t words, int64_t window, float* out) {
     int64_t reach = 64 * words;
     auto is_set = [&](int64_t node) {
         for (int64_t t = 0; t < T; t++)
@@ -481,7 +512,7 @@ extern "C" void attention(int64_t T, int64_t H, int64_t K, int64_t S, int64_t D,
         return false;
     };
     while (reach && !is_set(reach - 1)) reach--;
-    Attention a{T, H, K, S, D, q, kv, *base, bits, words, window, reach, out};
+    Attention a{T, H, K, S, D, q, kv, (bool)is_bf16, *base, bits, words, window, reach, out};
     int64_t blocks = (T * (H / K) + LANES - 1) / LANES;
     parallel(K * blocks, [&](int64_t unit) { attend(a, unit % K, unit / K * LANES); });
 }

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ops.quantized import ROTATION, Quantized
+from ops.quantized import Quantized
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-pthread")
@@ -39,8 +39,11 @@ def library() -> ctypes.CDLL | None:
         return None
     lib.linear.argtypes = (INT, INT, INT, POINTER, POINTER, FLOAT, ctypes.c_int, POINTER, POINTER, POINTER, POINTER,
                            ctypes.c_int, POINTER, POINTER, POINTER, INT, INT, INT, POINTER)
-    lib.attention.argtypes = (INT, INT, INT, INT, INT, POINTER, POINTER, POINTER, POINTER, INT, INT, POINTER)
-    lib.linear.restype = lib.attention.restype = None
+    lib.attention.argtypes = (INT, INT, INT, INT, INT, POINTER, POINTER, ctypes.c_int, POINTER, POINTER, INT, INT,
+                              POINTER)
+    lib.rope_store.argtypes = (INT, INT, POINTER, POINTER, POINTER, POINTER, INT, INT, INT, POINTER)
+    lib.rms_norm.argtypes = (INT, INT, POINTER, POINTER, FLOAT, POINTER)
+    lib.linear.restype = lib.attention.restype = lib.rope_store.restype = lib.rms_norm.restype = None
     lib.set_threads(torch.get_num_threads())
     return lib
 
@@ -64,14 +67,19 @@ def compiled() -> Path:
 
 def takes_linear(x: Tensor, weight: object, heads: tuple[Tensor, Tensor, Tensor] | None) -> bool:
     """Whether `linear` takes these: fp32 rows, int8 weights, sizes that vectors divide."""
-    return (type(weight) is Quantized and not weight.group and x.dtype == torch.float32 and not x.is_cuda
-            and weight.data.shape[0] % 64 == 0 and weight.data.shape[1] % ROTATION == 0
-            and (heads is None or heads[2].shape[-1] % 32 == 0) and library() is not None)
+    return (type(weight) is Quantized and not weight.group and weight.data.shape[0] % 64 == 0
+            and (heads is None or heads[2].shape[-1] % 32 == 0) and takes_rows(x))
+
+
+def takes_rows(x: Tensor) -> bool:
+    """Whether the kernels take rows x [..., K]: fp32, K a multiple of 16, and no gradients wanted."""
+    return (x.dtype == torch.float32 and x.device.type == "cpu" and x.shape[-1] % 16 == 0
+            and not torch.is_grad_enabled() and library() is not None)
 
 
 def takes_attention(q: Tensor) -> bool:
     """Whether `attention` takes these queries."""
-    return q.dtype == torch.float32 and not q.is_cuda and q.shape[-1] % 16 == 0 and library() is not None
+    return takes_rows(q) or q.dtype == torch.bfloat16 and takes_rows(q.float())
 
 
 def linear(x: Tensor, weight: Quantized, bias: Tensor | None = None, norm: tuple[Tensor, float] | None = None,
@@ -94,13 +102,32 @@ def linear(x: Tensor, weight: Quantized, bias: Tensor | None = None, norm: tuple
 
 
 def attention(q: Tensor, kv: Tensor, base: Tensor, bits: Tensor | None = None, window: int | None = None) -> Tensor:
-    """`tree_attention` of ops/attention.py by the kernel."""
+    """`tree_attention` of ops/attention.py by the kernel, which computes in fp32."""
     T, H, D = q.shape
     K, S = kv.shape[1:3]
-    out = q.new_empty(T, H * D)
+    out = torch.empty(T, H * D)
+    rows = q.float().contiguous()
     bits = None if bits is None else bits.contiguous()
-    library().attention(T, H, K, S, D, q.contiguous().data_ptr(), kv.data_ptr(), base.data_ptr(), address(bits),
-                        0 if bits is None else bits.shape[1], window or 0, out.data_ptr())
+    library().attention(T, H, K, S, D, rows.data_ptr(), kv.data_ptr(), kv.dtype == torch.bfloat16, base.data_ptr(),
+                        address(bits), 0 if bits is None else bits.shape[1], window or 0, out.data_ptr())
+    return out.to(q.dtype)
+
+
+def rope_store(qkv: Tensor, rope: Tensor, slots: Tensor, kv: Tensor) -> Tensor:
+    """`rope_store` of ops/embed_rope.py by the kernel, without norms."""
+    T, N = qkv.shape
+    K, S, D = kv.shape[1:]
+    out = qkv.new_empty(T, N // D - 2 * K, D)
+    library().rope_store(T, N, qkv.data_ptr(), rope.data_ptr(), slots.contiguous().data_ptr(), kv.data_ptr(), S, D, K,
+                         out.data_ptr())
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """F.rms_norm of x [..., K] by the kernel."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    library().rms_norm(x.numel() // x.shape[-1], x.shape[-1], x.data_ptr(), weight.data_ptr(), eps, out.data_ptr())
     return out
 
 

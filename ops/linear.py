@@ -60,10 +60,10 @@ def linear(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None, no
 def linear_torch(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None,
                  norm: tuple[Tensor, float] | None = None, residual: Tensor | None = None,
                  gated: bool = False, fast: bool = False) -> Tensor:
-    """`linear` in plain PyTorch, without heads and dtype: each step is rounded to x's dtype. fast: with a CPU's integer
-    kernels for int8, which round x to 14 or 7 bits."""
+    """`linear` in plain PyTorch, without heads and dtype: each step is rounded to x's dtype. fast: with a CPU's
+    kernels, which for int8 round x to 14 or 7 bits."""
     if norm is not None:
-        x = F.rms_norm(x, x.shape[-1:], *norm)
+        x = rms_norm(x, *norm) if fast else F.rms_norm(x, x.shape[-1:], *norm)
     if fast and cpu_integers.takes(x, weight):
         y = cpu_integers.integer_linear(x, weight, bias)
     else:
@@ -135,7 +135,9 @@ def linear_triton(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = N
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """F.rms_norm of x [..., K]; on a GPU by the kernel that `linear` uses for its own norms."""
+    """F.rms_norm of x [..., K]; by a kernel: on a GPU the one that `linear` uses for its own norms."""
+    if cpu_kernels.takes_rows(x):
+        return cpu_kernels.rms_norm(x, weight, eps)
     if not x.is_cuda:
         return F.rms_norm(x, weight.shape, weight, eps)
     return norm_triton(x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
