@@ -7,6 +7,7 @@
 // belongs to one output, and adds up its terms in an order that only the row itself decides: columns in `linear`, slots in
 // `attention`, where a slot that a row does not see adds exactly nothing. So what a tree's verification computes for a
 // node is what plain decoding computes.
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -376,7 +377,7 @@ extern "C" void rms_norm(int64_t T, int64_t K, const float* x, const float* norm
     }
 }
 
-// See `linear` in ops/linear.py. N is a multiple of 32, gated of 64, K of 16, D of 32 and at most 256; no bias where gated.
+// See `linear` in ops/linear.py. N is a multiple of 64, K of 16, D of 32 and at most 256.
 extern "C" void linear(int64_t T, int64_t K, int64_t N, const float* x, const float* norm, float eps, int rotated,
                        const int8_t* packed, const float* scale, const float* bias, const float* residual, int gated,
                        const float* rope, const int64_t* slots, float* kv, int64_t S, int64_t D, int64_t kv_heads,

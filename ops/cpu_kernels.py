@@ -13,17 +13,18 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from formats.writing import replace_when_whole
 from ops.quantized import Quantized
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-pthread")
+MOST_THREADS = 16  # then memory is the limit: a guess, since this was measured with 1 and 2
 POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
@@ -33,9 +34,9 @@ def library() -> ctypes.CDLL | None:
     try:
         lib = ctypes.CDLL(str(compiled()))
     except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        print(f"decoding on this CPU is slow: its kernels cannot be compiled ({said.strip().splitlines()[0]}); "
-              "install g++ 11 or later", file=sys.stderr)
+        said = (getattr(error, "stderr", None) or str(error)).strip().partition("\n")[0]
+        print(f"slower than it could be: there are no compiled kernels for this CPU ({said}); they need g++ 11 or "
+              "later, and are kept in ~/.cache/eagle2", file=sys.stderr)
         return None
     lib.linear.argtypes = (INT, INT, INT, POINTER, POINTER, FLOAT, ctypes.c_int, POINTER, POINTER, POINTER, POINTER,
                            ctypes.c_int, POINTER, POINTER, POINTER, INT, INT, INT, POINTER)
@@ -44,24 +45,24 @@ def library() -> ctypes.CDLL | None:
     lib.rope_store.argtypes = (INT, INT, POINTER, POINTER, POINTER, POINTER, INT, INT, INT, POINTER)
     lib.rms_norm.argtypes = (INT, INT, POINTER, POINTER, FLOAT, POINTER)
     lib.linear.restype = lib.attention.restype = lib.rope_store.restype = lib.rms_norm.restype = None
-    lib.set_threads(torch.get_num_threads())
+    lib.set_threads(min(torch.get_num_threads(), MOST_THREADS))
     return lib
 
 
 def compiled() -> Path:
     """The file of the compiled kernels, made where it is missing. OSError or CalledProcessError where that fails."""
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
+    names = (os.environ.get("CXX"), "g++", "clang++", "c++")
+    compiler = next(filter(None, (shutil.which(name) for name in names if name)), None)
     if compiler is None:
         raise FileNotFoundError("there is no C++ compiler")
-    features = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")][:1]
-    key = hashlib.sha256(repr((SOURCE.read_text(), FLAGS, compiler, features)).encode()).hexdigest()[:16]
+    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))]
+    key = hashlib.sha256(repr((SOURCE.read_text(), FLAGS, compiler, cpu[:1])).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "eagle2")
     file = folder / f"cpu-{key}.so"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".so") as part:
-            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", part.name], check=True, capture_output=True, text=True)
-            os.link(part.name, file)
+        with replace_when_whole(file) as part:
+            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(part)], check=True, capture_output=True, text=True)
     return file
 
 
