@@ -25,6 +25,7 @@ from ops.quantized import Quantized
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-pthread")
 MOST_THREADS = 16  # then memory is the limit: a guess, since this was measured with 1 and 2
+HEAD_SIZES = range(32, 257, 32)
 POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
@@ -66,10 +67,12 @@ def compiled() -> Path:
     return file
 
 
-def takes_linear(x: Tensor, weight: object, heads: tuple[Tensor, Tensor, Tensor] | None) -> bool:
-    """Whether `linear` takes these: fp32 rows, int8 weights, sizes that vectors divide."""
+def takes_linear(x: Tensor, weight: object, heads: tuple[Tensor, Tensor, Tensor] | None, *others: Tensor | None
+                 ) -> bool:
+    """Whether `linear` takes these: int8 weights, sizes that vectors divide, and fp32 for everything else."""
     return (type(weight) is Quantized and not weight.group and weight.data.shape[0] % 64 == 0
-            and (heads is None or heads[2].shape[-1] % 32 == 0) and takes_rows(x))
+            and (heads is None or heads[2].shape[-1] in HEAD_SIZES and heads[2].dtype == torch.float32)
+            and all(other is None or other.dtype == torch.float32 for other in others) and takes_rows(x))
 
 
 def takes_rows(x: Tensor) -> bool:
@@ -106,7 +109,7 @@ def attention(q: Tensor, kv: Tensor, base: Tensor, bits: Tensor | None = None, w
     """`tree_attention` of ops/attention.py by the kernel, which computes in fp32."""
     T, H, D = q.shape
     K, S = kv.shape[1:3]
-    out = torch.empty(T, H * D)
+    out = q.new_empty(T, H * D, dtype=torch.float32)
     rows = q.float().contiguous()
     bits = None if bits is None else bits.contiguous()
     library().attention(T, H, K, S, D, rows.data_ptr(), kv.data_ptr(), kv.dtype == torch.bfloat16, base.data_ptr(),
@@ -119,7 +122,9 @@ def rope_store(qkv: Tensor, rope: Tensor, slots: Tensor, kv: Tensor) -> Tensor:
     T, N = qkv.shape
     K, S, D = kv.shape[1:]
     out = qkv.new_empty(T, N // D - 2 * K, D)
-    library().rope_store(T, N, qkv.data_ptr(), rope.data_ptr(), slots.contiguous().data_ptr(), kv.data_ptr(), S, D, K,
+    qkv = qkv.contiguous()  # a name of its own: its memory must live until the kernel has read it
+    slots = slots.contiguous()
+    library().rope_store(T, N, qkv.data_ptr(), rope.data_ptr(), slots.data_ptr(), kv.data_ptr(), S, D, K,
                          out.data_ptr())
     return out
 
@@ -141,5 +146,5 @@ def packed(data: Tensor) -> Tensor:
     tensor, and as large."""
     found = getattr(data, "packed", None)
     if found is None:
-        found = data.packed = data.view(len(data) // 16, 16, -1, 2).transpose(1, 2).contiguous()
+        found = data.packed = data.reshape(len(data) // 16, 16, -1, 2).transpose(1, 2).contiguous()
     return found

@@ -205,7 +205,7 @@ def rope_store_torch(qkv: Tensor, rope: Tensor, slots: Tensor, kv: Tensor,
 embed = by_device(embed_triton, embed_torch)
 embed_pair = by_device(embed_pair_triton, embed_pair_torch)
 def rope_store_cpu(qkv: Tensor, rope: Tensor, slots: Tensor, kv: Tensor, *norms: Tensor | float | None) -> Tensor:
-    if cpu_kernels.takes_rows(qkv) and not norms and kv.shape[-1] % 2 == 0:
+    if cpu_kernels.takes_rows(qkv) and kv.dtype == torch.float32 and not norms:
         return cpu_kernels.rope_store(qkv, rope, slots, kv)
     return rope_store_torch(qkv, rope, slots, kv, *norms)
 

@@ -47,7 +47,7 @@ def linear(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None, no
     stored in kv.
     dtype: of the output, by default x's. fp32 keeps the kernel's sums as they are: bf16 logits near 20 are 0.125 apart.
     """
-    if cpu_kernels.takes_linear(x, weight, heads):
+    if cpu_kernels.takes_linear(x, weight, heads, bias, norm and norm[0], residual):
         return cpu_kernels.linear(x, weight, bias, norm, residual, gated, heads)
     rows, K = x.numel() // x.shape[-1], x.shape[-1]
     if not x.is_cuda or rows > MAX_ROWS or K % 16 or x.dtype not in (torch.bfloat16, torch.float16):
@@ -136,7 +136,7 @@ def linear_triton(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = N
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """F.rms_norm of x [..., K]; by a kernel: on a GPU the one that `linear` uses for its own norms."""
-    if cpu_kernels.takes_rows(x):
+    if cpu_kernels.takes_rows(x) and weight.dtype == torch.float32:
         return cpu_kernels.rms_norm(x, weight, eps)
     if not x.is_cuda:
         return F.rms_norm(x, weight.shape, weight, eps)
