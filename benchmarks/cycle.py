@@ -61,7 +61,7 @@ from ops.graphs import timed
 from quant.linear import GROUPS, MODES
 from tokenizer import Tokenizer
 
-ROWS = (1, 8, 16, 32, 48, 60, 64)  # that --rows times
+ROWS = (1, 8, 16, 32, 60, 64, 96, 128)  # that --rows times
 QUESTIONS = Path(__file__).parent / "cycle_questions.jsonl"
 
 
@@ -307,7 +307,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--questions", type=Path, default=QUESTIONS,
                    help='JSON lines with "turns"; only the first turn is asked')
     p.add_argument("--rounds", type=int, default=3, help="how often the two methods take turns (default: 3)")
-    p.add_argument("--rows", action="store_true", help="also time the verification of 1 to 64 nodes")
+    p.add_argument("--rows", action="store_true", help="also time the verification of 1 to 128 nodes")
     p.add_argument("--startup", action="store_true", help="also time generate.py from its start to its first text")
     p.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")

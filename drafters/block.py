@@ -28,13 +28,14 @@ import torch.nn as nn
 from torch import Tensor
 
 from draft import Drafter, tree_ops
+from drafters.tapped import TappedHead
 from formats.block import BlockConfig
-from model import Layer, Llama, RMSNorm, rope_table
+from model import Layer, Llama, RMSNorm
 from ops.attention import TreeMask, tree_mask
 from ops.context import store_context
 from ops.embed_rope import embed
 from ops.linear import linear, rms_norm
-from quant.linear import drafting_rows, quantize_linears, rows_of, stack
+from quant.linear import drafting_rows, rows_of, stack
 from tree import MAX_NODES, Candidates, State, Tree, empty_candidates, root_token, start_tree
 
 MOST_LEVELS = 16  # that are drafted; each has up to 63 candidates, and tree.rerank chooses from 1,024
@@ -75,41 +76,19 @@ class Markov(nn.Module):
         return e, state
 
 
-class BlockHead(nn.Module):
+class BlockHead(TappedHead):
     """The weights of a head, and its cache. `names`: those of its tensors, which decide what parts there are."""
     folder = "block"
 
     def __init__(self, cfg: BlockConfig, names: Collection[str] = ()) -> None:
-        super().__init__()
+        super().__init__(cfg, names)
         size, eps = cfg.layer.hidden_size, cfg.layer.rms_norm_eps
-        self.cfg = cfg
-        self.embed = nn.Embedding(cfg.layer.vocab_size, size) if "embed.weight" in names else None
         self.fc = nn.Linear(len(cfg.taps) * cfg.target_size, size, bias=False)
         self.hidden_norm = RMSNorm(size, eps)
         bias = "layers.0.wqkv.bias" in names
         self.layers = nn.ModuleList(Layer(cfg.layer, qkv_bias=bias) for _ in range(cfg.layer.num_layers))
         self.norm = RMSNorm(size, eps)
-        own = not {"lm_head.weight", "lm_head.data"}.isdisjoint(names)
-        self.lm_head = nn.Linear(size, cfg.draft_vocab_size, bias=False) if own else None
         self.markov = Markov(cfg) if cfg.markov else None
-        self.vocab: Tensor | None = None  # [any] int64: the tokens that are drafted, in the order of the lm_head's rows
-        self.quantized = False
-        self.kv: Tensor | None = None  # [L, 2, 1, K, S, D]
-        self.rope: Tensor | None = None  # [2, S, D]
-
-    def allocate_cache(self, slots: int) -> None:
-        """As EagleHead.allocate_cache. Layers with a sliding window keep all entries too, and read the last ones."""
-        if self.kv is not None and self.kv.shape[4] >= slots:
-            return
-        layer, weight = self.cfg.layer, self.norm.weight
-        kv = weight.new_zeros(layer.num_layers, 2, 1, layer.num_kv_heads, slots, layer.head_dim)
-        self.rope = rope_table(layer, slots, weight.device).to(weight.dtype)
-        self.kv = kv  # last, as in Llama.allocate_cache
-
-    def quantize(self, mode: str, group: int = 128, device: torch.device | str | None = None) -> None:
-        """Quantise all linears. int8 means int8dyn, as in EagleHead.quantize; the lm_head is int8 in every mode."""
-        quantize_linears(self, "int8dyn" if mode == "int8" else mode, group, device)
-        self.quantized = True
 
 
 class BoundBlock:
@@ -165,7 +144,6 @@ class BoundBlock:
         """The logits [N, Vd] of hidden states [N, H], at least fp32."""
         norm = self.head.norm
         return linear(x, self.lm_head, norm=(norm.weight, norm.eps), dtype=torch.promote_types(x.dtype, torch.float32))
-
 
     def after(self, tokens: Tensor, h: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """What the Markov head adds to the logits below tokens [m], [m, Vd] at least fp32, and its states after them.

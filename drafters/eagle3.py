@@ -18,15 +18,15 @@ Shapes: T rows, H the head's width, C the target's, k taps, V tokens, S cache sl
 from collections.abc import Collection
 
 import torch
-import torch.nn as nn
-from torch import Tensor
+from torch import Tensor, nn
 
+from drafters.tapped import TappedHead
 from formats.eagle3 import Eagle3Config
-from model import Layer, Llama, RMSNorm, rope_table
+from model import Layer, Llama, RMSNorm
 from ops.attention import TreeMask
 from ops.embed_rope import embed_pair
 from ops.linear import linear, rms_norm
-from quant.linear import drafting_rows, quantize_linears
+from quant.linear import drafting_rows
 
 PLAIN = ("fc.weight", "norm.weight", "lm_head.weight")  # of the tensors that a variant may lack, what plain EAGLE-3 has
 
@@ -49,48 +49,31 @@ class Eagle3Layer(Layer):
                 setattr(self, name, nn.Linear(plain.in_features, plain.out_features))
 
 
-class Eagle3Head(nn.Module):
+class Eagle3Head(TappedHead):
     """The weights of a head, and its KV cache. `names`: those of its tensors, which decide what parts there are."""
     folder = "eagle3"
 
     def __init__(self, cfg: Eagle3Config, names: Collection[str] = PLAIN) -> None:
-        super().__init__()
+        super().__init__(cfg, names)
         size, eps = cfg.layer.hidden_size, cfg.layer.rms_norm_eps
         inputs = len(cfg.taps) * cfg.target_size
-        self.cfg = cfg
-        self.embed = nn.Embedding(cfg.layer.vocab_size, size) if "embed.weight" in names else None
         self.input_norm = RMSNorm(inputs, eps) if "input_norm.weight" in names else None
         per_tap = [RMSNorm(cfg.target_size, eps) for _ in cfg.taps] if "fc_norms.0.weight" in names else []
         self.fc_norms = nn.ModuleList(per_tap)
         self.fc = nn.Linear(inputs, size, bias="fc.bias" in names) if cfg.taps else None
         self.layers = nn.ModuleList(Eagle3Layer(cfg, i, names) for i in range(cfg.layer.num_layers))
         self.norm = RMSNorm(size, eps) if "norm.weight" in names else None
-        own = not {"lm_head.weight", "lm_head.data"}.isdisjoint(names)
-        self.lm_head = nn.Linear(size, cfg.draft_vocab_size, bias=False) if own else None
-        self.vocab: Tensor | None = None  # [any] int64: the tokens that are drafted, in the order of the lm_head's rows
-        self.quantized = False
-        self.kv: Tensor | None = None  # [L, 2, 1, K, S, D]
-        self.rope: Tensor | None = None  # [2, S, D]
 
     def allocate_cache(self, slots: int) -> None:
-        """As EagleHead.allocate_cache. ValueError where the head's own sliding window is shorter."""
-        if self.kv is not None and self.kv.shape[4] >= slots:
-            return
-        layer, weight = self.cfg.layer, self.layers[0].mlp_norm.weight
-        if layer.sliding_window and slots > layer.sliding_window:
-            raise ValueError(f"this head's sliding window of {layer.sliding_window} tokens is not implemented: use a "
-                             "smaller --max_seq_len")
-        kv = weight.new_zeros(layer.num_layers, 2, 1, layer.num_kv_heads, slots, layer.head_dim)
-        self.rope = rope_table(layer, slots, weight.device).to(weight.dtype)
-        self.kv = kv  # last, as in Llama.allocate_cache
+        """As TappedHead.allocate_cache. ValueError where the head's own sliding window is shorter."""
+        window = self.cfg.layer.sliding_window
+        if window and slots > window:
+            raise ValueError(f"this head's sliding window of {window} tokens is not implemented: use a smaller "
+                             "--max_seq_len")
+        super().allocate_cache(slots)
 
     def bind(self, target: Llama) -> "BoundHead3":
         return BoundHead3(self, target)
-
-    def quantize(self, mode: str, group: int = 128, device: torch.device | str | None = None) -> None:
-        """Quantise all linears. int8 means int8dyn, as in EagleHead.quantize; the lm_head is int8 in every mode."""
-        quantize_linears(self, "int8dyn" if mode == "int8" else mode, group, device)
-        self.quantized = True
 
     def join(self, taps: Tensor) -> Tensor:
         """What the first step drafts from, [..., H] of the target's taps [..., k * C]; of its features [..., C] for a

@@ -35,7 +35,7 @@ from ops.device import device_name, triton
 from ops.graphs import Timer, timed
 from tree import Candidates, best_first
 
-NODES = (8, 16, 24, 32, 48, 60)  # the sizes of a curve, the root included
+NODES = (8, 16, 24, 32, 48, 60, 96, 128)  # the sizes of a curve, the root included; an older curve ends at 60
 LEVELS = 10  # a curve is of 1 to LEVELS levels; the last are all levels of a block head that has more
 TOPK = 10
 LIMIT_MS = 10_000  # nobody wants to wait longer for a better tree
@@ -51,18 +51,18 @@ def verify_by_rows(engine: Engine, counts: tuple[int, ...], timer: Timer = timed
     return {rows: timer(partial(engine.verify, base, engine.chain(rows)), engine.device) for rows in counts}
 
 
-def measure(model: Llama, head: Head, max_seq_len: int) -> list[float] | None:
+def measure(model: Llama, head: Head, max_seq_len: int, sizes: tuple[int, ...] = NODES) -> list[float] | None:
     """The profile of a device: milliseconds of the first drafted level, of each further level (0 for a block head), of
-    the rest of a cycle, and of verifying each of NODES, after a text of 512 tokens. None if measuring would take longer
-    than LIMIT_MS."""
-    engine = Engine(model, largest_tree(head, model), max_seq_len)
+    the rest of a cycle, and of verifying trees of these sizes, after a text of 512 tokens. None if measuring would take
+    longer than LIMIT_MS."""
+    engine = Engine(model, largest_tree(head, model, sizes[-1]), max_seq_len)
     state = engine.state
     drafter = engine.drafter
     cuda = engine.device.type == "cuda"
     if cuda:
-        engine.compile(*NODES)
+        engine.compile(*sizes)
     engine.freeze(min(512, max_seq_len))
-    once = verify_by_rows(engine, NODES[:1], partial(timed, unroll=1, rounds=1, calls=1))[NODES[0]]
+    once = verify_by_rows(engine, sizes[:1], partial(timed, unroll=1, rounds=1, calls=1))[sizes[0]]
     if once * (200 if cuda else 40) > LIMIT_MS:  # all measurements below take about as long as so many verifications
         return None
     timer = partial(timed, unroll=5, rounds=3, calls=5 if cuda else 1)
@@ -85,11 +85,11 @@ def measure(model: Llama, head: Head, max_seq_len: int) -> list[float] | None:
         tree = drafter.propose(state)
         rest = part_ms(drafter.rerank, state)
         rest += part_ms(engine.commit, base, tree, *engine.verify(base, tree))
-    return [first, further, rest, *verify_by_rows(engine, NODES, timer).values()]
+    return [first, further, rest, *verify_by_rows(engine, sizes, timer).values()]
 
 
 def largest_tree(head: Head, model: Llama, nodes: int = NODES[-1]) -> Drafter:
-    """The drafter of the largest tree that a curve tells of, or of one with more nodes."""
+    """The drafter of the largest tree that a curve tells of, or of one with as many levels and fewer nodes."""
     return tree_drafter(head, model, nodes, LEVELS, TOPK)
 
 
@@ -106,15 +106,16 @@ def profile_key(model: Llama, head: Head, paths: Iterable[Path], *settings: obje
                        settings, stamps])
 
 
-def cached_profile(key: str, model: Llama, head: Head, max_seq_len: int) -> list[float] | None:
+def cached_profile(key: str, model: Llama, head: Head, max_seq_len: int, sizes: tuple[int, ...] = NODES
+                   ) -> list[float] | None:
     """The profile, measured once for each key. A damaged cache is written anew. A cache that cannot be written is no
     error."""
     path = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "eagle2/trees.json")
     profile = read_profiles(path).get(key)
-    if isinstance(profile, list) and len(profile) == 3 + len(NODES) and all(
+    if isinstance(profile, list) and len(profile) == 3 + len(sizes) and all(
             isinstance(ms, float) and 0 <= ms < float("inf") and (ms or i == 1) for i, ms in enumerate(profile)):
         return profile
-    profile = measure(model, head, max_seq_len)
+    profile = measure(model, head, max_seq_len, sizes)
     if profile:
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +137,7 @@ def read_profiles(path: Path) -> dict:
 
 
 def tokens_by_size(candidates: Candidates, text: list[int]) -> Tensor:
-    """How many tokens a cycle commits with each of NODES and 1 to LEVELS levels, [6, LEVELS] int64.
+    """How many tokens a cycle commits with each of NODES and 1 to LEVELS levels, [8, LEVELS] int64.
 
     candidates: those of the largest tree. text: what the target writes after the root.
     """
@@ -169,7 +170,8 @@ def curve_path(head: Path) -> Path:
 
 def read_curve(head: Path) -> list[list[float]]:
     """A head's tokens per step, curve[i][levels - 1] for NODES[i] nodes. A file with fewer levels tells of no gain by
-    further ones. FileNotFoundError or ValueError where the file is not there or damaged."""
+    further ones; one of fewer sizes of NODES gives fewer rows. FileNotFoundError or ValueError where the file is not
+    there or damaged."""
     path = curve_path(head)
     again = "`train.py --steps 0 --tokens 0` measures it"
     if not path.is_file():
@@ -178,9 +180,9 @@ def read_curve(head: Path) -> list[list[float]]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         nodes, topk, rows = (raw[key] for key in ("nodes", "topk", "gained"))
-        sound = ([nodes, topk] == [[*NODES], TOPK] and 1 <= len(rows[0]) <= LEVELS
-                 and [len(row) for row in rows] == [len(rows[0])] * len(NODES)
-                 and all(1 <= x <= NODES[-1] for row in rows for x in row))
+        sound = ([nodes, topk] == [[*NODES[:len(rows)]], TOPK] and 1 <= len(rows[0]) <= LEVELS
+                 and [len(row) for row in rows] == [len(rows[0])] * len(nodes)
+                 and all(1 <= x <= nodes[-1] for row in rows for x in row))
     except (ValueError, KeyError, TypeError, RecursionError):
         sound = False
     if not sound:
@@ -194,7 +196,7 @@ def read_curve(head: Path) -> list[list[float]]:
 def best_size(profile: list[float], curve: list[list[float]]) -> tuple[int, int, str]:
     """The nodes and levels with the most tokens per second, and a table of all sizes to print."""
     first, further, rest, *verify = profile
-    speeds = []  # tokens per second, [6][LEVELS]
+    speeds = []  # tokens per second, [sizes][LEVELS]
     for tokens_per_step, verify_ms in zip(curve, verify):
         speeds.append([1e3 * tokens / (first + i * further + verify_ms + rest)
                        for i, tokens in enumerate(tokens_per_step)])
@@ -215,7 +217,8 @@ def fit(model: Llama, head: Head, curve: list[list[float]], max_seq_len: int, ke
 
     key: the profile's key in the cache; without it the device is measured each time. show: print the table to stderr.
     """
-    profile = cached_profile(key, model, head, max_seq_len) if key else measure(model, head, max_seq_len)
+    inputs = model, head, max_seq_len, NODES[:len(curve)]
+    profile = cached_profile(key, *inputs) if key else measure(*inputs)
     if profile is None:
         print("using the default tree size: measuring for the best one would take more than 10 s on this device",
               file=sys.stderr)

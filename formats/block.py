@@ -16,19 +16,18 @@ Our names of the tensors, for a head of width H, L layers, k taps of targets of 
 
 Quantised linears have .data and .scale in place of .weight.
 """
-import json
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from formats.block_config import MEASURED, BlockConfig, block_config_json, measured_json, read_block_config
+from formats.block_config import BlockConfig, block_config_json, measured_json, read_block_config
 from formats.config import Config
 from formats.eagle import folder_of, fuse, open_head
 from formats.eagle3 import (
     LINEARS,
+    HeadFiles,
     count_layers,
     has,
     layer_parts,
@@ -38,10 +37,9 @@ from formats.eagle3 import (
     usual_names,
     vocabulary_tables,
     what_tensors_say,
+    write_head,
 )
 from formats.eagle3_config import naming
-from formats.weights import save_tensors
-from formats.writing import replace_files
 
 # Published names -> ours, one after the other.
 RENAMED = ((r"^((model|draft_model|dflash_module|module)\.)+", ""), (r"^embed_tokens\.", "embed."),
@@ -55,22 +53,10 @@ KNOWN = re.compile(r"(fc|lm_head|layers\.\d{1,3}\.(wqkv|wo|w13|w2)|markov\.(w2|g
 MARKOV_NAMES = {"w1": "markov_w1", "w2": "markov_w2", "gate": "gate_proj", "joint": "joint_proj"}
 
 
-class BlockFiles(NamedTuple):
-    """A head as read. tensors: under the names above. ids: int64 [draft_vocab_size], the target's ids of the draft
-    vocabulary, in any order; None: all tokens. doubts: fields of the config that the file cannot tell, of
-    anchor_first, causal and taps -> the values to try, the config's first."""
-    config: BlockConfig
-    tensors: dict[str, Tensor]
-    ids: Tensor | None
-    doubts: dict[str, tuple]
-    file: Path
-    metadata: dict[str, str]
-
-
 # ----- Reading -----------------------------------------------------------------------------------------------------
 
 
-def open_block(path: Path, target: Config) -> BlockFiles:
+def open_block(path: Path, target: Config) -> HeadFiles:
     """Read a published head, or what quantize.py made of it: a folder, or a weight file in it.
 
     Raises FileNotFoundError, or ValueError with one line, where the head is damaged, of another kind or for another
@@ -95,7 +81,7 @@ def open_block(path: Path, target: Config) -> BlockFiles:
         if w2 is not None and ids is not None and len(ids) < len(w2) == target.vocab_size:
             tensors["markov.w2.weight"] = w2[ids]  # the rows that the lm_head has
         check_shapes(config, tensors)
-    return BlockFiles(config, tensors, ids, doubts, file, metadata)
+    return HeadFiles(config, tensors, ids, doubts, file, metadata)
 
 
 def check_names(tensors: dict[str, Tensor], layers: int) -> None:
@@ -163,10 +149,7 @@ def save_block(cfg: BlockConfig, state: dict[str, Tensor], ids: Tensor | None, o
     config = block_config_json(cfg, "layers.0.wqkv.bias" in state, ids is not None and "lm_head.weight" not in state)
     tensors = {name: t for old, tensor in state.items() for name, t in published_tensors(cfg, old, tensor)}
     tensors |= vocabulary_tables(ids, cfg.layer.vocab_size)
-    with replace_files(out) as part:
-        save_tensors(part / "model.safetensors", tensors)
-        for name, values in (("config.json", config), (MEASURED, measured_json(cfg))):
-            (part / name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    write_head(out, tensors, config, measured_json(cfg))
 
 
 def published_tensors(cfg: BlockConfig, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:

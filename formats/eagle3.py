@@ -9,7 +9,7 @@ says what no file tells.
 import json
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,11 +42,11 @@ KNOWN = re.compile(r"(layers\.\d{1,3}\.(wqkv|wo|w13|w2)|fc)\.(weight|bias|data|s
 OTHERS = {"kv_a_proj": "MLA attention", "parallel_draft_heads": "drafting in parallel"}  # told by part of a name
 
 
-class Eagle3Files(NamedTuple):
+class HeadFiles(NamedTuple):
     """A head as read. tensors: under the names of the module that drafts. ids: int64 [draft_vocab_size], the target's
     ids of the draft vocabulary, in any order; None: all tokens. doubts: fields of the config that the file cannot tell
     -> the values to try, the config's first."""
-    config: Eagle3Config
+    config: Any  # an Eagle3Config; formats/block.py: a BlockConfig
     tensors: dict[str, Tensor]
     ids: Tensor | None
     doubts: dict[str, tuple]
@@ -57,7 +57,7 @@ class Eagle3Files(NamedTuple):
 # ----- Reading -----------------------------------------------------------------------------------------------------
 
 
-def open_eagle3(path: Path, target: Config) -> Eagle3Files:
+def open_eagle3(path: Path, target: Config) -> HeadFiles:
     """Read a published head, or what quantize.py made of it: a folder, or a weight file in it.
 
     Raises FileNotFoundError, or ValueError with one line, where the head is damaged, of another kind or for another
@@ -79,7 +79,7 @@ def open_eagle3(path: Path, target: Config) -> Eagle3Files:
     with naming(file):
         check_width(config, tensors)
         ids = read_ids(d2t, t2d, config.draft_vocab_size, target.vocab_size)
-    return Eagle3Files(config, tensors, ids, doubts, file, metadata)
+    return HeadFiles(config, tensors, ids, doubts, file, metadata)
 
 
 def usual_names(published: dict[str, Tensor], renamed: tuple[tuple[str, str], ...] = RENAMED) -> dict[str, Tensor]:
@@ -250,9 +250,14 @@ def save_eagle3(cfg: Eagle3Config, state: dict[str, Tensor], ids: Tensor | None,
     config = eagle3_config_json(cfg, norms, *biases, ids is not None and "lm_head.weight" not in state)
     tensors = {name: t for old, tensor in state.items() for name, t in published_tensors(cfg, old, tensor)}
     tensors |= vocabulary_tables(ids, cfg.layer.vocab_size)
+    write_head(out, tensors, config, measured_json(cfg))
+
+
+def write_head(out: Path, tensors: dict[str, Tensor], config: dict, measured: dict) -> None:
+    """Write the folder of a head: published tensors, config.json and measured.json. Raises OSError."""
     with replace_files(out) as part:
         save_tensors(part / "model.safetensors", tensors)
-        for name, values in (("config.json", config), (MEASURED, measured_json(cfg))):
+        for name, values in (("config.json", config), (MEASURED, measured)):
             (part / name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from formats.block import BlockFiles
 from formats.block_config import BlockConfig
 from formats.config import Config
+from formats.eagle3 import HeadFiles
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256}
 # What the heads of each publisher usually have.
@@ -121,7 +121,7 @@ def head(publisher: str, target: Config, seed: int = 1, copies: dict[str, Tensor
 
 
 def write(folder: Path, publisher: str, target: Config, seed: int = 1, copies: dict[str, Tensor] | None = None,
-          **flags: object) -> BlockFiles:
+          **flags: object) -> HeadFiles:
     """Write a random head into the folder; arguments as those of `head`.
 
     Returns what open_block should. Where a config can be read in two ways, that is the likelier one, and `doubts` has
@@ -141,7 +141,7 @@ def write(folder: Path, publisher: str, target: Config, seed: int = 1, copies: d
             {"taps": f.taps, "anchor_first": f.anchor_first, "causal": f.causal}))
     elif doubts:
         config = replace(config, **{key: values[0] for key, values in doubts.items()})
-    return BlockFiles(config, tensors, ids, doubts, file, {})
+    return HeadFiles(config, tensors, ids, doubts, file, {})
 
 
 def doubts_of(publisher: str, f: Flags, n: int) -> dict[str, tuple]:

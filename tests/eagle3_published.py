@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from formats.config import Config
-from formats.eagle3 import Eagle3Files
+from formats.eagle3 import HeadFiles
 from formats.eagle3_config import Eagle3Config
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256}
@@ -91,7 +91,7 @@ class Flags:
         return (2, n // 2, n - 3) if self.taps is None else self.taps
 
 
-def write(folder: Path, publisher: str, target: Config, seed: int = 1, **flags: object) -> Eagle3Files:
+def write(folder: Path, publisher: str, target: Config, seed: int = 1, **flags: object) -> HeadFiles:
     """Write a random head for `target` into the folder. `flags` are those of Flags; the others are PUBLISHERS'.
 
     Returns what open_eagle3 should. Where a config can be read in two ways, that is the likelier one, and `doubts` has
@@ -125,7 +125,7 @@ def write(folder: Path, publisher: str, target: Config, seed: int = 1, **flags: 
             {"taps": config.taps, "rope_theta": layer.rope_theta, "norm_output": f.norm_output}))
     elif "taps" in doubts:
         config = replace(config, taps=doubts["taps"][0])
-    return Eagle3Files(config, tensors, ids, doubts, file, {})
+    return HeadFiles(config, tensors, ids, doubts, file, {})
 
 
 def doubts_of(publisher: str, f: Flags, n: int) -> dict[str, tuple]:

@@ -319,7 +319,7 @@ def test_tree_that_fits(call, copy: Path, tmp_path: Path, monkeypatch: pytest.Mo
     for more in (["--draft_tokens", "auto"], ["--tree_table"]):
         code, out, err = call(*words, *more)
         assert code == 2 and err.count("\n") == 1 and "acceptance.json" in err and "train.py" in err and out == ""
-    curve.write_text(json.dumps({"nodes": tree_size.NODES, "topk": 10, "gained": [[1, 2, 3] + [3] * 5] * 6}))
+    curve.write_text(json.dumps({"nodes": tree_size.NODES, "topk": 10, "gained": [[1, 2, 3] + [3] * 5] * 8}))
     measured = []
     monkeypatch.setattr(tree_size, "measure", lambda *inputs: measured.append(inputs) or [1.0] * 9)
     _, out, err = call(*words, "--tree_table")
@@ -353,7 +353,7 @@ def test_which_tree(words: tuple, cuda: bool, tree: tuple | str, tmp_path: Path,
     if "auto" not in words:
         without = methods.tree_shape(setup)
         assert without == tree or (without, tree) == (methods.GPU_TREE, "fit")
-    curve = {"nodes": tree_size.NODES, "topk": 10, "gained": [[2] * 8] * 6}
+    curve = {"nodes": tree_size.NODES, "topk": 10, "gained": [[2] * 8] * 8}
     tree_size.curve_path(head).write_text(json.dumps(curve))
     assert methods.tree_shape(setup) == (found["fit"] if tree == "fit" else tree)
     found["fit"] = None

@@ -225,7 +225,7 @@ def save_everything(folder: Path) -> Path:
     save_file(model.state_dict(), folder / "int8/model.safetensors", {"format": FORMAT, "mode": "int8"})
     for where in (folder, folder / "draft", folder / "int8"):
         save_tokenizer(where)
-    curve = {"nodes": NODES, "topk": 10, "gained": [[1, 2, 3] + [3] * 5] * 6}
+    curve = {"nodes": NODES, "topk": 10, "gained": [[1, 2, 3] + [3] * 5] * 8}
     for name, value in (("config.json", raw), ("generation_config.json", {"eos_token_id": [257], "temperature": 0.6}),
                         (f"eagle/{VOCAB}", list(range(64, 123)) + [32]), (f"eagle/{CURVE}", curve)):
         (folder / name).write_text(json.dumps(value))

@@ -31,6 +31,7 @@ LAYERS = 2  # where --head_layers does not say how many
 BLOCK = 8  # the same for --block_size
 RANK = 128  # the same for --markov_rank
 TAPS = 5  # as published heads have
+ANCHORS = 256  # of a dialogue, where --anchors does not say how many
 
 # ----- The forward and its loss ------------------------------------------------------------------------------------
 
@@ -134,13 +135,15 @@ def initialise(head: BlockHead, target: Llama) -> None:
 
 class BlockTrainer(TappedTrainer):
     """Trains a BlockHead."""
-    own_options = ("head_layers", "mlp", "block_size", "markov_rank")
+    own_options = ("head_layers", "mlp", "block_size", "markov_rank", "anchors")
 
     @staticmethod
     def check(args: argparse.Namespace, target: Config) -> None:
         TappedTrainer.check(args, target)
         if args.length < 2 * (args.block_size or BLOCK) + 2:
             raise ValueError(f"--length {args.length} leaves no room for a block behind some context")
+        if args.anchors is not None and args.anchors < 1:
+            raise ValueError("--anchors must be 1 or more")
 
     def __init__(self, model: Llama, args: argparse.Namespace, data: Tensor, held_out: Tensor | None = None) -> None:
         super().__init__(model, args, data, held_out)
@@ -158,13 +161,13 @@ class BlockTrainer(TappedTrainer):
 
     def work(self, batch: int) -> tuple[int, int, int]:
         """As Trainer.work: the rows of blocks, those of the context, and the gradients of both."""
-        rows = batch * self.anchors_of(batch) * self.module.cfg.block_size
+        rows = batch * self.anchors * self.module.cfg.block_size
         return 2, 2 * (rows + batch * self.args.length), 2 * rows
 
-    def anchors_of(self, batch: int) -> int:
-        """How many anchors a dialogue has: so many that their blocks have `args.places` rows in all."""
-        most = self.args.length - self.ahead - 2
-        return min(max(self.args.places // (self.module.cfg.block_size * batch), 1), most)
+    @property
+    def anchors(self) -> int:
+        """How many anchors a dialogue has."""
+        return min(ANCHORS if self.args.anchors is None else self.args.anchors, self.args.length - self.ahead - 2)
 
     @torch.no_grad()
     def make_module(self) -> BlockHead:
@@ -179,7 +182,7 @@ class BlockTrainer(TappedTrainer):
         return head
 
     def predict(self, marked: Tensor) -> tuple[Tensor, Tensor]:
-        """As Trainer.predict: with `args.places` rows of blocks in all."""
+        """As Trainer.predict: at `anchors` random places of each dialogue."""
         tokens = unmark(marked)
         of_answer = marked >= 0
         with torch.no_grad():
@@ -189,7 +192,7 @@ class BlockTrainer(TappedTrainer):
             # context, so that the first is token 1.
             priority = torch.rand_like(features[:, 1:self.rows(tokens), 0].float())
             priority += of_answer[:, 2:self.rows(tokens) + 1]
-            anchors = 1 + priority.topk(self.anchors_of(len(marked)), 1).indices
+            anchors = 1 + priority.topk(self.anchors, 1).indices
         return self.block_losses(tokens, of_answer, features, taps, anchors)
 
     def block_losses(self, tokens: Tensor, of_answer: Tensor, features: Tensor, taps: Tensor, anchors: Tensor
@@ -201,6 +204,7 @@ class BlockTrainer(TappedTrainer):
         flat = (place + tokens.shape[1] * torch.arange(len(tokens), device=self.device)[:, None, None]).flatten()
         in_answer = (of_answer.flatten()[flat + 1].view(place.shape).long().cumprod(-1) == 1).flatten()
         previous = tokens.flatten()[flat]
+        known = self.known(tokens.flatten()[flat + 1])
         feature = features.flatten(0, 1).index_select(0, flat)
         block = torch.full_like(place, head.cfg.mask_token)
         block[..., 0] = tokens.gather(1, anchors)
@@ -209,8 +213,7 @@ class BlockTrainer(TappedTrainer):
             entries = self.context(head, taps, rope)
             x = self.model.embed(block)
             h = self.block_rows(head, x, self.rope[:, place], anchors, entries).flatten(0, 2)
-            loss, agrees = self.distill(head.markov, h, previous, feature, self.target_rows,
-                                        in_answer & self.known(feature))
+            loss, agrees = self.distill(head.markov, h, previous, feature, self.target_rows, in_answer & known)
         counts = in_answer.view(-1, rows).sum(0).clamp(min=1)
         weight = self.args.decay ** torch.arange(rows, device=self.device)
         total = (loss.view(-1, rows).sum(0) / counts * weight).sum()

@@ -146,8 +146,8 @@ def distill3(head: Eagle3Head, taken: Tensor, feature: Tensor, target_rows: Tens
     """The mean loss over those of N places that count, and how often the best token is the target's.
 
     taken [N, H] is unrolled3's, feature [N, C] the target's. target_rows [Vd, C]: the target's lm_head for the draft
-    tokens. of_answer [N] bool: the next token belongs to an answer. known [N] bool: the target's best of all tokens is
-    a draft token. Where it is not, nothing is learned, and the head disagrees.
+    tokens. of_answer [N] bool: the next token belongs to an answer. known [N] bool: it is a draft token. Where it is
+    not, nothing is learned, and the head disagrees.
     """
     target = F.linear(feature, target_rows).detach().float()
     rows = target_rows if head.lm_head is None else head.lm_head.weight
@@ -227,7 +227,7 @@ class Eagle3Trainer(TappedTrainer):
         head = self.module
         keys = [[] for _ in head.layers]
         values = [[] for _ in head.layers]
-        known = self.known(features)
+        known = self.known(tokens)
         total = 0.0
         agreements = []
 
@@ -242,7 +242,7 @@ class Eagle3Trainer(TappedTrainer):
                 rope = self.rope[:, j - 1:j - 1 + rows]
                 taken = self.unrolled(head, embedding, taken, rope, keys, values)
                 loss, agree = self.distill(head, at_places(taken, 0), at_places(features, j), self.target_rows,
-                                           at_places(of_answer, j + 1), at_places(known, j))
+                                           at_places(of_answer, j + 1), at_places(known, j + 1))
             total = total + self.args.decay ** (j - 1) * loss
             agreements.append(agree)
         return total, agreements

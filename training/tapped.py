@@ -7,17 +7,14 @@ import argparse
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model import Llama
 from training.dialogues import unmark
-from training.steps import compile_on_gpu
 from training.trainer import Trainer
 
 DRAFT_VOCAB = 16384  # tokens, where --draft_vocab does not say how many
 SAMPLE = 4  # dialogues that the sizes of the taps are measured on
-CHUNK = 1024  # places whose logits of all tokens are computed at a time: those of all would be the largest tensor
 
 
 def frequent_tokens(data: Tensor, size: int, vocab_size: int) -> Tensor | None:
@@ -53,11 +50,6 @@ def sample_hidden(target: Llama, data: Tensor, taps: tuple[int, ...]) -> tuple[T
     return target.embed(tokens).flatten(0, 1).float(), found[1].flatten(0, 1).float()
 
 
-def best_tokens(feature: Tensor, lm_head: Tensor) -> Tensor:
-    """The target's best of all tokens, [N] int64, of its features [N, C]."""
-    return F.linear(feature, lm_head).argmax(-1)
-
-
 class TappedTrainer(Trainer):
     """Trains a module with two tensors that its published file does not have: `vocab`, so that a state carries the
     draft vocabulary it was trained with, and `tap_scale` [k * C], which the published fc holds already."""
@@ -65,7 +57,6 @@ class TappedTrainer(Trainer):
 
     def __init__(self, model: Llama, args: argparse.Namespace, data: Tensor, held_out: Tensor | None = None) -> None:
         super().__init__(model, args, data, held_out)
-        self.best_tokens = compile_on_gpu(best_tokens, self.device)
         self.use_vocab()
 
     @property
@@ -89,14 +80,11 @@ class TappedTrainer(Trainer):
         super().resume(work)
         self.use_vocab()
 
-    @torch.no_grad()
-    def known(self, features: Tensor) -> Tensor:
-        """Where the target's best token is a draft token, [...] bool of its features [..., C]."""
-        if self.drafted is None:
-            return torch.ones(features.shape[:-1], dtype=torch.bool, device=self.device)
-        weight = self.model.lm_head.weight
-        best = [self.best_tokens(part, weight) for part in features.flatten(0, -2).split(CHUNK)]
-        return self.drafted[torch.cat(best)].view(features.shape[:-1])
+    def known(self, tokens: Tensor) -> Tensor:
+        """Which of these tokens are draft tokens, bool of the shape of `tokens`. Where the text goes on with another
+        one, nothing is learned. (To ask for the target's best token instead would cost a product with all of its
+        lm_head, for a few places that differ.)"""
+        return torch.ones_like(tokens, dtype=torch.bool) if self.drafted is None else self.drafted[tokens]
 
     def published(self) -> tuple[dict[str, Tensor], Tensor | None]:
         """The module's tensors as a head has them, and the draft vocabulary, [Vd] int64 or None."""

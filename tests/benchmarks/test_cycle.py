@@ -135,7 +135,7 @@ def test_tree_that_fits(arguments, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match="acceptance.json"):
         cycle.measure_all(args, result)
     (args.checkpoint / "eagle/acceptance.json").write_text(json.dumps(
-        {"nodes": NODES, "topk": 10, "gained": [[1, 2] + [2] * 6, [1, 3] + [3] * 6] + [[1, 2] + [2] * 6] * 4}))
+        {"nodes": NODES, "topk": 10, "gained": [[1, 2] + [2] * 6, [1, 3] + [3] * 6] + [[1, 2] + [2] * 6] * 6}))
     cycle.measure_all(args, result)
     assert [p["part"] for p in result["contexts"][0]["parts"]] == [
         "draft: extend, 3 rows", "draft: expansion 1, 10 rows", "rerank", "verify, 16 rows", "accept and compact"]

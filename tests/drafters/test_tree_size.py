@@ -80,21 +80,21 @@ def test_choice() -> None:
     """Fails if nodes or levels have the wrong index, ms are taken for seconds, a level counts twice, or the most tokens
     per step are taken for the best. Every size must be chosen where it alone gains."""
     rising = [[1 + 0.5 * i + 0.1 * j for j in range(LEVELS)] for i in range(len(NODES))]
-    free, dear = [0.01] * 6, [8.0, 16.0, 24.0, 32.0, 48.0, 60.0]
-    assert best_size([0.01, 0.0001, 0.01, *free], rising)[:2] == (60, LEVELS)
+    free, dear = [0.01] * len(NODES), [float(nodes) for nodes in NODES]
+    assert best_size([0.01, 0.0001, 0.01, *free], rising)[:2] == (128, LEVELS)
     assert best_size([0.01, 0.0001, 0.01, *dear], rising)[:2] == (8, LEVELS)
-    assert best_size([0.01, 5.0, 0.01, *free], rising)[:2] == (60, 1)
+    assert best_size([0.01, 5.0, 0.01, *free], rising)[:2] == (128, 1)
     assert best_size([0.01, 5.0, 0.01, *dear], rising)[:2] == (8, 1)
-    assert best_size([1.0, 1.0, 1.0, *[1.0] * 6], FLAT)[:2] == (8, 1), "larger than needed"
-    assert best_size([100.0, 15.0, 100.0, *dear], rising)[:2] == (60, 1), "the rest counts"
+    assert best_size([1.0, 1.0, 1.0, *[1.0] * len(NODES)], FLAT)[:2] == (8, 1), "larger than needed"
+    assert best_size([100.0, 15.0, 100.0, *dear], rising)[:2] == (128, 1), "the rest counts"
     for i, nodes in enumerate(NODES):
         for j in range(LEVELS):
             curve = [[4.0 if (a, b) == (i, j) else 1.0 for b in range(LEVELS)] for a in range(len(NODES))]
-            assert best_size([2.0, 0.1, 1.0, *[4.0] * 6], curve)[:2] == (nodes, j + 1)
+            assert best_size([2.0, 0.1, 1.0, *[4.0] * len(NODES)], curve)[:2] == (nodes, j + 1)
     # 2 + 3 * 1 + 10 + 5 = 20 ms for 4 tokens of 32 nodes and 4 levels
     curve = [[1.0] * LEVELS for _ in NODES]
     curve[3][3] = 4.0
-    nodes, levels, table = best_size([2.0, 1.0, 5.0, *[10.0] * 6], curve)
+    nodes, levels, table = best_size([2.0, 1.0, 5.0, *[10.0] * len(NODES)], curve)
     lines = table.splitlines()
     assert (nodes, levels) == (32, 4) and table.count("*") == 1 and max(map(len, lines)) <= 100
     assert lines[6].split() == ["32", "10.000", "58.8", "55.6", "52.6", "*200.0", "47.6", "45.5", "43.5", "41.7",
@@ -119,7 +119,7 @@ def test_profile_is_of_a_cycle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tree_size, "verify_by_rows", lambda engine, rows, timer: seen.append(
         (int(engine.state.length), engine.state.width)) or original(engine, rows, timer))
     for slots in (2, 300, 2000):  # also contexts with less room than 512 tokens
-        assert len(measure(*tiny.pair(), slots)) == 9
+        assert len(measure(*tiny.pair(), slots)) == 3 + len(NODES)
     assert seen[::2] == seen[1::2] == [(2, 130), (300, 428), (512, 640)], "slots that such a text reads"
 
 
@@ -135,7 +135,7 @@ def test_too_slow(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 
 def test_cache(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """Fails if a profile is measured each time, another key's is used, or a damaged file ends the program or stays."""
-    calls, profile = [], [float(i) for i in range(1, 10)]
+    calls, profile = [], [float(i) for i in range(1, 4 + len(NODES))]
     monkeypatch.setattr(tree_size, "measure", lambda *inputs: calls.append(inputs) or profile)
     model, head = tiny.pair()
     for _ in range(2):
@@ -145,7 +145,10 @@ def test_cache(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert os.listdir(cache.parent) == ["trees.json"] and capsys.readouterr().err == ""
     assert fit(model, head, FLAT, 64, show=True) == (8, 1, TOPK) and len(calls) == 3, "no key, no cache"
     assert "verify, ms" in capsys.readouterr().err
-    bad = [[1.0] * 8, [1.0] * 8 + [float("nan")], [1.0] * 8 + [0.0], [1.0] * 8 + ["1"], "123456789", None, {"a": 1}]
+    assert fit(model, head, FLAT[:6], 64, "a") == (8, 1, TOPK) and len(calls) == 4 and calls[-1][-1] == NODES[:6], (
+        "a curve that ends at 60 nodes: larger trees are not measured")
+    bad = [profile[1:], [*profile[1:], float("nan")], [*profile[1:], 0.0], [*profile[1:], "1"], "12345678901", None,
+           {"a": 1}]
     for damaged in [b"", b"{", b"\xff\xfe", b"[]", b"3", b"[" * 100_000,
                     *(json.dumps({"a": x}).encode() for x in bad)]:
         cache.write_bytes(damaged)
@@ -157,13 +160,14 @@ def test_cache(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 def test_no_place_for_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a home that is read-only, or is no folder, ends the program."""
-    monkeypatch.setattr(tree_size, "measure", lambda *inputs: [1.0] * 9)
+    profile = [1.0] * (3 + len(NODES))
+    monkeypatch.setattr(tree_size, "measure", lambda *inputs: profile)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert cached_profile("a", *tiny.pair(), 64) == [1.0] * 9
+    assert cached_profile("a", *tiny.pair(), 64) == profile
     monkeypatch.setenv("XDG_CACHE_HOME", "")  # counts as not set
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert cached_profile("a", *tiny.pair(), 64) == [1.0] * 9 and (tmp_path / "home/.cache/eagle2/trees.json").is_file()
+    assert cached_profile("a", *tiny.pair(), 64) == profile and (tmp_path / "home/.cache/eagle2/trees.json").is_file()
 
 
 def test_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,12 +204,12 @@ def test_curve_is_refused(tmp_path: Path) -> None:
     sound = {"nodes": list(NODES), "topk": TOPK, "gained": FLAT}
     (tmp_path / CURVE).write_text(json.dumps(sound))
     assert read_curve(tmp_path) == FLAT
-    rising = [[1.0 + i + j for j in range(8)] for i in range(6)]  # of a version with 8 levels
-    (tmp_path / CURVE).write_text(json.dumps(sound | {"gained": rising}))
+    rising = [[1.0 + i + j for j in range(8)] for i in range(6)]  # of a version with 60 nodes and 8 levels at most
+    (tmp_path / CURVE).write_text(json.dumps(sound | {"nodes": NODES[:6], "gained": rising}))
     assert read_curve(tmp_path) == [row + 2 * row[-1:] for row in rising]
-    for wrong in ({"nodes": [8, 16]}, {"topk": 8}, {"gained": FLAT[1:]}, {"gained": [[3.0] * 11] * 6}, {"gained": 3},
-                  {"gained": [[3.0] * 7, *FLAT[1:]]}, {"gained": [[]] * 6}, {"gained": [[0.0] * 8] * 6},
-                  {"gained": [["3"] * 8] * 6}, {"gained": [[float("nan")] * 8] * 6}):
+    for wrong in ({"nodes": [8, 16]}, {"topk": 8}, {"gained": FLAT[1:]}, {"gained": []}, {"gained": [[3.0] * 11] * 8},
+                  {"gained": 3}, {"gained": [[3.0] * 7, *FLAT[1:]]}, {"gained": [[]] * 8}, {"gained": [[0.0] * 8] * 8},
+                  {"gained": [["3"] * 8] * 8}, {"gained": [[float("nan")] * 8] * 8}):
         (tmp_path / CURVE).write_text(json.dumps(sound | wrong))
         with pytest.raises(ValueError, match="acceptance.json: damaged"):
             read_curve(tmp_path)
@@ -219,6 +223,6 @@ def test_curve_is_refused(tmp_path: Path) -> None:
 def test_shipped_curve() -> None:
     """Fails if the demo head has no curve, or its curve falls where the tree grows."""
     curve = read_curve(ROOT / "heads/SmolLM2-135M-Instruct")
-    for i in range(len(NODES)):
+    for i in range(len(curve)):
         assert curve[i] == sorted(curve[i]) and [row[i] for row in curve] == sorted(row[i] for row in curve)
     assert 1.5 < curve[0][0] < 2 and 3 < curve[-1][-1] < LEVELS + 1

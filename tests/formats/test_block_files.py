@@ -16,8 +16,9 @@ from damage import damaged_json, damaged_safetensors, fuzz
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from formats.block import BlockFiles, open_block, save_block
+from formats.block import open_block, save_block
 from formats.config import Config
+from formats.eagle3 import HeadFiles
 from formats.foreign import kind_of_head
 from quant.linear import quantize_weight
 
@@ -41,7 +42,7 @@ def change(folder: Path, tensors: dict[str, Tensor | None] | None = None, **conf
     config_file.write_text(json.dumps(raw))
 
 
-def assert_same(found: BlockFiles, wanted: BlockFiles) -> None:
+def assert_same(found: HeadFiles, wanted: HeadFiles) -> None:
     assert found.config == wanted.config
     assert found.doubts == wanted.doubts
     assert (found.file, found.metadata) == (wanted.file, wanted.metadata)
@@ -434,7 +435,7 @@ def test_damaged_files(tmp_path: Path) -> None:
 # ----- Writing -----------------------------------------------------------------------------------------------------
 
 
-def saved(folder: Path, head: BlockFiles) -> BlockFiles:
+def saved(folder: Path, head: HeadFiles) -> HeadFiles:
     save_block(head.config, head.tensors, head.ids, folder)
     return open_block(folder, TARGET)
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from formats.config import Config
-from formats.eagle3 import Eagle3Files, open_eagle3, save_eagle3
+from formats.eagle3 import HeadFiles, open_eagle3, save_eagle3
 from quant.linear import quantize_weight
 
 TARGET = Config.from_dict(tiny.SHAPE | {"num_hidden_layers": 8})
@@ -33,7 +33,7 @@ def change(folder: Path, tensors: dict[str, Tensor | None] | None = None, **conf
     config_file.write_text(json.dumps({key: value for key, value in raw.items() if value is not None}))
 
 
-def assert_same(found: Eagle3Files, wanted: Eagle3Files) -> None:
+def assert_same(found: HeadFiles, wanted: HeadFiles) -> None:
     assert found.config == wanted.config
     assert found.doubts == wanted.doubts
     assert (found.file, found.metadata) == (wanted.file, wanted.metadata)
@@ -365,7 +365,7 @@ def sglang_taps(raw: dict, n: int) -> tuple[int, ...]:
     return tuple(i + (ids[0] == 1) for i in ids) if ids else (2, n // 2, n - 3)
 
 
-def saved(folder: Path, head: Eagle3Files) -> Eagle3Files:
+def saved(folder: Path, head: HeadFiles) -> HeadFiles:
     save_eagle3(head.config, head.tensors, head.ids, folder)
     return open_eagle3(folder, TARGET)
 

@@ -38,7 +38,7 @@ def letters(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings(tmp_path: Path, **changes) -> argparse.Namespace:
-    values = {"length": 32, "batch": 8, "unroll": 4, "decay": 0.8, "places": 256, "lr": 0.05, "steps": 150,
+    values = {"length": 32, "batch": 8, "unroll": 4, "decay": 0.8, "anchors": 8, "lr": 0.05, "steps": 200,
               "minutes": math.inf, "out": tmp_path / "head", "held_out": 0, "draft_vocab": 12, "head_layers": None,
               "mlp": None, "block_size": 4, "markov_rank": 6, "checkpoint": tmp_path}
     return argparse.Namespace(**values | changes)
@@ -78,11 +78,11 @@ def test_rows_are_what_drafting_computes(case: dict, tmp_path: Path) -> None:
                 if made.module.markov:
                     own = own + plain.markov(int(tokens[b, a + j]), h, h)[0]
                 target = logits[a + j]
-                if max(range(V), key=target.__getitem__) not in ids:
+                if int(tokens[b, a + j + 1]) not in ids:
                     continue
                 p = torch.tensor([target[i] for i in ids], dtype=torch.float64).softmax(0)
                 losses[j].append(-float(p @ own.log_softmax(0)))
-                hits[j] += ids[int(own.argmax())] == max(range(V), key=target.__getitem__)
+                hits[j] += ids[int(own.argmax())] == max(ids, key=target.__getitem__)
     expected = sum(0.8**j * sum(losses[j]) / max(counts[j], 1) for j in range(size))
     assert total.item() == pytest.approx(expected, rel=1e-4) and sum(counts) > 8
     assert agreements.tolist() == pytest.approx([hit / max(n, 1) for hit, n in zip(hits, counts)])
@@ -110,9 +110,9 @@ def test_learns(learnable: tuple[Llama, Tensor], tmp_path: Path) -> None:
 
 def test_anchors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if anchors lie where no answer follows although there are others, at the first token, or so late that the
-    block reaches beyond the dialogue; or if there are more rows than --places."""
+    block reaches beyond the dialogue; or if there are more or fewer than --anchors."""
     model, data = tiny.target(dtype=torch.bfloat16, num_hidden_layers=8), marked(8, 32)
-    made = BlockTrainer(model, settings(tmp_path, places=8 * 4 * 5), data.int())
+    made = BlockTrainer(model, settings(tmp_path, anchors=5), data.int())
     found = []
     monkeypatch.setattr(made, "block_losses", lambda *inputs: found.append(inputs[-1]))
     for _ in range(20):
@@ -138,8 +138,8 @@ def test_unused_token() -> None:
 def test_memory(tmp_path: Path) -> None:
     """Fails if the estimate forgets the rows of the blocks or the context."""
     model, data = tiny.target(dtype=torch.bfloat16, num_hidden_layers=8), marked(8, 32).int()
-    needs = [sum(memory.training_need(BlockTrainer(model, settings(tmp_path, places=places), data), 8))
-             for places in (64, 256, 1024)]
+    needs = [sum(memory.training_need(BlockTrainer(model, settings(tmp_path, anchors=anchors), data), 8))
+             for anchors in (2, 8, 20)]
     assert needs[0] < needs[1] < needs[2]
 
 
@@ -168,5 +168,7 @@ def test_command(command, capsys: pytest.CaptureFixture) -> None:
     assert "resuming at step 3" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--length 7 leaves no room"):
         command(*words, "--length", 7)
+    with pytest.raises(ValueError, match="--anchors must be 1 or more"):
+        command(*words, "--anchors", 0)
     with pytest.raises(ValueError, match="--norms is no option of --kind block"):
         command(*words, "--norms")
