@@ -44,7 +44,8 @@ class TreeMask(NamedTuple):
 
 
 def tree_mask(base: Tensor, bits: Tensor, width: int, window: int | None = None) -> Tensor | TreeMask:
-    """The mask of TreeMask(base, bits, window): on a GPU in that form, on a CPU as bool [rows, width] for PyTorch.
+    """The mask of TreeMask(base, bits, window): in that form, or for a CPU without compiled kernels as bool
+    [rows, width].
 
     base 0-d int64, bits [rows, 1 or 2] int64."""
     mask = TreeMask(base, bits, window)
@@ -232,6 +233,7 @@ def tree_attention_torch(q: Tensor, kv: Tensor, base: Tensor, bits: Tensor | Non
 
 
 def tree_attention_cpu(q: Tensor, *args, **options) -> Tensor:
+    """`tree_attention` by the kernel of ops/cpu_kernels.py, where it takes q's dtype."""
     return (cpu_kernels.attention if cpu_kernels.takes_attention(q) else tree_attention_torch)(q, *args, **options)
 
 

@@ -1,5 +1,6 @@
-// The two kernels of decoding on a CPU: a linear layer with int8 weights, and tree attention. ops/cpu_kernels.py compiles
-// this file and calls it; ops/linear.py and ops/attention.py hold the same functions in PyTorch, which define them.
+// The kernels of decoding on a CPU: a linear layer with int8 weights, tree attention, and for other weights RoPE and the
+// norm. ops/cpu_kernels.py compiles this file and calls it; ops/linear.py, ops/attention.py and ops/embed_rope.py hold the
+// same functions in PyTorch, which define them.
 //
 // One call does what takes PyTorch 20 to 70 small steps, and at batch 1 those steps cost more than the products.
 //

@@ -1,4 +1,4 @@
-"""Decoding's two kernels for a CPU, compiled from cpu_kernels.cpp when they are first needed, for this very CPU.
+"""Decoding's kernels for a CPU, compiled from cpu_kernels.cpp when they are first needed, for this very CPU.
 
 A decoding step of PyTorch on a CPU is some thousand small operations, which cost more than the products between them.
 Here a linear layer with all that is fused into it is one call, as on a GPU, and so is attention. Compiling takes a few
