@@ -1,228 +1,21 @@
-// The kernels of decoding on a CPU: a linear layer with int8 weights, tree attention, and for other weights RoPE and the
-// norm. ops/cpu_kernels.py compiles this file and calls it; ops/linear.py, ops/attention.py and ops/embed_rope.py hold the
-// same functions in PyTorch, which define them.
+// The kernels of decoding on a CPU: a linear layer with int8 weights, tree attention, and for other weights RoPE and
+// the norm. ops/cpu_kernels.py compiles this file and calls it; ops/linear.py, ops/attention.py and ops/embed_rope.py
+// hold the same functions in PyTorch, which define them.
 //
 // One call does what takes PyTorch 20 to 70 small steps, and at batch 1 those steps cost more than the products.
 //
 // The results of a row do not depend on the other rows, nor on the number of threads, to the bit. Each lane of a vector
-// belongs to one output, and adds up its terms in an order that only the row itself decides: columns in `linear`, slots in
-// `attention`, where a slot that a row does not see adds exactly nothing. So what a tree's verification computes for a
-// node is what plain decoding computes.
+// belongs to one output, and adds up its terms in an order that only the row itself decides: columns in `linear`, slots
+// in `attention`, where a slot that a row does not see adds exactly nothing. So what a tree's verification computes for
+// a node is what plain decoding computes.
 #include <algorithm>
-#include <atomic>
-#include <chrono>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <cmath>
-#include <mutex>
-#include <thread>
 #include <vector>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
-// ----- Vectors -----------------------------------------------------------------------------------------------------
-
-#if defined(__AVX512F__)
-constexpr int LANES = 16;  // of fp32
-#else
-constexpr int LANES = 8;
-#endif
-typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t Words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int16_t Halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-
-inline Floats load(const float* p) { return *(const Floats*)p; }
-inline void store(float* p, Floats x) { *(Floats*)p = x; }
-inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
-inline Floats rounded(Floats x) { return (x + 12582912.f) - 12582912.f; }  // 1.5 * 2^23: to nearest, for |x| < 2^22
-
-inline float sum(Floats x) {
-    float total = 0;
-    for (int i = 0; i < LANES; i++) total += x[i];
-    return total;
-}
-
-inline float largest(Floats x) {
-    float top = x[0];
-    for (int i = 1; i < LANES; i++) top = x[i] > top ? x[i] : top;
-    return top;
-}
-
-// exp by 2^n * e^r with |r| <= ln(2) / 2, to 2 units in the last place; 0 below -87.
-inline Floats exponential(Floats x) {
-    Floats lowest = Floats{} - 87.f, highest = Floats{} + 88.f;
-    Floats clamped = larger(x, lowest);
-    clamped = clamped < highest ? clamped : highest;
-    Floats n = rounded(clamped * 1.44269504f);
-    Floats r = clamped - n * 0.693359375f + n * 2.12194440e-4f;  // ln(2) in two parts
-    Floats p = 1.f / 720 + r * (1.f / 5040);
-    p = 1.f / 120 + r * p;
-    p = 1.f / 24 + r * p;
-    p = 1.f / 6 + r * p;
-    p = 0.5f + r * p;
-    p = 1 + r * (1 + r * p);
-    Words exponent = (__builtin_convertvector(n, Words) + 127) << 23;
-    Floats power;
-    memcpy(&power, &exponent, sizeof power);
-    return x < lowest ? Floats{} : p * power;
-}
-
-// Sums of 16 outputs, each of two more products of int16: acc[i] += w[2 i] x[0] + w[2 i + 1] x[1].
-#if defined(__AVX512BW__)
-struct Sums { __m512i all; };
-struct Weights { __m512i all; };
-struct Pair { __m512i all; };
-inline Sums zero() { return {_mm512_setzero_si512()}; }
-inline Weights widen(const int8_t* w) { return {_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)w))}; }
-inline Pair broadcast(const int16_t* x) { int32_t both; memcpy(&both, x, 4); return {_mm512_set1_epi32(both)}; }
-inline void add_products(Sums& acc, const Weights& w, const Pair& x) {
-#if defined(__AVX512VNNI__)
-    acc.all = _mm512_dpwssd_epi32(acc.all, w.all, x.all);
-#else
-    acc.all = _mm512_add_epi32(acc.all, _mm512_madd_epi16(w.all, x.all));
-#endif
-}
-inline void to_floats(const Sums& acc, float* out) { _mm512_storeu_ps(out, _mm512_cvtepi32_ps(acc.all)); }
-constexpr int MOST_ROWS = 8;  // of x that share a load of weights
-#elif defined(__AVX2__)
-struct Sums { __m256i low, high; };
-struct Weights { __m256i low, high; };
-struct Pair { __m256i all; };
-inline Sums zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-inline Weights widen(const int8_t* w) {
-    return {_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)w)),
-            _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(w + 16)))};
-}
-inline Pair broadcast(const int16_t* x) { int32_t both; memcpy(&both, x, 4); return {_mm256_set1_epi32(both)}; }
-inline void add_products(Sums& acc, const Weights& w, const Pair& x) {
-    acc.low = _mm256_add_epi32(acc.low, _mm256_madd_epi16(w.low, x.all));
-    acc.high = _mm256_add_epi32(acc.high, _mm256_madd_epi16(w.high, x.all));
-}
-inline void to_floats(const Sums& acc, float* out) {
-    _mm256_storeu_ps(out, _mm256_cvtepi32_ps(acc.low));
-    _mm256_storeu_ps(out + 8, _mm256_cvtepi32_ps(acc.high));
-}
-constexpr int MOST_ROWS = 4;
-#else
-struct Sums { int32_t lane[16]; };
-struct Weights { int16_t lane[32]; };
-struct Pair { int16_t low, high; };
-inline Sums zero() { return {}; }
-inline Weights widen(const int8_t* w) {
-    Weights out;
-    for (int i = 0; i < 32; i++) out.lane[i] = w[i];
-    return out;
-}
-inline Pair broadcast(const int16_t* x) { return {x[0], x[1]}; }
-inline void add_products(Sums& acc, const Weights& w, const Pair& x) {
-    for (int i = 0; i < 16; i++) acc.lane[i] += w.lane[2 * i] * x.low + w.lane[2 * i + 1] * x.high;
-}
-inline void to_floats(const Sums& acc, float* out) {
-    for (int i = 0; i < 16; i++) out[i] = (float)acc.lane[i];
-}
-constexpr int MOST_ROWS = 4;
-#endif
-
-// ----- Threads -----------------------------------------------------------------------------------------------------
-// Work is cut into units that threads claim one by one: a thread that the system has put to sleep claims none. A waiting
-// thread looks for work for SPIN_US and then sleeps. Where another process takes a core away in the middle of a unit,
-// the others would wait for milliseconds; then the caller works alone for a while.
-
-constexpr int64_t SPIN_US = 60, STALL_US = 400, ALONE_US = 20000, MOST_ALONE_US = 1000000;
-
-inline int64_t now_us() {
-    using namespace std::chrono;
-    return duration_cast<microseconds>(steady_clock::now().time_since_epoch()).count();
-}
-
-inline void relax() {
-#if defined(__x86_64__)
-    _mm_pause();
-#endif
-}
-
-struct Pool {
-    std::atomic<uint64_t> ticket{0};  // the job's number << 32 | the next unit: a claim is for this job or fails
-    std::atomic<uint32_t> job{0};  // what sleeping threads wait for
-    std::atomic<int64_t> units{0}, finished{0};
-    std::atomic<void (*)(const void*, int64_t)> work{nullptr};
-    std::atomic<const void*> about{nullptr};
-    std::atomic<int> sleeping{0};
-    std::mutex busy;
-    int threads = 1;  // the caller's included
-    int started = 1;
-    int64_t alone_until = 0, alone_us = ALONE_US;
-
-    void claim(uint32_t number) {
-        for (;;) {
-            uint64_t at = ticket.load();
-            int64_t unit = (uint32_t)at;
-            auto function = work.load();
-            auto data = about.load();
-            if (at >> 32 != number || unit >= units.load()) return;
-            if (!ticket.compare_exchange_weak(at, at + 1)) continue;  // else what was read is this job's
-            function(data, unit);
-            finished.fetch_add(1);
-        }
-    }
-
-    void serve() {
-        uint32_t seen = 0;
-        for (;;) {
-            int64_t end = now_us() + SPIN_US;
-            while (job.load() == seen && now_us() < end)
-                for (int i = 0; i < 16; i++) relax();
-            if (job.load() == seen) {
-                sleeping.fetch_add(1);
-                job.wait(seen);
-                sleeping.fetch_sub(1);
-            }
-            seen = job.load();
-            claim(seen);
-        }
-    }
-
-    void run(int64_t count, void (*function)(const void*, int64_t), const void* data) {
-        std::unique_lock<std::mutex> lock(busy, std::try_to_lock);
-        if (threads == 1 || count == 1 || !lock.owns_lock() || (alone_until && now_us() < alone_until)) {
-            for (int64_t unit = 0; unit < count; unit++) function(data, unit);
-            return;
-        }
-        while (started < threads) {
-            std::thread(&Pool::serve, this).detach();
-            started++;
-        }
-        uint32_t number = job.load() + 1;
-        ticket.store((uint64_t)number << 32 | UINT32_MAX);  // nobody claims while the job is described
-        units.store(count);
-        work.store(function);
-        about.store(data);
-        finished.store(0);
-        ticket.store((uint64_t)number << 32);
-        job.store(number);
-        if (sleeping.load()) job.notify_all();
-        claim(number);
-        if (finished.load() == count) return;
-        int64_t start = now_us(), waited = 0;
-        while (finished.load() != count) {
-            relax();
-            waited = now_us() - start;
-            if (waited > SPIN_US) std::this_thread::yield();
-        }
-        if (waited > STALL_US) {  // each further stall soon after the last doubles the time alone
-            int64_t now = now_us();
-            alone_us = now - alone_until < 2 * alone_us ? std::min(2 * alone_us, MOST_ALONE_US) : ALONE_US;
-            alone_until = now + alone_us;
-        }
-    }
-};
-
-Pool& pool = *new Pool;  // never freed: its threads end with the process
-
-template <class Function> void parallel(int64_t count, const Function& function) {
-    pool.run(count, [](const void* f, int64_t unit) { (*(const Function*)f)(unit); }, &function);
-}
+#include "cpu_threads.h"
+#include "cpu_vectors.h"
 
 extern "C" void set_threads(int count) { pool.threads = count < pool.started ? pool.started : count; }
 
@@ -461,8 +254,9 @@ void attend(const Attention& a, int64_t head, int64_t first) {
         Words mask;
         for (int64_t r = 0; r < LANES; r++) {
             int64_t node = slot - a.base;
-            bool sees = node < 0 ? !a.window || node > token[r] - a.window
-                                 : a.bits ? a.bits[token[r] * a.words + node / 64] >> (node % 64) & 1 : node <= token[r];
+            bool sees = !a.window || node > token[r] - a.window;  // of the text before the tree
+            if (node >= 0)
+                sees = a.bits ? a.bits[token[r] * a.words + node / 64] >> (node % 64) & 1 : node <= token[r];
             mask[r] = sees ? -1 : 0;
         }
         return mask;
@@ -506,7 +300,8 @@ void attend(const Attention& a, int64_t head, int64_t first) {
 
 // See tree_attention_torch in ops/attention.py. window 0: none. D is a multiple of 16.
 extern "C" void attention(int64_t T, int64_t H, int64_t K, int64_t S, int64_t D, const float* q, const void* kv,
-                          int is_bf16, const int64_t* base, const int64_t* bits, int64_t words, int64_t window, float* out) {
+                          int is_bf16, const int64_t* base, const int64_t* bits, int64_t words, int64_t window,
+                          float* out) {
     int64_t reach = 64 * words;
     auto is_set = [&](int64_t node) {
         for (int64_t t = 0; t < T; t++)

@@ -57,7 +57,8 @@ def compiled() -> Path:
     if compiler is None:
         raise FileNotFoundError("there is no C++ compiler")
     cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))]
-    key = hashlib.sha256(repr((SOURCE.read_text(), FLAGS, compiler, cpu[:1])).encode()).hexdigest()[:16]
+    sources = [path.read_text() for path in (SOURCE, *sorted(SOURCE.parent.glob("cpu_*.h")))]
+    key = hashlib.sha256(repr((sources, FLAGS, compiler, cpu[:1])).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "eagle2")
     file = folder / f"cpu-{key}.so"
     if not file.exists():
