@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from app import memory
-from app.answer import compare, generate, report, start_report, time_to_first_token
+from app.answer import compare, generate, report, setting, start_report, time_to_first_token
 from app.batch import batch
 from app.draw_tree import write_page
 from app.options import (
@@ -193,6 +193,8 @@ def run(args: argparse.Namespace, sampling: Sampling) -> int | None:
 def answer(args: argparse.Namespace, engine: Engine, ids: list[int], sampling: Sampling) -> dict:
     """Answer one prompt and print what was asked for. Returns the result."""
     tokenizer = engine.tokenizer
+    if args.compare:
+        print(setting(engine), file=sys.stderr)
     view = View(engine.drafter, tokenizer, args.show_tree) if isinstance(engine.drafter, Watch) else None
     parts = parts_so_far()
     result = generate(engine, ids, args.max_new_tokens, sampling, tokenizer, args.method, not args.show_tree,

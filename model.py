@@ -100,7 +100,7 @@ class Layer(nn.Module):
     def attention(self, x: Tensor, rope: Tensor, kv: Tensor | None, cache_pos: Tensor | None,
                   mask: Tensor | TreeMask | None) -> Tensor:
         """What the heads read, [B, T, H * D]. Without a cache: causal among the T tokens, for training."""
-        if isinstance(mask, TreeMask):  # on a GPU: our kernels store keys and values and read the mask as bits
+        if isinstance(mask, TreeMask):  # our kernels store keys and values and read the mask as bits
             q = self.project(x[0], (rope, cache_pos, kv[:, 0])).unflatten(-1, (-1, self.head_dim))
             return tree_attention(q, kv[:, 0], *mask)[None]
         q, k, v = (y.transpose(1, 2) for y in self.qkv(x, rope))  # [B, heads, T, D]
@@ -176,7 +176,7 @@ class Llama(nn.Module):
 
         tokens [B, T] int64; rope_pos [T] int64, positions in the text; cache_pos [T] int64, distinct slots to write;
         mask [T, W] bool, or additive in the weights' dtype: which of the first W slots each row sees after the write.
-        On a GPU with B = 1 better a TreeMask, which our attention kernel reads as it is.
+        With B = 1 better a TreeMask, which our attention kernels read as it is.
         Without cache_pos and mask: no cache, causal among the T tokens.
         """
         return self.forward_with_taps(tokens, rope_pos, cache_pos, mask)[0]

@@ -9,6 +9,7 @@ from app.watch import View
 from drafters.methods import BASELINE
 from engine import Engine, first_difference
 from ops.device import device_name, peak_gb
+from ops.quantized import Quantized
 from sampling import Sampling
 from tokenizer import Tokenizer
 
@@ -84,6 +85,13 @@ def generate(engine: Engine, ids: list[int], max_new_tokens: int, sampling: Samp
         "dtype": str(engine.model.embed.weight.dtype).removeprefix("torch."), "torch": torch.__version__,
         "seed": sampling.seed, "stop": stop}
     return result | ({"trees": view.record()} if view else {})
+
+
+def setting(engine: Engine) -> str:
+    """One line: the device and the formats in which it computes."""
+    weight = engine.model.layers[0].wqkv.weight
+    weights = f"int{4 if weight.group else 8} weights, " if isinstance(weight, Quantized) else ""
+    return f"{device_name(engine.device)}: {weights}{str(engine.model.embed.weight.dtype).removeprefix('torch.')}"
 
 
 def report(result: dict) -> str:

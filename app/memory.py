@@ -131,7 +131,7 @@ def plan(args: argparse.Namespace, dtype: torch.dtype, max_seq_len: int, mode: s
     on_load = None if stored else mode
     drafter = drafter_bytes(args, model, max_seq_len, on_load)
     is_packed = device == "cpu" and (stored or mode) in ("int8", "int8dyn") and cpu_integers.is_supported()
-    copies = total_bytes((model.layers, model.lm_head)) + drafter if is_packed else 0  # in FBGEMM's order
+    copies = total_bytes((model.layers, model.lm_head)) + drafter if is_packed else 0  # in the kernels' order
     return Need(total_bytes(model), cache_bytes(cfg, max_seq_len, dtype), drafter,
                 passing(cfg, dtype, stored or mode) + copies, loading(cfg, dtype, on_load))
 

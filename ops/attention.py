@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ops import cpu_kernels
 from ops.device import by_device, device_limits, pdl_options, start_next, tl, triton, wait_for_previous
 
 
@@ -48,18 +49,18 @@ class TreeMask(NamedTuple):
 
 def tree_mask(base: Tensor, bits: Tensor, width: int, window: int | None = None, settled: bool = False
               ) -> Tensor | TreeMask:
-    """TreeMask(base, bits, window, settled): on a GPU in that form, on a CPU as bool [rows, width] for PyTorch.
+    """TreeMask(base, bits, window, settled): in that form, or for a CPU without compiled kernels as bool [rows, width].
 
     base 0-d int64, bits [rows, 1 or 2] int64."""
     mask = TreeMask(base, bits, window, settled)
-    return mask if base.is_cuda else mask.dense(len(bits), width)
+    return mask if base.is_cuda or cpu_kernels.library() else mask.dense(len(bits), width)
 
 
 def causal_mask(first: Tensor, rows: int, width: int) -> Tensor | TreeMask:
     """The mask of `rows` tokens in slots first, first + 1, ...: each sees the slots up to its own. first 0-d int64.
     Returned in the same form as by `tree_mask`."""
     mask = TreeMask(first, None)
-    return mask if first.is_cuda else mask.dense(rows, width)
+    return mask if first.is_cuda or cpu_kernels.library() else mask.dense(rows, width)
 
 
 def attention_config(T: int, G: int, K: int, D: int, dtype: torch.dtype, sms: int,
@@ -272,4 +273,9 @@ def tree_attention_torch(q: Tensor, kv: Tensor, base: Tensor, bits: Tensor | Non
     return y.reshape(H, T, D).transpose(0, 1).reshape(T, H * D)
 
 
-tree_attention = by_device(tree_attention_triton, tree_attention_torch)
+def tree_attention_cpu(q: Tensor, *args, **options) -> Tensor:
+    """`tree_attention` by the kernel of ops/cpu_kernels.py, where it takes q's dtype."""
+    return (cpu_kernels.attention if cpu_kernels.takes_attention(q) else tree_attention_torch)(q, *args, **options)
+
+
+tree_attention = by_device(tree_attention_triton, tree_attention_cpu)

@@ -123,7 +123,7 @@ def test_default_sizes(tmp_path: Path) -> None:
         found[method] = drafter.num_nodes, drafter.max_depth
     assert found == {"vanilla": (1, 0), "lookup": (11, 10), "lookahead": (56, 4), "medusa": (64, 4),
                      "speculate": (6, 5), "speculate+rejection": (6, 5), "speculate+lookup": (9, 8), "eagle": (26, 5),
-                     "eagle2": (8, 3), "eagle2+lookup": (8, 10), "eagle3": (8, 3), "eagle3+lookup": (8, 10),
+                     "eagle2": (8, 4), "eagle2+lookup": (8, 10), "eagle3": (8, 4), "eagle3+lookup": (8, 10),
                      "block": (8, 6), "block+lookup": (8, 10)}
     assert found.keys() == METHODS.keys()
 

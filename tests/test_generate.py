@@ -365,7 +365,7 @@ def test_tree_that_fits(call, copy: Path, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("words, cuda, tree", [
     ((), True, "fit"), ((), False, methods.CPU_TREE), (("--draft_tokens", "auto"), False, "fit"),
     (("--draft_tokens", "9"), True, (9, 6, 10)), (("--draft_depth", "2"), True, (60, 2, 10)),
-    (("--draft_topk", "4"), False, (8, 3, 4)), (("--draft_depth", "0"), False, (8, 0, 3)),
+    (("--draft_topk", "4"), False, (8, 4, 4)), (("--draft_depth", "0"), False, (8, 0, 3)),
     (("--draft_tokens", "0"), True, (0, 6, 10)), (("--no_compile",), True, methods.GPU_TREE)])
 def test_which_tree(words: tuple, cuda: bool, tree: tuple | str, tmp_path: Path, monkeypatch) -> None:
     """Fails if the best size replaces one that was asked for, 0 included, or if defaults are wrong where there is no

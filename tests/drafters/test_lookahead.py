@@ -17,7 +17,7 @@ from drafters.lookahead import Lookahead
 from engine import Engine
 from model import Llama
 from ops import tree as tree_kernels
-from ops.attention import tree_mask
+from ops.attention import TreeMask
 from sampling import Sampling
 from tree import State, Tree
 
@@ -124,7 +124,7 @@ def test_rows(shape: tuple[int, int, int]) -> None:
     rows = [("window", level, column) for level in range(levels) for column in range(window)]
     rows += [("chain", chain, step) for chain in range(guesses) for step in range(levels)]
     assert len(rows) == len(made.tokens) == ours.num_nodes <= 128
-    mask = tree_mask(torch.tensor(2), made.ancestors, 2 + 128)
+    mask = TreeMask(torch.tensor(2), made.ancestors).dense(len(rows), 2 + 128)
     assert mask[:, :2].all() and not mask[:, 2 + len(rows):].any()
     for i, (kind, a, b) in enumerate(rows):
         for j, (other, c, d) in enumerate(rows):

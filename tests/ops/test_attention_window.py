@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from triton_tools import CARDS, assert_fits, cards, compile_ahead, interpreted, not_interpreted
 
-from ops import attention
+from ops import attention, cpu_kernels
 from ops.attention import TreeMask, attention_config, attention_kernel, tree_mask
 
 IMPLEMENTATIONS = ["torch", pytest.param("triton", marks=interpreted)]
@@ -99,15 +99,18 @@ def test_two_words(implementation):
     check(implementation, 10, 90, torch.cat((low, high), 1), 20)
 
 
-def test_dense():
+def test_dense(monkeypatch):
     """Fails if `tree_mask` loses the window, or if the mask for PyTorch is not what the kernel reads."""
-    bits = block_bits(3, causal=True)
+    bits, base = block_bits(3, causal=True), torch.tensor(5)
+    monkeypatch.setattr(cpu_kernels, "library", lambda: None)
     for window in (1, 2, 4, 100):
-        mask = tree_mask(torch.tensor(5), bits, 12, window)
-        assert mask.equal(TreeMask(torch.tensor(5), bits, window).dense(3, 12))
+        mask = tree_mask(base, bits, 12, window)
+        assert mask.equal(TreeMask(base, bits, window).dense(3, 12))
         for row, seen in enumerate(mask):
             assert seen.nonzero().flatten().tolist() == seen_slots(5, row, bits, window)
-    assert tree_mask(torch.tensor(5), bits, 12).equal(tree_mask(torch.tensor(5), bits, 12, 100))
+    assert tree_mask(base, bits, 12).equal(tree_mask(base, bits, 12, 100))
+    monkeypatch.setattr(cpu_kernels, "library", lambda: "kernels")
+    assert tree_mask(base, bits, 12, 4) == TreeMask(base, bits, 4)
 
 
 @pytest.mark.slow
