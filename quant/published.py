@@ -9,6 +9,8 @@ import gguf
 import torch
 from torch import Tensor
 
+from formats.hf import LazyTensor
+from formats.packed import Packed
 from quant.imported import Affine, Foreign, Numbers, Rows, int4_layout
 from quant.linear import layout
 
@@ -236,19 +238,24 @@ def bnb_4bit(parts: dict[str, Tensor], state: dict) -> Foreign:
 # ----- GGUF ----------------------------------------------------------------------------------------------------------
 
 
-def gguf_blocks(blocks: Tensor, kind: str) -> Foreign:
-    """Rows of GGUF blocks, uint8 [N, bytes], of any type that quantises. Q4_0, Q4_1 and Q4_K have a scale and an offset
-    for each 32 columns; the scale is fp16, or of Q4_K the product of an fp16 number and one of six bits."""
+def gguf_blocks(blocks: Tensor, kind: str, order: Tensor | None = None) -> Foreign:
+    """Rows of GGUF blocks, uint8 [N, bytes], of any type that quantises; with order, int64 [N], the rows in that order.
+    Q4_0, Q4_1 and Q4_K have a scale and an offset for each 32 columns; the scale is fp16, or of Q4_K the product of an
+    fp16 number and one of six bits."""
     type_ = gguf.GGMLQuantizationType[kind]
     columns, size = gguf.GGML_QUANT_SIZES[type_]
     N, K = len(blocks), blocks.shape[1] // size * columns
     halves = {"Q4_0": q4_0, "Q4_1": q4_1, "Q4_K": q4_k}.get(kind)
+
+    def chosen(rows: slice) -> Tensor:
+        return blocks[rows] if order is None else blocks[order[rows]]
+
     if halves is None:
         return Foreign(kind, (N, K), None, lambda: Numbers(
-            lambda rows: torch.from_numpy(gguf.dequantize(blocks[rows].numpy(), type_).copy())))
+            lambda rows: torch.from_numpy(gguf.dequantize(chosen(rows).numpy(), type_).copy())))
 
     def read() -> Affine:
-        q, scale, offset = halves(blocks.unflatten(1, (-1, size)))
+        q, scale, offset = halves(chosen(slice(None)).unflatten(1, (-1, size)))
         return from_offsets(q.flatten(1), scale.flatten(1), offset.flatten(1))
 
     return Foreign(kind, (N, K), int4_layout(N, K, 32, torch.float16, False), read)
@@ -294,3 +301,33 @@ def from_offsets(u: Tensor, scale: Tensor, offset: Tensor, group: int = 32) -> A
     flat = ~(zero.abs() <= LARGEST_ZERO)  # also where the scale is 0
     q = torch.where(flat.repeat_interleave(group, 1), 1, signed(u))
     return Affine(q, torch.where(flat, offset, scale).T, torch.where(flat, 0, zero).T, group)
+
+
+# ----- All of them ---------------------------------------------------------------------------------------------------
+
+FORMATS = {"awq": awq, "gptq": gptq, "packed_int": packed_int, "plain_int8": plain_int8, "fp8": fp8,
+           "bnb_int8": bnb_int8, "bnb_4bit": bnb_4bit}
+
+
+def describe(packed: Packed) -> Foreign:
+    """What a packed weight is. Raises ValueError for tensors that are not what its kind says."""
+    if "blocks" in packed.parts:
+        return gguf_blocks(packed.parts["blocks"], packed.kind, packed.facts["rows"])
+    try:
+        return FORMATS[packed.kind](packed.parts, **packed.facts)
+    except KeyError as error:
+        raise ValueError(f"its tensor {error.args[0]} is missing: the file is damaged") from None
+
+
+def with_values(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """The tensors of a folder, with the shapes of packed weights and functions that give their values, fp32 [N, K].
+    Raises ValueError that names a weight which cannot be unpacked."""
+    found = dict(tensors)
+    for name, tensor in tensors.items():
+        if tensor.read is None:
+            try:
+                weight = describe(tensor.packed)
+            except (ValueError, TypeError, RuntimeError) as error:  # a damaged shape may fail anywhere
+                raise ValueError(f"{name}: {error}") from error
+            found[name] = LazyTensor(weight.shape, weight.dense, tensor.packed)
+    return found
