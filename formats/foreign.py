@@ -46,10 +46,11 @@ def refusal(method: str, details: str, evidence: str) -> str:
             f"model, whose name has no {mark}, and let quantize.py make int8 or int4 of it")
 
 
-def quantized_by_config(raw: dict) -> str | None:
-    """What to tell of a config.json that says that the weights are quantised in a way that is not read, or None."""
+def quantized_by_config(raw: dict, is_head: bool = False) -> str | None:
+    """What to tell of a config.json that says that the weights are quantised in a way that is not read, or None. Of
+    draft heads no way is."""
     found = stated(raw)
-    if found is None or is_read(*found[:2]):
+    if found is None or (is_read(*found[:2]) and not is_head):
         return None
     method, said, where = found
     return f"{refusal(method, details_of(said), where)}. If they are plain after all, remove {where.split()[0]}"
