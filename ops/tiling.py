@@ -109,9 +109,11 @@ def integer_config(M: int, N: int, columns: int, planes: int, group: int, sms: i
     if hopper:
         BK, SK, stages = (hopper_int4 if group else hopper_int8)(rows, tiles, sms)
     else:  # 99 KB of shared memory: 48 of them for each program, where they suffice
-        BK = group if crowded else 128
+        BK = max(64, group) if crowded else 128
         SK = -(-2 * sms // tiles) if tiles < sms else 1
         stages = 4 if rows < 64 else 3
+    if group == 32 and BK > 64:  # not measured: shorter code, with as much in flight where that fits
+        BK, stages = 64, min(2 * stages, 6 if hopper or rows < 64 else 4)
     while columns % BK and BK > max(64, group):
         BK //= 2
     SK = max(1, min(SK, columns // BK // 4, 64))
