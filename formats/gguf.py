@@ -38,6 +38,7 @@ GGUF_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+QUERY_OR_KEY = re.compile(r"\.attn_([qk])\.")
 GGUF_ARCHS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 # Fields of the architecture, without its prefix, that gguf_config reads.
@@ -170,8 +171,9 @@ def open_gguf(path: Path) -> tuple[dict, dict[str, LazyTensor]]:
     def packed(tensor) -> Packed | None:
         if gguf.GGML_QUANT_SIZES[tensor.tensor_type][0] == 1 or len(tensor.shape) != 2:
             return None
-        rows = torch.arange(len(tensor.data))
-        rows = to_hf_rows(tensor.name, rows[:, None], metadata)[:, 0] if arch == "llama" else None
+        rows = None
+        if arch == "llama" and QUERY_OR_KEY.search(tensor.name):
+            rows = to_hf_rows(tensor.name, torch.arange(len(tensor.data))[:, None], metadata)[:, 0]
         return Packed(tensor.tensor_type.name, {"blocks": torch.from_numpy(tensor.data)}, {"rows": rows})
 
     tensors = {}
@@ -192,7 +194,7 @@ def to_hf_rows(name: str, weight: Tensor, metadata: dict) -> Tensor:
     RoPE rotates pairs of elements of a head: (2j, 2j + 1) in llama.cpp, (j, j + head_dim / 2) in Hugging Face. For
     "llama" files llama.cpp reorders the rows of q and k accordingly; for Qwen's it does not.
     """
-    found = re.search(r"\.attn_([qk])\.", name)
+    found = QUERY_OR_KEY.search(name)
     if not found:
         return weight
     heads = metadata["llama.attention.head_count"]

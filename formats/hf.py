@@ -72,7 +72,7 @@ def open_folder(folder: Path) -> dict[str, LazyTensor]:
                          "folder, and --eagle for an EAGLE-1/2 head")
     found = stated(raw, folder)
     if found and is_read(*found[:2]):
-        tensors = join_parts(tensors, *found[:2])
+        tensors = join_parts(tensors, *found[:2], raw["model_type"] == "qwen2")
     if quantized := quantized_by_tensors({name: t for name, t in tensors.items() if isinstance(t, Tensor)}):
         raise ValueError(quantized)
     return usual_names({name: LazyTensor((), None, t) if isinstance(t, Packed) else LazyTensor(tuple(t.shape), t.detach)
@@ -82,7 +82,8 @@ def open_folder(folder: Path) -> dict[str, LazyTensor]:
 def what_is_there(folder: Path) -> str:
     """The end of an error about a folder without weights: what it holds instead, as far as names tell."""
     signs = {
-        "gptq*.safetensors": "a GPTQ checkpoint of 2023; download the unquantised model",
+        "gptq*.safetensors": "a GPTQ checkpoint of 2023; rename it to model.safetensors, beside its "
+                             "quantize_config.json",
         "*[0-9]bit*.safetensors": "a quantised checkpoint; download the unquantised model",
         "qmodel.pt": "an HQQ checkpoint; download the unquantised model",
         "*.gguf": "a GGUF model; give the path of that file",

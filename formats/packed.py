@@ -70,9 +70,10 @@ def is_read(method: str, said: dict) -> bool:
     if method == "compressed-tensors":
         kinds = (None, "dense", "pack-quantized", "int-quantized", "naive-quantized", "float-quantized",
                  "mixed-precision")
-        sparse = (said.get("sparsity_config") or {}).get("format")
-        rotates = (said.get("transform_config") or {}).get("config_groups")
-        return said.get("format") in kinds and sparse in (None, "dense") and not rotates
+        sparse, transforms = (found if isinstance(found := said.get(key), dict) else {} for key in (
+            "sparsity_config", "transform_config"))
+        is_dense = sparse.get("format") in (None, "dense")
+        return said.get("format") in kinds and is_dense and not transforms.get("config_groups")
     if method == "modelopt":
         return said.get("quant_algo") == "FP8"
     return method in ("fp8", "fbgemm_fp8", "bitsandbytes")
@@ -81,9 +82,11 @@ def is_read(method: str, said: dict) -> bool:
 # ----- Which tensors belong together ---------------------------------------------------------------------------------
 
 
-def join_parts(tensors: dict[str, Tensor], method: str, said: dict) -> dict[str, Tensor | Packed]:
+def join_parts(tensors: dict[str, Tensor], method: str, said: dict, qkv_bias: bool = False
+               ) -> dict[str, Tensor | Packed]:
     """The tensors of a model, the parts of each packed weight joined under the name MODULE.weight. Scales of
-    activations are left out, and so are the biases of zeros that GPTQ writes where the model has none.
+    activations are left out, and so are the biases of zeros that GPTQ may write where the model has none. qkv_bias: it
+    has them for q, k and v.
 
     Raises ValueError for a weight that is packed in a way that is not read.
     """
@@ -101,10 +104,10 @@ def join_parts(tensors: dict[str, Tensor], method: str, said: dict) -> dict[str,
             continue
         kind, facts = kind_of(module, parts, method, said)
         joined[f"{module}.weight"] = Packed(kind, parts, facts)
-        bias = f"{module}.bias"
-        if method == "gptq" and not module.endswith(("q_proj", "k_proj", "v_proj")) and bias in joined and not (
-                joined[bias].any()):
-            del joined[bias]
+        bias = tensors.get(f"{module}.bias")
+        is_real = qkv_bias and module.endswith(("q_proj", "k_proj", "v_proj"))
+        if method == "gptq" and bias is not None and not is_real and not bias.any():
+            del joined[f"{module}.bias"]
     return joined
 
 

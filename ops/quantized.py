@@ -230,7 +230,7 @@ def multiply_int4(x_ptr, sums_ptr, w_rows, row, scale_ptr, M, N, K, half, first,
     groups, acc = half * 2 // GROUP, tl.zeros((BN, BM), dtype=tl.float32)
     if (APART or GROUP == 32 or ZEROS) and GROUPS > 32:
         # A few groups at a time, and no address kept over the loop below: registers again
-        FEW: tl.constexpr = 16 if BM <= 16 else 32
+        FEW: tl.constexpr = 16 if GROUP == 64 and BM <= 16 else 32
         for top in tl.range(0, groups, FEW, num_stages=1, disable_licm=True):
             acc = multiply_offsets(sums_ptr, scale_ptr, row, M, N, top, groups, first == 0, acc, FEW, ZEROS, BM,
                                    INTERPRET)

@@ -112,8 +112,8 @@ def integer_config(M: int, N: int, columns: int, planes: int, group: int, sms: i
         BK = max(64, group) if crowded else 128
         SK = -(-2 * sms // tiles) if tiles < sms else 1
         stages = 4 if rows < 64 else 3
-    if group == 32 and BK > 64:  # not measured: shorter code, with as much in flight where that fits
-        BK, stages = 64, min(2 * stages, 6 if hopper or rows < 64 else 4)
+    if group == 32:  # a loop of eight groups takes the compiler minutes
+        BK = min(BK, 128)
     while columns % BK and BK > max(64, group):
         BK //= 2
     SK = max(1, min(SK, columns // BK // 4, 64))

@@ -107,15 +107,16 @@ def same_kind(one: Quantized, other: Quantized) -> bool:
 
 def drafting_rows(weight: Tensor | Quantized, ids: Tensor | None, quantized: bool) -> Tensor | Quantized:
     """The rows of the lm_head that are drafted from: those of `ids`, or all. For a quantised head they are int8, even
-    where the target's are not. Activations have 8 bits here: a draft need not be exact, and the best ten rarely
-    change."""
+    where the target's are not, unless those are int4. Activations have 8 bits for int8: a draft need not be exact, and
+    the best ten rarely change."""
     if ids is not None:
         weight = rows_of(weight, ids)
+    if isinstance(weight, Quantized) and weight.group:
+        return weight
     if quantized and (ids is not None or not isinstance(weight, Quantized)):  # a copy anyway: rotate it, as fc is
         exact = dequantize(weight, torch.float32) if isinstance(weight, Quantized) else weight.detach()
         weight = quantize_weight(exact, "int8dyn")
-    is_int8 = isinstance(weight, Quantized) and not weight.group
-    return weight._replace(planes=1) if is_int8 else weight
+    return weight._replace(planes=1) if isinstance(weight, Quantized) else weight
 
 
 # ----- Modules -----------------------------------------------------------------------------------------------------

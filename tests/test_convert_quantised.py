@@ -15,18 +15,21 @@ import numpy as np
 import packing
 import pytest
 import torch
+from helpers import tiny_command
 from safetensors.torch import load_file, save_file
-from tiny import SHAPE, config_json, head, logits, save_head, save_tokenizer, target
+from tiny import config_json, head, logits, save_head, save_tokenizer, target
 from tiny_sources import add_tokenizer, published_target
 from torch import Tensor
 
 import convert_hf_checkpoint
+import train
 from app.install import add_head
 from convert_hf_checkpoint import convert
-from drafters.heads import load_head
 from formats.config import Config
+from generate import Engine
 from model import Llama, load_model
 from ops.quantized import Quantized, dequantize
+from quant.linear import drafting_rows, quantize_weight
 
 torch.set_num_threads(1)
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 260, "num_attention_heads": 4,
@@ -58,8 +61,7 @@ def pack_gptq(name: str, w: Tensor, generator: torch.Generator) -> tuple[dict[st
     u, scale, zero = quantised(w[:, order], 32)
     u = u[:, order.argsort()]
     parts = packing.gptq(u, scale, zero, groups)
-    if not re.search(r"[qkv]_proj", name):
-        parts["bias"] = torch.zeros(len(w), dtype=torch.float16)
+    parts["bias"] = torch.zeros(len(w), dtype=torch.float16)
     return parts, packing.formula(u, scale, zero, groups)
 
 
@@ -408,14 +410,37 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 # ----- Draft heads -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["AWQ", "GPTQ"])
-def test_a_head_for_it(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Fails if a head is not tried out on an int4 target, does not install there, or train.py cannot judge it."""
+def test_a_head_for_it(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+                       ) -> None:
+    """Fails if a head is not tried out on an int4 target, does not install there, drafts other text than it, or if
+    train.py --steps 0 cannot judge it."""
     save_quantised(tmp_path / "hf", kind)
-    convert(tmp_path / "hf", tmp_path / "out", None)
-    model = load_model(tmp_path / "out", "cpu", torch.float32)
+    out = tmp_path / "out"
+    convert(tmp_path / "hf", out, None)
+    model = load_model(out, "cpu", torch.float32)
     save_head(head(model, hidden_size=64, intermediate_size=128), tmp_path / "head")
     capsys.readouterr()
-    add_head(tmp_path / "head", tmp_path / "out")
+    add_head(tmp_path / "head", out)
     assert "of its first, second and third guesses" in capsys.readouterr().err
-    assert load_head(tmp_path / "out/eagle", model).cfg.hidden_size == SHAPE["hidden_size"] * 2
+    engines = [Engine.load(out, method, device="cpu", dtype="float32", max_seq_len=200)
+               for method in ("vanilla", "eagle2")]
+    texts = [[i for tokens in engine.generate([1, 50, 7], 40) for i in tokens] for engine in engines]
+    assert texts[0] == texts[1] and len(texts[0]) == 40
+    for command in tiny_command(train.main, tmp_path / "unused", monkeypatch):
+        command("--checkpoint", out, "--steps", 0, "--eval_prompts", 12)
+    assert re.search(r"tokens per step on [1-9]\d* held-out dialogues: greedy 1", capsys.readouterr().out)
+    assert (out / "eagle/acceptance.json").exists()
+
+
+@pytest.mark.parametrize("ids", [None, [3, 9, 200]])
+def test_an_lm_head_of_four_bits(ids: list[int] | None) -> None:
+    """Fails if drafts read another lm_head than the target's where that is int4: its columns are filled up."""
+    weight = quantize_weight(torch.randn(260, 64), "int4", 32)
+    rows = None if ids is None else torch.tensor(ids)
+    for quantized in (False, True):
+        found = drafting_rows(weight, rows, quantized)
+        wanted = dequantize(weight, torch.float32)[:, :64]
+        assert (found.group, found.planes) == (32, 2)
+        assert dequantize(found, torch.float32)[:, :64].equal(wanted if rows is None else wanted[rows])
