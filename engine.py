@@ -32,7 +32,7 @@ from ops.attention import causal_mask, tree_mask
 from ops.compiling import compile_kernels
 from ops.graphs import Mailbox, capture
 from ops.linear import linear
-from ops.quantized import Quantized
+from quant.linear import is_quantized
 from sampling import Sampling, gumbel_noise, perturb, process
 from tree import MAX_NODES, State, Tree, chain_tree
 
@@ -70,7 +70,7 @@ class Engine:
         self.hidden = self.features.repeat(1, len(drafter.taps)) if drafter.taps else self.features
         self.short = min(SHORT_CHUNK, len(self.features))
         # Up to this many tokens, short chunks beat a long one, which dequantises first (docs/experiments.md).
-        self.few = (5 if isinstance(model.lm_head.weight, Quantized) else 2) * self.short
+        self.few = (5 if is_quantized(model) else 2) * self.short
 
         # The sequence on the device
         rows = drafter.max_depth + 1

@@ -27,7 +27,7 @@ from ops.attention import TreeMask, tree_attention
 from ops.device import gpu_problem
 from ops.embed_rope import embed, rope_store
 from ops.linear import linear, rms_norm
-from quant.linear import quantize_linears, stored_mode
+from quant.linear import prepare_linears, quantize_linears, stored_mode
 
 
 def rope_table(cfg: Config, length: int, device: torch.device | None = None) -> Tensor:
@@ -221,9 +221,8 @@ def load_model(path: Path | str, device: torch.device | str = "cpu", dtype: torc
         raise ValueError(problem)
     with torch.device("meta"):
         model = Llama(cfg, qkv_bias="layers.0.wqkv.bias" in tensors)
-    if mode:
-        quantize_linears(model, mode, stored_group)
-    tied = cfg.tie_word_embeddings and mode is None
+    prepare_linears(model, tensors, mode, stored_group)
+    tied = cfg.tie_word_embeddings and "lm_head.data" not in tensors
     placement = ("cpu", None) if quantize else (device, dtype)
     if tied and "embed.weight" in tensors:  # moved once here: `fill` would make two tensors of it
         tensors["embed.weight"] = tensors["lm_head.weight"] = tensors["embed.weight"].to(*placement)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from app.memory import empty_model, free_bytes, total_bytes
+from app.memory import free_bytes, stored_model, total_bytes
 from app.options import placement
 from draft import EagleHead
 from drafters.block import BlockHead
@@ -118,7 +118,8 @@ def why_not_measured(checkpoint: Path, device: str, dtype: torch.dtype) -> str |
     folder = folder_of(checkpoint)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return f"{folder} has no tokenizer"
-    needed = 1.3 * total_bytes(empty_model(Config.load(folder), dtype))  # and activations, the head, a small cache
+    file = checkpoint if checkpoint.is_file() else folder / "model.safetensors"
+    needed = 1.3 * total_bytes(stored_model(file, dtype))  # and activations, the head, a small cache
     free = free_bytes(device)
     if needed > free:
         return f"the target needs {needed / 1e9:.1f} GB to run, and {free / 1e9:.1f} GB are free"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from app.answer import Run
 from model import Llama
-from ops.quantized import Quantized
+from quant.linear import is_quantized
 
 Decoder = Callable[[list[int], int], Run]  # (prompt ids, max_new_tokens) -> Run
 
@@ -24,7 +24,7 @@ def layer_weights(model: Llama) -> list[dict[str, Tensor]]:
     """Each layer's weights, with q, k and v apart and gate and up apart. They are views, not copies. ValueError unless
     the model is a plain Llama."""
     cfg = model.cfg
-    if cfg.qk_norm or model.layers[0].wqkv.bias is not None or isinstance(model.lm_head.weight, Quantized):
+    if cfg.qk_norm or model.layers[0].wqkv.bias is not None or is_quantized(model):
         raise ValueError("--transformers and --gpt_fast are for Llamas without query norms, biases and quantisation")
     rows = [n * cfg.head_dim for n in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)]
     layers = []

@@ -16,11 +16,16 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # kinds of tokens in tokeni
 END_TOKENS = {
     "</s>", "<eos>", "[EOS]", "<EOT>", "▁<EOT>", "[EOT]", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>",
     "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>", "<end_of_utterance>"}
-# How a byte-level BPE cuts a text into words, by the name in tokenizer.ggml.pre, besides what ByteLevel does.
+# Names in tokenizer.ggml.pre for one way to cut a text into words; llama.cpp has the same list.
+SAME_SPLIT = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "deepseek-r1-qwen": "qwen2",
+              "megrez": "qwen2"}
+# How a byte-level BPE does it, besides what ByteLevel does.
 WORD_SPLITS = {
     "gpt-2": [],
     "smollm": [pre_tokenizers.Digits(individual_digits=True)],
     "llama-bpe": [pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")],
+    "smaug-bpe": [pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")],
+    "dbrx": [pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")],
     "qwen2": [pre_tokenizers.Split(Regex(LLAMA3_SPLIT.replace("{1,3}", "")), "isolated")],  # digits one by one
 }
 
@@ -59,6 +64,7 @@ def write_gguf_tokenizer(metadata: dict, folder: Path) -> None:
     Raises ValueError for a tokenizer that is damaged, or cuts words in a way that is not implemented."""
     ggml = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
     kind, pre = ggml.get("model"), ggml.get("pre")
+    pre = SAME_SPLIT.get(pre, pre)
     if kind != "llama" and not (kind == "gpt2" and pre in WORD_SPLITS):
         raise ValueError(f"GGUF tokenizer {kind!r}, pre-tokenizer {pre!r}: supported are 'llama', and 'gpt2' with "
                          f"{', '.join(WORD_SPLITS)}; start from the Hugging Face folder")

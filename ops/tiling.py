@@ -117,9 +117,11 @@ def integer_config(M: int, N: int, columns: int, planes: int, group: int, sms: i
     if hopper:
         BK, SK, stages = hopper_int4(rows, tiles, sms) if group else hopper_int8(rows, tiles, columns, sms)
     else:  # 99 KB of shared memory: 48 of them for each program, where they suffice
-        BK = group if crowded else 128
+        BK = max(64, group) if crowded else 128
         SK = -(-2 * sms // tiles) if tiles < sms else 1
         stages = 4 if rows < 64 else 3
+    if group == 32:  # a loop of eight groups takes the compiler minutes
+        BK = min(BK, 128)
     while columns % BK and BK > max(64, group):
         BK //= 2
     SK = max(1, min(SK, columns // BK // 4, 64))

@@ -233,8 +233,9 @@ def largest(found: Iterable[tuple]) -> list[tuple]:
 
 
 def compile_linear(tiling: Tiling, even: bool, arch: int, options: bool, norm: bool, dtype: str = "bf16",
-                   heads: bool = False, planes: int = 0, group: int = 0) -> Compiled:
-    """Compile ops.linear.linear_kernel. even: BK divides K. planes, group: see ops.quantized.Quantized (0: no integers)
+                   heads: bool = False, planes: int = 0, group: int = 0, zeros: bool = False) -> Compiled:
+    """Compile ops.linear.linear_kernel. even: BK divides K. planes, group: see ops.quantized.Quantized (0: no
+    integers). zeros: scales and zeros are fp16.
 
     options: with a bias, gated and, without a norm, with a residual: what is normed is never what is added to it. Any
     number of splits but one is compiled as SPLITS, so that cards with other numbers share the code.
@@ -243,8 +244,8 @@ def compile_linear(tiling: Tiling, even: bool, arch: int, options: bool, norm: b
     constants = {"BM": tiling.BM, "BN": tiling.BN, "BK": tiling.BK, "SK": SPLITS if tiling.SK > 1 else 1,
                  "STAGES": tiling.stages, "AHEAD": tiling.ahead if arch >= 90 else 0, "PDL": arch >= 90,
                  "EVEN_K": even, "GATED": options and not heads, "D": 128 if heads else 2,
-                 "KV_HEADS": 8 if heads else 0, "PLANES": planes, "GROUP": group, "GROUPS": 128 if group else 0,
-                 "INTERPRET": False}
+                 "KV_HEADS": 8 if heads else 0, "PLANES": planes, "GROUP": group,
+                 "GROUPS": 8192 // group if group else 0, "ZEROS": zeros, "INTERPRET": False}
     absent = [] if group else ["sums_ptr"]
     absent += [] if planes else ["x_scale_ptr", "w_scale_ptr"]
     absent += [] if norm else ["norm_ptr"]
