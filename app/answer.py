@@ -28,14 +28,15 @@ class Run(NamedTuple):
 
 
 def run(engine: Engine, ids: list[int], new_tokens: int, sampling: Sampling = Sampling(),
-        show: Callable[[list[int]], bool | None] = lambda new: None) -> Run:
-    """Generate and time it. `show` is given the tokens as they come and ends the text by returning True."""
+        show: Callable[[list[int]], bool | None] = lambda new: None, reuse: bool = False) -> Run:
+    """Generate and time it. `show` is given the tokens as they come and ends the text by returning True. reuse: see
+    Engine.generate."""
     tokens: list[int] = []
     gained = []
     if engine.cuda:
         torch.cuda.synchronize()  # a cycle may still run ahead of the end of the last text
     start = time.perf_counter()
-    for new in engine.generate(ids, new_tokens, sampling):
+    for new in engine.generate(ids, new_tokens, sampling, reuse):
         if tokens:
             gained.append(len(new))
         else:
@@ -47,24 +48,29 @@ def run(engine: Engine, ids: list[int], new_tokens: int, sampling: Sampling = Sa
 
 
 def generate(engine: Engine, ids: list[int], max_new_tokens: int, sampling: Sampling, tokenizer: Tokenizer,
-             method: str = BASELINE, show: bool = False, stops: Sequence[str] = (), view: View | None = None) -> dict:
+             method: str = BASELINE, show: bool = False, stops: Sequence[str] = (), view: View | None = None,
+             push: Callable[[str], bool] | None = None, reuse: bool = False) -> dict:
     """Answer one prompt and return the object that --json prints.
 
     show: stream the text to stdout. stops: end before the first of these texts. view: give it every cycle's tree; the
-    engine's drafter must be watched then (app/watch.py).
+    engine's drafter must be watched then (app/watch.py). push: is given the text of every cycle, which may be "", and
+    ends the answer by returning True. reuse: see Engine.generate.
     """
     stream = tokenizer.stream(stops)
 
     def take(new: list[int]) -> bool:
         if view:
             view.push(new)
-        text = stream.push(new) if show or stops else ""
+        text = stream.push(new) if show or stops or push else ""
         if show:
             print(text, end="", flush=True)
-        return stream.stopped
+        left = bool(push and push(text))
+        return stream.stopped or left
 
-    tokens, gained, prefill_s, decode_s = run(engine, ids, max_new_tokens, sampling, take)
+    tokens, gained, prefill_s, decode_s = run(engine, ids, max_new_tokens, sampling, take, reuse)
     rest = stream.flush()
+    if push:
+        push(rest)
     if view:
         view.finish()
     if show:
