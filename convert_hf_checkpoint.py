@@ -31,6 +31,7 @@ import torch
 
 from app.install import add_head, staged
 from formats.config import Config
+from formats.fold import fold
 from formats.gguf import gguf_config, is_gguf, open_gguf
 from formats.gguf_tokenizer import write_gguf_tokenizer
 from formats.hf import NAMES, LazyTensor, hf_names, open_folder
@@ -88,12 +89,14 @@ def convert(source: Path, out: Path, dtype: torch.dtype = torch.bfloat16, name: 
             tensors = open_folder(source)
             for file in FILES & set(os.listdir(source)):
                 shutil.copyfile(source / file, part / file)
+            raw = read_json(part / "config.json")
+        tensors = fold(tensors, raw, config)
         if config.tie_word_embeddings and "lm_head.weight" in tensors:
             lm_head = tensors.pop("lm_head.weight")
             read_head = lm_head[1]
             read_embedding = tensors["model.embed_tokens.weight"][1]
             if not torch.equal(read_head(), read_embedding()):  # the config is wrong: these are two matrices
-                raw = read_json(part / "config.json") | {"tie_word_embeddings": False}
+                raw |= {"tie_word_embeddings": False}
                 (part / "config.json").write_text(json.dumps(raw, indent=2))
                 config = Config.load(part)
                 tensors["lm_head.weight"] = lm_head

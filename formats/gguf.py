@@ -15,7 +15,7 @@ import torch
 from gguf import GGUFReader, dequantize
 from torch import Tensor
 
-from formats.config import positive
+from formats.fields import positive
 from formats.gguf_tokenizer import special_ids
 from formats.hf import LazyTensor, hf_names
 

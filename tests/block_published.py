@@ -18,7 +18,8 @@ from formats.block_config import BlockConfig
 from formats.config import Config
 from formats.eagle3 import HeadFiles
 
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 256}
 # What the heads of each publisher usually have.
 PUBLISHERS: dict[str, dict] = {
     "z-lab": {}, "jetspec": {"causal": True}, "nemo": {}, "modelopt": {"block_size": 8},
@@ -112,7 +113,8 @@ def head(publisher: str, target: Config, seed: int = 1, copies: dict[str, Tensor
     layer = Config(vocab_size=target.vocab_size, hidden_size=target.hidden_size, intermediate_size=f.intermediate,
                    num_layers=f.layers, num_heads=f.heads, num_kv_heads=f.kv_heads, head_dim=f.head_dim,
                    rope_theta=f.theta or 10000.0, rope_scaling=f.scaling, rms_norm_eps=1e-6, tie_word_embeddings=False,
-                   qk_norm=True, max_position_embeddings=2048, sliding_window=f.window)
+                   qk_norm=True, max_position_embeddings=2048, sliding_window=f.window,
+                   rotary_dim=f.head_dim, nope_layers=(), rope_limit=None)
     windows = tuple(f.window if slides else None for slides in f.sliding or (False,) * f.layers)
     config = BlockConfig(layer, target.hidden_size, target.num_layers, f.taps, f.block_size, f.mask_token,
                          f.anchor_first, f.causal, windows, f.draft_vocab or target.vocab_size, f.markov,
@@ -258,7 +260,7 @@ def sizes(f: Flags, target: Config, **more: object) -> dict:
     if f.theta:
         raw["rope_theta"] = f.theta
     if f.scaling:
-        raw["rope_scaling"] = f.scaling | {"rope_type": "llama3"}
+        raw["rope_scaling"] = f.scaling
     return raw | more
 
 

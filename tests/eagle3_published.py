@@ -16,7 +16,8 @@ from formats.config import Config
 from formats.eagle3 import HeadFiles
 from formats.eagle3_config import Eagle3Config
 
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 256}
 # What the heads of each publisher usually have. safeailab writes a pickle, megatron is modelopt's second exporter.
 PUBLISHERS: dict[str, dict] = {
     "safeailab": {}, "specforge": {}, "angelslim": {"theta": 1e6},
@@ -104,7 +105,8 @@ def write(folder: Path, publisher: str, target: Config, seed: int = 1, **flags: 
     layer = Config(vocab_size=vocab_size, hidden_size=f.width or target.hidden_size, intermediate_size=f.intermediate,
                    num_layers=f.layers, num_heads=f.heads, num_kv_heads=f.kv_heads, head_dim=f.head_dim,
                    rope_theta=f.theta or 10000.0, rope_scaling=f.scaling, rms_norm_eps=1e-5, tie_word_embeddings=False,
-                   qk_norm=f.qk_norm, max_position_embeddings=2048, sliding_window=None)
+                   qk_norm=f.qk_norm, max_position_embeddings=2048, sliding_window=None,
+                   rotary_dim=f.head_dim, nope_layers=(), rope_limit=None)
     config = Eagle3Config(layer, target.hidden_size, n, f.boundaries(n), wide_layers(f), f.draft_vocab or vocab_size,
                           f.norm_before_residual, f.norm_output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -255,7 +257,7 @@ def sizes(f: Flags, config: Eagle3Config, **more: object) -> dict:
     if f.theta:
         raw["rope_theta"] = f.theta
     if f.scaling:
-        raw["rope_scaling"] = f.scaling | {"rope_type": "llama3"}
+        raw["rope_scaling"] = f.scaling
     return raw | more
 
 

@@ -195,7 +195,8 @@ def test_gguf_rope_scaling_is_recovered_or_refused(factor, tmp_path):
     write_gguf(tmp_path / "a.gguf", extra=lambda writer: writer.add_tensor("rope_freqs.weight", divisors))
     convert(tmp_path / "a.gguf", tmp_path / "out")
     expected = {key: value for key, value in rope.items() if key not in ("rope_type", "rope_theta")}
-    assert Config.load(tmp_path / "out").rope_scaling == pytest.approx(expected)
+    scaling = Config.load(tmp_path / "out").rope_scaling
+    assert scaling.pop("rope_type") == "llama3" and scaling == pytest.approx(expected)
     divisors[20] *= 1.01
     write_gguf(tmp_path / "b.gguf", extra=lambda writer: writer.add_tensor("rope_freqs.weight", divisors))
     with pytest.raises(ValueError, match=r"rope_freqs\.weight"):
