@@ -33,9 +33,9 @@ from quant.linear import quantize_linears, stored_mode
 def rope_table(cfg: Config, length: int, device: torch.device | None = None, context: int | None = None) -> Tensor:
     """cos and sin of every position, fp32 [2, length, D]; both halves of D hold the same D/2 angles. context: the
     longest text, by which LongRoPE chooses its frequencies; None: length."""
-    inv_freq, factor = frequencies(cfg.rope_theta, cfg.rotary_dim, cfg.rope_scaling, context or length, device)
+    inv_freq, factor = frequencies(cfg.rope_theta, cfg.rotated, cfg.rope_scaling, context or length, device)
     angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * inv_freq  # [length, rotated pairs]
-    still = (0, (cfg.head_dim - cfg.rotary_dim) // 2)  # the other pairs keep cos 1 and sin 0
+    still = (0, (cfg.head_dim - cfg.rotated) // 2)  # the other pairs keep cos 1 and sin 0
     cos, sin = F.pad(angles.cos() * factor, still, value=1.0), F.pad(angles.sin() * factor, still)
     return torch.stack((cos, sin)).repeat(1, 1, 2)
 

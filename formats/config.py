@@ -31,8 +31,8 @@ class Config:
     """The architecture of a Llama-like model, in the words of config.json. What a family has besides is folded into the
     weights (formats/fold.py).
 
-    rope_scaling: None, or "rope_type" and its numbers (formats/rope.py). rotary_dim: how many elements of a head are
-    rotated. nope_layers: the layers in which none is. sliding_window: None, or the size of the window that some layers
+    rope_scaling: None, or "rope_type" and its numbers (formats/rope.py). rotary_dim: None, or how many elements of
+    a head are rotated, if not all. nope_layers: the layers in which none is. sliding_window: None, or the size of the window that some layers
     have; the layers of this engine have none. rope_limit: None, or the number of tokens up to which what else depends
     on the length changes nothing: dynamic RoPE, Ministral 3's longer queries.
     """
@@ -50,9 +50,9 @@ class Config:
     qk_norm: bool
     max_position_embeddings: int
     sliding_window: int | None
-    rotary_dim: int
-    nope_layers: tuple[int, ...]
-    rope_limit: int | None
+    rotary_dim: int | None = None
+    nope_layers: tuple[int, ...] = ()
+    rope_limit: int | None = None
 
     @classmethod
     def load(cls, path: Path | str, *, model_type: str | None = None) -> "Config":
@@ -107,6 +107,11 @@ class Config:
         return cfg
 
     @property
+    def rotated(self) -> int:
+        """How many elements of a head RoPE rotates."""
+        return self.rotary_dim or self.head_dim
+
+    @property
     def context_limit(self) -> int | None:
         """The number of tokens up to which all that is not implemented changes nothing; None if everything is."""
         return min((n for n in (self.sliding_window, self.rope_limit) if n), default=None)
@@ -123,7 +128,7 @@ class Config:
         """The same sizes without what a draft head for this model does not have; and with changes."""
         return replace(self, **{
             "qk_norm": False, "tie_word_embeddings": False, "sliding_window": None, "rope_scaling": None,
-            "rotary_dim": self.head_dim, "nope_layers": (), "rope_limit": None, **changes})
+            "rotary_dim": None, "nope_layers": (), "rope_limit": None, **changes})
 
     def check_sizes(self) -> None:
         """Raise ValueError for sizes that contradict each other or that no model has."""

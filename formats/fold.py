@@ -26,8 +26,8 @@ def fold(tensors: dict[str, LazyTensor], raw: dict, cfg: Config) -> dict[str, La
     raw = llama_words(raw)
     family = FAMILIES[raw["model_type"]]
     tensors = split_fused(tensors, cfg)
-    if family.interleaved or cfg.rotary_dim < cfg.head_dim:
-        rows = row_order(cfg.head_dim, cfg.rotary_dim, family.interleaved)
+    if family.interleaved or cfg.rotary_dim:
+        rows = row_order(cfg.head_dim, cfg.rotated, family.interleaved)
         for name in tensors:
             if name.rpartition(".")[0].endswith((".q_proj", ".k_proj")):
                 tensors[name] = changed(tensors[name], lambda t: t.unflatten(0, (-1, len(rows)))[:, rows].flatten(0, 1))

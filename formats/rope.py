@@ -28,11 +28,11 @@ QUERY_SCALE = "llama_4_scaling_beta"  # Ministral 3's queries grow by 1 + beta *
 
 class Rope(NamedTuple):
     """theta: the base. scaling: None, or "rope_type" (linear, llama3, yarn or longrope) and its numbers, all of them.
-    rotary_dim: how many elements of a head are rotated. limit: None, or the number of tokens up to which what is not
-    implemented changes nothing."""
+    rotary_dim: None, or how many elements of a head are rotated, if not all. limit: None, or the number of tokens up to
+    which what is not implemented changes nothing."""
     theta: float
     scaling: dict | None
-    rotary_dim: int
+    rotary_dim: int | None
     limit: int | None
 
 
@@ -79,20 +79,20 @@ def read_one(raw: dict, name: str, rope: dict, head_dim: int) -> Rope:
     if kind == "dynamic":
         positive(rope, "factor", kind=float)
         return Rope(theta, None, rotary_dim, context)  # plain RoPE up to there
-    scaling = read_scaling(numbers, kind, context, rotary_dim)
+    scaling = read_scaling(numbers, kind, context, rotary_dim or head_dim)
     grows = scaling is not None and rope.get(QUERY_SCALE)
     return Rope(theta, scaling, rotary_dim, scaling[ORIGINAL] if grows else None)
 
 
-def read_rotary_dim(raw: dict, rope: dict, head_dim: int) -> int:
-    """How many elements of a head are rotated."""
+def read_rotary_dim(raw: dict, rope: dict, head_dim: int) -> int | None:
+    """How many elements of a head are rotated; None if all."""
     partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if partial is None or (partial == 1 and not isinstance(partial, bool)):
-        return head_dim
+        return None
     if raw["model_type"] not in PARTIAL:
         raise ValueError(f"partial_rotary_factor {partial!r} is not implemented in a {raw['model_type']} model")
     rotary_dim = int(head_dim * positive({"partial_rotary_factor": partial}, "partial_rotary_factor", kind=float))
-    if not 2 <= rotary_dim <= head_dim or rotary_dim % 2:
+    if not 2 <= rotary_dim < head_dim or rotary_dim % 2:
         raise ValueError(f"partial_rotary_factor {partial!r} would rotate {rotary_dim} of a head's {head_dim} elements")
     return rotary_dim
 

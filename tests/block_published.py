@@ -113,8 +113,7 @@ def head(publisher: str, target: Config, seed: int = 1, copies: dict[str, Tensor
     layer = Config(vocab_size=target.vocab_size, hidden_size=target.hidden_size, intermediate_size=f.intermediate,
                    num_layers=f.layers, num_heads=f.heads, num_kv_heads=f.kv_heads, head_dim=f.head_dim,
                    rope_theta=f.theta or 10000.0, rope_scaling=f.scaling, rms_norm_eps=1e-6, tie_word_embeddings=False,
-                   qk_norm=True, max_position_embeddings=2048, sliding_window=f.window,
-                   rotary_dim=f.head_dim, nope_layers=(), rope_limit=None)
+                   qk_norm=True, max_position_embeddings=2048, sliding_window=f.window)
     windows = tuple(f.window if slides else None for slides in f.sliding or (False,) * f.layers)
     config = BlockConfig(layer, target.hidden_size, target.num_layers, f.taps, f.block_size, f.mask_token,
                          f.anchor_first, f.causal, windows, f.draft_vocab or target.vocab_size, f.markov,

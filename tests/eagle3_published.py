@@ -105,8 +105,7 @@ def write(folder: Path, publisher: str, target: Config, seed: int = 1, **flags: 
     layer = Config(vocab_size=vocab_size, hidden_size=f.width or target.hidden_size, intermediate_size=f.intermediate,
                    num_layers=f.layers, num_heads=f.heads, num_kv_heads=f.kv_heads, head_dim=f.head_dim,
                    rope_theta=f.theta or 10000.0, rope_scaling=f.scaling, rms_norm_eps=1e-5, tie_word_embeddings=False,
-                   qk_norm=f.qk_norm, max_position_embeddings=2048, sliding_window=None,
-                   rotary_dim=f.head_dim, nope_layers=(), rope_limit=None)
+                   qk_norm=f.qk_norm, max_position_embeddings=2048, sliding_window=None)
     config = Eagle3Config(layer, target.hidden_size, n, f.boundaries(n), wide_layers(f), f.draft_vocab or vocab_size,
                           f.norm_before_residual, f.norm_output)
     folder.mkdir(parents=True, exist_ok=True)
