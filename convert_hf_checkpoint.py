@@ -36,7 +36,7 @@ from formats.gguf import gguf_config, is_gguf, open_gguf
 from formats.gguf_tokenizer import write_gguf_tokenizer
 from formats.hf import NAMES, LazyTensor, hf_names, open_folder
 from formats.hub import FILES, check_folder, fetch, name_of
-from formats.tokenizer_files import read_json
+from formats.tokenizer_files import TOKENIZERS, read_json
 from formats.weights import FORMAT, fill, read_tensors, write_file
 from model import Llama
 from tokenizer import Tokenizer
@@ -113,7 +113,7 @@ def check(folder: Path, out: Path) -> None:
     config = Config.load(folder)
     check_layer(folder / "model.safetensors", config)
     remarks = []
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+    if not any((folder / name).exists() for name in TOKENIZERS):
         remarks.append("no tokenizer.json and no tokenizer.model: generate.py needs one of them there")
     else:
         tokenizer = Tokenizer(folder)

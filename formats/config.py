@@ -31,10 +31,10 @@ class Config:
     """The architecture of a Llama-like model, in the words of config.json. What a family has besides is folded into the
     weights (formats/fold.py).
 
-    rope_scaling: None, or "rope_type" and its numbers (formats/rope.py). rotary_dim: None, or how many elements of
-    a head are rotated, if not all. nope_layers: the layers in which none is. sliding_window: None, or the size of the window that some layers
-    have; the layers of this engine have none. rope_limit: None, or the number of tokens up to which what else depends
-    on the length changes nothing: dynamic RoPE, Ministral 3's longer queries.
+    rope_scaling: None, or "rope_type" and its numbers (formats/rope.py). rotary_dim: None, or how many elements of a
+    head are rotated, if not all. nope_layers: the layers in which none is. sliding_window: None, or the size of the
+    window that some layers have; the layers of this engine have none. rope_limit: None, or the number of tokens up to
+    which what else depends on the length changes nothing: dynamic RoPE, Ministral 3's longer queries.
     """
     vocab_size: int
     hidden_size: int

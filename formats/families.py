@@ -61,7 +61,8 @@ FAMILIES = {
     # Granite 3: four multipliers.
     "granite": Family(dict.fromkeys(GRANITE, 1.0), own=GRANITE),
     # SmolLM3: every fourth layer has no RoPE.
-    "smollm3": Family({"num_key_value_heads": 4, "tie_word_embeddings": True, "max_position_embeddings": 32768},
+    "smollm3": Family({"num_key_value_heads": 4, "tie_word_embeddings": True, "max_position_embeddings": 32768,
+                       "rope_theta": 2e6},
                       own=("no_rope_layers", "no_rope_layer_interval")),
     # GLM-4-9B-chat-hf: RoPE on half of each head.
     "glm": Family({"head_dim": 128, "num_key_value_heads": 2, "rms_norm_eps": 1.5625e-7, "partial_rotary_factor": 0.5,

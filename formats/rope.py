@@ -80,8 +80,8 @@ def read_one(raw: dict, name: str, rope: dict, head_dim: int) -> Rope:
         positive(rope, "factor", kind=float)
         return Rope(theta, None, rotary_dim, context)  # plain RoPE up to there
     scaling = read_scaling(numbers, kind, context, rotary_dim or head_dim)
-    grows = scaling is not None and rope.get(QUERY_SCALE)
-    return Rope(theta, scaling, rotary_dim, scaling[ORIGINAL] if grows else None)
+    grows = family == "ministral3" and rope.get(QUERY_SCALE)
+    return Rope(theta, scaling, rotary_dim, original_context(raw, rope, name) if grows else None)
 
 
 def read_rotary_dim(raw: dict, rope: dict, head_dim: int) -> int | None:
