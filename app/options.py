@@ -136,7 +136,7 @@ def context(args: argparse.Namespace, cfg: Config) -> int:
     """How many slots the cache has."""
     if args.max_seq_len is not None:
         return args.max_seq_len
-    return min(cfg.max_position_embeddings, cfg.sliding_window or 4096, 4096)
+    return min(cfg.max_position_embeddings, cfg.context_limit or 4096, 4096)
 
 
 class Engine(engine.Engine):
