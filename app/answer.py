@@ -9,6 +9,7 @@ from app.watch import View
 from drafters.methods import BASELINE
 from engine import Engine, first_difference
 from ops.device import device_name, peak_gb
+from ops.quantized import Quantized
 from sampling import Sampling
 from tokenizer import Tokenizer
 
@@ -86,6 +87,13 @@ def generate(engine: Engine, ids: list[int], max_new_tokens: int, sampling: Samp
     return result | ({"trees": view.record()} if view else {})
 
 
+def setting(engine: Engine) -> str:
+    """One line: the device and the formats in which it computes."""
+    weight = engine.model.layers[0].wqkv.weight
+    weights = f"int{4 if weight.group else 8} weights, " if isinstance(weight, Quantized) else ""
+    return f"{device_name(engine.device)}: {weights}{str(engine.model.embed.weight.dtype).removeprefix('torch.')}"
+
+
 def report(result: dict) -> str:
     """One line: speed, tokens per step, and how often drafts were accepted to each depth."""
     drafting = "" if result["method"] == BASELINE else (
@@ -94,6 +102,18 @@ def report(result: dict) -> str:
     return (f"{result['method']}: {result['tokens_per_sec']:.1f} tokens/s ({result['new_tokens']} tokens, "
             f"{result['decode_s']:.2f} s{drafting}); prompt of {result['prompt_tokens']} in "
             f"{result['prefill_s']:.2f} s")
+
+
+def time_to_first_token(parts: dict[str, float], prefill_s: float) -> dict:
+    """Keys for the result of a process's first text: the seconds since the command began, and their parts."""
+    start_s = parts | {"prompt": prefill_s}
+    return {"first_token_s": sum(start_s.values()), "start_s": start_s}
+
+
+def start_report(result: dict) -> str:
+    """One line: the time to the first token, and the parts that took 10 ms or more."""
+    parts = ", ".join(f"{name} {s:.2f}" for name, s in result["start_s"].items() if s >= 0.01)
+    return f"first token after {result['first_token_s']:.2f} s: {parts}"
 
 
 def compare(engine: Engine, vanilla: dict, fast: dict, ids: list[int], sampling: Sampling) -> str:

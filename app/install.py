@@ -85,7 +85,8 @@ def add_head(head: Path, out: Path) -> None:
 def measure(head: Path, checkpoint: Path, doubts: dict[str, tuple]) -> dict:
     """Let the head guess what the target writes, on a GPU if there is one. Returns the values of the fields that are in
     doubt. Says on stderr what was found; ValueError where it is needed and cannot be."""
-    device, dtype = placement(argparse.Namespace(device="cpu" if gpu_problem(None) else None, dtype=None))
+    device, dtype = placement(argparse.Namespace(
+        device="cpu" if gpu_problem(None) else None, dtype=None, quantize=None, checkpoint=Path()))
     obstacle = why_not_measured(checkpoint, device, dtype)
     if obstacle:
         if doubts:

@@ -144,7 +144,7 @@ def plan(args: argparse.Namespace, dtype: torch.dtype, max_seq_len: int, mode: s
     drafter = drafter_bytes(args, model, max_seq_len, on_load)
     rows = [part for part in model.modules() if isinstance(part, QuantizedLinear) and not part.weight.group]
     is_packed = device == "cpu" and rows and cpu_integers.is_supported()
-    copies = total_bytes(rows) + drafter if is_packed else 0  # in FBGEMM's order
+    copies = total_bytes(rows) + drafter if is_packed else 0  # in the kernels' order
     return Need(total_bytes(model), cache_bytes(cfg, max_seq_len, dtype), drafter,
                 passing(cfg, dtype, stored or mode) + copies, loading(cfg, dtype, on_load))
 

@@ -2,6 +2,7 @@
 import argparse
 import shlex
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
@@ -11,8 +12,10 @@ import engine
 from drafters.methods import BASELINE, METHODS, OPTIONS, make_drafter, method_of_head
 from formats.config import Config
 from formats.eagle import folder_of
+from formats.writing import QUANTIZED
 from model import load_model
 from ops.device import gpu_problem, has_cuda
+from ops.startup import part
 from quant.linear import GROUPS, MODES
 from tokenizer import Tokenizer
 
@@ -68,7 +71,8 @@ def add_method_options(p: argparse.ArgumentParser, besides: tuple[str, ...] = ()
 
 
 def add_device_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 where the device is fast at it")
+    p.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 where the device is fast at it, "
+                   "float32 elsewhere, and on a CPU with --quantize")
     p.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
     p.add_argument("--max_seq_len", type=int, help="cache slots (default: the model's context, at most 4096)")
 
@@ -120,7 +124,10 @@ def placement(args: argparse.Namespace) -> tuple[str, torch.dtype]:
         raise ValueError(problem)
     device = args.device or ("cuda" if has_cuda() else "cpu")
     # bf16 halves the bytes, but a CPU without instructions for it (x86: AVX512-BF16 or AMX) emulates it slowly.
-    fast = device == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    # With int8 weights our kernels compute in fp32 there, and then a row's results do not depend on the other rows.
+    integers = args.quantize or args.checkpoint.match(QUANTIZED)
+    fast = device == "cuda" or not integers and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return device, DTYPES[args.dtype or ("bfloat16" if fast else "float32")]
 
 
@@ -161,8 +168,13 @@ def load_engine(args: argparse.Namespace, kind: type[Engine] = Engine) -> Engine
     wrong = check_engine(args)
     if wrong:
         raise ValueError(wrong)
-    model = load_model(args.checkpoint, *placement(args), args.quantize, args.group or 128)
-    tokenizer = Tokenizer(folder_of(args.checkpoint), args.chat_template)
+    device, dtype = placement(args)
+    with ThreadPoolExecutor(1) as pool:  # a large tokenizer takes as long as weights that come from the page cache
+        tokenizer = pool.submit(Tokenizer, folder_of(args.checkpoint), args.chat_template)
+        with part("model"):
+            model = load_model(args.checkpoint, device, dtype, args.quantize, args.group or 128)
+    with part("tokenizer"):
+        tokenizer = tokenizer.result()
     if args.chat_template and tokenizer.template_error:
         raise ValueError(tokenizer.template_error)
     max_seq_len = context(args, model.cfg)

@@ -63,6 +63,12 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def empty_embedding(tokens: int, size: int) -> nn.Embedding:
+    """An embedding to fill. nn.Embedding fills itself with random numbers: even on the meta device that imports
+    torch._dynamo and sympy, in 2 s or more."""
+    return nn.Embedding.from_pretrained(torch.empty(tokens, size), freeze=False)
+
+
 def fill(module: nn.Module, tensors: dict[str, Tensor], path: Path, device: torch.device | str,
          dtype: torch.dtype | None) -> None:
     """Give a module on the meta device its weights, moved to `device`, and make it ready for inference.

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops import cpu_integers
+from ops import cpu_integers, cpu_kernels
 from ops.device import INTERPRET, device_limits, pdl_options, tl, triton, wait_for_previous
 from ops.embed_rope import rope_store
 from ops.integer_rows import quantize_triton
@@ -48,6 +48,8 @@ def linear(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None, no
     stored in kv.
     dtype: of the output, by default x's. fp32 keeps the kernel's sums as they are: bf16 logits near 20 are 0.125 apart.
     """
+    if cpu_kernels.takes_linear(x, weight, heads, bias, norm and norm[0], residual):
+        return cpu_kernels.linear(x, weight, bias, norm, residual, gated, heads)
     rows, K = x.numel() // x.shape[-1], x.shape[-1]
     if not x.is_cuda or rows > MAX_ROWS or K % 16 or x.dtype not in (torch.bfloat16, torch.float16):
         y = linear_torch(x, weight, bias, norm, residual, gated, fast=True)
@@ -59,10 +61,10 @@ def linear(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None, no
 def linear_torch(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None,
                  norm: tuple[Tensor, float] | None = None, residual: Tensor | None = None,
                  gated: bool = False, fast: bool = False) -> Tensor:
-    """`linear` in plain PyTorch, without heads and dtype: each step is rounded to x's dtype. fast: with a CPU's integer
-    kernels for int8, which round x to 14 or 7 bits."""
+    """`linear` in plain PyTorch, without heads and dtype: each step is rounded to x's dtype. fast: with a CPU's
+    kernels, which for int8 round x to 14 or 7 bits."""
     if norm is not None:
-        x = F.rms_norm(x, x.shape[-1:], *norm)
+        x = rms_norm(x, *norm) if fast else F.rms_norm(x, x.shape[-1:], *norm)
     if fast and cpu_integers.takes(x, weight):
         y = cpu_integers.integer_linear(x, weight, bias)
     else:
@@ -136,7 +138,9 @@ def linear_triton(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = N
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """F.rms_norm of x [..., K]; on a GPU by the kernel that `linear` uses for its own norms."""
+    """F.rms_norm of x [..., K]; by a kernel: on a GPU the one that `linear` uses for its own norms."""
+    if cpu_kernels.takes_rows(x) and weight.dtype == torch.float32:
+        return cpu_kernels.rms_norm(x, weight, eps)
     if not x.is_cuda:
         return F.rms_norm(x, weight.shape, weight, eps)
     return norm_triton(x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)

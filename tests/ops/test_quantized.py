@@ -18,9 +18,9 @@ from triton_tools import (
     compile_ahead,
     compile_linear,
     interpreted,
+    largest,
     not_interpreted,
     nvidia_tool,
-    run_interpreted,
 )
 
 from ops.device import triton
@@ -237,9 +237,10 @@ def test_dequantize_by_the_kernel() -> None:
 
 @pytest.mark.slow
 @not_interpreted
-def test_in_the_interpreter() -> None:
+@pytest.mark.xdist_group("interpreter")
+def test_in_the_interpreter(interpreter) -> None:
     """Fails if one of the tests above that are marked `interpreted` fails."""
-    run_interpreted(__file__)
+    interpreter(__file__)
 
 
 def tilings(arch: int) -> list[tuple[int, int, bool, Tiling, bool]]:
@@ -292,10 +293,11 @@ def loop_lengths(cubins: list[bytes], arch: int) -> list[int]:
 def test_compiles(arch: int) -> None:
     """Fails if a tiling spills, wants too much shared memory, or reads its weights in pieces of less than 16 bytes a
     thread; or if its loop has more instructions a weight than the limit: then memory is no longer the slower part
-    (BENCHMARKS.md), which happens where weights are converted. All tilings on sm_86, else every fourth."""
+    (BENCHMARKS.md), which happens where weights are converted. The largest tilings; on sm_90 every third, on
+    cards that share the code of sm_86 every second one."""
     pytest.importorskip("triton")
     limited = []  # what the limit applies to
-    for planes, group, zeros, c, even in tilings(arch)[::1 if arch == 86 else 4]:
+    for planes, group, zeros, c, even in largest(tilings(arch))[::{86: 1, 90: 3}.get(arch, 2)]:
         made = compile_linear(c, even, arch, True, norm=False, planes=planes, group=group, zeros=zeros)
         assert_fits(made, arch, c, spilled=32 if arch == 80 else 0)
         assert re.search(r"cp\.async\.cg|ld\.global\S*\.v4\.b32", made.ptx), f"{c} does not read 16 bytes a thread"
@@ -318,7 +320,7 @@ def test_compiles(arch: int) -> None:
 def test_quantize_compiles(arch: int) -> None:
     """Fails if a row of up to 14,336 columns, rotated or not, does not stay in registers."""
     pytest.importorskip("triton")
-    for K, name, norm in itertools.product((576, 4096, 14336), MODES, (True, False)):
+    for (K, norm), name in itertools.product(((576, True), (14336, True), (14336, False)), MODES):
         group, planes, rotated = MODES[name]
         padded = max(1024, triton.next_power_of_2(K))
         constants = {"K": K, "PADDED": padded, "PLANES": planes, "GROUP": group, "ROTATED": rotated, "PDL": arch >= 90}
