@@ -71,7 +71,7 @@ def write_gguf_tokenizer(metadata: dict, folder: Path) -> None:
     kind, pre = ggml.get("model"), ggml.get("pre")
     if kind != "llama" and not (kind == "gpt2" and pre in WORD_SPLITS):
         raise ValueError(f"GGUF tokenizer {kind!r}, pre-tokenizer {pre!r}: supported are 'llama', and 'gpt2' with "
-                         f"{', '.join(WORD_SPLITS)}; start from the Hugging Face folder")
+                         f"{', '.join((*WORD_SPLITS, *SAME_SPLIT))}; start from the Hugging Face folder")
     for key in ("tokens", "token_type", "merges" if kind == "gpt2" else "scores"):
         if key not in ggml:
             raise KeyError(f"tokenizer.ggml.{key}")

@@ -241,6 +241,9 @@ def test_truncated_gguf_ends_in_one_line(cut, tmp_path, monkeypatch, capsys):
     ("smollm", {"1234": "1 2 3 4", " 1": "Ġ 1", "IT'S": "I T ' S", "e\u0301": "e Ì ģ", "xyz": "x y z"}),
     ("gpt-2", {"1234": "1234", " 1": "Ġ1", "IT'S": "I T ' S", "e\u0301": "e Ì ģ", "xyz": "x y z"}),
     ("llama-bpe", {"1234": "123 4", " 1": "Ġ 1", "IT'S": "I T 'S", "e\u0301": "e Ì ģ", "xyz": "xyz"}),
+    ("llama-v3", {"1234": "123 4", "IT'S": "I T 'S", "xyz": "xyz"}),  # another name of llama-bpe
+    ("smaug-bpe", {"1234": "123 4", " 1": "Ġ 1", "IT'S": "I T 'S", "e\u0301": "e Ì ģ", "xyz": "x y z"}),
+    ("deepseek-r1-qwen", {"1234": "1 2 3 4", " 1": "Ġ 1", "IT'S": "I T 'S", "e\u0301": "Ã ©", "xyz": "x y z"}),
     ("qwen2", {"1234": "1 2 3 4", " 1": "Ġ 1", "IT'S": "I T 'S", "e\u0301": "Ã ©", "xyz": "x y z"}),
     ("tekken", {"1234": "1 2 3 4", " 1": "Ġ 1", "IT'S": "I T 'S", "aHI hi": "a H I Ġhi", "xyz": "xyz"}),
     ("gpt-4o", {"1234": "123 4", " 1": "Ġ 1", "IT'S": "I T 'S", "aHI hi": "a H I Ġhi", "xyz": "x y z"})])
@@ -250,7 +253,7 @@ def test_gguf_byte_level_tokenizer(pre, pieces, tmp_path):
     convert(tmp_path / "a.gguf", tmp_path / "out")
     tokens = bpe_vocabulary()[0]
     ours, theirs = Tokenizer(tmp_path / "out"), transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
-    bos = [VOCAB - 4] if pre in ("llama-bpe", "tekken") else []
+    bos = [VOCAB - 4] if pre in ("llama-bpe", "llama-v3", "tekken") else []
     for text, expected in (pieces | {" hi": "Ġhi"}).items():
         ids = [tokens.index(piece) for piece in expected.split()]
         assert ours.encode(text, add_special_tokens=False) == ids, text

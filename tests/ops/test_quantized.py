@@ -320,8 +320,8 @@ def test_compiles(arch: int) -> None:
 def test_quantize_compiles(arch: int) -> None:
     """Fails if a row of up to 14,336 columns, rotated or not, does not stay in registers."""
     pytest.importorskip("triton")
-    for (K, norm), (name, (group, planes, rotated)) in itertools.product(
-            ((576, True), (14336, True), (14336, False)), MODES.items()):
+    for (K, norm), name in itertools.product(((576, True), (14336, True), (14336, False)), MODES):
+        group, planes, rotated = MODES[name]
         padded = max(1024, triton.next_power_of_2(K))
         constants = {"K": K, "PADDED": padded, "PLANES": planes, "GROUP": group, "ROTATED": rotated, "PDL": arch >= 90}
         constants |= {} if norm else {"norm_ptr": None}
