@@ -71,7 +71,7 @@ def write_gguf_tokenizer(metadata: dict, folder: Path) -> None:
     kind, pre = ggml.get("model"), ggml.get("pre")
     if kind != "llama" and not (kind == "gpt2" and pre in WORD_SPLITS):
         raise ValueError(f"GGUF tokenizer {kind!r}, pre-tokenizer {pre!r}: supported are 'llama', and 'gpt2' with "
-                         f"{', '.join((*WORD_SPLITS, *SAME_SPLIT))}; start from the Hugging Face folder")
+                         f"{', '.join(WORD_SPLITS)}; start from the Hugging Face folder")
     for key in ("tokens", "token_type", "merges" if kind == "gpt2" else "scores"):
         if key not in ggml:
             raise KeyError(f"tokenizer.ggml.{key}")
@@ -113,7 +113,7 @@ def byte_level_bpe(ggml: dict, vocab: dict[str, int], pre: str) -> Tokenizer:
     else:
         first = [pre_tokenizers.Split(Regex(split), "isolated")] if split else []
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*first, byte_level])
-    tokenizer.normalizer = normalizers.NFC() if pre == "qwen2" else None
+    tokenizer.normalizer = normalizers.NFC() if split == QWEN2_SPLIT else None
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
