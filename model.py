@@ -21,13 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from formats.config import Config
-from formats.weights import FORMAT, fill, read_tensors
+from formats.weights import FORMAT, empty_embedding, fill, read_tensors
 from ops.attention import TreeMask, tree_attention
 from ops.device import gpu_problem
 from ops.embed_rope import embed, rope_store
 from ops.frequencies import frequencies
 from ops.linear import linear, rms_norm
-from quant.linear import quantize_linears, stored_mode
+from quant.linear import prepare_linears, quantize_linears, stored_mode
 
 
 def rope_table(cfg: Config, length: int, device: torch.device | None = None, context: int | None = None) -> Tensor:
@@ -102,7 +102,7 @@ class Layer(nn.Module):
     def attention(self, x: Tensor, rope: Tensor, kv: Tensor | None, cache_pos: Tensor | None,
                   mask: Tensor | TreeMask | None) -> Tensor:
         """What the heads read, [B, T, H * D]. Without a cache: causal among the T tokens, for training."""
-        if isinstance(mask, TreeMask):  # on a GPU: our kernels store keys and values and read the mask as bits
+        if isinstance(mask, TreeMask):  # our kernels store keys and values and read the mask as bits
             q = self.project(x[0], (rope, cache_pos, kv[:, 0])).unflatten(-1, (-1, self.head_dim))
             return tree_attention(q, kv[:, 0], *mask)[None]
         q, k, v = (y.transpose(1, 2) for y in self.qkv(x, rope))  # [B, heads, T, D]
@@ -143,7 +143,7 @@ class Llama(nn.Module):
     def __init__(self, cfg: Config, *, qkv_bias: bool = False) -> None:
         super().__init__()
         self.cfg = cfg
-        self.embed = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.embed = empty_embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList(Layer(cfg, qkv_bias=qkv_bias) for _ in range(cfg.num_layers))
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
@@ -176,7 +176,7 @@ class Llama(nn.Module):
 
         tokens [B, T] int64; rope_pos [T] int64, positions in the text; cache_pos [T] int64, distinct slots to write;
         mask [T, W] bool, or additive in the weights' dtype: which of the first W slots each row sees after the write.
-        On a GPU with B = 1 better a TreeMask, which our attention kernel reads as it is.
+        With B = 1 better a TreeMask, which our attention kernels read as it is.
         Without cache_pos and mask: no cache, causal among the T tokens.
         """
         return self.forward_with_taps(tokens, rope_pos, cache_pos, mask)[0]
@@ -217,14 +217,12 @@ def load_model(path: Path | str, device: torch.device | str = "cpu", dtype: torc
         raise ValueError(f"{file}: not a converted checkpoint; run `python convert_hf_checkpoint.py {file.parent}`")
     mode, stored_group = stored_mode(file, metadata, quantize)
     check_integer_support(mode or quantize, torch.device(device))
-    problem = gpu_problem(torch.device(device).type)
-    if problem:
+    if problem := gpu_problem(torch.device(device).type):
         raise ValueError(problem)
     with torch.device("meta"):
         model = Llama(cfg, qkv_bias="layers.0.wqkv.bias" in tensors)
-    if mode:
-        quantize_linears(model, mode, stored_group)
-    tied = cfg.tie_word_embeddings and mode is None
+    prepare_linears(model, tensors, mode, stored_group)
+    tied = cfg.tie_word_embeddings and "lm_head.data" not in tensors
     placement = ("cpu", None) if quantize else (device, dtype)
     if tied and "embed.weight" in tensors:  # moved once here: `fill` would make two tensors of it
         tensors["embed.weight"] = tensors["lm_head.weight"] = tensors["embed.weight"].to(*placement)

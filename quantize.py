@@ -10,10 +10,10 @@ go through the layers twice, side by side: once through the original layers, onc
 The new weights of a layer map the quantised inputs half-way to the original outputs; going all the way overfits the
 calibration text. GPTQ then rounds them (quant/int4.py). The embedding, norms and biases are not quantised in any mode.
 """
-from app.command import run_command, watch_for_ctrl_c
+from app.command import before_imports, run_command
 
 if __name__ == "__main__":
-    watch_for_ctrl_c()
+    before_imports()
 
 import argparse
 import copy

@@ -42,7 +42,6 @@ class Tokenizer:
             self.template_error = str(error)
         self.has_chat_template = bool(self.template or self.template_error)
         self.added = self.bpe.get_added_tokens_decoder()
-        self.vocab_size = 1 + max(self.bpe.get_vocab().values())
         size = model.get("vocab_size")
         self.model_ids = range(size if isinstance(size, int) else 2**31)  # the ids that the model has
         bos, eos = (self.bpe.token_to_id(self.named.get(key, "")) for key in ("bos_token", "eos_token"))
@@ -56,6 +55,10 @@ class Tokenizer:
         if not all(isinstance(i, int) and abs(i) < 2**31 for i in stops):
             raise ValueError(f"{folder}: eos_token_id in config.json and generation_config.json must be ids")
         self.stop_ids = frozenset(i for i in stops if i in self.model_ids)
+
+    @property
+    def vocab_size(self) -> int:
+        return 1 + max(self.bpe.get_vocab().values())
 
     # ----- Text to ids ---------------------------------------------------------------------------------------------
 

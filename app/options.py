@@ -2,17 +2,21 @@
 import argparse
 import shlex
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
 import engine
+from app.streams import as_utf8
 from drafters.methods import BASELINE, METHODS, OPTIONS, make_drafter, method_of_head
 from formats.config import Config
 from formats.eagle import folder_of
+from formats.writing import QUANTIZED
 from model import load_model
 from ops.device import gpu_problem, has_cuda
+from ops.startup import part
 from quant.linear import GROUPS, MODES
 from tokenizer import Tokenizer
 
@@ -68,7 +72,8 @@ def add_method_options(p: argparse.ArgumentParser, besides: tuple[str, ...] = ()
 
 
 def add_device_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 where the device is fast at it")
+    p.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 where the device is fast at it, "
+                   "float32 elsewhere, and on a CPU with --quantize")
     p.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
     p.add_argument("--max_seq_len", type=int, help="cache slots (default: the model's context, at most 4096)")
 
@@ -120,7 +125,10 @@ def placement(args: argparse.Namespace) -> tuple[str, torch.dtype]:
         raise ValueError(problem)
     device = args.device or ("cuda" if has_cuda() else "cpu")
     # bf16 halves the bytes, but a CPU without instructions for it (x86: AVX512-BF16 or AMX) emulates it slowly.
-    fast = device == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    # With int8 weights our kernels compute in fp32 there, and then a row's results do not depend on the other rows.
+    integers = args.quantize or args.checkpoint.match(QUANTIZED)
+    fast = device == "cuda" or not integers and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return device, DTYPES[args.dtype or ("bfloat16" if fast else "float32")]
 
 
@@ -161,8 +169,13 @@ def load_engine(args: argparse.Namespace, kind: type[Engine] = Engine) -> Engine
     wrong = check_engine(args)
     if wrong:
         raise ValueError(wrong)
-    model = load_model(args.checkpoint, *placement(args), args.quantize, args.group or 128)
-    tokenizer = Tokenizer(folder_of(args.checkpoint), args.chat_template)
+    device, dtype = placement(args)
+    with ThreadPoolExecutor(1) as pool:  # a large tokenizer takes as long as weights that come from the page cache
+        tokenizer = pool.submit(Tokenizer, folder_of(args.checkpoint), args.chat_template)
+        with part("model"):
+            model = load_model(args.checkpoint, device, dtype, args.quantize, args.group or 128)
+    with part("tokenizer"):
+        tokenizer = tokenizer.result()
     if args.chat_template and tokenizer.template_error:
         raise ValueError(tokenizer.template_error)
     max_seq_len = context(args, model.cfg)
@@ -170,6 +183,22 @@ def load_engine(args: argparse.Namespace, kind: type[Engine] = Engine) -> Engine
     made = kind(model, drafter, max_seq_len, tokenizer.stop_ids, not args.no_compile)
     made.tokenizer = tokenizer
     return made
+
+
+def read_prompt(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
+    """The ids of --prompt, in the chat template unless --raw or there is none."""
+    try:
+        if args.prompt.startswith("@"):
+            text = Path(args.prompt[1:]).read_text(encoding="utf-8-sig")
+        else:
+            text = sys.stdin.read() if args.prompt == "-" else as_utf8(args.prompt)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt {args.prompt}: not UTF-8, convert it, for example with iconv ({error})") from None
+    if not text.strip():
+        raise ValueError("--prompt is empty")
+    if args.raw or not tokenizer.has_chat_template:
+        return tokenizer.encode(text)
+    return tokenizer.chat([{"role": "user", "content": text}])
 
 
 def explain_template(tokenizer: Tokenizer, args: argparse.Namespace) -> None:

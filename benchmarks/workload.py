@@ -50,7 +50,7 @@ def describe_subject(args: argparse.Namespace) -> str:
 def tensors_of(part: nn.Module | Tensor | Quantized) -> list[Tensor]:
     if isinstance(part, nn.Module):
         return [*part.parameters(), *part.buffers()]
-    return [part.data, part.scale] if isinstance(part, Quantized) else [part]
+    return [t for t in (part.data, part.scale, part.order) if t is not None] if isinstance(part, Quantized) else [part]
 
 
 def gigabytes(*parts: nn.Module | Tensor | Quantized) -> float:

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+import gguf
 import numpy as np
 import torch
 from gguf import GGUFReader, dequantize
@@ -21,6 +22,7 @@ from formats.fields import positive
 from formats.gguf_rope import FACTORS, gguf_rope, old_context
 from formats.gguf_tokenizer import special_ids
 from formats.hf import LazyTensor, hf_names
+from formats.packed import Packed
 
 # llama.cpp's module -> Hugging Face's.
 GGUF_NAMES = {
@@ -39,6 +41,7 @@ GGUF_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+QUERY_OR_KEY = re.compile(r"\.attn_([qk])\.")
 
 
 class Arch(NamedTuple):
@@ -126,7 +129,7 @@ def read_file(path: Path) -> tuple[dict, list]:
     """The metadata and the tensors, as gguf gives them. Raises ValueError for a file that is not whole."""
     check_start(path)
     try:
-        reader = WholeReader(path)
+        reader = WholeReader(path, "c")  # arrays that may be written to, without changing the file
         return {key: field.contents() for key, field in reader.fields.items()}, reader.tensors
     except EOFError:
         raise ValueError(f"it is cut off after {path.stat().st_size:,} bytes: download it again, or, if it is a part "
@@ -134,6 +137,38 @@ def read_file(path: Path) -> tuple[dict, list]:
     except Exception as err:  # what gguf raises for a damaged file cannot be listed
         raise ValueError(f"it is damaged, or newer than gguf {version('gguf')} ({type(err).__name__}: {err}): download "
                          "it again, or try `pip install -U gguf`") from err
+
+
+def read_parts(path: Path) -> tuple[dict, list]:
+    """The same, of all files of a model: NAME-00001-of-00003.gguf and so on, given by any of them. Their metadata are
+    those of the first. Raises ValueError where one is missing or belongs to another model."""
+    metadata, tensors = read_file(path)
+    count = metadata.get("split.count", 0)
+    if count in (0, 1):
+        return metadata, tensors
+    numbered = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", path.name)
+    if not numbered or int(numbered[2]) != count:
+        raise ValueError(f"it is one of the {count} files of a model, whose names end in -00001-of-{count:05}.gguf and "
+                         "so on: give them their names back")
+    files = [path.with_name(f"{numbered[1]}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ValueError(f"it is one of the {count} files of a model: {', '.join(missing[:3])} should lie beside it")
+    tensors = []
+    for i, file in enumerate(files):
+        try:
+            found, its_tensors = read_file(file)
+        except ValueError as error:
+            raise ValueError(f"{file.name}: {error}") from None
+        if found.get("split.no") != i or found.get("split.count") != count:
+            raise ValueError(f"{file.name}: it says that it is number {found.get('split.no')} of "
+                             f"{found.get('split.count')}, counted from 0: download it again")
+        metadata = found if i == 0 else metadata
+        tensors += its_tensors
+    names = {tensor.name for tensor in tensors}
+    if len(names) != len(tensors) or len(tensors) != metadata.get("split.tensors.count", len(tensors)):
+        raise ValueError(f"its {count} files are of different models: download them again")
+    return metadata, tensors
 
 
 # ----- Tensors -----------------------------------------------------------------------------------------------------
@@ -145,13 +180,9 @@ def open_gguf(path: Path) -> tuple[dict, dict[str, LazyTensor]]:
     Where a field of the architecture is a list with one number for each layer, all the same, it is that number here.
     Raises ValueError for a file that is not whole, or holds anything but a whole model that is implemented.
     """
-    metadata, found = read_file(path)
+    metadata, found = read_parts(path)
     arch = metadata.get("general.architecture")
     kind = metadata.get("general.type")
-    num_files = metadata.get("split.count", 0)
-    if num_files not in (0, 1):
-        raise ValueError(f"it is one of the {num_files} files of a model: join them with `llama-gguf-split --merge "
-                         "FIRST.gguf WHOLE.gguf`")
     if kind in ("adapter", "mmproj", "imatrix"):
         raise ValueError(f"it holds no model, its general.type is {kind}: look for the model itself")
     if arch not in list(GGUF_ARCHS):
@@ -164,13 +195,21 @@ def open_gguf(path: Path) -> tuple[dict, dict[str, LazyTensor]]:
         weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
         return to_hf_rows(tensor.name, weight, metadata) if GGUF_ARCHS[arch].reorders else weight
 
+    def packed(tensor) -> Packed | None:
+        if gguf.GGML_QUANT_SIZES[tensor.tensor_type][0] == 1 or len(tensor.shape) != 2:
+            return None
+        rows = None
+        if GGUF_ARCHS[arch].reorders and QUERY_OR_KEY.search(tensor.name):
+            rows = to_hf_rows(tensor.name, torch.arange(len(tensor.data))[:, None], metadata)[:, 0]
+        return Packed(tensor.tensor_type.name, {"blocks": torch.from_numpy(tensor.data)}, {"rows": rows})
+
     tensors = {}
     for tensor in found:
         name = hf_names(tensor.name, GGUF_NAMES | GGUF_ARCHS[arch].names)[0]
         if (name == tensor.name and name not in ROPE_TENSORS) or not name.endswith((".weight", ".bias")):
             raise ValueError(f"the tensor {tensor.name} is not implemented")
         shape = tuple(tensor.shape[::-1].tolist())  # GGUF lists the innermost dimension first
-        tensors[name] = (shape, partial(read, tensor))
+        tensors[name] = LazyTensor(shape, partial(read, tensor), packed(tensor))
     if "model.embed_tokens.weight" not in tensors:
         raise ValueError("it has no token_embd.weight (only a vocabulary?): look for the model itself")
     return metadata, tensors
@@ -180,7 +219,7 @@ def to_hf_rows(name: str, weight: Tensor, metadata: dict) -> Tensor:
     """A tensor with the rows of q and k in Hugging Face's order, of a file in whose architecture llama.cpp reorders
     them: RoPE rotates pairs of elements of a head, (2j, 2j + 1) in llama.cpp, (j, j + head_dim / 2) in Hugging Face.
     """
-    found = re.search(r"\.attn_([qk])\.", name)
+    found = QUERY_OR_KEY.search(name)
     if not found:
         return weight
     arch = metadata["general.architecture"]
@@ -203,7 +242,7 @@ def gguf_config(metadata: dict, tensors: dict[str, LazyTensor], dtype: torch.dty
     context = positive(metadata, f"{arch}.context_length")
     eps = positive(metadata, f"{arch}.attention.layer_norm_rms_epsilon", kind=float)
     refuse_fields(metadata, arch, head_dim, context)
-    extra = {name: tensors.pop(name)[1]() for name in ROPE_TENSORS if name in tensors}
+    extra = {name: tensors.pop(name).read() for name in ROPE_TENSORS if name in tensors}
     rope = gguf_rope(metadata, arch, head_dim, context, extra)
     model_type = GGUF_ARCHS[arch].model_type
     has_biases = any(name.endswith(("q_proj.bias", "qkv_proj.bias")) for name in tensors)

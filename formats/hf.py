@@ -2,11 +2,13 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
 from formats.families import WRAPPERS, has_biases, llama_words
 from formats.foreign import kind_of_head, pickled_by, quantized_by_tensors
+from formats.packed import Packed, is_read, join_parts, stated
 from formats.tokenizer_files import read_json
 from formats.weights import read_tensors
 
@@ -25,7 +27,14 @@ NAMES = {
     "w2": "mlp.down_proj",
 }
 VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")  # what a text does without
-LazyTensor = tuple[tuple[int, ...], Callable[[], Tensor]]  # a tensor's shape, and a function that reads it
+
+
+class LazyTensor(NamedTuple):
+    """A tensor's shape, a function that reads it and, where its file packs it, what that holds. Of a folder's packed
+    weights only the last is known (quant.published.with_values)."""
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor] | None
+    packed: Packed | None = None
 
 
 def hf_names(name: str, table: dict[str, str]) -> list[str]:
@@ -62,13 +71,18 @@ def open_folder(folder: Path) -> dict[str, LazyTensor]:
     raw = read_json(folder / "config.json")
     if raw.get("model_type") in list(WRAPPERS):
         tensors = text_tensors(tensors)
+    raw = llama_words(raw)
     kind = kind_of_head(tensors, raw)
     if kind and not kind.startswith(("a whole model", "an MTP")):  # models may have MTP layers of their own
         raise ValueError(f"the folder holds {kind.partition(' (')[0]}, not a model: give the model's "
                          "folder, and --eagle for an EAGLE-1/2 head")
-    if quantized := quantized_by_tensors(tensors):
+    found = stated(raw, folder)
+    if found and is_read(*found[:2]):
+        tensors = join_parts(tensors, *found[:2], has_biases(raw))
+    if quantized := quantized_by_tensors({name: t for name, t in tensors.items() if isinstance(t, Tensor)}):
         raise ValueError(quantized)
-    return usual_names({name: (tuple(t.shape), t.detach) for name, t in tensors.items()}, llama_words(raw))
+    return usual_names({name: LazyTensor((), None, t) if isinstance(t, Packed) else LazyTensor(tuple(t.shape), t.detach)
+                        for name, t in tensors.items()}, raw)
 
 
 def text_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -84,7 +98,8 @@ def text_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def what_is_there(folder: Path) -> str:
     """The end of an error about a folder without weights: what it holds instead, as far as names tell."""
     signs = {
-        "gptq*.safetensors": "a GPTQ checkpoint of 2023; download the unquantised model",
+        "gptq*.safetensors": "a GPTQ checkpoint of 2023; rename it to model.safetensors, beside its "
+                             "quantize_config.json",
         "*[0-9]bit*.safetensors": "a quantised checkpoint; download the unquantised model",
         "qmodel.pt": "an HQQ checkpoint; download the unquantised model",
         "*.gguf": "a GGUF model; give the path of that file",

@@ -15,7 +15,6 @@ from typing import Any
 
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as BPE
 
@@ -213,6 +212,7 @@ def from_tiktoken(data: bytes, listed: dict[str, Any]) -> tuple[BPE, dict[str, s
 
 def from_sentencepiece(data: bytes) -> tuple[BPE, dict[str, str]]:
     """A sentencepiece BPE model, such as Llama 2's. Raises ValueError for a unigram model."""
+    from sentencepiece import SentencePieceProcessor  # here, since most folders have a tokenizer.json
     spm = SentencePieceProcessor()
     spm.LoadFromSerializedProto(data)
     vocab = {spm.id_to_piece(i): i for i in range(len(spm))}

@@ -190,7 +190,7 @@ REFUSED = {
     "biases in the MLP": {"mlp_bias": True},
     "attention output": {"attention_bias": True},
     "hidden_act 'gelu'": {"hidden_act": "gelu"},
-    "quantization_config": {"quantization_config": {"quant_method": "awq"}},
+    "quantization_config": {"quantization_config": {"quant_method": "exl2"}},
     "partial_rotary_factor": {"partial_rotary_factor": 0.5},
     "hidden_size": {"hidden_size": -8},
     "num_hidden_layers": {"num_hidden_layers": "two"},

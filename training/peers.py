@@ -16,10 +16,10 @@ target's own distribution in the answers. Both see every batch, and share the ta
 
 Stop it at any time: what was learned is written, and the same command goes on.
 """
-from app.command import run_command, watch_for_ctrl_c
+from app.command import before_imports, run_command
 
 if __name__ == "__main__":
-    watch_for_ctrl_c()
+    before_imports()
 
 import argparse
 import copy

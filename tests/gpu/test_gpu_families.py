@@ -1,5 +1,6 @@
 """Every kind of layer through the kernels of a GPU, against float64 on a CPU: Llama, Qwen2 with biases of q, k and v,
-Qwen3 with norms of q and k, layers without RoPE or with RoPE on a part of each head. Comparing drafters with vanilla decoding on the same GPU cannot see what both do wrong.
+Qwen3 with norms of q and k, layers without RoPE or with RoPE on a part of each head. Comparing drafters with vanilla
+decoding on the same GPU cannot see what both do wrong.
 
     python -m pytest tests/gpu/test_gpu_families.py -q
 """

@@ -38,7 +38,7 @@ def letters(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings(tmp_path: Path, **changes) -> argparse.Namespace:
-    values = {"length": 32, "batch": 8, "unroll": 4, "decay": 0.8, "anchors": 8, "lr": 0.05, "steps": 150,
+    values = {"length": 32, "batch": 8, "unroll": 4, "decay": 0.8, "anchors": 8, "lr": 0.05, "steps": 200,
               "minutes": math.inf, "out": tmp_path / "head", "held_out": 0, "draft_vocab": 12, "head_layers": None,
               "mlp": None, "block_size": 4, "markov_rank": 6, "checkpoint": tmp_path}
     return argparse.Namespace(**values | changes)
@@ -93,6 +93,7 @@ def test_rows_are_what_drafting_computes(case: dict, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_learns(learnable: tuple[Llama, Tensor], tmp_path: Path) -> None:
     """Fails if training does not lower the loss, or if the saved head drafts much worse than it learned to."""
+    torch.manual_seed(1)  # else the head starts from what the tests before left
     model, data = learnable
     args = settings(tmp_path, draft_vocab=V)
     made = BlockTrainer(model, args, data)
