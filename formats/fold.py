@@ -8,8 +8,6 @@
 
 Attention sees only products of a query with a key, so rows that are reordered in both change nothing.
 """
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -27,20 +25,30 @@ def fold(tensors: dict[str, LazyTensor], raw: dict, cfg: Config) -> dict[str, La
     family = FAMILIES[raw["model_type"]]
     tensors = split_fused(tensors, cfg)
     if family.interleaved or cfg.rotary_dim:
-        rows = row_order(cfg.head_dim, cfg.rotated, family.interleaved)
-        for name in tensors:
+        order = row_order(cfg.head_dim, cfg.rotated, family.interleaved)
+        for name, tensor in tensors.items():
             if name.rpartition(".")[0].endswith((".q_proj", ".k_proj")):
-                tensors[name] = changed(tensors[name], lambda t: t.unflatten(0, (-1, len(rows)))[:, rows].flatten(0, 1))
+                heads = torch.arange(0, tensor.shape[0], cfg.head_dim)
+                tensors[name] = rows_of(tensor, (heads[:, None] + order).flatten())
     if raw["model_type"] == "granite":
         tensors = multiply_granite(tensors, raw, cfg)
     return tensors
 
 
-def changed(tensor: LazyTensor, change: Callable[[Tensor], Tensor], rows: int | None = None) -> LazyTensor:
-    """A tensor that `change` is done to when it is read. rows: how many it has then, if not as many. Integers that a
-    file packs are not kept: what they stand for is changed."""
-    shape, read, _ = tensor
-    return LazyTensor(shape if rows is None else (rows, *shape[1:]), lambda: change(read()))
+def rows_of(tensor: LazyTensor, rows: slice | Tensor) -> LazyTensor:
+    """Rows of a tensor, chosen when it is read. A GGUF file's blocks stay packed; of other packed weights only the
+    values are known afterwards, so that they are not quantised."""
+    packed = tensor.packed
+    if packed and "blocks" in packed.parts:
+        blocks, order = packed.parts["blocks"], packed.facts["rows"]
+        if isinstance(rows, slice):
+            packed = None if order is not None else packed._replace(parts={"blocks": blocks[rows]})
+        else:
+            packed = packed._replace(facts={"rows": rows if order is None else order[rows]})
+    else:
+        packed = None
+    count = len(rows) if isinstance(rows, Tensor) else rows.stop - rows.start
+    return LazyTensor((count, *tensor.shape[1:]), lambda: tensor.read()[rows], packed)
 
 
 def split_fused(tensors: dict[str, LazyTensor], cfg: Config) -> dict[str, LazyTensor]:
@@ -60,8 +68,7 @@ def split_fused(tensors: dict[str, LazyTensor], cfg: Config) -> dict[str, LazyTe
                              f"{sum(sizes)}")
         for i, (own, size) in enumerate(zip(names, sizes)):
             start = sum(sizes[:i])
-            result[".".join((*prefix, own, kind))] = changed(
-                tensor, lambda t, start=start, size=size: t[start:start + size], size)
+            result[".".join((*prefix, own, kind))] = rows_of(tensor, slice(start, start + size))
     return result
 
 
@@ -88,5 +95,5 @@ def multiply_granite(tensors: dict[str, LazyTensor], raw: dict, cfg: Config) -> 
     for name, tensor in result.items():
         factor = by_module.get(name.split(".")[-2], 1.0)
         if factor != 1:
-            result[name] = changed(tensor, lambda t, factor=factor: t.float() * factor)
+            result[name] = LazyTensor(tensor.shape, lambda t=tensor, factor=factor: t.read().float() * factor)
     return result

@@ -18,21 +18,25 @@ END_TOKENS = {
     "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>", "<end_of_utterance>"}
 # Mistral's and GPT-4o's words begin with capitals, and end with small letters. GPT-4o's have an ending such as "'s".
 WORD = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]%s[\p{Ll}\p{Lm}\p{Lo}\p{M}]%s"
+ENDING = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 OTHERS = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 TEKKEN_SPLIT = "|".join((WORD % ("*", "+"), WORD % ("+", "*"), r"\p{N}", OTHERS))
-ENDING = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 GPT4O_SPLIT = "|".join((WORD % ("*", "+") + ENDING, WORD % ("+", "*") + ENDING, r"\p{N}{1,3}", OTHERS))
-QWEN2_SPLIT = LLAMA3_SPLIT.replace("{1,3}", "")  # digits one by one
-# How a byte-level BPE cuts a text into words, by the name in tokenizer.ggml.pre (llama.cpp, src/llama-vocab.cpp): a
-# pattern, or of GPT-2's, which ByteLevel has, "" and with digits one by one "digits".
+# Names in tokenizer.ggml.pre for one way to cut a text into words; llama.cpp has the same list.
+SAME_SPLIT = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "deepseek-r1-qwen": "qwen2",
+              "megrez": "qwen2", "refact": "smollm", "glm4": "dbrx", "chatglm-bpe": "dbrx"}
+# How a byte-level BPE does it, besides what ByteLevel does.
 WORD_SPLITS = {
-    "gpt-2": "", "smollm": "digits", "refact": "digits",  # Granite 3's name is refact
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "dbrx", "smaug-bpe", "glm4", "chatglm-bpe"),
-                    LLAMA3_SPLIT),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), QWEN2_SPLIT),
-    "tekken": TEKKEN_SPLIT, "gpt-4o": GPT4O_SPLIT,
+    "gpt-2": [],
+    "smollm": [pre_tokenizers.Digits(individual_digits=True)],
+    "llama-bpe": [pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")],
+    "smaug-bpe": [pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")],
+    "dbrx": [pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")],
+    "qwen2": [pre_tokenizers.Split(Regex(LLAMA3_SPLIT.replace("{1,3}", "")), "isolated")],  # digits one by one
+    "tekken": [pre_tokenizers.Split(Regex(TEKKEN_SPLIT), "isolated")],
+    "gpt-4o": [pre_tokenizers.Split(Regex(GPT4O_SPLIT), "isolated")],
 }
-WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")  # a word that is a token is not merged; add bos
+WHOLE_WORDS = ("llama-bpe", "tekken")  # a word that is a token is not merged; add bos
 
 
 def special_ids(metadata: dict) -> dict[str, int]:
@@ -69,6 +73,7 @@ def write_gguf_tokenizer(metadata: dict, folder: Path) -> None:
     Raises ValueError for a tokenizer that is damaged, or cuts words in a way that is not implemented."""
     ggml = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
     kind, pre = ggml.get("model"), ggml.get("pre")
+    pre = SAME_SPLIT.get(pre, pre)
     if kind != "llama" and not (kind == "gpt2" and pre in WORD_SPLITS):
         raise ValueError(f"GGUF tokenizer {kind!r}, pre-tokenizer {pre!r}: supported are 'llama', and 'gpt2' with "
                          f"{', '.join(WORD_SPLITS)}; start from the Hugging Face folder")
@@ -106,14 +111,9 @@ def byte_level_bpe(ggml: dict, vocab: dict[str, int], pre: str) -> Tokenizer:
     """A BPE over bytes written as characters, such as GPT-2's. `pre` names the way to cut a text into words."""
     merges = [tuple(merge.split(" ")) for merge in ggml["merges"]]
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre in WHOLE_WORDS))
-    split = WORD_SPLITS[pre]
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split in ("", "digits"))
-    if split == "digits":
-        first = [pre_tokenizers.Digits(individual_digits=True)]
-    else:
-        first = [pre_tokenizers.Split(Regex(split), "isolated")] if split else []
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*first, byte_level])
-    tokenizer.normalizer = normalizers.NFC() if split == QWEN2_SPLIT else None
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre in ("gpt-2", "smollm"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*WORD_SPLITS[pre], byte_level])
+    tokenizer.normalizer = normalizers.NFC() if pre == "qwen2" else None
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 

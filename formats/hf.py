@@ -71,17 +71,18 @@ def open_folder(folder: Path) -> dict[str, LazyTensor]:
     raw = read_json(folder / "config.json")
     if raw.get("model_type") in list(WRAPPERS):
         tensors = text_tensors(tensors)
+    raw = llama_words(raw)
     kind = kind_of_head(tensors, raw)
     if kind and not kind.startswith(("a whole model", "an MTP")):  # models may have MTP layers of their own
         raise ValueError(f"the folder holds {kind.partition(' (')[0]}, not a model: give the model's "
                          "folder, and --eagle for an EAGLE-1/2 head")
     found = stated(raw, folder)
     if found and is_read(*found[:2]):
-        tensors = join_parts(tensors, *found[:2], raw["model_type"] == "qwen2")
+        tensors = join_parts(tensors, *found[:2], has_biases(raw))
     if quantized := quantized_by_tensors({name: t for name, t in tensors.items() if isinstance(t, Tensor)}):
         raise ValueError(quantized)
     return usual_names({name: LazyTensor((), None, t) if isinstance(t, Packed) else LazyTensor(tuple(t.shape), t.detach)
-                        for name, t in tensors.items()}, llama_words(raw))
+                        for name, t in tensors.items()}, raw)
 
 
 def text_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -185,6 +185,7 @@ REFUSED = [
     ("mistral3", {}, "text_config"), ("mistral3", {"text_config": [1]}, "text_config"),
     ("mistral3", {"text_config": {"model_type": "gemma3"}}, "gemma3"),
     ("mistral3", {"text_config": SIZES, "rope_scaling": YARN}, "rope_scaling is beside text_config"),
+    ("mistral3", {"text_config": SIZES, "quantization_config": {"quant_method": "exl3"}}, "EXL3"),
     ("glm4", {}, "norms"), ("gemma3", {}, "soft caps"), ("qwen3_moe", {}, "mixture of experts"),
     ("chatglm", {}, "glm-4-9b-chat-hf"), ("qwen3_5", {}, "state"), (["llama"], {}, "not implemented"),
 ]
