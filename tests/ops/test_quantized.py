@@ -258,7 +258,7 @@ def tilings(arch: int) -> list[tuple[int, int, bool, Tiling, bool]]:
 def test_config(arch: int) -> None:
     """Fails if a block holds no whole groups, or a prefetch no whole lines."""
     for _, group, _, c, _ in tilings(arch):
-        assert c.BK % max(group, 64) == 0 and c.BN % 64 == 0 and 1 <= c.SK <= 64
+        assert c.BK % max(group, 64) == 0 and c.BN % 16 == 0 and 1 <= c.SK <= 64
         assert c.ahead * c.BK % 128 == 0, "the prefetch counts in lines of 128 bytes"
 
 
