@@ -37,7 +37,7 @@ lint: .venv/installed-dev
 	$(PY) -m pip install --disable-pip-version-check -q -r requirements.txt
 	touch $@
 
-.venv/installed-dev: .venv/installed requirements-dev.txt
+.venv/installed-dev: .venv/installed requirements-dev.txt requirements-server.txt
 	$(PY) -m pip install --disable-pip-version-check -q -r requirements-dev.txt
 	touch $@
 

@@ -35,11 +35,12 @@ import torch
 
 from app.install import add_head, staged
 from formats.config import Config
+from formats.fold import fold
 from formats.gguf import gguf_config, is_gguf, open_gguf
 from formats.gguf_tokenizer import write_gguf_tokenizer
 from formats.hf import NAMES, LazyTensor, hf_names, open_folder
 from formats.hub import FILES, check_folder, fetch, name_of
-from formats.tokenizer_files import read_json
+from formats.tokenizer_files import TOKENIZERS, read_json
 from formats.weights import FORMAT, fill, read_tensors, write_file
 from model import Llama
 from quant.converted import Conversion, plain_dtype
@@ -110,11 +111,13 @@ def convert(source: Path, out: Path, dtype: torch.dtype | None = torch.bfloat16,
             tensors = with_values(open_folder(source))
             for file in FILES & set(os.listdir(source)):
                 shutil.copyfile(source / file, part / file)
+            raw = read_json(part / "config.json")
+        tensors = fold(tensors, raw, config)
         if config.tie_word_embeddings and "lm_head.weight" in tensors:
             lm_head = tensors.pop("lm_head.weight")
             embedding = tensors["model.embed_tokens.weight"]
             if not torch.equal(lm_head.read(), embedding.read()):  # the config is wrong: these are two matrices
-                raw = read_json(part / "config.json") | {"tie_word_embeddings": False}
+                raw |= {"tie_word_embeddings": False}
                 (part / "config.json").write_text(json.dumps(raw, indent=2))
                 config = Config.load(part)
                 tensors["lm_head.weight"] = lm_head
@@ -131,7 +134,7 @@ def check(folder: Path, out: Path) -> None:
     config = Config.load(folder)
     check_layer(folder / "model.safetensors", config)
     remarks = []
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+    if not any((folder / name).exists() for name in TOKENIZERS):
         remarks.append("no tokenizer.json and no tokenizer.model: generate.py needs one of them there")
     else:
         tokenizer = Tokenizer(folder)

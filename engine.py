@@ -298,15 +298,16 @@ class Engine:
         compile_kernels(self.cycle, *chunks, partial(self.commit_first, 0), *trees)
 
     def captured(self, function: Callable[[], None], *key: object) -> Callable[[], None]:
-        """`function` as a CUDA graph, captured when this key is first asked for; on a CPU `function` itself."""
+        """`function` as a CUDA graph, captured when this key is new or long not used; on a CPU `function` itself."""
         if self.graphs is None:
             return function
         caches = self.caches()
         if any(a is not b for a, b in zip(caches, self.graph_caches)):  # another engine that shares them replaced one
             self.graphs.clear()
         self.graph_caches = caches
-        if key not in self.graphs:
-            self.graphs[key] = capture(function)
+        self.graphs[key] = self.graphs.pop(key, None) or capture(function)  # the latest comes last
+        if len(self.graphs) > 10:  # a prompt's two chunks and the cycle for the 8 latest samplings: a server sees many
+            del self.graphs[next(iter(self.graphs))]
         return self.graphs[key]
 
     # ----- Measuring -----------------------------------------------------------------------------------------------
@@ -334,8 +335,7 @@ class Engine:
         last = self.prefill_chunks(ids)
         self.state.length.fill_(len(ids))
         self.draw_noise()
-        best, second = self.scores(self.features[last][None], self.nodes[:1]).topk(2).values[0].tolist()
-        return best - second
+        return self.scores(self.features[last][None], self.nodes[:1]).topk(2).values[0].diff().abs().item()
 
 
 def first_difference(ids: list[int], others: list[int]) -> int:

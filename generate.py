@@ -14,16 +14,15 @@ if __name__ == "__main__":
     before_imports(gpu=True)
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from app import memory
-from app.answer import compare, generate, report, setting, start_report, time_to_first_token
+from app.answer import answer_and_report
 from app.batch import batch
 from app.draw_tree import write_page
 from app.options import (
-    Engine,
+    Engine,  # noqa: F401  (`from generate import Engine`: README)
     add_device_options,
     add_method_flags,
     add_method_options,
@@ -33,17 +32,15 @@ from app.options import (
     flagged_method,
     load_engine,
     placement,
+    read_prompt,
 )
 from app.streams import as_utf8
 from app.trace import write_trace
-from app.watch import View, Watch, watch
-from draft import Vanilla
+from app.watch import watch
 from drafters.methods import BASELINE
 from formats.config import Config
 from formats.eagle import folder_of
-from ops.startup import parts_so_far
 from sampling import Sampling
-from tokenizer import Tokenizer
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -54,16 +51,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     source.add_argument("--interactive", action="store_true", help="chat; from a pipe, every line is a turn")
     source.add_argument("--prompt_file", type=Path, metavar="FILE", help='many prompts: JSON lines with "prompt", '
                         '"messages" or "turns" (app/batch.py)')
+    source.add_argument("--serve", nargs="?", const="127.0.0.1:8000", metavar="HOST:PORT", help="answer requests in "
+                        "OpenAI's format (docs/usage.md; default: %(const)s)")
     source.add_argument("--memory", action="store_true", help="print how much memory this would take, and stop")
     p.add_argument("--output", type=Path, metavar="FILE", help="with --prompt_file: the answers, one a line; answers "
                    "that are in the file already are kept")
+    p.add_argument("--api_key", metavar="KEY", help="with --serve: the key that clients must send, or @FILE")
 
     methods = p.add_argument_group("how to draft (one of these, or --method NAME)")
     add_method_flags(methods)
     add_method_options(p, besides=("medusa", "speculate"))
 
     text = p.add_argument_group("the text")
-    text.add_argument("--max_new_tokens", type=int, help="default: 256; in a chat 1024 for each answer")
+    text.add_argument("--max_new_tokens", type=int, help="default: 256; with --interactive and --serve 1024")
     text.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     text.add_argument("--top_k", type=int, default=0, help="0: off")
     text.add_argument("--top_p", type=float, default=1.0, help="1: off")
@@ -87,7 +87,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--no_compile", action="store_true", help="no CUDA graphs: launch every kernel from Python")
     args = p.parse_args(argv)
     if args.max_new_tokens is None:
-        args.max_new_tokens = 1024 if args.interactive else 256
+        args.max_new_tokens = 1024 if args.interactive or args.serve else 256
     try:
         args.method = flagged_method(args)
     except (ValueError, OSError) as e:
@@ -114,8 +114,9 @@ def check_run(args: argparse.Namespace) -> str | None:
             (bool(args.prompt_file) != bool(args.output), "--prompt_file and --output FILE go together"),
             (args.prompt is None and (args.compare or args.json or args.profile or args.tree_html),
              "--compare, --json, --profile and --tree_html are for a single --prompt"),
-            (args.prompt_file and args.show_tree, "--show_tree is not for --prompt_file"),
-            (args.interactive and args.raw, "--interactive is without --raw"),
+            (args.show_tree and (args.prompt_file or args.serve), "--show_tree is not for --prompt_file and --serve"),
+            ((args.interactive or args.serve) and args.raw, "--interactive and --serve are without --raw"),
+            (args.api_key is not None and not args.serve, "--api_key is for --serve"),
             (args.system and not args.interactive, "--system is for --interactive"),
             ("" in args.stop, "--stop must not be empty"),
             (args.stop and trees, "--show_tree and --tree_html are without --stop"),
@@ -134,22 +135,6 @@ def check_run(args: argparse.Namespace) -> str | None:
 
 def asked_sampling(args: argparse.Namespace) -> Sampling:
     return Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
-
-
-def read_prompt(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
-    """The ids of --prompt, in the chat template unless --raw or there is none."""
-    try:
-        if args.prompt.startswith("@"):
-            text = Path(args.prompt[1:]).read_text(encoding="utf-8-sig")
-        else:
-            text = sys.stdin.read() if args.prompt == "-" else as_utf8(args.prompt)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompt {args.prompt}: not UTF-8, convert it, for example with iconv ({error})") from None
-    if not text.strip():
-        raise ValueError("--prompt is empty")
-    if args.raw or not tokenizer.has_chat_template:
-        return tokenizer.encode(text)
-    return tokenizer.chat([{"role": "user", "content": text}])
 
 
 def slots(args: argparse.Namespace) -> int:
@@ -172,6 +157,9 @@ def run(args: argparse.Namespace, sampling: Sampling) -> int | None:
         return print(memory.summary(args, *placement(args), slots(args)))
     if args.prompt_file:
         return batch(args, sampling)
+    if args.serve:
+        from app.server import serve  # here, since what it needs need not be installed
+        return serve(args, sampling)
     engine = load_engine(args)
     explain_template(engine.tokenizer, args)
     if args.show_tree or args.tree_html:
@@ -182,36 +170,12 @@ def run(args: argparse.Namespace, sampling: Sampling) -> int | None:
     ids = read_prompt(args, engine.tokenizer)
     engine.check(ids)
     engine.warm_up(sampling)
-    result = answer(args, engine, ids, sampling)
+    result = answer_and_report(args, engine, ids, sampling)
     if args.tree_html:
         write_page(result, args.tree_html)
     if args.profile:
         print(write_trace(engine, ids, sampling, args.profile), file=sys.stderr)
     return None
-
-
-def answer(args: argparse.Namespace, engine: Engine, ids: list[int], sampling: Sampling) -> dict:
-    """Answer one prompt and print what was asked for. Returns the result."""
-    tokenizer = engine.tokenizer
-    if args.compare:
-        print(setting(engine), file=sys.stderr)
-    view = View(engine.drafter, tokenizer, args.show_tree) if isinstance(engine.drafter, Watch) else None
-    parts = parts_so_far()
-    result = generate(engine, ids, args.max_new_tokens, sampling, tokenizer, args.method, not args.show_tree,
-                      args.stop, view)
-    result |= time_to_first_token(parts, result["prefill_s"])
-    print(report(result), start_report(result), sep="\n", file=sys.stderr)
-    if args.compare:
-        plain = Engine(engine.model, Vanilla(engine.device), engine.max_seq_len, tokenizer.stop_ids,
-                       not args.no_compile)
-        plain.warm_up(sampling)
-        vanilla = generate(plain, ids, args.max_new_tokens, sampling, tokenizer, stops=args.stop)
-        result["vanilla"] = vanilla
-        result["identical"] = result["tokens"] == vanilla["tokens"]
-        print(report(vanilla), compare(plain, vanilla, result, ids, sampling), sep="\n", file=sys.stderr)
-    if args.json:
-        print(json.dumps(result))
-    return result
 
 
 def main() -> None:

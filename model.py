@@ -1,6 +1,6 @@
 """The Llama family, small enough to read: RoPE, one decoder layer, a static KV cache, one forward.
 
-Runs Llama 1 to 3.2, Vicuna, TinyLlama, SmolLM2, Mistral, Qwen2, Qwen2.5 and Qwen3, from the folder that
+Runs Llama, Mistral, Qwen2, Qwen3, and what is a Llama by conversion (formats/families.py), from the folder that
 convert_hf_checkpoint.py writes. What config.json may ask for, and what is refused by name: formats/config.py.
 
 Verifying a tree needs one thing of a model: `forward` takes three separate inputs where plain decoding has one number.
@@ -13,7 +13,6 @@ Shapes at line ends:
 
     python -c "import model; print(model.load_model('checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct'))"
 """
-import math
 from pathlib import Path
 
 import torch
@@ -26,25 +25,28 @@ from formats.weights import FORMAT, empty_embedding, fill, read_tensors
 from ops.attention import TreeMask, tree_attention
 from ops.device import gpu_problem
 from ops.embed_rope import embed, rope_store
+from ops.frequencies import frequencies
 from ops.linear import linear, rms_norm
 from quant.linear import prepare_linears, quantize_linears, stored_mode
 
 
-def rope_table(cfg: Config, length: int, device: torch.device | None = None) -> Tensor:
-    """cos and sin of every position, fp32 [2, length, D]; both halves of D hold the same D/2 angles.
+def rope_table(cfg: Config, length: int, device: torch.device | None = None, context: int | None = None) -> Tensor:
+    """cos and sin of every position, fp32 [2, length, D]; both halves of D hold the same D/2 angles. context: the
+    longest text, by which LongRoPE chooses its frequencies; None: length."""
+    inv_freq, factor = frequencies(cfg.rope_theta, cfg.rotated, cfg.rope_scaling, context or length, device)
+    angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * inv_freq  # [length, rotated pairs]
+    still = (0, (cfg.head_dim - cfg.rotated) // 2)  # the other pairs keep cos 1 and sin 0
+    cos, sin = F.pad(angles.cos() * factor, still, value=1.0), F.pad(angles.sin() * factor, still)
+    return torch.stack((cos, sin)).repeat(1, 1, 2)
 
-    Llama 3.1's scaling: wavelengths beyond the old context are slowed down by `factor`, short ones are kept, and those
-    between are blended (transformers, modeling_rope_utils.py, _compute_llama3_parameters).
-    """
-    inv_freq = cfg.rope_theta ** -(torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device=device) / cfg.head_dim)
-    if cfg.rope_scaling:
-        factor, low, high, context = (cfg.rope_scaling[key] for key in (
-            "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
-        turns = context * inv_freq / (2 * math.pi)  # full turns of each frequency within the old context
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        inv_freq = keep * inv_freq + (1 - keep) * inv_freq / factor
-    angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * inv_freq  # [length, D/2]
-    return torch.stack((angles.cos(), angles.sin())).repeat(1, 1, 2)
+
+def layer_ropes(cfg: Config, rope: Tensor) -> list[Tensor]:
+    """The angles of each layer: `rope` [2, T, D], and for a layer without RoPE (SmolLM3) cos 1 and sin 0."""
+    if not cfg.nope_layers:
+        return [rope] * cfg.num_layers
+    no_rope = torch.zeros_like(rope)
+    no_rope[0] = 1
+    return [no_rope if i in cfg.nope_layers else rope for i in range(cfg.num_layers)]
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
@@ -154,18 +156,16 @@ class Llama(nn.Module):
         """Allocate the KV cache and the RoPE table for max_seq_len + spare slots, once for all prompts that follow. The
         spare slots hold drafts that reach beyond the last token that may be committed."""
         cfg, weight = self.cfg, self.embed.weight
-        if cfg.sliding_window and max_seq_len > cfg.sliding_window:
-            raise ValueError(f"this model's sliding window of {cfg.sliding_window} tokens is not implemented: "
-                             f"use --max_seq_len {cfg.sliding_window} or less, where it makes no difference")
+        cfg.check_length(max_seq_len)
         slots = max_seq_len + spare
         kv = weight.new_zeros(cfg.num_layers, 2, batch, cfg.num_kv_heads, slots, cfg.head_dim)
-        self.allocate_rope(slots)
+        self.allocate_rope(slots, max_seq_len)
         self.kv = kv  # last: if memory runs out before, the old cache and its size stay valid
 
-    def allocate_rope(self, length: int) -> None:
-        """All that a forward without a cache needs, of texts up to this length."""
+    def allocate_rope(self, length: int, context: int | None = None) -> None:
+        """All that a forward without a cache needs, of texts up to this length. context: see rope_table."""
         weight = self.embed.weight
-        self.rope = rope_table(self.cfg, length, weight.device).to(weight.dtype)
+        self.rope = rope_table(self.cfg, length, weight.device, context).to(weight.dtype)
 
     def free_cache(self) -> None:
         self.kv = None
@@ -189,10 +189,10 @@ class Llama(nn.Module):
         ascending, 0 is the embeddings and the number of layers what the last one leaves."""
         x, rope = embed(self.embed.weight, tokens, self.rope, rope_pos)
         tapped = []
-        for i, layer in enumerate(self.layers):
+        for i, (layer, angles) in enumerate(zip(self.layers, layer_ropes(self.cfg, rope))):
             if i in taps:
                 tapped.append(x)
-            x = layer(x, rope, None if cache_pos is None else self.kv[i], cache_pos, mask)
+            x = layer(x, angles, None if cache_pos is None else self.kv[i], cache_pos, mask)
         if len(self.layers) in taps:
             tapped.append(x)
         features = rms_norm(x, self.norm.weight, self.norm.eps)

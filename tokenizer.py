@@ -14,7 +14,7 @@ from pathlib import Path
 from jinja2 import Template
 from tokenizers import decoders
 
-from formats.tokenizer_files import BYTE_OF, clear_error, find_turn_ends, load_bpe, load_template, read_json
+from formats.tokenizer_files import BYTE_OF, clear_error, find_turn_ends, load_bpe, load_template, read_json, read_model
 
 MOST_CHARACTERS = 10**7  # that a chat template may write: more than any model reads
 
@@ -30,7 +30,7 @@ class Tokenizer:
 
     def __init__(self, folder: Path, chat_template: Path | None = None) -> None:
         folder = Path(folder)
-        model = read_json(folder / "config.json")
+        model = read_model(folder)
         generation = read_json(folder / "generation_config.json")
         self.bpe, config = load_bpe(folder, model)
         self.named = {key: name for key, name in config.items() if key.endswith("_token") and isinstance(name, str)}

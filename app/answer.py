@@ -1,15 +1,20 @@
 """One timed answer, and the lines that are printed about it."""
+import argparse
+import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
-from app.watch import View
+from app.watch import View, Watch
+from draft import Vanilla
 from drafters.methods import BASELINE
 from engine import Engine, first_difference
 from ops.device import device_name, peak_gb
 from ops.quantized import Quantized
+from ops.startup import parts_so_far
 from sampling import Sampling
 from tokenizer import Tokenizer
 
@@ -23,14 +28,15 @@ class Run(NamedTuple):
 
 
 def run(engine: Engine, ids: list[int], new_tokens: int, sampling: Sampling = Sampling(),
-        show: Callable[[list[int]], bool | None] = lambda new: None) -> Run:
-    """Generate and time it. `show` is given the tokens as they come and ends the text by returning True."""
+        show: Callable[[list[int]], bool | None] = lambda new: None, reuse: bool = False) -> Run:
+    """Generate and time it. `show` is given the tokens as they come and ends the text by returning True. reuse: see
+    Engine.generate."""
     tokens: list[int] = []
     gained = []
     if engine.cuda:
         torch.cuda.synchronize()  # a cycle may still run ahead of the end of the last text
     start = time.perf_counter()
-    for new in engine.generate(ids, new_tokens, sampling):
+    for new in engine.generate(ids, new_tokens, sampling, reuse):
         if tokens:
             gained.append(len(new))
         else:
@@ -42,24 +48,29 @@ def run(engine: Engine, ids: list[int], new_tokens: int, sampling: Sampling = Sa
 
 
 def generate(engine: Engine, ids: list[int], max_new_tokens: int, sampling: Sampling, tokenizer: Tokenizer,
-             method: str = BASELINE, show: bool = False, stops: Sequence[str] = (), view: View | None = None) -> dict:
+             method: str = BASELINE, show: bool = False, stops: Sequence[str] = (), view: View | None = None,
+             push: Callable[[str], bool] | None = None, reuse: bool = False) -> dict:
     """Answer one prompt and return the object that --json prints.
 
     show: stream the text to stdout. stops: end before the first of these texts. view: give it every cycle's tree; the
-    engine's drafter must be watched then (app/watch.py).
+    engine's drafter must be watched then (app/watch.py). push: is given the text of every cycle, which may be "", and
+    ends the answer by returning True. reuse: see Engine.generate.
     """
     stream = tokenizer.stream(stops)
 
     def take(new: list[int]) -> bool:
         if view:
             view.push(new)
-        text = stream.push(new) if show or stops else ""
+        text = stream.push(new) if show or stops or push else ""
         if show:
             print(text, end="", flush=True)
-        return stream.stopped
+        left = bool(push and push(text))
+        return stream.stopped or left
 
-    tokens, gained, prefill_s, decode_s = run(engine, ids, max_new_tokens, sampling, take)
+    tokens, gained, prefill_s, decode_s = run(engine, ids, max_new_tokens, sampling, take, reuse)
     rest = stream.flush()
+    if push:
+        push(rest)
     if view:
         view.finish()
     if show:
@@ -129,3 +140,28 @@ def compare(engine: Engine, vanilla: dict, fast: dict, ids: list[int], sampling:
     gap = engine.top2_gap(ids + b[:at], sampling)
     return (f"{speed_up:.2f}x vanilla; differs at token {at}, where vanilla's two best scores are {gap:.3g} apart "
             f"({vanilla['dtype']} rounding; float32 does not differ)")
+
+
+def answer_and_report(args: argparse.Namespace, engine: Engine, ids: list[int], sampling: Sampling) -> dict:
+    """Answer one prompt, with what generate.py's options ask for, and print all of it. Returns the result. `engine` is
+    one of app/options.py, which has a tokenizer."""
+    tokenizer = engine.tokenizer
+    if args.compare:
+        print(setting(engine), file=sys.stderr)
+    view = View(engine.drafter, tokenizer, args.show_tree) if isinstance(engine.drafter, Watch) else None
+    parts = parts_so_far()
+    result = generate(engine, ids, args.max_new_tokens, sampling, tokenizer, args.method, not args.show_tree,
+                      args.stop, view)
+    result |= time_to_first_token(parts, result["prefill_s"])
+    print(report(result), start_report(result), sep="\n", file=sys.stderr)
+    if args.compare:
+        plain = Engine(engine.model, Vanilla(engine.device), engine.max_seq_len, tokenizer.stop_ids,
+                       not args.no_compile)
+        plain.warm_up(sampling)
+        vanilla = generate(plain, ids, args.max_new_tokens, sampling, tokenizer, stops=args.stop)
+        result["vanilla"] = vanilla
+        result["identical"] = result["tokens"] == vanilla["tokens"]
+        print(report(vanilla), compare(plain, vanilla, result, ids, sampling), sep="\n", file=sys.stderr)
+    if args.json:
+        print(json.dumps(result))
+    return result

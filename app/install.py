@@ -29,6 +29,7 @@ from formats.eagle import CURVE, VOCAB, folder_of
 from formats.eagle3 import open_eagle3
 from formats.eagle3_config import MEASURED
 from formats.hub import FILES
+from formats.tokenizer_files import TOKENIZERS
 from formats.writing import QUANTIZED, replace_files
 from model import Llama, load_model
 from ops.device import gpu_problem
@@ -116,7 +117,7 @@ def measure(head: Path, checkpoint: Path, doubts: dict[str, tuple]) -> dict:
 def why_not_measured(checkpoint: Path, device: str, dtype: torch.dtype) -> str | None:
     """What stands in the way of running the target there, if anything."""
     folder = folder_of(checkpoint)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    if not any((folder / name).is_file() for name in TOKENIZERS):
         return f"{folder} has no tokenizer"
     file = checkpoint if checkpoint.is_file() else folder / "model.safetensors"
     needed = 1.3 * total_bytes(stored_model(file, dtype))  # and activations, the head, a small cache

@@ -9,6 +9,7 @@ from typing import NoReturn
 import torch
 
 import engine
+from app.streams import as_utf8
 from drafters.methods import BASELINE, METHODS, OPTIONS, make_drafter, method_of_head
 from formats.config import Config
 from formats.eagle import folder_of
@@ -135,7 +136,7 @@ def context(args: argparse.Namespace, cfg: Config) -> int:
     """How many slots the cache has."""
     if args.max_seq_len is not None:
         return args.max_seq_len
-    return min(cfg.max_position_embeddings, cfg.sliding_window or 4096, 4096)
+    return min(cfg.max_position_embeddings, cfg.context_limit or 4096, 4096)
 
 
 class Engine(engine.Engine):
@@ -182,6 +183,22 @@ def load_engine(args: argparse.Namespace, kind: type[Engine] = Engine) -> Engine
     made = kind(model, drafter, max_seq_len, tokenizer.stop_ids, not args.no_compile)
     made.tokenizer = tokenizer
     return made
+
+
+def read_prompt(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
+    """The ids of --prompt, in the chat template unless --raw or there is none."""
+    try:
+        if args.prompt.startswith("@"):
+            text = Path(args.prompt[1:]).read_text(encoding="utf-8-sig")
+        else:
+            text = sys.stdin.read() if args.prompt == "-" else as_utf8(args.prompt)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt {args.prompt}: not UTF-8, convert it, for example with iconv ({error})") from None
+    if not text.strip():
+        raise ValueError("--prompt is empty")
+    if args.raw or not tokenizer.has_chat_template:
+        return tokenizer.encode(text)
+    return tokenizer.chat([{"role": "user", "content": text}])
 
 
 def explain_template(tokenizer: Tokenizer, args: argparse.Namespace) -> None:

@@ -46,8 +46,8 @@ def transformers_decoder(model: Llama, stop_ids: frozenset[int], cache: str) -> 
         vocab_size=cfg.vocab_size, hidden_size=cfg.hidden_size, intermediate_size=cfg.intermediate_size,
         num_hidden_layers=cfg.num_layers, num_attention_heads=cfg.num_heads, num_key_value_heads=cfg.num_kv_heads,
         head_dim=cfg.head_dim, rms_norm_eps=cfg.rms_norm_eps, max_position_embeddings=cfg.max_position_embeddings,
-        tie_word_embeddings=False, rope_parameters={"rope_type": "llama3" if cfg.rope_scaling else "default",
-                                                    "rope_theta": cfg.rope_theta, **(cfg.rope_scaling or {})})
+        tie_word_embeddings=False, rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta,
+                                                    **(cfg.rope_scaling or {})})
     tensors = {"model.embed_tokens": model.embed.weight, "model.norm": model.norm.weight,
                "lm_head": model.lm_head.weight}
     names = dict(q="self_attn.q_proj", k="self_attn.k_proj", v="self_attn.v_proj", o="self_attn.o_proj",

@@ -22,6 +22,7 @@ from drafters.medusa import Medusa, load_medusa
 from drafters.speculate import Speculate, load_draft_model
 from drafters.tree_size import curve_path, fit, profile_key, read_curve
 from formats.eagle import find_head, folder_of
+from formats.tokenizer_files import TOKENIZERS
 from model import Llama
 from ops.startup import part
 from tokenizer import Tokenizer
@@ -86,7 +87,7 @@ def load_checked_draft_model(args: argparse.Namespace, model: Llama) -> Llama:
     path = required(args.speculate, "--speculate")
     draft = load_draft_model(path, model)
     target_folder, draft_folder = folder_of(args.checkpoint), folder_of(path)
-    if any((draft_folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    if any((draft_folder / name).is_file() for name in TOKENIZERS):
         known = Tokenizer(target_folder).bpe.get_vocab()
         wrong = [token for token, i in Tokenizer(draft_folder).bpe.get_vocab().items() if known.get(token, i) != i]
         if wrong:

@@ -1,14 +1,16 @@
 """GGUF files: tensors and config, in Hugging Face's form.
 
-Where to look: `refuse_fields` for what makes another model, `gguf_rope` for the RoPE fields, GGUF_NAMES for the names
-of tensors, `to_hf_rows` for the order of rows. The tokenizer: formats/gguf_tokenizer.py. What fields mean, and what
-holds where one is missing, is llama.cpp's word (src/llama-model.cpp).
+Where to look: GGUF_ARCHS for the architectures, `refuse_fields` for what makes another model, GGUF_NAMES for the names
+of tensors, `to_hf_rows` for the order of rows. The fields of RoPE: formats/gguf_rope.py. The tokenizer:
+formats/gguf_tokenizer.py. What fields mean, and what holds where one is missing, is llama.cpp's word
+(src/llama-model.cpp, src/models/).
 """
 import math
 import re
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import gguf
 import numpy as np
@@ -16,7 +18,8 @@ import torch
 from gguf import GGUFReader, dequantize
 from torch import Tensor
 
-from formats.config import positive
+from formats.fields import positive
+from formats.gguf_rope import FACTORS, gguf_rope, old_context
 from formats.gguf_tokenizer import special_ids
 from formats.hf import LazyTensor, hf_names
 from formats.packed import Packed
@@ -39,18 +42,42 @@ GGUF_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 QUERY_OR_KEY = re.compile(r"\.attn_([qk])\.")
-GGUF_ARCHS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
-# Fields of the architecture, without its prefix, that gguf_config reads.
+
+class Arch(NamedTuple):
+    """A general.architecture. model_type: transformers'. reorders: llama.cpp's converter reorders the rows of q and k.
+    own: fields that are read besides READ_FIELDS. names: modules that are not GGUF_NAMES'."""
+    model_type: str
+    reorders: bool = False
+    own: tuple[str, ...] = ()
+    names: dict = {}
+
+
+ROPE_TENSORS = ("rope_freqs.weight", *FACTORS)
+FUSED = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
+GGUF_ARCHS = {
+    "llama": Arch("llama", reorders=True), "qwen2": Arch("qwen2"), "qwen3": Arch("qwen3"),
+    "mistral3": Arch("ministral3", reorders=True, own=("attention.temperature_scale",)),
+    "granite": Arch("granite", reorders=True, own=("embedding_scale", "residual_scale", "logit_scale",
+                                                  "attention.scale")),
+    "smollm3": Arch("smollm3", reorders=True),
+    "phi3": Arch("phi3", own=("rope.dimension_count", "attention.sliding_window"), names=FUSED),
+    "chatglm": Arch("glm", own=("rope.dimension_count",), names=FUSED),
+    "ernie4_5": Arch("ernie4_5"),
+    "seed_oss": Arch("seed_oss", names={"post_attention_norm": "post_attention_layernorm"}),
+}
+CLASSES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "ministral3": "Ministral3", "granite": "Granite",
+           "smollm3": "SmolLM3", "phi3": "Phi3", "glm": "Glm", "ernie4_5": "Ernie4_5", "seed_oss": "SeedOss"}
+
+# Fields of the architecture, without its prefix, that gguf_config and gguf_rope read.
 READ_FIELDS = {
     "embedding_length", "feed_forward_length", "block_count", "context_length", "attention.head_count",
     "attention.head_count_kv", "attention.key_length", "attention.layer_norm_rms_epsilon", "rope.freq_base",
-    "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear"}
-# Fields that change nothing in the architectures above: notes, what only embedding models use, what only YaRN uses.
+    "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear", "rope.scaling.original_context_length"}
+# Fields that change nothing: notes, what only embedding models use, what only YaRN uses (gguf_rope reads it there).
 HARMLESS_FIELDS = {
     "vocab_size", "tensor_data_layout", "pooling_type", "attention.layer_norm_epsilon", "rope.scaling.finetuned",
-    "rope.scaling.original_context_length", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
-    "rope.scaling.yarn_log_multiplier"}
+    "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope.scaling.yarn_log_multiplier"}
 
 
 # ----- The file ----------------------------------------------------------------------------------------------------
@@ -166,20 +193,20 @@ def open_gguf(path: Path) -> tuple[dict, dict[str, LazyTensor]]:
 
     def read(tensor) -> Tensor:
         weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-        return to_hf_rows(tensor.name, weight, metadata) if arch == "llama" else weight
+        return to_hf_rows(tensor.name, weight, metadata) if GGUF_ARCHS[arch].reorders else weight
 
     def packed(tensor) -> Packed | None:
         if gguf.GGML_QUANT_SIZES[tensor.tensor_type][0] == 1 or len(tensor.shape) != 2:
             return None
         rows = None
-        if arch == "llama" and QUERY_OR_KEY.search(tensor.name):
+        if GGUF_ARCHS[arch].reorders and QUERY_OR_KEY.search(tensor.name):
             rows = to_hf_rows(tensor.name, torch.arange(len(tensor.data))[:, None], metadata)[:, 0]
         return Packed(tensor.tensor_type.name, {"blocks": torch.from_numpy(tensor.data)}, {"rows": rows})
 
     tensors = {}
     for tensor in found:
-        name = hf_names(tensor.name, GGUF_NAMES)[0]
-        if name == tensor.name != "rope_freqs.weight" or not name.endswith((".weight", ".bias")):
+        name = hf_names(tensor.name, GGUF_NAMES | GGUF_ARCHS[arch].names)[0]
+        if (name == tensor.name and name not in ROPE_TENSORS) or not name.endswith((".weight", ".bias")):
             raise ValueError(f"the tensor {tensor.name} is not implemented")
         shape = tuple(tensor.shape[::-1].tolist())  # GGUF lists the innermost dimension first
         tensors[name] = LazyTensor(shape, partial(read, tensor), packed(tensor))
@@ -189,17 +216,16 @@ def open_gguf(path: Path) -> tuple[dict, dict[str, LazyTensor]]:
 
 
 def to_hf_rows(name: str, weight: Tensor, metadata: dict) -> Tensor:
-    """A tensor of a "llama" file with the rows of q and k in Hugging Face's order.
-
-    RoPE rotates pairs of elements of a head: (2j, 2j + 1) in llama.cpp, (j, j + head_dim / 2) in Hugging Face. For
-    "llama" files llama.cpp reorders the rows of q and k accordingly; for Qwen's it does not.
+    """A tensor with the rows of q and k in Hugging Face's order, of a file in whose architecture llama.cpp reorders
+    them: RoPE rotates pairs of elements of a head, (2j, 2j + 1) in llama.cpp, (j, j + head_dim / 2) in Hugging Face.
     """
     found = QUERY_OR_KEY.search(name)
     if not found:
         return weight
-    heads = metadata["llama.attention.head_count"]
+    arch = metadata["general.architecture"]
+    heads = metadata[f"{arch}.attention.head_count"]
     if found[1] == "k":
-        heads = metadata.get("llama.attention.head_count_kv", heads)
+        heads = metadata.get(f"{arch}.attention.head_count_kv", heads)
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
 
 
@@ -207,7 +233,7 @@ def to_hf_rows(name: str, weight: Tensor, metadata: dict) -> Tensor:
 
 
 def gguf_config(metadata: dict, tensors: dict[str, LazyTensor], dtype: torch.dtype) -> dict:
-    """Hugging Face's config.json for GGUF metadata. Takes rope_freqs.weight out of `tensors`: it is no weight.
+    """Hugging Face's config.json for GGUF metadata. Takes ROPE_TENSORS out of `tensors`: they are no weights.
     Raises KeyError for a missing field, ValueError for one that is wrong or asks for what is not implemented."""
     arch = metadata["general.architecture"]
     hidden_size = positive(metadata, f"{arch}.embedding_length")
@@ -216,42 +242,70 @@ def gguf_config(metadata: dict, tensors: dict[str, LazyTensor], dtype: torch.dty
     context = positive(metadata, f"{arch}.context_length")
     eps = positive(metadata, f"{arch}.attention.layer_norm_rms_epsilon", kind=float)
     refuse_fields(metadata, arch, head_dim, context)
-    rope_freqs = None
-    if "rope_freqs.weight" in tensors:
-        rope_freqs = tensors.pop("rope_freqs.weight").read()
-    rope = gguf_rope(metadata, arch, head_dim, rope_freqs)
-    if arch == "llama" and "model.layers.0.self_attn.q_proj.bias" in tensors:
-        arch_name = "qwen2"  # Hugging Face's name for a Llama with biases of q, k and v
-    else:
-        arch_name = arch
+    extra = {name: tensors.pop(name).read() for name in ROPE_TENSORS if name in tensors}
+    rope = gguf_rope(metadata, arch, head_dim, context, extra)
+    model_type = GGUF_ARCHS[arch].model_type
+    has_biases = any(name.endswith(("q_proj.bias", "qkv_proj.bias")) for name in tensors)
+    if arch == "llama" and has_biases:
+        model_type = "qwen2"  # Hugging Face's name for a Llama with biases of q, k and v
     ids = special_ids(metadata)
     return {
-        "architectures": [GGUF_ARCHS[arch_name]], "model_type": arch_name, "hidden_act": "silu", "head_dim": head_dim,
-        "hidden_size": hidden_size, "intermediate_size": positive(metadata, f"{arch}.feed_forward_length"),
+        "architectures": [f"{CLASSES[model_type]}ForCausalLM"], "model_type": model_type, "hidden_act": "silu",
+        "head_dim": head_dim, "hidden_size": hidden_size,
+        "intermediate_size": positive(metadata, f"{arch}.feed_forward_length"),
         "num_hidden_layers": positive(metadata, f"{arch}.block_count"), "num_attention_heads": heads,
         "num_key_value_heads": positive(metadata, f"{arch}.attention.head_count_kv", heads),
         "max_position_embeddings": context,
-        "rms_norm_eps": float(f"{eps:.7g}"),  # stored as float32, where 1e-5 reads 9.99999974e-06
-        **rope, "vocab_size": tensors["model.embed_tokens.weight"][0][0],
+        "rms_norm_eps": plain_number(eps), **rope, **own_entries(metadata, arch, head_dim, has_biases),
+        "vocab_size": tensors["model.embed_tokens.weight"][0][0],
         "torch_dtype": str(dtype).removeprefix("torch."), "bos_token_id": ids.get("bos"), "eos_token_id": ids["eos"],
         "tie_word_embeddings": "lm_head.weight" not in tensors}
+
+
+def plain_number(value: float) -> float:
+    """A number that was stored as float32, where 1e-5 reads 9.99999974e-06, as it was written."""
+    return float(f"{value:.7g}")
+
+
+def own_entries(metadata: dict, arch: str, head_dim: int, has_biases: bool) -> dict:
+    """The entries of config.json that only this architecture has. A scale of 0 stands for none in llama.cpp."""
+    def scale(field: str, default: float) -> float:
+        key = f"{arch}.{field}"
+        return plain_number(positive(metadata, key, default, float)) if metadata.get(key) else default
+
+    if arch == "granite":
+        if metadata.get("granite.rope.scaling.finetuned") is False:
+            raise ValueError("granite.rope.scaling.finetuned = False: a Granite without RoPE is not implemented")
+        positive(metadata, "granite.logit_scale", kind=float)
+        return {"embedding_multiplier": scale("embedding_scale", 1.0), "logits_scaling": scale("logit_scale", 1.0),
+                "residual_multiplier": scale("residual_scale", 1.0),
+                "attention_multiplier": scale("attention.scale", head_dim ** -0.5)}
+    if arch == "phi3":
+        return {"sliding_window": metadata.get("phi3.attention.sliding_window") or None,
+                "original_max_position_embeddings": old_context(
+                    metadata, arch, positive(metadata, "phi3.context_length"))}
+    if arch in ("chatglm", "seed_oss"):
+        return {"attention_bias": has_biases}
+    return {}
 
 
 def refuse_fields(metadata: dict, arch: str, head_dim: int, context: int) -> None:
     """Raise ValueError for a field of the architecture that changes what the model computes, and whose value is not
     neutral: scales, soft caps, windows, experts, RoPE of a part of a head, and all fields that are not known here."""
+    scaled = metadata.get(f"{arch}.rope.scaling.type") == "yarn"
+    stretched = scaled or arch == "phi3"  # where gguf_rope reads how cos and sin grow
     allowed = {
         "attention.value_length": lambda value: value == head_dim,
         "rope.dimension_count": lambda value: value == head_dim,
-        "rope.scaling.attn_factor": lambda value: value == 1,
+        "rope.scaling.attn_factor": lambda value: value > 0 if stretched else value == 1,
         "rope.scaling.yarn_attn_factor": lambda value: value == 1,
-        "rope.scaling.yarn_ext_factor": lambda value: value == 0,
+        "rope.scaling.yarn_ext_factor": lambda value: value in ((-1, 1) if scaled else (0,)),
         "attention.causal": lambda value: value is True,
         "attention.scale": lambda value: value == 0 or math.isclose(value, head_dim ** -0.5, rel_tol=1e-5),
         "attention.sliding_window": lambda value: value == 0 or value >= context}
     for key, value in metadata.items():
         field = key.removeprefix(f"{arch}.")
-        if field == key or field in HARMLESS_FIELDS:
+        if field == key or field in HARMLESS_FIELDS or field in GGUF_ARCHS[arch].own:
             continue
         if isinstance(value, list):
             neutral = not value
@@ -266,43 +320,3 @@ def refuse_fields(metadata: dict, arch: str, head_dim: int, context: int) -> Non
         if not neutral:
             raise ValueError(f"{key} = {value} changes what the model computes, and is not implemented: look for a "
                              "version without it")
-
-
-def gguf_rope(metadata: dict, arch: str, head_dim: int, rope_freqs: Tensor | None) -> dict:
-    """The RoPE entries of config.json. All that a GGUF file says about RoPE and that is implemented is read here.
-
-    rope_freqs: the tensor rope_freqs.weight, if there is one. Where there is no type, it is "linear". Linear scaling
-    by 1, or by 0, is none. "none" means none, whatever the factor. Raises ValueError for other scaling.
-    """
-    theta = positive(metadata, f"{arch}.rope.freq_base", 1e4, float)
-    keys = [f"{arch}.rope.{key}" for key in ("scaling.type", "scaling.factor", "scale_linear")]
-    type_key, factor_key, old_factor_key = keys
-    scaling_type = metadata.get(type_key, "linear")
-    factor = metadata.get(factor_key, metadata.get(old_factor_key, 0))
-    if scaling_type != "none" and not (scaling_type == "linear" and factor in (0, 1)):
-        given = ", ".join(f"{key} = {metadata[key]}" for key in keys if key in metadata)
-        raise ValueError(f"{given}: RoPE scaling of type {scaling_type!r} is not implemented; look for a version "
-                         "without it")
-    scaling = {"rope_type": "default"}
-    if rope_freqs is not None:
-        if rope_freqs.shape != (head_dim // 2,):
-            raise ValueError(f"rope_freqs.weight is {list(rope_freqs.shape)}, for {head_dim // 2} frequencies")
-        scaling = llama3_scaling(rope_freqs, theta)
-    return {"rope_theta": theta, "rope_scaling": scaling}
-
-
-def llama3_scaling(divisors: Tensor, theta: float) -> dict:
-    """Hugging Face's rope_scaling of Llama 3.1 and 3.2, from what it divides each frequency by [head_dim / 2].
-
-    GGUF stores only these divisors, fp32. The factor is the largest of them, and the other three numbers are the same
-    in all releases. Raises ValueError if the four do not give the divisors (model.rope_table has the formula).
-    """
-    divisors = divisors.double()
-    factor, low, high, context = float(divisors.max()), 1.0, 4.0, 8192
-    wavelengths = 2 * math.pi * theta ** (torch.arange(len(divisors), dtype=torch.float64) / len(divisors))
-    turns = context / wavelengths  # full turns of each frequency within the old context
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    if not torch.allclose(divisors, 1 / (keep + (1 - keep) / factor), rtol=1e-5):
-        raise ValueError("rope_freqs.weight is not the scaling of Llama 3.1 or 3.2: start from the HF folder")
-    return {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
-            "original_max_position_embeddings": context}

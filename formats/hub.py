@@ -14,7 +14,8 @@ from formats.weights import first_line
 
 # What is copied from a Hugging Face folder besides the weights.
 FILES = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-         "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja"}
+         "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja",
+         "chat_template.json", "tekken.json"}
 WEIGHTS = ["model*.safetensors", "model.safetensors.index.json", *packed.FILES]
 PICKLES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 

@@ -119,6 +119,22 @@ def load_slots(keys, values, slot, in_cache, d, in_head, k, v, D: tl.constexpr):
 
 
 @triton.jit
+def blocks_of_split(n, tile, split, S, T: tl.constexpr, G: tl.constexpr, WORDS: tl.constexpr, WINDOW: tl.constexpr,
+                    BM: tl.constexpr, BN: tl.constexpr, NS: tl.constexpr):
+    """Which blocks of BN slots a program of attention_kernel reads: (common, end, first, stop). Every row of the tile
+    sees the slots below `common`, none those from `end`; the blocks are `first` to stop - 1."""
+    if WORDS > 0:
+        common, end = n, tl.minimum(n + 64 * WORDS, S)
+    else:
+        common, end = n + tile * BM // G + 1, tl.minimum(n + min(tile * BM + BM - 1, T * G - 1) // G + 1, S)
+    start = 0  # the first block that a row of the tile sees
+    if WINDOW > 0:  # then every block needs a mask: the first slots are seen by the first rows alone
+        start, common = tl.maximum(tl.minimum(n + tile * BM // G - WINDOW + 1, n), 0) // BN, 0
+    blocks = tl.cdiv(end, BN) - start
+    return common, end, start + split * blocks // NS, start + (split + 1) * blocks // NS
+
+
+@triton.jit
 def seen_slots(slot, end, n, token, low, high, WORDS: tl.constexpr, WINDOW: tl.constexpr):
     """Which of the slots `slot` [BN] the rows of the tokens `token` [BM] see, bool [BM, BN]: see TreeMask."""
     node = (slot - n)[None, :]
@@ -154,15 +170,7 @@ def attention_kernel(q, kv, base, bits, out, parts, logs, S, T: tl.constexpr, H:
     row = token * H + head * G + packed % G  # of q and out as [T * H, D]
     in_head = d < D if D < DP else tl.full((DP,), 1, tl.int1)  # all ones: the compiler drops the mask
     n = tl.load(base).to(tl.int32)
-    if WORDS > 0:
-        common, end = n, tl.minimum(n + 64 * WORDS, S)  # every row sees the slots below `common`, none those from `end`
-    else:
-        common, end = n + tile * BM // G + 1, tl.minimum(n + min(tile * BM + BM - 1, T * G - 1) // G + 1, S)
-    start = 0  # the first block that a row of the tile sees
-    if WINDOW > 0:  # then every block needs a mask: the first slots are seen by the first rows alone
-        start, common = tl.maximum(tl.minimum(n + tile * BM // G - WINDOW + 1, n), 0) // BN, 0
-    blocks = tl.cdiv(end, BN) - start
-    first, stop = start + split * blocks // NS, start + (split + 1) * blocks // NS
+    common, end, first, stop = blocks_of_split(n, tile, split, S, T, G, WORDS, WINDOW, BM, BN, NS)
     sees_any = first < stop
     keys, values = kv + head.to(tl.int64) * S * D, kv + (head + K).to(tl.int64) * S * D
     if EARLY:
@@ -170,11 +178,8 @@ def attention_kernel(q, kv, base, bits, out, parts, logs, S, T: tl.constexpr, H:
         k, v = load_slots(keys, values, slot, (slot < n) & sees_any, d, in_head, 0.0, 0.0, D)
         wait_for_previous(PDL)
     q_rows = tl.load(q + row[:, None] * D + d[None, :], mask=valid[:, None] & in_head[None, :], other=0.0)
-    low, high = token, token  # without bits they are not read
-    if WORDS > 0:
-        low = tl.load(bits + token * WORDS, mask=valid, other=0)
-        if WORDS == 2:
-            high = tl.load(bits + token * WORDS + 1, mask=valid, other=0)
+    low = tl.load(bits + token * WORDS, mask=valid, other=0) if WORDS > 0 else token
+    high = tl.load(bits + token * WORDS + 1, mask=valid, other=0) if WORDS == 2 else token
 
     top = tl.full((BM,), -1e30, tl.float32)  # finite: exp2(-inf - top) is 0 while nothing is seen, not NaN
     state = tl.zeros((BM, DP), tl.float32), tl.zeros((BM,), tl.float32), top

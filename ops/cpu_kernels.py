@@ -106,7 +106,8 @@ def linear(x: Tensor, weight: Quantized, bias: Tensor | None = None, norm: tuple
     return out
 
 
-def attention(q: Tensor, kv: Tensor, base: Tensor, bits: Tensor | None = None, window: int | None = None) -> Tensor:
+def attention(q: Tensor, kv: Tensor, base: Tensor, bits: Tensor | None = None, window: int | None = None,
+              settled: bool = False) -> Tensor:
     """`tree_attention` of ops/attention.py by the kernel, which computes in fp32."""
     T, H, D = q.shape
     K, S = kv.shape[1:3]

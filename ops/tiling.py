@@ -110,8 +110,6 @@ def integer_config(M: int, N: int, columns: int, planes: int, group: int, sms: i
     BN = 128 if crowded else 64
     warps = 8 if crowded else 4
     if columns < 1024 and not crowded:  # all of a tile's weights in flight
-        if hopper and rows == 128 and group and -(-N // 16) <= sms:  # few tiles of few columns: narrow ones
-            return Tiling(BM, 16, max(64, group), 1, warps, 4, ahead=2)
         stages = (6 if rows <= 16 else 4 if rows <= 32 else 3) if group else 9 if rows < 64 else 6 if rows < 128 else 4
         return Tiling(BM, BN, max(64, group), 1, warps, stages if hopper else min(stages, 3 if group else 4), ahead=0)
     if hopper:

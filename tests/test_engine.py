@@ -462,3 +462,21 @@ def test_running_ahead() -> None:
                 assert sum(cycles, []) == text[:end]
             abandoned = engine.generate(ids, 40)
             next(abandoned)
+
+
+def test_graphs_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if an engine keeps a CUDA graph of every temperature that it was ever asked for, captures again what it
+    used lately, or throws a prompt's chunks away. Capturing is counted here, not done."""
+    monkeypatch.setattr(engine_module, "SHORT_CHUNK", 16)
+    captured = []
+    monkeypatch.setattr(engine_module, "capture", lambda function: captured.append(function) or function)
+    model, head = tiny.pair()
+    engine = as_on_a_gpu(Engine(model, Eagle2(head, model, 8, 3, 3), 128))
+    engine.graphs = {}
+    ids = tiny.prompt(1, 9)
+    for temperature in [*range(1, 13), *range(5, 13)]:
+        how = Sampling(temperature / 10, seed=temperature)
+        assert write(engine, ids, 5, how) == vanilla(model, ids, 5, how, 128)
+    assert len(captured) == 2 + 12 and len(engine.graphs) == 2 + 8
+    write(engine, ids, 5, Sampling(0.1))
+    assert len(captured) == 2 + 12 + 1 and len(engine.graphs) == 2 + 8

@@ -348,8 +348,8 @@ def test_tree_that_fits(call, copy: Path, tmp_path: Path, monkeypatch: pytest.Mo
         code, out, err = call(*words, *more)
         assert code == 2 and err.count("\n") == 1 and "acceptance.json" in err and "train.py" in err and out == ""
     curve.write_text(json.dumps({"nodes": tree_size.NODES, "topk": 10, "gained": [[1, 2, 3] + [3] * 5] * 8}))
-    measured = []
-    monkeypatch.setattr(tree_size, "measure", lambda *inputs: measured.append(inputs) or [1.0] * 9)
+    measured, profile = [], [1.0] * (3 + len(tree_size.NODES))
+    monkeypatch.setattr(tree_size, "measure", lambda *inputs: measured.append(inputs) or profile)
     _, out, err = call(*words, "--tree_table")
     assert "*600.0" in err and len(json.loads(out.splitlines()[-1])["accept_by_depth"]) == 3
     _, out, err = call(*words, "--draft_tokens", "auto")

@@ -53,7 +53,8 @@ class Engine:
         self.cycles = cycles
         self.asked: list[tuple] = []
 
-    def generate(self, ids: list[int], new_tokens: int, sampling: Sampling, **how: object) -> Iterator[list[int]]:
+    def generate(self, ids: list[int], new_tokens: int, sampling: Sampling, reuse: bool = False
+                 ) -> Iterator[list[int]]:
         self.asked.append((ids, new_tokens, sampling))
         yield from map(list, self.cycles)
 

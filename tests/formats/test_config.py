@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from transformers import MistralConfig, Qwen2Config
 
 from convert_hf_checkpoint import convert
-from formats.config import DEFAULT_WINDOW, Config
+from formats.config import Config
 from formats.hf import open_folder
 from model import load_model
 
@@ -120,7 +120,7 @@ def test_other_families_are_refused(tmp_path: Path) -> None:
 def test_windows() -> None:
     """Fails if a Mistral without the key sees further than transformers' Mistral, if use_sliding_window switches
     Mistral's window off, or if a window that no layer has limits the text."""
-    assert MistralConfig().sliding_window == DEFAULT_WINDOW == Qwen2Config(use_sliding_window=True).sliding_window
+    assert MistralConfig().sliding_window == 4096 == Qwen2Config(use_sliding_window=True).sliding_window
     for fields, window in (
             ({"model_type": "mistral"}, 4096), ({"model_type": "mistral", "sliding_window": None}, None),
             ({"model_type": "mistral", "sliding_window": 64, "use_sliding_window": False}, 64),

@@ -258,7 +258,7 @@ def tilings(arch: int) -> list[tuple[int, int, bool, Tiling, bool]]:
 def test_config(arch: int) -> None:
     """Fails if a block holds no whole groups, or a prefetch no whole lines."""
     for _, group, _, c, _ in tilings(arch):
-        assert c.BK % max(group, 64) == 0 and c.BN % 16 == 0 and 1 <= c.SK <= 64
+        assert c.BK % max(group, 64) == 0 and c.BN % 64 == 0 and 1 <= c.SK <= 64
         assert c.ahead * c.BK % 128 == 0, "the prefetch counts in lines of 128 bytes"
 
 
@@ -320,8 +320,8 @@ def test_compiles(arch: int) -> None:
 def test_quantize_compiles(arch: int) -> None:
     """Fails if a row of up to 14,336 columns, rotated or not, does not stay in registers."""
     pytest.importorskip("triton")
-    for (K, norm), name in itertools.product(((576, True), (14336, True), (14336, False)), MODES):
-        group, planes, rotated = MODES[name]
+    for (K, norm), (name, (group, planes, rotated)) in itertools.product(
+            ((576, True), (14336, True), (14336, False)), MODES.items()):
         padded = max(1024, triton.next_power_of_2(K))
         constants = {"K": K, "PADDED": padded, "PLANES": planes, "GROUP": group, "ROTATED": rotated, "PDL": arch >= 90}
         constants |= {} if norm else {"norm_ptr": None}
