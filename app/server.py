@@ -12,6 +12,7 @@ import asyncio
 import hmac
 import ipaddress
 import json
+import logging
 import socket
 import sys
 import time
@@ -244,12 +245,13 @@ class Server(uvicorn.Server):
     def __init__(self, service: Service, key: str | None = None) -> None:
         super().__init__(uvicorn.Config(
             make_app(service, key), loop="asyncio", http=Http, ws="none", lifespan="off", log_config=None,
-            access_log=False, proxy_headers=False, server_header=False, limit_concurrency=CONNECTIONS,
-            timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=int(GRACE_S) + 1))
+            log_level="warning", access_log=False, proxy_headers=False, server_header=False,
+            limit_concurrency=CONNECTIONS, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=int(GRACE_S) + 1))
         self.service = service
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.service.close()
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # tracebacks of requests that never came
         await super().shutdown(sockets)
 
 
