@@ -62,7 +62,8 @@ async def refuse(request: Request, error: Exception) -> Response:
         error = Refusal(error.status_code, f"{request.method} {request.url.path[:100]}: {error.detail}")
     elif not isinstance(error, Refusal):
         error = Refusal(500, "the server failed; its stderr says why")
-    headers = {401: {"www-authenticate": "Bearer"}, 408: {"connection": "close"}, 429: {"retry-after": "1"}}
+    close = {"connection": "close"}  # however much of the body is to come
+    headers = {401: {"www-authenticate": "Bearer", **close}, 403: close, 408: close, 429: {"retry-after": "1"}}
     return as_json(error.body(), error.status, headers.get(error.status))
 
 
@@ -278,7 +279,7 @@ def listen(address: str, key: str | None) -> socket.socket:
 
 def serve(args: argparse.Namespace, sampling: Sampling) -> None:
     """Serve until Ctrl-C or SIGTERM. Raises ValueError or OSError with one line to show."""
-    key = args.api_key and read_key(args.api_key)
+    key = None if args.api_key is None else read_key(args.api_key)
     sock = listen(args.serve, key)  # before the model is loaded, which takes long
     engine = load_engine(args)
     explain_template(engine.tokenizer, args)
