@@ -12,6 +12,7 @@ import asyncio
 import hmac
 import ipaddress
 import json
+import logging
 import socket
 import sys
 import time
@@ -61,7 +62,8 @@ async def refuse(request: Request, error: Exception) -> Response:
         error = Refusal(error.status_code, f"{request.method} {request.url.path[:100]}: {error.detail}")
     elif not isinstance(error, Refusal):
         error = Refusal(500, "the server failed; its stderr says why")
-    headers = {401: {"www-authenticate": "Bearer"}, 408: {"connection": "close"}, 429: {"retry-after": "1"}}
+    close = {"connection": "close"}  # however much of the body is to come
+    headers = {401: {"www-authenticate": "Bearer", **close}, 403: close, 408: close, 429: {"retry-after": "1"}}
     return as_json(error.body(), error.status, headers.get(error.status))
 
 
@@ -244,12 +246,13 @@ class Server(uvicorn.Server):
     def __init__(self, service: Service, key: str | None = None) -> None:
         super().__init__(uvicorn.Config(
             make_app(service, key), loop="asyncio", http=Http, ws="none", lifespan="off", log_config=None,
-            access_log=False, proxy_headers=False, server_header=False, limit_concurrency=CONNECTIONS,
-            timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=int(GRACE_S) + 1))
+            log_level="warning", access_log=False, proxy_headers=False, server_header=False,
+            limit_concurrency=CONNECTIONS, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=int(GRACE_S) + 1))
         self.service = service
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.service.close()
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # tracebacks of requests that never came
         await super().shutdown(sockets)
 
 
@@ -276,7 +279,7 @@ def listen(address: str, key: str | None) -> socket.socket:
 
 def serve(args: argparse.Namespace, sampling: Sampling) -> None:
     """Serve until Ctrl-C or SIGTERM. Raises ValueError or OSError with one line to show."""
-    key = args.api_key and read_key(args.api_key)
+    key = None if args.api_key is None else read_key(args.api_key)
     sock = listen(args.serve, key)  # before the model is loaded, which takes long
     engine = load_engine(args)
     explain_template(engine.tokenizer, args)

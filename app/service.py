@@ -6,11 +6,15 @@ are no locks between threads. No prompt and no answer is logged.
 """
 import asyncio
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+
+from tokenizers import Encoding
+from tokenizers import Tokenizer as BPE
 
 from app.answer import generate
 from app.api import Asked, Refusal, Served, read_request
@@ -54,11 +58,27 @@ class Job:
                 return text, None
 
 
+class Unlocked:
+    """A tokenizers.Tokenizer whose `encode` lets other threads run. The package's own holds Python's lock, for a second
+    or more where the prompt is long (docs/experiments.md, CPU); its `encode_batch` does not."""
+
+    def __init__(self, bpe: BPE) -> None:
+        self.bpe = bpe
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it would start a thread on every core
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.bpe, name)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> Encoding:
+        return self.bpe.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+
+
 class Service:
     """Answers requests one by one, in order of arrival."""
 
     def __init__(self, served: Served) -> None:
         self.served = served
+        served.engine.tokenizer.bpe = Unlocked(served.engine.tokenizer.bpe)
         self.driver = ThreadPoolExecutor(1, "engine")
         self.reader = ThreadPoolExecutor(1, "requests")
         self.turn = asyncio.Lock()  # those who wait get it in order of arrival
@@ -118,7 +138,7 @@ class Service:
             result = generate(engine, asked.ids, asked.max_tokens, asked.sampling, engine.tokenizer, self.served.method,
                               stops=asked.stops, push=push, reuse=True)
         except Exception as error:  # whatever it is, the next request may well succeed
-            logging.getLogger("uvicorn.error").error("the engine failed", exc_info=error)
+            logging.getLogger(__name__).error("the engine failed", exc_info=error)
             return Refusal(500, "the engine failed; the server's stderr says why")
         return result | {"queue_s": began - job.arrived, "reused": engine.reused}
 

@@ -39,13 +39,13 @@ def running(served: Served, key: str | None = None) -> Iterator[tuple[str, Servi
         yield f"http://127.0.0.1:{sock.getsockname()[1]}", service
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()
         service.driver.shutdown()
         service.reader.shutdown()
 
 
-def wait(condition: Callable[[], bool], seconds: float = 20) -> None:
+def wait(condition: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "nothing happened"
@@ -66,7 +66,7 @@ class Gate:
     def gated(self, ids: list[int], *how: object) -> Iterator[list[int]]:
         self.begun.append(ids)
         for new in self.generate(ids, *how):
-            assert self.free.acquire(timeout=30)
+            assert self.free.acquire(timeout=120)
             self.cycles += 1
             yield new
 

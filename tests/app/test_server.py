@@ -24,7 +24,8 @@ from serving import Gate, expected, make_served, running, wait
 from app import server as server_module
 from app import service as service_module
 from app.api import Served
-from app.server import Service, is_this_machine, listen, read_key
+from app.server import is_this_machine, listen, read_key
+from app.service import Service, Unlocked
 from sampling import Sampling
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -54,11 +55,11 @@ def live(served: Served) -> Iterator[tuple[str, Service]]:
 
 
 def client(url: str, key: str = "none") -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=30)
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=120)
 
 
 def post(url: str, path: str = "/v1/completions", **fields: object) -> httpx.Response:
-    return httpx.post(url + path, json=fields, timeout=30)
+    return httpx.post(url + path, json=fields, timeout=120)
 
 
 def error_of(answer: httpx.Response) -> dict:
@@ -139,7 +140,8 @@ def test_curl(live, reference: Served) -> None:
     url, _ = live
     words = ["curl", "-sN", "-H", "Content-Type: application/json", f"{url}/v1/chat/completions", "-d"]
     asked = {"messages": HELLO, "stream": True}
-    lines = subprocess.run([*words, json.dumps(asked)], capture_output=True, text=True, timeout=30).stdout.split("\n\n")
+    said = subprocess.run([*words, json.dumps(asked)], capture_output=True, text=True, timeout=120).stdout
+    lines = said.split("\n\n")
     assert lines[-2:] == ["data: [DONE]", ""]
     texts = [json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get("content", "") for line in lines[:-2]]
     assert "".join(texts) == expected(reference, reference.engine.tokenizer.chat(HELLO), 24)["text"]
@@ -151,11 +153,12 @@ def test_curl(live, reference: Served) -> None:
 def test_errors(live) -> None:
     """Fails if a request that is wrong gets another status than OpenAI's, or an error of another shape."""
     url, _ = live
-    with httpx.Client(base_url=url, timeout=30) as http:
+    with httpx.Client(base_url=url, timeout=120) as http:
         chat = "/v1/chat/completions"
         for status, answer in (
                 (400, http.post(chat, json={"messages": HELLO, "tools": [{}]})),
                 (400, http.post(chat, content=b"{", headers=JSON)),
+                (400, http.post("/v1/completions", content=rb'{"prompt": "\ud800"}', headers=JSON)),
                 (400, http.post("/v1/completions", json={"prompt": "x" * 300})),
                 (404, http.post(chat, json={"messages": HELLO, "model": "gpt-5"})), (404, http.get("/v1/models/gpt-5")),
                 (404, http.get("/nix")), (405, http.get(chat)), (405, http.options(chat)),
@@ -205,6 +208,28 @@ def test_slow_clients(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
             assert silent.recv(999) == b""
             answer = body.makefile("rb").read()
             assert answer.startswith(b"HTTP/1.1 408 ") and b"did not arrive" in answer
+
+
+def test_long_prompts_hold_nobody_up(served: Served) -> None:
+    """Fails if Python's lock is held while a long prompt is tokenised, which would stop the answer under way, or if the
+    ids are others."""
+    bpe = served.engine.tokenizer.bpe
+    unlocked = Unlocked(bpe)
+    text = "ab é" * 60_000
+    done = threading.Event()
+    ticks = 0
+
+    def tick() -> None:
+        nonlocal ticks
+        while not done.wait(0.0005):
+            ticks += 1
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    ids = unlocked.encode(text, add_special_tokens=False).ids
+    done.set()
+    thread.join()
+    assert ticks > 5 and ids == bpe.encode(text, add_special_tokens=False).ids
 
 
 def test_a_failing_engine(live, served: Served, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
@@ -318,7 +343,7 @@ def test_signals(signal_number: int, code: int, said: str, folder: Path) -> None
         assert line.startswith("tiny with eagle2 at http://127.0.0.1:")
         url = line.split()[-1]
         with httpx.stream("POST", f"{url}/completions", json={"prompt": "abc", "stream": True, "temperature": 2,
-                                                              "max_tokens": 300}, timeout=30) as answer:
+                                                              "max_tokens": 300}, timeout=120) as answer:
             lines = answer.iter_lines()
             next(lines)
             process.send_signal(signal_number)
@@ -367,7 +392,8 @@ def test_keys_from_files(tmp_path: Path) -> None:
     (("--api_key", "x", "--prompt", "x"), "--api_key is for --serve"), (("--serve", "--raw"), "without --raw"),
     (("--serve", "--show_tree", "--eagle2"), "--show_tree"), (("--serve", "--json"), "single --prompt"),
     (("--serve", "--system", "x"), "--system is for"), (("--serve", "--prompt", "x"), "not allowed with"),
-    (("--serve", "8.8.8.8.8:1"), "--serve 8.8.8.8.8:1"), (("--serve", "0.0.0.0:0"), "give --api_key")])
+    (("--serve", "8.8.8.8.8:1"), "--serve 8.8.8.8.8:1"), (("--serve", "0.0.0.0:0"), "give --api_key"),
+    (("--serve", "0.0.0.0:0", "--api_key", ""), "--api_key should be")])
 def test_command_line(words: tuple[str, ...], said: str, folder: Path, call) -> None:
     """Fails if an option that does not fit is ignored, or a wrong one ends in more than one line."""
     code, out, err = call("--checkpoint", folder, "--device", "cpu", *words)
