@@ -15,10 +15,10 @@ Prints Markdown (benchmarks/report.py). --json FILE writes all numbers and ids; 
 --against OLD.json compares with such a file, --plots DIR draws (benchmarks/plots.py). Ctrl-C reports the runs that are
 complete. benchmarks/cycle.py times the parts of one cycle in detail.
 """
-from app.command import run_command, watch_for_ctrl_c
+from app.command import before_imports, run_command
 
 if __name__ == "__main__":
-    watch_for_ctrl_c()
+    before_imports()
 
 import argparse
 import importlib.util
@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from app.answer import Run, run
 from app.options import DTYPES, add_method_options, check_methods
-from benchmarks.engines import gpt_fast_decoder, transformers_decoder
+from benchmarks.engines import gpt_fast_decoder, llamacpp_decoder, transformers_decoder
 from benchmarks.environment import environment
 from benchmarks.race import FAILURES, Contestant, race, record_failure, split_cycle, summarise
 from benchmarks.report import compare_results, read_result, report
@@ -75,6 +75,8 @@ def makers(args: argparse.Namespace, subject: Subject, slots: int) -> dict[str, 
                 transformers_decoder(model, stop_ids, cache))
     if args.gpt_fast:
         found["gpt-fast (greedy)"] = lambda: other_engine(gpt_fast_decoder(model, stop_ids, args.gpt_fast))
+    if args.llamacpp:
+        found[f"llama.cpp, {args.llamacpp.name}"] = lambda: other_engine(llamacpp_decoder(args.llamacpp, slots))
     return found
 
 
@@ -152,6 +154,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--shape", choices=SHAPES, help="widen the checkpoint to this shape (default: do not widen)")
     p.add_argument("--transformers", action="store_true", help="also transformers, with its two kinds of cache; greedy")
     p.add_argument("--gpt_fast", type=Path, metavar="CLONE", help="also gpt-fast, greedy: the folder of its clone")
+    p.add_argument("--llamacpp", type=Path, metavar="FILE.gguf", help="also llama.cpp with this file, greedy, on a CPU")
     p.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--json", type=Path, metavar="FILE", help="write all numbers and ids to this file")
@@ -169,23 +172,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> str | None:
     """What is wrong with the options, if anything."""
-    wrong_methods = check_methods(args, args.methods)
-    others = args.transformers or args.gpt_fast
+    sharing = args.transformers or args.gpt_fast  # these use our weights
     for wrong, message in (
             (args.max_new_tokens < 2 or args.runs < 1, "--max_new_tokens must be 2 or more, --runs 1 or more"),
             (not all(0 <= t < float("inf") for t in args.temperature), "--temperature must be 0 or more"),
-            (wrong_methods, wrong_methods),
-            (others and args.quantize, "other engines run without --quantize"),
-            (others and 0 not in args.temperature, "other engines are greedy: add --temperature 0"),
+            (wrong_methods := check_methods(args, args.methods), wrong_methods),
+            (sharing and args.quantize, "other engines run without --quantize"),
+            ((sharing or args.llamacpp) and 0 not in args.temperature, "other engines are greedy: add --temperature 0"),
+            (args.llamacpp and (args.shape or args.device != "cpu"), "--llamacpp is for --device cpu, without --shape"),
+            (args.llamacpp and not args.llamacpp.is_file(), f"--llamacpp {args.llamacpp}: there is no such file"),
             (args.gpt_fast and not (args.gpt_fast / "model.py").is_file(), f"--gpt_fast {args.gpt_fast}: no model.py "
              "there; clone github.com/meta-pytorch/gpt-fast and check out 32971d3"),
             (args.json and not args.json.parent.is_dir(), f"--json {args.json}: there is no such folder")):
         if wrong:
             return message
-    for flag, option, package in ((args.transformers, "transformers", "transformers"),
-                                  (args.plots, "plots", "matplotlib")):
-        if flag and not importlib.util.find_spec(package):
-            return f"--{option}: {package} is not installed; pip install -r requirements-dev.txt"
+    for option, package in (("transformers", "transformers"), ("plots", "matplotlib"), ("llamacpp", "xllamacpp")):
+        if getattr(args, option) and not importlib.util.find_spec(package):
+            return f"--{option}: {package} is not installed; pip install {package}"
     return None
 
 

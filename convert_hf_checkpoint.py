@@ -1,7 +1,8 @@
 """Convert a Hugging Face folder, a hub id or a GGUF file to the kind of folder that all other scripts read.
 
     python convert_hf_checkpoint.py meta-llama/Llama-2-7b-chat-hf --eagle yuhuili/EAGLE-llama2-chat-7B
-    python convert_hf_checkpoint.py SmolLM2-135M-Instruct.Q4_1.gguf --out checkpoints/demo
+    python convert_hf_checkpoint.py Qwen2.5-14B-Instruct-Q4_K_M.gguf --out checkpoints/qwen-14b
+    python convert_hf_checkpoint.py Qwen/Qwen3-8B-AWQ
     python convert_hf_checkpoint.py checkpoints/meta-llama/Llama-2-7b-chat-hf --eagle path/to/another/head
 
 The folder is --out, or checkpoints/ and the hub id, or checkpoints/ and the last two parts of the path. It gets
@@ -10,13 +11,16 @@ The folder is --out, or checkpoints/ and the hub id, or checkpoints/ and the las
     model.safetensors              all weights, with q, k, v fused, and gate, up fused
     eagle/, eagle3/ or block/      the draft head, as published, and what was measured of it (app/install.py)
 
+Weights that are quantised keep their integers where this engine has such integers; what is not exact is printed, and
+docs/quantization.md has a table. --dtype makes plain numbers of all of them.
+
 One tensor is in memory at a time. What was written is loaded as generate.py would load it. Only then it replaces what
 an earlier run wrote (formats/writing.py), so that a run that is killed leaves nothing that loads half.
 """
-from app.command import raise_on_ctrl_c, run_command, watch_for_ctrl_c
+from app.command import before_imports, raise_on_ctrl_c, run_command, watch_for_ctrl_c
 
 if __name__ == "__main__":
-    watch_for_ctrl_c()
+    before_imports()
 
 import argparse
 import json
@@ -31,43 +35,62 @@ import torch
 
 from app.install import add_head, staged
 from formats.config import Config
+from formats.fold import fold
 from formats.gguf import gguf_config, is_gguf, open_gguf
 from formats.gguf_tokenizer import write_gguf_tokenizer
 from formats.hf import NAMES, LazyTensor, hf_names, open_folder
 from formats.hub import FILES, check_folder, fetch, name_of
-from formats.tokenizer_files import read_json
+from formats.tokenizer_files import TOKENIZERS, read_json
 from formats.weights import FORMAT, fill, read_tensors, write_file
 from model import Llama
+from quant.converted import Conversion, plain_dtype
+from quant.linear import IMPORTED, prepare_linears, stored_mode
+from quant.published import with_values
 from tokenizer import Tokenizer
 
 
-def write_weights(path: Path, tensors: dict[str, LazyTensor], config: Config, dtype: torch.dtype, source: str) -> None:
+def write_weights(path: Path, tensors: dict[str, LazyTensor], config: Config, dtype: torch.dtype | None, source: str
+                  ) -> None:
     """Write the model.safetensors of a Llama: each of our tensors is one or more of `tensors`, one below the other.
+    dtype None: packed weights keep their integers.
 
     Raises ValueError before anything is written if a tensor is missing, unknown or of another shape.
     """
     with torch.device("meta"):
         wanted = Llama(config, qkv_bias=any(name.endswith("q_proj.bias") for name in tensors)).state_dict()
-    if config.tie_word_embeddings:
-        del wanted["lm_head.weight"]
     pieces = {ours: hf_names(ours, NAMES) for ours in wanted}
+    keep = dtype is None and any(tensor.packed for tensor in tensors.values())
+    embedding = hf_names("embed.weight", NAMES)
+    if config.tie_word_embeddings:
+        pieces["lm_head.weight"] = embedding
+        if not (keep and tensors[embedding[0]].packed):  # a quantised lm_head of its own is faster
+            del pieces["lm_head.weight"]
     names = [name for hf in pieces.values() for name in hf]  # in the order of the file
     missing = [name for name in names if name not in tensors]
     unknown = [name for name in tensors if name not in names and not name.endswith("rotary_emb.inv_freq")]
     if missing or unknown:
         raise ValueError(f"config.json does not fit the weights: missing {missing[:4]}, not implemented {unknown[:4]}")
-    for ours, like in wanted.items():
-        shapes = [tensors[name][0] for name in pieces[ours]]
+    conversion = Conversion(dtype or (plain_dtype(tensors[embedding[0]]) if keep else torch.bfloat16), keep)
+    written = {}
+    for ours, hf in pieces.items():
+        like = wanted[ours]
+        shapes = [tensors[name].shape for name in hf]
         if sum(map(math.prod, shapes)) != like.numel() or any(shape[1:] != like.shape[1:] for shape in shapes):
-            raise ValueError(f"config.json does not fit the weights: {pieces[ours]} of shapes {shapes} should make "
+            raise ValueError(f"config.json does not fit the weights: {hf} of shapes {shapes} should make "
                              f"{list(like.shape)}")
-        wanted[ours] = like.to(dtype)
-    metadata = {"format": FORMAT, "source": source, "dtype": str(dtype).removeprefix("torch.")}
-    write_file(path, wanted, (tensors[name][1]().to(dtype) for name in names), metadata, "converting")
+        written |= conversion.like(ours, [tensors[name] for name in hf], like.shape)
+    metadata = {"format": FORMAT, "source": source, "dtype": str(conversion.dtype).removeprefix("torch.")}
+    if any(name.endswith(".data") for name in written):
+        metadata |= {"mode": IMPORTED}
+    data = (piece for ours, hf in pieces.items() for piece in conversion.pieces(ours, [tensors[name] for name in hf]))
+    write_file(path, written, data, metadata, "converting")
+    for line in conversion.summary():
+        print(line, file=sys.stderr)
 
 
-def convert(source: Path, out: Path, dtype: torch.dtype = torch.bfloat16, name: str | None = None) -> None:
-    """Convert `source`, a Hugging Face folder or a .gguf file, to the folder `out`, with all weights in `dtype`.
+def convert(source: Path, out: Path, dtype: torch.dtype | None = torch.bfloat16, name: str | None = None) -> None:
+    """Convert `source`, a Hugging Face folder or a .gguf file, to the folder `out`, with all weights in `dtype`. None:
+    packed weights keep their integers, and where none are packed it is bfloat16.
 
     `name` goes into the metadata as the source (default: the name of the folder or file). Raises ValueError if anything
     is wrong; `out` is then as it was.
@@ -79,21 +102,22 @@ def convert(source: Path, out: Path, dtype: torch.dtype = torch.bfloat16, name: 
     with staged(out, source) as part:
         if is_gguf(source):
             metadata, tensors = open_gguf(source)
-            raw = gguf_config(metadata, tensors, dtype)
+            raw = gguf_config(metadata, tensors, dtype or torch.bfloat16)
             config = Config.from_dict(raw)
             (part / "config.json").write_text(json.dumps(raw, indent=2))
             write_gguf_tokenizer(metadata, part)
         else:
             config = Config.load(source / "config.json")
-            tensors = open_folder(source)
+            tensors = with_values(open_folder(source))
             for file in FILES & set(os.listdir(source)):
                 shutil.copyfile(source / file, part / file)
+            raw = read_json(part / "config.json")
+        tensors = fold(tensors, raw, config)
         if config.tie_word_embeddings and "lm_head.weight" in tensors:
             lm_head = tensors.pop("lm_head.weight")
-            read_head = lm_head[1]
-            read_embedding = tensors["model.embed_tokens.weight"][1]
-            if not torch.equal(read_head(), read_embedding()):  # the config is wrong: these are two matrices
-                raw = read_json(part / "config.json") | {"tie_word_embeddings": False}
+            embedding = tensors["model.embed_tokens.weight"]
+            if not torch.equal(lm_head.read(), embedding.read()):  # the config is wrong: these are two matrices
+                raw |= {"tie_word_embeddings": False}
                 (part / "config.json").write_text(json.dumps(raw, indent=2))
                 config = Config.load(part)
                 tensors["lm_head.weight"] = lm_head
@@ -110,7 +134,7 @@ def check(folder: Path, out: Path) -> None:
     config = Config.load(folder)
     check_layer(folder / "model.safetensors", config)
     remarks = []
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+    if not any((folder / name).exists() for name in TOKENIZERS):
         remarks.append("no tokenizer.json and no tokenizer.model: generate.py needs one of them there")
     else:
         tokenizer = Tokenizer(folder)
@@ -129,12 +153,14 @@ def check(folder: Path, out: Path) -> None:
 
 def check_layer(file: Path, config: Config) -> None:
     """Run the first layer on two tokens. Raises ValueError where the tensors do not fit or the result is not finite."""
-    tensors = {name: tensor for name, tensor in read_tensors(file)[0].items()
+    tensors, metadata = read_tensors(file)
+    tensors = {name: tensor for name, tensor in tensors.items()
                if not name.startswith("layers.") or name.startswith("layers.0.")}
-    if config.tie_word_embeddings:
+    if config.tie_word_embeddings and "lm_head.data" not in tensors:
         tensors["lm_head.weight"] = tensors["embed.weight"]
     with torch.device("meta"):
         model = Llama(replace(config, num_layers=1), qkv_bias="layers.0.wqkv.bias" in tensors)
+    prepare_linears(model, tensors, *stored_mode(file, metadata, None))
     fill(model, tensors, file, "cpu", None)
     model.allocate_rope(2)
     with torch.inference_mode():
@@ -154,7 +180,8 @@ def work() -> None:
     parser.add_argument("--out", type=Path, help="the folder to write (default: checkpoints/ORG/NAME)")
     parser.add_argument("--eagle", metavar="ID_OR_DIR", help="also try out this draft head and copy it to "
                         "<out>/eagle, eagle3 or block, whichever kind it is")
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="make plain numbers of all weights "
+                        "(default: quantised ones stay as they are, others become bfloat16)")
     parser.add_argument("--token", help="hub token (default: the one from `hf auth login`)")
     args = parser.parse_args()
     watch_for_ctrl_c()
@@ -169,7 +196,7 @@ def work() -> None:
         if not (name or args.out):
             raise ValueError(f"{source}: nothing in this path names a model; choose the folder to write with --out")
         out = args.out or Path("checkpoints", name)
-        convert(source, out, getattr(torch, args.dtype), name)
+        convert(source, out, args.dtype and getattr(torch, args.dtype), name)
     if head:
         add_head(head, out)
     print(out)

@@ -19,7 +19,6 @@ replays cycle n + 1 before it reads what cycle n committed, so that the GPU neve
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
@@ -30,9 +29,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from draft import Drafter, Vanilla, tree_ops
 from model import Llama
 from ops.attention import causal_mask, tree_mask
+from ops.compiling import compile_kernels
 from ops.graphs import Mailbox, capture
 from ops.linear import linear
-from ops.quantized import Quantized
+from quant.linear import is_quantized
 from sampling import Sampling, gumbel_noise, perturb, process
 from tree import MAX_NODES, State, Tree, chain_tree
 
@@ -70,7 +70,7 @@ class Engine:
         self.hidden = self.features.repeat(1, len(drafter.taps)) if drafter.taps else self.features
         self.short = min(SHORT_CHUNK, len(self.features))
         # Up to this many tokens, short chunks beat a long one, which dequantises first (docs/experiments.md).
-        self.few = (5 if isinstance(model.lm_head.weight, Quantized) else 2) * self.short
+        self.few = (5 if is_quantized(model) else 2) * self.short
 
         # The sequence on the device
         rows = drafter.max_depth + 1
@@ -150,7 +150,7 @@ class Engine:
         """One forward over all nodes, the root in slot `base` (0-d int64). Returns what the drafter drafts from, their
         features [T, C] or taps [T, k * C], and the target's choice after each, [T] int64."""
         slots = base + self.nodes[:len(tree.tokens)]  # siblings share a position, never a slot
-        mask = tree_mask(base, tree.ancestors, self.state.width)
+        mask = tree_mask(base, tree.ancestors, self.state.width, settled=True)
         tokens = tree.tokens ^ (tree.tokens >> 63) if self.drafter.has_blocked_nodes else tree.tokens  # ~t back to t
         features, hidden = self.model.forward_with_taps(tokens[None], base + tree.depth, slots, mask, self.drafter.taps)
         next_tokens = self.choose(features[0], tree)
@@ -209,11 +209,15 @@ class Engine:
         self.text = list(ids)
         state.committed.fill_(0)
         state.done.fill_(False)
-        state.hidden[0] = self.hidden[last]
-        self.draw_noise()
-        root = Vanilla(self.device).propose(state)
-        self.accept(root, self.choose(self.features[last][None], root), 0)
+        self.commit_first(last)
         return state
+
+    def commit_first(self, row: int) -> None:
+        """Commit the target's choice after the prompt, whose last token is in this row of `features`."""
+        self.state.hidden[0] = self.hidden[row]
+        self.draw_noise()
+        root = Vanilla(self.device).propose(self.state)
+        self.accept(root, self.choose(self.features[row][None], root), 0)
 
     def prefill_chunks(self, ids: list[int], start: int = 0) -> int:
         """Run the prompt from token `start` on through the model and the drafter. Returns the row of `features`, and of
@@ -275,29 +279,23 @@ class Engine:
     # ----- Compiling and capturing ---------------------------------------------------------------------------------
 
     def warm_up(self, sampling: Sampling) -> None:
-        """Run a few cycles, so that compiling, capturing and allocating are not timed as decoding."""
+        """Compile, capture and run a few cycles, so that this is not timed as decoding. On a CPU, which compiles
+        nothing, the first cycle takes hardly longer than the next ones."""
         start = time.perf_counter()
         if self.cuda:
-            self.compile(self.drafter.num_nodes)
-        for _ in self.generate([0] * min(8, self.max_seq_len - 1), 8, sampling):
-            pass
+            self.compile(sampling)
+            list(self.generate([0] * min(8, self.max_seq_len - 1), 8, sampling))
         self.compile_s = time.perf_counter() - start
 
-    def compile(self, *rows: int) -> None:
-        """Compile the kernels of prefill, of drafting and of verifying `rows` nodes, by running each once on arbitrary
-        tokens, each in a thread of its own: the compiler spends nearly all of its time outside of Python's lock."""
+    def compile(self, sampling: Sampling = Sampling(), rows: tuple[int, ...] = ()) -> None:
+        """Compile the kernels of prefill, of a cycle, and of verifying each of these counts of nodes (greedily: a chain
+        may be longer than the noise reaches). Ends the text."""
         self.begin_sequence([])
         self.first.zero_()  # elsewhere a chunk might reach past the caches
-        self.state.sampling, self.state.noise = Sampling(), None  # a chain may be longer than the noise reaches
-        base = self.state.length - 1
-        jobs = [partial(self.drafter.propose, self.state), partial(self.prefill_chunk, self.short, self.slots),
-                *(partial(self.verify, base, self.chain(n)) for n in rows)]
-        with ThreadPoolExecutor(len(jobs)) as pool:
-            futures = [pool.submit(torch.inference_mode()(job)) for job in jobs]
-            # In this thread, since cuBLAS has a workspace for every thread that calls it:
-            torch.inference_mode()(self.prefill_chunk)(len(self.features), self.slots)
-        for future in futures:
-            future.result()
+        self.state.sampling = sampling
+        chunks = (partial(self.prefill_chunk, size, self.slots) for size in (self.short, len(self.features)))
+        trees = (partial(self.verify, self.state.length - 1, self.chain(n)) for n in rows)
+        compile_kernels(self.cycle, *chunks, partial(self.commit_first, 0), *trees)
 
     def captured(self, function: Callable[[], None], *key: object) -> Callable[[], None]:
         """`function` as a CUDA graph, captured when this key is new or long not used; on a CPU `function` itself."""

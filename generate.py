@@ -8,22 +8,21 @@ This file is the command line; engine.py decodes. For 8- or 4-bit weights give a
 
 The text goes to stdout as it is written, statistics go to stderr. With --json the last line of stdout is one object.
 """
-from app.command import fail, run_command, watch_for_ctrl_c
+from app.command import before_imports, fail, run_command
 
 if __name__ == "__main__":
-    watch_for_ctrl_c()
+    before_imports(gpu=True)
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from app import memory
-from app.answer import compare, generate, report
+from app.answer import answer_and_report
 from app.batch import batch
 from app.draw_tree import write_page
 from app.options import (
-    Engine,
+    Engine,  # noqa: F401  (`from generate import Engine`: README)
     add_device_options,
     add_method_flags,
     add_method_options,
@@ -37,8 +36,7 @@ from app.options import (
 )
 from app.streams import as_utf8
 from app.trace import write_trace
-from app.watch import View, Watch, watch
-from draft import Vanilla
+from app.watch import watch
 from drafters.methods import BASELINE
 from formats.config import Config
 from formats.eagle import folder_of
@@ -172,32 +170,12 @@ def run(args: argparse.Namespace, sampling: Sampling) -> int | None:
     ids = read_prompt(args, engine.tokenizer)
     engine.check(ids)
     engine.warm_up(sampling)
-    result = answer(args, engine, ids, sampling)
+    result = answer_and_report(args, engine, ids, sampling)
     if args.tree_html:
         write_page(result, args.tree_html)
     if args.profile:
         print(write_trace(engine, ids, sampling, args.profile), file=sys.stderr)
     return None
-
-
-def answer(args: argparse.Namespace, engine: Engine, ids: list[int], sampling: Sampling) -> dict:
-    """Answer one prompt and print what was asked for. Returns the result."""
-    tokenizer = engine.tokenizer
-    view = View(engine.drafter, tokenizer, args.show_tree) if isinstance(engine.drafter, Watch) else None
-    result = generate(engine, ids, args.max_new_tokens, sampling, tokenizer, args.method, not args.show_tree,
-                      args.stop, view)
-    print(report(result), file=sys.stderr)
-    if args.compare:
-        plain = Engine(engine.model, Vanilla(engine.device), engine.max_seq_len, tokenizer.stop_ids,
-                       not args.no_compile)
-        plain.warm_up(sampling)
-        vanilla = generate(plain, ids, args.max_new_tokens, sampling, tokenizer, stops=args.stop)
-        result["vanilla"] = vanilla
-        result["identical"] = result["tokens"] == vanilla["tokens"]
-        print(report(vanilla), compare(plain, vanilla, result, ids, sampling), sep="\n", file=sys.stderr)
-    if args.json:
-        print(json.dumps(result))
-    return result
 
 
 def main() -> None:

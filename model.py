@@ -1,6 +1,6 @@
 """The Llama family, small enough to read: RoPE, one decoder layer, a static KV cache, one forward.
 
-Runs Llama 1 to 3.2, Vicuna, TinyLlama, SmolLM2, Mistral, Qwen2, Qwen2.5 and Qwen3, from the folder that
+Runs Llama, Mistral, Qwen2, Qwen3, and what is a Llama by conversion (formats/families.py), from the folder that
 convert_hf_checkpoint.py writes. What config.json may ask for, and what is refused by name: formats/config.py.
 
 Verifying a tree needs one thing of a model: `forward` takes three separate inputs where plain decoding has one number.
@@ -13,7 +13,6 @@ Shapes at line ends:
 
     python -c "import model; print(model.load_model('checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct'))"
 """
-import math
 from pathlib import Path
 
 import torch
@@ -22,29 +21,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from formats.config import Config
-from formats.weights import FORMAT, fill, read_tensors
+from formats.weights import FORMAT, empty_embedding, fill, read_tensors
 from ops.attention import TreeMask, tree_attention
 from ops.device import gpu_problem
 from ops.embed_rope import embed, rope_store
+from ops.frequencies import frequencies
 from ops.linear import linear, rms_norm
-from quant.linear import quantize_linears, stored_mode
+from quant.linear import prepare_linears, quantize_linears, stored_mode
 
 
-def rope_table(cfg: Config, length: int, device: torch.device | None = None) -> Tensor:
-    """cos and sin of every position, fp32 [2, length, D]; both halves of D hold the same D/2 angles.
+def rope_table(cfg: Config, length: int, device: torch.device | None = None, context: int | None = None) -> Tensor:
+    """cos and sin of every position, fp32 [2, length, D]; both halves of D hold the same D/2 angles. context: the
+    longest text, by which LongRoPE chooses its frequencies; None: length."""
+    inv_freq, factor = frequencies(cfg.rope_theta, cfg.rotated, cfg.rope_scaling, context or length, device)
+    angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * inv_freq  # [length, rotated pairs]
+    still = (0, (cfg.head_dim - cfg.rotated) // 2)  # the other pairs keep cos 1 and sin 0
+    cos, sin = F.pad(angles.cos() * factor, still, value=1.0), F.pad(angles.sin() * factor, still)
+    return torch.stack((cos, sin)).repeat(1, 1, 2)
 
-    Llama 3.1's scaling: wavelengths beyond the old context are slowed down by `factor`, short ones are kept, and those
-    between are blended (transformers, modeling_rope_utils.py, _compute_llama3_parameters).
-    """
-    inv_freq = cfg.rope_theta ** -(torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device=device) / cfg.head_dim)
-    if cfg.rope_scaling:
-        factor, low, high, context = (cfg.rope_scaling[key] for key in (
-            "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
-        turns = context * inv_freq / (2 * math.pi)  # full turns of each frequency within the old context
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        inv_freq = keep * inv_freq + (1 - keep) * inv_freq / factor
-    angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * inv_freq  # [length, D/2]
-    return torch.stack((angles.cos(), angles.sin())).repeat(1, 1, 2)
+
+def layer_ropes(cfg: Config, rope: Tensor) -> list[Tensor]:
+    """The angles of each layer: `rope` [2, T, D], and for a layer without RoPE (SmolLM3) cos 1 and sin 0."""
+    if not cfg.nope_layers:
+        return [rope] * cfg.num_layers
+    no_rope = torch.zeros_like(rope)
+    no_rope[0] = 1
+    return [no_rope if i in cfg.nope_layers else rope for i in range(cfg.num_layers)]
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
@@ -100,7 +102,7 @@ class Layer(nn.Module):
     def attention(self, x: Tensor, rope: Tensor, kv: Tensor | None, cache_pos: Tensor | None,
                   mask: Tensor | TreeMask | None) -> Tensor:
         """What the heads read, [B, T, H * D]. Without a cache: causal among the T tokens, for training."""
-        if isinstance(mask, TreeMask):  # on a GPU: our kernels store keys and values and read the mask as bits
+        if isinstance(mask, TreeMask):  # our kernels store keys and values and read the mask as bits
             q = self.project(x[0], (rope, cache_pos, kv[:, 0])).unflatten(-1, (-1, self.head_dim))
             return tree_attention(q, kv[:, 0], *mask)[None]
         q, k, v = (y.transpose(1, 2) for y in self.qkv(x, rope))  # [B, heads, T, D]
@@ -141,7 +143,7 @@ class Llama(nn.Module):
     def __init__(self, cfg: Config, *, qkv_bias: bool = False) -> None:
         super().__init__()
         self.cfg = cfg
-        self.embed = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.embed = empty_embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList(Layer(cfg, qkv_bias=qkv_bias) for _ in range(cfg.num_layers))
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
@@ -154,18 +156,16 @@ class Llama(nn.Module):
         """Allocate the KV cache and the RoPE table for max_seq_len + spare slots, once for all prompts that follow. The
         spare slots hold drafts that reach beyond the last token that may be committed."""
         cfg, weight = self.cfg, self.embed.weight
-        if cfg.sliding_window and max_seq_len > cfg.sliding_window:
-            raise ValueError(f"this model's sliding window of {cfg.sliding_window} tokens is not implemented: "
-                             f"use --max_seq_len {cfg.sliding_window} or less, where it makes no difference")
+        cfg.check_length(max_seq_len)
         slots = max_seq_len + spare
         kv = weight.new_zeros(cfg.num_layers, 2, batch, cfg.num_kv_heads, slots, cfg.head_dim)
-        self.allocate_rope(slots)
+        self.allocate_rope(slots, max_seq_len)
         self.kv = kv  # last: if memory runs out before, the old cache and its size stay valid
 
-    def allocate_rope(self, length: int) -> None:
-        """All that a forward without a cache needs, of texts up to this length."""
+    def allocate_rope(self, length: int, context: int | None = None) -> None:
+        """All that a forward without a cache needs, of texts up to this length. context: see rope_table."""
         weight = self.embed.weight
-        self.rope = rope_table(self.cfg, length, weight.device).to(weight.dtype)
+        self.rope = rope_table(self.cfg, length, weight.device, context).to(weight.dtype)
 
     def free_cache(self) -> None:
         self.kv = None
@@ -176,7 +176,7 @@ class Llama(nn.Module):
 
         tokens [B, T] int64; rope_pos [T] int64, positions in the text; cache_pos [T] int64, distinct slots to write;
         mask [T, W] bool, or additive in the weights' dtype: which of the first W slots each row sees after the write.
-        On a GPU with B = 1 better a TreeMask, which our attention kernel reads as it is.
+        With B = 1 better a TreeMask, which our attention kernels read as it is.
         Without cache_pos and mask: no cache, causal among the T tokens.
         """
         return self.forward_with_taps(tokens, rope_pos, cache_pos, mask)[0]
@@ -189,10 +189,10 @@ class Llama(nn.Module):
         ascending, 0 is the embeddings and the number of layers what the last one leaves."""
         x, rope = embed(self.embed.weight, tokens, self.rope, rope_pos)
         tapped = []
-        for i, layer in enumerate(self.layers):
+        for i, (layer, angles) in enumerate(zip(self.layers, layer_ropes(self.cfg, rope))):
             if i in taps:
                 tapped.append(x)
-            x = layer(x, rope, None if cache_pos is None else self.kv[i], cache_pos, mask)
+            x = layer(x, angles, None if cache_pos is None else self.kv[i], cache_pos, mask)
         if len(self.layers) in taps:
             tapped.append(x)
         features = rms_norm(x, self.norm.weight, self.norm.eps)
@@ -217,14 +217,12 @@ def load_model(path: Path | str, device: torch.device | str = "cpu", dtype: torc
         raise ValueError(f"{file}: not a converted checkpoint; run `python convert_hf_checkpoint.py {file.parent}`")
     mode, stored_group = stored_mode(file, metadata, quantize)
     check_integer_support(mode or quantize, torch.device(device))
-    problem = gpu_problem(torch.device(device).type)
-    if problem:
+    if problem := gpu_problem(torch.device(device).type):
         raise ValueError(problem)
     with torch.device("meta"):
         model = Llama(cfg, qkv_bias="layers.0.wqkv.bias" in tensors)
-    if mode:
-        quantize_linears(model, mode, stored_group)
-    tied = cfg.tie_word_embeddings and mode is None
+    prepare_linears(model, tensors, mode, stored_group)
+    tied = cfg.tie_word_embeddings and "lm_head.data" not in tensors
     placement = ("cpu", None) if quantize else (device, dtype)
     if tied and "embed.weight" in tensors:  # moved once here: `fill` would make two tensors of it
         tensors["embed.weight"] = tensors["lm_head.weight"] = tensors["embed.weight"].to(*placement)

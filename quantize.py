@@ -10,10 +10,10 @@ go through the layers twice, side by side: once through the original layers, onc
 The new weights of a layer map the quantised inputs half-way to the original outputs; going all the way overfits the
 calibration text. GPTQ then rounds them (quant/int4.py). The embedding, norms and biases are not quantised in any mode.
 """
-from app.command import run_command, watch_for_ctrl_c
+from app.command import before_imports, run_command
 
 if __name__ == "__main__":
-    watch_for_ctrl_c()
+    before_imports()
 
 import argparse
 import copy
@@ -32,7 +32,7 @@ from drafters.heads import load_head
 from formats.eagle import folder_of, open_head
 from formats.weights import FORMAT, read_tensors, write_file
 from formats.writing import locked, replace_files
-from model import Layer, Llama, load_model, rope_table
+from model import Layer, Llama, layer_ropes, load_model, rope_table
 from ops.linear import linear
 from ops.quantized import Quantized
 from quant.calibration import corrected_weight
@@ -117,7 +117,7 @@ def quantize_calibrated(model: Llama, path: Path, group: int, device: str) -> It
     """int4 weights of all linears, in the order of the state_dict, calibrated on texts that the model writes itself."""
     cuda = device == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
-    length = min(LENGTH, model.cfg.max_position_embeddings, model.cfg.sliding_window or LENGTH)
+    length = min(LENGTH, model.cfg.max_position_embeddings, model.cfg.context_limit or LENGTH)
     first = first_token(Tokenizer(folder_of(path)))
     start = time.perf_counter()
     writer = load_model(path, device, dtype, "int8" if cuda else None)  # int8 writes as well, and needs less memory
@@ -127,8 +127,8 @@ def quantize_calibrated(model: Llama, path: Path, group: int, device: str) -> It
     original_x = F.embedding(tokens, model.embed.weight.to(device, dtype))
     quantized_x = original_x.clone()
     rope = rope_table(model.cfg, length, torch.device(device)).to(dtype)
-    for layer in model.layers:
-        yield from quantize_layer(copy.deepcopy(layer).to(device, dtype), quantized_x, original_x, rope, group)
+    for layer, angles in zip(model.layers, layer_ropes(model.cfg, rope)):
+        yield from quantize_layer(copy.deepcopy(layer).to(device, dtype), quantized_x, original_x, angles, group)
     yield quantize_weight(model.lm_head.weight.to(device), mode_of("lm_head", "int4"))
 
 

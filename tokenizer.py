@@ -14,7 +14,7 @@ from pathlib import Path
 from jinja2 import Template
 from tokenizers import decoders
 
-from formats.tokenizer_files import BYTE_OF, clear_error, find_turn_ends, load_bpe, load_template, read_json
+from formats.tokenizer_files import BYTE_OF, clear_error, find_turn_ends, load_bpe, load_template, read_json, read_model
 
 MOST_CHARACTERS = 10**7  # that a chat template may write: more than any model reads
 
@@ -30,7 +30,7 @@ class Tokenizer:
 
     def __init__(self, folder: Path, chat_template: Path | None = None) -> None:
         folder = Path(folder)
-        model = read_json(folder / "config.json")
+        model = read_model(folder)
         generation = read_json(folder / "generation_config.json")
         self.bpe, config = load_bpe(folder, model)
         self.named = {key: name for key, name in config.items() if key.endswith("_token") and isinstance(name, str)}
@@ -42,7 +42,6 @@ class Tokenizer:
             self.template_error = str(error)
         self.has_chat_template = bool(self.template or self.template_error)
         self.added = self.bpe.get_added_tokens_decoder()
-        self.vocab_size = 1 + max(self.bpe.get_vocab().values())
         size = model.get("vocab_size")
         self.model_ids = range(size if isinstance(size, int) else 2**31)  # the ids that the model has
         bos, eos = (self.bpe.token_to_id(self.named.get(key, "")) for key in ("bos_token", "eos_token"))
@@ -56,6 +55,10 @@ class Tokenizer:
         if not all(isinstance(i, int) and abs(i) < 2**31 for i in stops):
             raise ValueError(f"{folder}: eos_token_id in config.json and generation_config.json must be ids")
         self.stop_ids = frozenset(i for i in stops if i in self.model_ids)
+
+    @property
+    def vocab_size(self) -> int:
+        return 1 + max(self.bpe.get_vocab().values())
 
     # ----- Text to ids ---------------------------------------------------------------------------------------------
 

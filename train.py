@@ -18,10 +18,10 @@ They are saved as such heads are published, so other engines load them too.
 A trap: starting an EAGLE-1/2 head from the target's last layer instead of small random weights diverges. That layer
 expects a normed input, and the head's layer has none.
 """
-from app.command import run_command, watch_for_ctrl_c
+from app.command import before_imports, run_command
 
 if __name__ == "__main__":
-    watch_for_ctrl_c()
+    before_imports()
 
 import argparse
 import json

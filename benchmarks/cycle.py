@@ -12,10 +12,10 @@ generations: greedy, without prefill, in turns with plain decoding.
 Prints Markdown; --json FILE writes the same numbers and more (measure_all and measure_context list the keys). bench.py
 compares all methods.
 """
-from app.command import run_command, watch_for_ctrl_c
+from app.command import before_imports, run_command
 
 if __name__ == "__main__":
-    watch_for_ctrl_c()
+    before_imports()
 
 import argparse
 import json
@@ -158,12 +158,13 @@ def measure_context(engines: dict[str, Engine], prompts: list[list[int]], args: 
             "efficiency": fast["tokens_per_sec"] * cycle_ms / 1e3 / fast["mean_gained"]}
 
 
-def startup_seconds(args: argparse.Namespace) -> dict[str, float]:
-    """Seconds from the start of a generate.py process to its first text: {"cold", "warm"}, without and with compiled
-    kernels in the cache. The libraries are in the system's file cache both times: this process has read them."""
+def startup_seconds(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Seconds from the start of a generate.py process to its first text, and the parts that it prints itself
+    (ops/startup.py): {"cold", "warm"}, without and with compiled kernels and the best tree in the caches. The libraries
+    are in the system's file cache both times: this process has read them."""
     command = [
         sys.executable, Path(__file__).parent.parent / "generate.py", "--checkpoint", args.checkpoint, "--method",
-        args.method, "--prompt", "Why is the sky blue?", "--max_new_tokens", "8", "--device", args.device,
+        args.method, "--prompt", "Why is the sky blue?", "--max_new_tokens", "8", "--json", "--device", args.device,
         "--dtype", args.dtype, *(["--draft", args.draft] if args.draft else []),
         *(["--draft_vocab", str(args.draft_vocab)] if args.draft_vocab is not None else []),
         *(["--quantize", args.quantize] if args.quantize else []),
@@ -175,10 +176,11 @@ def startup_seconds(args: argparse.Namespace) -> dict[str, float]:
             env = os.environ | {"TRITON_CACHE_DIR": cache, "XDG_CACHE_HOME": cache}
             with subprocess.Popen(command, stdout=subprocess.PIPE, env=env) as child:
                 child.stdout.read(1)
-                seconds[name] = time.perf_counter() - start
-                child.stdout.read()
+                first_text = time.perf_counter() - start
+                rest = child.stdout.read()
             if child.returncode:
                 raise ValueError(f"--startup: generate.py ended with exit code {child.returncode}")
+            seconds[name] = {"first text": first_text, **json.loads(rest.splitlines()[-1])["start_s"]}
     return seconds
 
 
@@ -283,8 +285,13 @@ def last_table(result: dict) -> str:
            "peak memory, GB": result["memory_gb"]}
     if "device_gb" in result:
         row["in use on the device, GB"] = result["device_gb"]
-    row |= {f"first text, {name} start, s": seconds for name, seconds in result["startup_s"].items()}
-    return f"{fill_lines(result['device'])}\n\n{table(tuple(row), tuple(f'{x:.1f}' for x in row.values()))}"
+    said = f"{fill_lines(result['device'])}\n\n{table(tuple(row), tuple(f'{x:.1f}' for x in row.values()))}"
+    if result["startup_s"]:
+        names = list(dict.fromkeys(name for seconds in result["startup_s"].values() for name in seconds))
+        said += "\n" + table(("start, s", *names), *(
+            (start, *(f"{seconds.get(name, 0):.2f}" for name in names))
+            for start, seconds in result["startup_s"].items()))
+    return said
 
 
 # ----- The command -------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""Engines of other projects with our weights, in our process, for bench.py: transformers' generate, and gpt-fast.
+"""Engines of other projects in our process, for bench.py: transformers' generate, gpt-fast, and llama.cpp.
 
 A decoder continues a prompt greedily and returns a timed Run. The other engine shares our weights where its layout
-allows it, because a 13B may not fit on the GPU twice.
+allows it, because a 13B may not fit on the GPU twice. llama.cpp has its own, in a GGUF file.
 """
 import importlib.util
 import inspect
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from app.answer import Run
 from model import Llama
-from ops.quantized import Quantized
+from quant.linear import is_quantized
 
 Decoder = Callable[[list[int], int], Run]  # (prompt ids, max_new_tokens) -> Run
 
@@ -24,7 +24,7 @@ def layer_weights(model: Llama) -> list[dict[str, Tensor]]:
     """Each layer's weights, with q, k and v apart and gate and up apart. They are views, not copies. ValueError unless
     the model is a plain Llama."""
     cfg = model.cfg
-    if cfg.qk_norm or model.layers[0].wqkv.bias is not None or isinstance(model.lm_head.weight, Quantized):
+    if cfg.qk_norm or model.layers[0].wqkv.bias is not None or is_quantized(model):
         raise ValueError("--transformers and --gpt_fast are for Llamas without query norms, biases and quantisation")
     rows = [n * cfg.head_dim for n in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)]
     layers = []
@@ -46,8 +46,8 @@ def transformers_decoder(model: Llama, stop_ids: frozenset[int], cache: str) -> 
         vocab_size=cfg.vocab_size, hidden_size=cfg.hidden_size, intermediate_size=cfg.intermediate_size,
         num_hidden_layers=cfg.num_layers, num_attention_heads=cfg.num_heads, num_key_value_heads=cfg.num_kv_heads,
         head_dim=cfg.head_dim, rms_norm_eps=cfg.rms_norm_eps, max_position_embeddings=cfg.max_position_embeddings,
-        tie_word_embeddings=False, rope_parameters={"rope_type": "llama3" if cfg.rope_scaling else "default",
-                                                    "rope_theta": cfg.rope_theta, **(cfg.rope_scaling or {})})
+        tie_word_embeddings=False, rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta,
+                                                    **(cfg.rope_scaling or {})})
     tensors = {"model.embed_tokens": model.embed.weight, "model.norm": model.norm.weight,
                "lm_head": model.lm_head.weight}
     names = dict(q="self_attn.q_proj", k="self_attn.k_proj", v="self_attn.v_proj", o="self_attn.o_proj",
@@ -136,4 +136,27 @@ def gpt_fast_decoder(model: Llama, stop_ids: frozenset[int], folder: Path) -> De
         seconds = time.perf_counter() - decode_start
         count = next((i for i, token in enumerate(text) if token in stop_ids), len(text) - 1)  # without prefill's token
         return Run(text[:count + 1], [1] * count, decode_start - start, seconds * count / max(new_tokens - 1, 1))
+    return decode
+
+
+def llamacpp_decoder(file: Path, slots: int) -> Decoder:
+    """llama.cpp, by the package xllamacpp, on a CPU: plain decoding of a GGUF file with as many threads as we have. It
+    is given ids and returns ids, and times prefill and decoding itself. ValueError where it cannot read the file."""
+    import xllamacpp
+    params = xllamacpp.CommonParams()
+    params.model.path = str(file)
+    params.n_ctx, params.n_parallel, params.n_gpu_layers, params.verbosity = slots, 1, 0, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+    server = xllamacpp.Server(params)
+
+    def decode(ids: list[int], new_tokens: int) -> Run:
+        answer = server.handle_completions({
+            "prompt": ids, "n_predict": new_tokens, "temperature": 0, "top_k": 1, "samplers": ["top_k"],
+            "cache_prompt": False, "return_tokens": True, "verbose": True})
+        if "error" in answer:
+            raise ValueError(f"llama.cpp: {answer['error']}")
+        times, tokens = answer["timings"], answer["__verbose"]["tokens"]
+        if times["prompt_n"] != len(ids):
+            raise ValueError(f"llama.cpp made {times['prompt_n']} tokens of a prompt of {len(ids)}")
+        return Run(tokens, [1] * (len(tokens) - 1), times["prompt_ms"] / 1e3, max(times["predicted_ms"] / 1e3, 1e-9))
     return decode

@@ -5,10 +5,10 @@
 Prints a Markdown table with a row for the unquantised model, for each mode of quantising on load, and for each
 quantised file in the checkpoint's folder.
 """
-from app.command import run_command, watch_for_ctrl_c
+from app.command import before_imports, run_command
 
 if __name__ == "__main__":
-    watch_for_ctrl_c()
+    before_imports()
 
 import argparse
 import math

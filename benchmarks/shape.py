@@ -23,7 +23,7 @@ from formats.block_config import NESTED
 from formats.eagle import find_head, folder_of, read_config
 from formats.eagle3_config import flat, naming
 from model import Llama
-from ops.quantized import Quantized
+from quant.linear import is_quantized
 
 QUANTISED = "--shape widens unquantised weights: quantise the result with --quantize"
 
@@ -54,7 +54,7 @@ class Widening:
 
     def __init__(self, args: argparse.Namespace, small: Llama, prompts: list[list[int]], stop_ids: frozenset[int]
                  ) -> None:
-        if isinstance(small.lm_head.weight, Quantized):
+        if is_quantized(small):
             raise ValueError(QUANTISED)
         self.small = small
         self.shape = SHAPES[args.shape]

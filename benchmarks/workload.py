@@ -50,7 +50,7 @@ def describe_subject(args: argparse.Namespace) -> str:
 def tensors_of(part: nn.Module | Tensor | Quantized) -> list[Tensor]:
     if isinstance(part, nn.Module):
         return [*part.parameters(), *part.buffers()]
-    return [part.data, part.scale] if isinstance(part, Quantized) else [part]
+    return [t for t in (part.data, part.scale, part.order) if t is not None] if isinstance(part, Quantized) else [part]
 
 
 def gigabytes(*parts: nn.Module | Tensor | Quantized) -> float:
@@ -78,7 +78,7 @@ def ask(model: Llama, tokenizer: Tokenizer, questions: list[Question], new_token
     ValueError names the question whose answer would not fit the model's context.
     """
     cfg = model.cfg
-    context = min(cfg.max_position_embeddings, cfg.sliding_window or cfg.max_position_embeddings)
+    context = min(cfg.max_position_embeddings, cfg.context_limit or cfg.max_position_embeddings)
     longest = max(len(tokenizer.dialogue(q.turns)) + 2 * len(q.turns) * new_tokens for q in questions)
     prompts = []
     engine = None

@@ -30,6 +30,7 @@ from torch import Tensor
 from draft import Drafter, tree_ops
 from drafters.tapped import TappedHead
 from formats.block import BlockConfig
+from formats.weights import empty_embedding
 from model import Layer, Llama, RMSNorm
 from ops.attention import TreeMask, tree_mask
 from ops.context import store_context
@@ -52,7 +53,7 @@ class Markov(nn.Module):
         super().__init__()
         size, rank = cfg.layer.hidden_size, cfg.markov_rank
         self.kind = cfg.markov
-        self.w1 = nn.Embedding(cfg.layer.vocab_size, rank)
+        self.w1 = empty_embedding(cfg.layer.vocab_size, rank)
         self.w2 = nn.Linear(rank, cfg.draft_vocab_size, bias=False)
         if cfg.markov == "gated":
             self.gate = nn.Linear(size + rank, rank)

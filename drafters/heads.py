@@ -15,6 +15,7 @@ from formats.foreign import kind_of_head
 from formats.weights import fill
 from model import Llama
 from ops.quantized import Quantized
+from ops.startup import part
 from quant.linear import stored_mode
 
 Head = EagleHead | Eagle3Head | BlockHead
@@ -49,6 +50,7 @@ def type_of_head(path: Path) -> type[Head]:
     return KINDS.get(kind_of_head(tensors, read_config(folder_of(path))), EagleHead)
 
 
+@part("draft head")
 def tree_drafter(head: Head, target: Llama, nodes: int, levels: int, topk: int, retrieval=None) -> Drafter:
     """The dynamic tree of a head of any kind. A block head drafts all of its levels, which cost what one costs."""
     if isinstance(head, BlockHead):

@@ -22,12 +22,14 @@ from drafters.medusa import Medusa, load_medusa
 from drafters.speculate import Speculate, load_draft_model
 from drafters.tree_size import curve_path, fit, profile_key, read_curve
 from formats.eagle import find_head, folder_of
+from formats.tokenizer_files import TOKENIZERS
 from model import Llama
+from ops.startup import part
 from tokenizer import Tokenizer
 
 BASELINE = "vanilla"  # plain decoding, which all others are compared with
 GPU_TREE = (60, 6, 10)  # EAGLE-2's nodes, levels and top-k: the paper's
-CPU_TREE = (8, 3, 3)  # the same on a CPU, where more rows cost more (docs/benchmarking.md)
+CPU_TREE = (8, 4, 3)  # the same on a CPU, where more rows cost more (docs/benchmarking.md)
 CHAIN = 10  # tokens that are looked up, alone or beside EAGLE-2
 RULE = "longest"  # which match of a look-up is continued
 WINDOW = (7, 5, 7)  # Lookahead's window, n-gram and guesses
@@ -85,7 +87,7 @@ def load_checked_draft_model(args: argparse.Namespace, model: Llama) -> Llama:
     path = required(args.speculate, "--speculate")
     draft = load_draft_model(path, model)
     target_folder, draft_folder = folder_of(args.checkpoint), folder_of(path)
-    if any((draft_folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    if any((draft_folder / name).is_file() for name in TOKENIZERS):
         known = Tokenizer(target_folder).bpe.get_vocab()
         wrong = [token for token, i in Tokenizer(draft_folder).bpe.get_vocab().items() if known.get(token, i) != i]
         if wrong:
@@ -246,6 +248,7 @@ def make_drafter(method: str, args: argparse.Namespace, model: Llama, max_seq_le
     if row.weights:
         loaded = {} if loaded is None else loaded
         if row.weights not in loaded:
-            loaded[row.weights] = row.weights.load(args, model)
+            with part("draft head"):
+                loaded[row.weights] = row.weights.load(args, model)
         weights = loaded[row.weights]
     return row.make(Setup(model, args, weights, max_seq_len))

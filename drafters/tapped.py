@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from formats.block_config import BlockConfig
 from formats.eagle3_config import Eagle3Config
+from formats.weights import empty_embedding
 from model import rope_table
 from quant.linear import quantize_linears
 
@@ -19,7 +20,7 @@ class TappedHead(nn.Module):
         super().__init__()
         size = cfg.layer.hidden_size
         self.cfg = cfg
-        self.embed = nn.Embedding(cfg.layer.vocab_size, size) if "embed.weight" in names else None
+        self.embed = empty_embedding(cfg.layer.vocab_size, size) if "embed.weight" in names else None
         own = not {"lm_head.weight", "lm_head.data"}.isdisjoint(names)
         self.lm_head = nn.Linear(size, cfg.draft_vocab_size, bias=False) if own else None
         self.vocab: Tensor | None = None  # [any] int64: the tokens that are drafted, in the order of the lm_head's rows

@@ -33,6 +33,7 @@ from formats.writing import replace_when_whole
 from model import Llama
 from ops.device import device_name, triton
 from ops.graphs import Timer, timed
+from ops.startup import part
 from tree import Candidates, best_first
 
 NODES = (8, 16, 24, 32, 48, 60, 96, 128)  # the sizes of a curve, the root included; an older curve ends at 60
@@ -51,6 +52,7 @@ def verify_by_rows(engine: Engine, counts: tuple[int, ...], timer: Timer = timed
     return {rows: timer(partial(engine.verify, base, engine.chain(rows)), engine.device) for rows in counts}
 
 
+@part("tree size")
 def measure(model: Llama, head: Head, max_seq_len: int, sizes: tuple[int, ...] = NODES) -> list[float] | None:
     """The profile of a device: milliseconds of the first drafted level, of each further level (0 for a block head), of
     the rest of a cycle, and of verifying trees of these sizes, after a text of 512 tokens. None if measuring would take
@@ -60,7 +62,7 @@ def measure(model: Llama, head: Head, max_seq_len: int, sizes: tuple[int, ...] =
     drafter = engine.drafter
     cuda = engine.device.type == "cuda"
     if cuda:
-        engine.compile(*sizes)
+        engine.compile(rows=sizes)
     engine.freeze(min(512, max_seq_len))
     once = verify_by_rows(engine, sizes[:1], partial(timed, unroll=1, rounds=1, calls=1))[sizes[0]]
     if once * (200 if cuda else 40) > LIMIT_MS:  # all measurements below take about as long as so many verifications

@@ -16,7 +16,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from formats.config import Config, positive
+from formats.config import Config
 from formats.eagle import read_config
 from formats.eagle3_config import (
     MEASURED,
@@ -31,6 +31,7 @@ from formats.eagle3_config import (
     read_measured,
     sizes_json,
 )
+from formats.fields import positive
 
 NESTED = "dflash_config"  # where the entries are that only block heads have
 MARKOV = ("vanilla", "gated", "rnn")  # the kinds of Markov head

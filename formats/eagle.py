@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from formats.config import Config
-from formats.foreign import kind_of_head, pickled_by, quantized_by_tensors
+from formats.foreign import kind_of_head, pickled_by, quantized_by_config, quantized_by_tensors
 from formats.weights import read_tensors, save_tensors
 from formats.writing import replace_files
 
@@ -61,7 +61,7 @@ def open_head(path: Path, *kinds: str) -> tuple[Path, dict[str, Tensor], dict[st
     found = kind_of_head(tensors, raw)
     if found and not any(found.startswith((f"an {kind} head", f"a {kind} head")) for kind in kinds):
         raise ValueError(f"{file}: holds {found}; only {' and '.join(kinds)} heads can be given here")
-    if quantized := quantized_by_tensors(tensors):
+    if quantized := quantized_by_tensors(tensors) or quantized_by_config(raw, is_head=True):
         raise ValueError(f"{file}: {quantized}")
     return file, tensors, metadata
 

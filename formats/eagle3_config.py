@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from formats.config import LLAMA3_ROPE, SAID_BY_TENSORS, Config, positive
+from formats.config import SAID_BY_TENSORS, Config
 from formats.eagle import read_config
+from formats.fields import positive
 
 MEASURED = "measured.json"
 SHARED = "share_lm_head"  # our entry of a config.json: the head drafts with the target's rows for the tokens of d2t
@@ -305,12 +306,10 @@ def eagle3_config_json(cfg: Eagle3Config, norms: dict[str, bool], attention_bias
 
 def sizes_json(layer: Config) -> dict:
     """What a head's config.json says of its layers, in the words of transformers."""
-    scaling = layer.rope_scaling and layer.rope_scaling | {
-        "rope_type": "llama3", LLAMA3_ROPE[-1]: int(layer.rope_scaling[LLAMA3_ROPE[-1]])}
     return {"model_type": "qwen3" if layer.qk_norm else "llama", "hidden_size": layer.hidden_size,
             "intermediate_size": layer.intermediate_size, "num_hidden_layers": layer.num_layers,
             "num_attention_heads": layer.num_heads, "num_key_value_heads": layer.num_kv_heads,
             "head_dim": layer.head_dim, "hidden_act": "silu", "rms_norm_eps": layer.rms_norm_eps,
-            "rope_theta": layer.rope_theta, "rope_scaling": scaling, "vocab_size": layer.vocab_size,
+            "rope_theta": layer.rope_theta, "rope_scaling": layer.rope_scaling, "vocab_size": layer.vocab_size,
             "max_position_embeddings": layer.max_position_embeddings, "tie_word_embeddings": False,
             "torch_dtype": "bfloat16"}

@@ -1,4 +1,5 @@
-"""Published files that this engine does not read: quantised weights, and draft heads of other kinds.
+"""Published files that this engine does not read: weights quantised in other ways than formats/packed.py lists, and
+draft heads of other kinds.
 
 Nothing is read from them here. They are recognised by their config.json and by the names of their tensors, so that an
 error can say what a file is and what to take instead.
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from formats.packed import is_read, stated
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # what plain weights are stored in
 
@@ -26,8 +29,6 @@ METHODS = {
     "exl3": ("EXL3", "-exl3"), "hqq": ("HQQ", "-HQQ"), "torchao": ("torchao", "-INT4 or -torchao"),
     "mxfp4": ("MXFP4", "-MXFP4"), "auto-round": ("AutoRound", "-AutoRound"), "quanto": ("quanto", "-quanto"),
     "aqlm": ("AQLM", "-AQLM"), "vptq": ("VPTQ", "-VPTQ"), "bitnet": ("BitNet", "-1.58bit")}
-# Where config.json says it. MLX writes the second, older versions of llm-compressor the third.
-KEYS = ("quantization_config", "quantization", "compression_config")
 # Ends of tensor names that one method alone uses.
 NAMES = {
     "_qdata": "torchao", "weight._data": "quanto", "W_q": "hqq", "trellis": "exl3", "q_weight": "exl2",
@@ -45,22 +46,14 @@ def refusal(method: str, details: str, evidence: str) -> str:
             f"model, whose name has no {mark}, and let quantize.py make int8 or int4 of it")
 
 
-def quantized_by_config(raw: dict) -> str | None:
-    """What to tell of a config.json that says that the weights are quantised, or None. An empty object, as some tools
-    leave it behind, says nothing."""
-    key = next((key for key in KEYS if raw.get(key)), None)
-    if key is None:
+def quantized_by_config(raw: dict, is_head: bool = False) -> str | None:
+    """What to tell of a config.json that says that the weights are quantised in a way that is not read, or None. Of
+    draft heads no way is."""
+    found = stated(raw)
+    if found is None or (is_read(*found[:2]) and not is_head):
         return None
-    said = raw[key] if isinstance(raw[key], dict) else {}
-    method = said.get("quant_method") or ("compressed-tensors" if key == KEYS[2] else None)
-    if method is None and {"bits", "group_size"} <= said.keys():
-        method = "mlx"
-    elif method is None and ("quant_algo" in said or "producer" in said):
-        method = "modelopt"
-    elif method is None and any("bit" in key for key in said):
-        method = "bitsandbytes"
-    line = refusal(str(method or "an unknown method").lower(), details_of(said), f"{key} in config.json")
-    return f"{line}. If they are plain after all, remove {key}"
+    method, said, where = found
+    return f"{refusal(method, details_of(said), where)}. If they are plain after all, remove {where.split()[0]}"
 
 
 def details_of(said: dict) -> str:
@@ -70,7 +63,8 @@ def details_of(said: dict) -> str:
     if bits is None and (found.get("load_in_4bit") or found.get("load_in_8bit")):
         bits = 4 if found.get("load_in_4bit") else 8
     group = next((found[key] for key in ("group_size", "q_group_size") if found.get(key)), None)
-    kind = next((found[key] for key in ("quant_algo", "format", "quant_type", "_type", "bnb_4bit_quant_type", "fmt")
+    kind = next((found[key] for key in ("quant_algo", "format", "quant_type", "_type", "bnb_4bit_quant_type", "fmt",
+                                            "version", "checkpoint_format")
                  if isinstance(found.get(key), str)), None)
     parts = [f"{bits} bits" if bits else "", f"groups of {group}" if group and group != -1 else "", kind or ""]
     return ", ".join(filter(None, parts))

@@ -1,23 +1,28 @@
 """GGUF files: tensors and config, in Hugging Face's form.
 
-Where to look: `refuse_fields` for what makes another model, `gguf_rope` for the RoPE fields, GGUF_NAMES for the names
-of tensors, `to_hf_rows` for the order of rows. The tokenizer: formats/gguf_tokenizer.py. What fields mean, and what
-holds where one is missing, is llama.cpp's word (src/llama-model.cpp).
+Where to look: GGUF_ARCHS for the architectures, `refuse_fields` for what makes another model, GGUF_NAMES for the names
+of tensors, `to_hf_rows` for the order of rows. The fields of RoPE: formats/gguf_rope.py. The tokenizer:
+formats/gguf_tokenizer.py. What fields mean, and what holds where one is missing, is llama.cpp's word
+(src/llama-model.cpp, src/models/).
 """
 import math
 import re
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
+import gguf
 import numpy as np
 import torch
 from gguf import GGUFReader, dequantize
 from torch import Tensor
 
-from formats.config import positive
+from formats.fields import positive
+from formats.gguf_rope import FACTORS, gguf_rope, old_context
 from formats.gguf_tokenizer import special_ids
 from formats.hf import LazyTensor, hf_names
+from formats.packed import Packed
 
 # llama.cpp's module -> Hugging Face's.
 GGUF_NAMES = {
@@ -36,18 +41,43 @@ GGUF_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-GGUF_ARCHS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+QUERY_OR_KEY = re.compile(r"\.attn_([qk])\.")
 
-# Fields of the architecture, without its prefix, that gguf_config reads.
+
+class Arch(NamedTuple):
+    """A general.architecture. model_type: transformers'. reorders: llama.cpp's converter reorders the rows of q and k.
+    own: fields that are read besides READ_FIELDS. names: modules that are not GGUF_NAMES'."""
+    model_type: str
+    reorders: bool = False
+    own: tuple[str, ...] = ()
+    names: dict = {}
+
+
+ROPE_TENSORS = ("rope_freqs.weight", *FACTORS)
+FUSED = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
+GGUF_ARCHS = {
+    "llama": Arch("llama", reorders=True), "qwen2": Arch("qwen2"), "qwen3": Arch("qwen3"),
+    "mistral3": Arch("ministral3", reorders=True, own=("attention.temperature_scale",)),
+    "granite": Arch("granite", reorders=True, own=("embedding_scale", "residual_scale", "logit_scale",
+                                                  "attention.scale")),
+    "smollm3": Arch("smollm3", reorders=True),
+    "phi3": Arch("phi3", own=("rope.dimension_count", "attention.sliding_window"), names=FUSED),
+    "chatglm": Arch("glm", own=("rope.dimension_count",), names=FUSED),
+    "ernie4_5": Arch("ernie4_5"),
+    "seed_oss": Arch("seed_oss", names={"post_attention_norm": "post_attention_layernorm"}),
+}
+CLASSES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "ministral3": "Ministral3", "granite": "Granite",
+           "smollm3": "SmolLM3", "phi3": "Phi3", "glm": "Glm", "ernie4_5": "Ernie4_5", "seed_oss": "SeedOss"}
+
+# Fields of the architecture, without its prefix, that gguf_config and gguf_rope read.
 READ_FIELDS = {
     "embedding_length", "feed_forward_length", "block_count", "context_length", "attention.head_count",
     "attention.head_count_kv", "attention.key_length", "attention.layer_norm_rms_epsilon", "rope.freq_base",
-    "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear"}
-# Fields that change nothing in the architectures above: notes, what only embedding models use, what only YaRN uses.
+    "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear", "rope.scaling.original_context_length"}
+# Fields that change nothing: notes, what only embedding models use, what only YaRN uses (gguf_rope reads it there).
 HARMLESS_FIELDS = {
     "vocab_size", "tensor_data_layout", "pooling_type", "attention.layer_norm_epsilon", "rope.scaling.finetuned",
-    "rope.scaling.original_context_length", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
-    "rope.scaling.yarn_log_multiplier"}
+    "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope.scaling.yarn_log_multiplier"}
 
 
 # ----- The file ----------------------------------------------------------------------------------------------------
@@ -99,7 +129,7 @@ def read_file(path: Path) -> tuple[dict, list]:
     """The metadata and the tensors, as gguf gives them. Raises ValueError for a file that is not whole."""
     check_start(path)
     try:
-        reader = WholeReader(path)
+        reader = WholeReader(path, "c")  # arrays that may be written to, without changing the file
         return {key: field.contents() for key, field in reader.fields.items()}, reader.tensors
     except EOFError:
         raise ValueError(f"it is cut off after {path.stat().st_size:,} bytes: download it again, or, if it is a part "
@@ -107,6 +137,38 @@ def read_file(path: Path) -> tuple[dict, list]:
     except Exception as err:  # what gguf raises for a damaged file cannot be listed
         raise ValueError(f"it is damaged, or newer than gguf {version('gguf')} ({type(err).__name__}: {err}): download "
                          "it again, or try `pip install -U gguf`") from err
+
+
+def read_parts(path: Path) -> tuple[dict, list]:
+    """The same, of all files of a model: NAME-00001-of-00003.gguf and so on, given by any of them. Their metadata are
+    those of the first. Raises ValueError where one is missing or belongs to another model."""
+    metadata, tensors = read_file(path)
+    count = metadata.get("split.count", 0)
+    if count in (0, 1):
+        return metadata, tensors
+    numbered = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", path.name)
+    if not numbered or int(numbered[2]) != count:
+        raise ValueError(f"it is one of the {count} files of a model, whose names end in -00001-of-{count:05}.gguf and "
+                         "so on: give them their names back")
+    files = [path.with_name(f"{numbered[1]}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ValueError(f"it is one of the {count} files of a model: {', '.join(missing[:3])} should lie beside it")
+    tensors = []
+    for i, file in enumerate(files):
+        try:
+            found, its_tensors = read_file(file)
+        except ValueError as error:
+            raise ValueError(f"{file.name}: {error}") from None
+        if found.get("split.no") != i or found.get("split.count") != count:
+            raise ValueError(f"{file.name}: it says that it is number {found.get('split.no')} of "
+                             f"{found.get('split.count')}, counted from 0: download it again")
+        metadata = found if i == 0 else metadata
+        tensors += its_tensors
+    names = {tensor.name for tensor in tensors}
+    if len(names) != len(tensors) or len(tensors) != metadata.get("split.tensors.count", len(tensors)):
+        raise ValueError(f"its {count} files are of different models: download them again")
+    return metadata, tensors
 
 
 # ----- Tensors -----------------------------------------------------------------------------------------------------
@@ -118,13 +180,9 @@ def open_gguf(path: Path) -> tuple[dict, dict[str, LazyTensor]]:
     Where a field of the architecture is a list with one number for each layer, all the same, it is that number here.
     Raises ValueError for a file that is not whole, or holds anything but a whole model that is implemented.
     """
-    metadata, found = read_file(path)
+    metadata, found = read_parts(path)
     arch = metadata.get("general.architecture")
     kind = metadata.get("general.type")
-    num_files = metadata.get("split.count", 0)
-    if num_files not in (0, 1):
-        raise ValueError(f"it is one of the {num_files} files of a model: join them with `llama-gguf-split --merge "
-                         "FIRST.gguf WHOLE.gguf`")
     if kind in ("adapter", "mmproj", "imatrix"):
         raise ValueError(f"it holds no model, its general.type is {kind}: look for the model itself")
     if arch not in list(GGUF_ARCHS):
@@ -135,32 +193,39 @@ def open_gguf(path: Path) -> tuple[dict, dict[str, LazyTensor]]:
 
     def read(tensor) -> Tensor:
         weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-        return to_hf_rows(tensor.name, weight, metadata) if arch == "llama" else weight
+        return to_hf_rows(tensor.name, weight, metadata) if GGUF_ARCHS[arch].reorders else weight
+
+    def packed(tensor) -> Packed | None:
+        if gguf.GGML_QUANT_SIZES[tensor.tensor_type][0] == 1 or len(tensor.shape) != 2:
+            return None
+        rows = None
+        if GGUF_ARCHS[arch].reorders and QUERY_OR_KEY.search(tensor.name):
+            rows = to_hf_rows(tensor.name, torch.arange(len(tensor.data))[:, None], metadata)[:, 0]
+        return Packed(tensor.tensor_type.name, {"blocks": torch.from_numpy(tensor.data)}, {"rows": rows})
 
     tensors = {}
     for tensor in found:
-        name = hf_names(tensor.name, GGUF_NAMES)[0]
-        if name == tensor.name != "rope_freqs.weight" or not name.endswith((".weight", ".bias")):
+        name = hf_names(tensor.name, GGUF_NAMES | GGUF_ARCHS[arch].names)[0]
+        if (name == tensor.name and name not in ROPE_TENSORS) or not name.endswith((".weight", ".bias")):
             raise ValueError(f"the tensor {tensor.name} is not implemented")
         shape = tuple(tensor.shape[::-1].tolist())  # GGUF lists the innermost dimension first
-        tensors[name] = (shape, partial(read, tensor))
+        tensors[name] = LazyTensor(shape, partial(read, tensor), packed(tensor))
     if "model.embed_tokens.weight" not in tensors:
         raise ValueError("it has no token_embd.weight (only a vocabulary?): look for the model itself")
     return metadata, tensors
 
 
 def to_hf_rows(name: str, weight: Tensor, metadata: dict) -> Tensor:
-    """A tensor of a "llama" file with the rows of q and k in Hugging Face's order.
-
-    RoPE rotates pairs of elements of a head: (2j, 2j + 1) in llama.cpp, (j, j + head_dim / 2) in Hugging Face. For
-    "llama" files llama.cpp reorders the rows of q and k accordingly; for Qwen's it does not.
+    """A tensor with the rows of q and k in Hugging Face's order, of a file in whose architecture llama.cpp reorders
+    them: RoPE rotates pairs of elements of a head, (2j, 2j + 1) in llama.cpp, (j, j + head_dim / 2) in Hugging Face.
     """
-    found = re.search(r"\.attn_([qk])\.", name)
+    found = QUERY_OR_KEY.search(name)
     if not found:
         return weight
-    heads = metadata["llama.attention.head_count"]
+    arch = metadata["general.architecture"]
+    heads = metadata[f"{arch}.attention.head_count"]
     if found[1] == "k":
-        heads = metadata.get("llama.attention.head_count_kv", heads)
+        heads = metadata.get(f"{arch}.attention.head_count_kv", heads)
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
 
 
@@ -168,7 +233,7 @@ def to_hf_rows(name: str, weight: Tensor, metadata: dict) -> Tensor:
 
 
 def gguf_config(metadata: dict, tensors: dict[str, LazyTensor], dtype: torch.dtype) -> dict:
-    """Hugging Face's config.json for GGUF metadata. Takes rope_freqs.weight out of `tensors`: it is no weight.
+    """Hugging Face's config.json for GGUF metadata. Takes ROPE_TENSORS out of `tensors`: they are no weights.
     Raises KeyError for a missing field, ValueError for one that is wrong or asks for what is not implemented."""
     arch = metadata["general.architecture"]
     hidden_size = positive(metadata, f"{arch}.embedding_length")
@@ -177,43 +242,70 @@ def gguf_config(metadata: dict, tensors: dict[str, LazyTensor], dtype: torch.dty
     context = positive(metadata, f"{arch}.context_length")
     eps = positive(metadata, f"{arch}.attention.layer_norm_rms_epsilon", kind=float)
     refuse_fields(metadata, arch, head_dim, context)
-    rope_freqs = None
-    if "rope_freqs.weight" in tensors:
-        _, read = tensors.pop("rope_freqs.weight")
-        rope_freqs = read()
-    rope = gguf_rope(metadata, arch, head_dim, rope_freqs)
-    if arch == "llama" and "model.layers.0.self_attn.q_proj.bias" in tensors:
-        arch_name = "qwen2"  # Hugging Face's name for a Llama with biases of q, k and v
-    else:
-        arch_name = arch
+    extra = {name: tensors.pop(name).read() for name in ROPE_TENSORS if name in tensors}
+    rope = gguf_rope(metadata, arch, head_dim, context, extra)
+    model_type = GGUF_ARCHS[arch].model_type
+    has_biases = any(name.endswith(("q_proj.bias", "qkv_proj.bias")) for name in tensors)
+    if arch == "llama" and has_biases:
+        model_type = "qwen2"  # Hugging Face's name for a Llama with biases of q, k and v
     ids = special_ids(metadata)
     return {
-        "architectures": [GGUF_ARCHS[arch_name]], "model_type": arch_name, "hidden_act": "silu", "head_dim": head_dim,
-        "hidden_size": hidden_size, "intermediate_size": positive(metadata, f"{arch}.feed_forward_length"),
+        "architectures": [f"{CLASSES[model_type]}ForCausalLM"], "model_type": model_type, "hidden_act": "silu",
+        "head_dim": head_dim, "hidden_size": hidden_size,
+        "intermediate_size": positive(metadata, f"{arch}.feed_forward_length"),
         "num_hidden_layers": positive(metadata, f"{arch}.block_count"), "num_attention_heads": heads,
         "num_key_value_heads": positive(metadata, f"{arch}.attention.head_count_kv", heads),
         "max_position_embeddings": context,
-        "rms_norm_eps": float(f"{eps:.7g}"),  # stored as float32, where 1e-5 reads 9.99999974e-06
-        **rope, "vocab_size": tensors["model.embed_tokens.weight"][0][0],
+        "rms_norm_eps": plain_number(eps), **rope, **own_entries(metadata, arch, head_dim, has_biases),
+        "vocab_size": tensors["model.embed_tokens.weight"][0][0],
         "torch_dtype": str(dtype).removeprefix("torch."), "bos_token_id": ids.get("bos"), "eos_token_id": ids["eos"],
         "tie_word_embeddings": "lm_head.weight" not in tensors}
+
+
+def plain_number(value: float) -> float:
+    """A number that was stored as float32, where 1e-5 reads 9.99999974e-06, as it was written."""
+    return float(f"{value:.7g}")
+
+
+def own_entries(metadata: dict, arch: str, head_dim: int, has_biases: bool) -> dict:
+    """The entries of config.json that only this architecture has. A scale of 0 stands for none in llama.cpp."""
+    def scale(field: str, default: float) -> float:
+        key = f"{arch}.{field}"
+        return plain_number(positive(metadata, key, default, float)) if metadata.get(key) else default
+
+    if arch == "granite":
+        if metadata.get("granite.rope.scaling.finetuned") is False:
+            raise ValueError("granite.rope.scaling.finetuned = False: a Granite without RoPE is not implemented")
+        positive(metadata, "granite.logit_scale", kind=float)
+        return {"embedding_multiplier": scale("embedding_scale", 1.0), "logits_scaling": scale("logit_scale", 1.0),
+                "residual_multiplier": scale("residual_scale", 1.0),
+                "attention_multiplier": scale("attention.scale", head_dim ** -0.5)}
+    if arch == "phi3":
+        return {"sliding_window": metadata.get("phi3.attention.sliding_window") or None,
+                "original_max_position_embeddings": old_context(
+                    metadata, arch, positive(metadata, "phi3.context_length"))}
+    if arch in ("chatglm", "seed_oss"):
+        return {"attention_bias": has_biases}
+    return {}
 
 
 def refuse_fields(metadata: dict, arch: str, head_dim: int, context: int) -> None:
     """Raise ValueError for a field of the architecture that changes what the model computes, and whose value is not
     neutral: scales, soft caps, windows, experts, RoPE of a part of a head, and all fields that are not known here."""
+    scaled = metadata.get(f"{arch}.rope.scaling.type") == "yarn"
+    stretched = scaled or arch == "phi3"  # where gguf_rope reads how cos and sin grow
     allowed = {
         "attention.value_length": lambda value: value == head_dim,
         "rope.dimension_count": lambda value: value == head_dim,
-        "rope.scaling.attn_factor": lambda value: value == 1,
+        "rope.scaling.attn_factor": lambda value: value > 0 if stretched else value == 1,
         "rope.scaling.yarn_attn_factor": lambda value: value == 1,
-        "rope.scaling.yarn_ext_factor": lambda value: value == 0,
+        "rope.scaling.yarn_ext_factor": lambda value: value in ((-1, 1) if scaled else (0,)),
         "attention.causal": lambda value: value is True,
         "attention.scale": lambda value: value == 0 or math.isclose(value, head_dim ** -0.5, rel_tol=1e-5),
         "attention.sliding_window": lambda value: value == 0 or value >= context}
     for key, value in metadata.items():
         field = key.removeprefix(f"{arch}.")
-        if field == key or field in HARMLESS_FIELDS:
+        if field == key or field in HARMLESS_FIELDS or field in GGUF_ARCHS[arch].own:
             continue
         if isinstance(value, list):
             neutral = not value
@@ -228,43 +320,3 @@ def refuse_fields(metadata: dict, arch: str, head_dim: int, context: int) -> Non
         if not neutral:
             raise ValueError(f"{key} = {value} changes what the model computes, and is not implemented: look for a "
                              "version without it")
-
-
-def gguf_rope(metadata: dict, arch: str, head_dim: int, rope_freqs: Tensor | None) -> dict:
-    """The RoPE entries of config.json. All that a GGUF file says about RoPE and that is implemented is read here.
-
-    rope_freqs: the tensor rope_freqs.weight, if there is one. Where there is no type, it is "linear". Linear scaling
-    by 1, or by 0, is none. "none" means none, whatever the factor. Raises ValueError for other scaling.
-    """
-    theta = positive(metadata, f"{arch}.rope.freq_base", 1e4, float)
-    keys = [f"{arch}.rope.{key}" for key in ("scaling.type", "scaling.factor", "scale_linear")]
-    type_key, factor_key, old_factor_key = keys
-    scaling_type = metadata.get(type_key, "linear")
-    factor = metadata.get(factor_key, metadata.get(old_factor_key, 0))
-    if scaling_type != "none" and not (scaling_type == "linear" and factor in (0, 1)):
-        given = ", ".join(f"{key} = {metadata[key]}" for key in keys if key in metadata)
-        raise ValueError(f"{given}: RoPE scaling of type {scaling_type!r} is not implemented; look for a version "
-                         "without it")
-    scaling = {"rope_type": "default"}
-    if rope_freqs is not None:
-        if rope_freqs.shape != (head_dim // 2,):
-            raise ValueError(f"rope_freqs.weight is {list(rope_freqs.shape)}, for {head_dim // 2} frequencies")
-        scaling = llama3_scaling(rope_freqs, theta)
-    return {"rope_theta": theta, "rope_scaling": scaling}
-
-
-def llama3_scaling(divisors: Tensor, theta: float) -> dict:
-    """Hugging Face's rope_scaling of Llama 3.1 and 3.2, from what it divides each frequency by [head_dim / 2].
-
-    GGUF stores only these divisors, fp32. The factor is the largest of them, and the other three numbers are the same
-    in all releases. Raises ValueError if the four do not give the divisors (model.rope_table has the formula).
-    """
-    divisors = divisors.double()
-    factor, low, high, context = float(divisors.max()), 1.0, 4.0, 8192
-    wavelengths = 2 * math.pi * theta ** (torch.arange(len(divisors), dtype=torch.float64) / len(divisors))
-    turns = context / wavelengths  # full turns of each frequency within the old context
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    if not torch.allclose(divisors, 1 / (keep + (1 - keep) / factor), rtol=1e-5):
-        raise ValueError("rope_freqs.weight is not the scaling of Llama 3.1 or 3.2: start from the HF folder")
-    return {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
-            "original_max_position_embeddings": context}

@@ -16,13 +16,27 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # kinds of tokens in tokeni
 END_TOKENS = {
     "</s>", "<eos>", "[EOS]", "<EOT>", "▁<EOT>", "[EOT]", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>",
     "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>", "<end_of_utterance>"}
-# How a byte-level BPE cuts a text into words, by the name in tokenizer.ggml.pre, besides what ByteLevel does.
+# Mistral's and GPT-4o's words begin with capitals, and end with small letters. GPT-4o's have an ending such as "'s".
+WORD = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]%s[\p{Ll}\p{Lm}\p{Lo}\p{M}]%s"
+ENDING = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+OTHERS = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+TEKKEN_SPLIT = "|".join((WORD % ("*", "+"), WORD % ("+", "*"), r"\p{N}", OTHERS))
+GPT4O_SPLIT = "|".join((WORD % ("*", "+") + ENDING, WORD % ("+", "*") + ENDING, r"\p{N}{1,3}", OTHERS))
+# Names in tokenizer.ggml.pre for one way to cut a text into words; llama.cpp has the same list.
+SAME_SPLIT = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "deepseek-r1-qwen": "qwen2",
+              "megrez": "qwen2", "refact": "smollm", "glm4": "dbrx", "chatglm-bpe": "dbrx"}
+# How a byte-level BPE does it, besides what ByteLevel does.
 WORD_SPLITS = {
     "gpt-2": [],
     "smollm": [pre_tokenizers.Digits(individual_digits=True)],
     "llama-bpe": [pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")],
+    "smaug-bpe": [pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")],
+    "dbrx": [pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")],
     "qwen2": [pre_tokenizers.Split(Regex(LLAMA3_SPLIT.replace("{1,3}", "")), "isolated")],  # digits one by one
+    "tekken": [pre_tokenizers.Split(Regex(TEKKEN_SPLIT), "isolated")],
+    "gpt-4o": [pre_tokenizers.Split(Regex(GPT4O_SPLIT), "isolated")],
 }
+WHOLE_WORDS = ("llama-bpe", "tekken")  # a word that is a token is not merged; add bos
 
 
 def special_ids(metadata: dict) -> dict[str, int]:
@@ -59,6 +73,7 @@ def write_gguf_tokenizer(metadata: dict, folder: Path) -> None:
     Raises ValueError for a tokenizer that is damaged, or cuts words in a way that is not implemented."""
     ggml = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
     kind, pre = ggml.get("model"), ggml.get("pre")
+    pre = SAME_SPLIT.get(pre, pre)
     if kind != "llama" and not (kind == "gpt2" and pre in WORD_SPLITS):
         raise ValueError(f"GGUF tokenizer {kind!r}, pre-tokenizer {pre!r}: supported are 'llama', and 'gpt2' with "
                          f"{', '.join(WORD_SPLITS)}; start from the Hugging Face folder")
@@ -67,7 +82,7 @@ def write_gguf_tokenizer(metadata: dict, folder: Path) -> None:
             raise KeyError(f"tokenizer.ggml.{key}")
     tokens, types = ggml["tokens"], ggml["token_type"]
     ids = special_ids(metadata)
-    adds_bos = ggml.get("add_bos_token", kind == "llama" or pre == "llama-bpe")  # the defaults are llama.cpp's
+    adds_bos = ggml.get("add_bos_token", kind == "llama" or pre in WHOLE_WORDS)  # the defaults are llama.cpp's
     if adds_bos and "bos" not in ids:
         raise KeyError("tokenizer.ggml.bos_token_id")
     with clear_error("its tokenizer is damaged, download it again"):
@@ -95,7 +110,7 @@ def write_gguf_tokenizer(metadata: dict, folder: Path) -> None:
 def byte_level_bpe(ggml: dict, vocab: dict[str, int], pre: str) -> Tokenizer:
     """A BPE over bytes written as characters, such as GPT-2's. `pre` names the way to cut a text into words."""
     merges = [tuple(merge.split(" ")) for merge in ggml["merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre in WHOLE_WORDS))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre in ("gpt-2", "smollm"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*WORD_SPLITS[pre], byte_level])
     tokenizer.normalizer = normalizers.NFC() if pre == "qwen2" else None

@@ -1,10 +1,14 @@
 """Hugging Face folders: their names for tensors, and opening their weight files."""
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
+from formats.families import WRAPPERS, has_biases, llama_words
 from formats.foreign import kind_of_head, pickled_by, quantized_by_tensors
+from formats.packed import Packed, is_read, join_parts, stated
 from formats.tokenizer_files import read_json
 from formats.weights import read_tensors
 
@@ -22,7 +26,15 @@ NAMES = {
     "w13": "mlp.gate_proj mlp.up_proj",
     "w2": "mlp.down_proj",
 }
-LazyTensor = tuple[tuple[int, ...], Callable[[], Tensor]]  # a tensor's shape, and a function that reads it
+VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")  # what a text does without
+
+
+class LazyTensor(NamedTuple):
+    """A tensor's shape, a function that reads it and, where its file packs it, what that holds. Of a folder's packed
+    weights only the last is known (quant.published.with_values)."""
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor] | None
+    packed: Packed | None = None
 
 
 def hf_names(name: str, table: dict[str, str]) -> list[str]:
@@ -57,19 +69,37 @@ def open_folder(folder: Path) -> dict[str, LazyTensor]:
             raise ValueError(f"{folder / file}: holds other things than plain tensors; use a safetensors version")
         tensors |= {str(name): tensor for name, tensor in found.items()}
     raw = read_json(folder / "config.json")
+    if raw.get("model_type") in list(WRAPPERS):
+        tensors = text_tensors(tensors)
+    raw = llama_words(raw)
     kind = kind_of_head(tensors, raw)
     if kind and not kind.startswith(("a whole model", "an MTP")):  # models may have MTP layers of their own
         raise ValueError(f"the folder holds {kind.partition(' (')[0]}, not a model: give the model's "
                          "folder, and --eagle for an EAGLE-1/2 head")
-    if quantized := quantized_by_tensors(tensors):
+    found = stated(raw, folder)
+    if found and is_read(*found[:2]):
+        tensors = join_parts(tensors, *found[:2], has_biases(raw))
+    if quantized := quantized_by_tensors({name: t for name, t in tensors.items() if isinstance(t, Tensor)}):
         raise ValueError(quantized)
-    return usual_names({name: (tuple(t.shape), t.detach) for name, t in tensors.items()}, raw)
+    return usual_names({name: LazyTensor((), None, t) if isinstance(t, Packed) else LazyTensor(tuple(t.shape), t.detach)
+                        for name, t in tensors.items()}, raw)
+
+
+def text_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of a model that sees images too the text model's tensors, by a Llama's names. In files these begin with
+    "language_model.", or with "model.language_model." in place of "model."."""
+    found = {}
+    for name, tensor in tensors.items():
+        if not VISION.match(name):
+            found[name.replace("model.language_model.", "model.").removeprefix("language_model.")] = tensor
+    return found
 
 
 def what_is_there(folder: Path) -> str:
     """The end of an error about a folder without weights: what it holds instead, as far as names tell."""
     signs = {
-        "gptq*.safetensors": "a GPTQ checkpoint of 2023; download the unquantised model",
+        "gptq*.safetensors": "a GPTQ checkpoint of 2023; rename it to model.safetensors, beside its "
+                             "quantize_config.json",
         "*[0-9]bit*.safetensors": "a quantised checkpoint; download the unquantised model",
         "qmodel.pt": "an HQQ checkpoint; download the unquantised model",
         "*.gguf": "a GGUF model; give the path of that file",
@@ -84,7 +114,8 @@ def what_is_there(folder: Path) -> str:
 
 
 def usual_names(tensors: dict[str, LazyTensor], raw: dict) -> dict[str, LazyTensor]:
-    """The tensors of a folder as a model with this config.json should have named them. transformers reads these too:
+    """The tensors of a folder as a model with this config.json, in Llama's words, should have named them. transformers
+    reads these too:
 
     - without "model." in front, saved from a LlamaModel rather than a LlamaForCausalLM
     - with tied embeddings, the one matrix under the lm_head's name alone
@@ -98,9 +129,9 @@ def usual_names(tensors: dict[str, LazyTensor], raw: dict) -> dict[str, LazyTens
     if not raw.get("tie_word_embeddings") and embedding in tensors and lm_head not in tensors:
         raise ValueError(f"config.json does not fit the weights: missing {lm_head}; if the model uses its embedding "
                          "instead, set \"tie_word_embeddings\": true in config.json")
-    # transformers gives q, k and v biases in a Qwen2 always, in the others only together with one for the output.
+    # transformers gives q, k and v biases in few families without one for the output (Family.biases).
     bias = next((name for name in tensors if name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias"))), None)
-    if bias and raw["model_type"] != "qwen2":
+    if bias and not has_biases(raw):
         raise ValueError(f"{bias} is there, but transformers ignores it in a {raw['model_type']} model: remove the "
                          "biases, or, if they belong to it, call it a Qwen2 in config.json (\"model_type\": \"qwen2\", "
                          "\"architectures\": [\"Qwen2ForCausalLM\"])")

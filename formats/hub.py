@@ -7,14 +7,16 @@ from pathlib import Path
 
 from huggingface_hub import constants, errors, list_repo_files, snapshot_download
 
+from formats import packed
 from formats.config import Config
 from formats.downloads import not_what_it_is_called
 from formats.weights import first_line
 
 # What is copied from a Hugging Face folder besides the weights.
 FILES = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-         "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja"}
-WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]
+         "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja",
+         "chat_template.json", "tekken.json"}
+WEIGHTS = ["model*.safetensors", "model.safetensors.index.json", *packed.FILES]
 PICKLES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
 
@@ -96,7 +98,7 @@ def name_of(source: Path) -> str | None:
     """ORG/NAME for a path: its last two parts, without .gguf. In the hub's cache, where paths are
     models--ORG--NAME/snapshots/REVISION/FILE, that of the repository. None where nothing in the path is a name."""
     parts = [part for part in Path(os.path.abspath(source)).parts if part.strip(os.sep)]
-    last = re.sub(r"(?i)\.gguf$", "", parts[-1]) if parts else ""
+    last = re.sub(r"(?i)(-00001-of-\d{5})?\.gguf$", "", parts[-1]) if parts else ""
     cached = next((part.split("--")[1:] for part in parts if part.startswith("models--")), None)
     if cached and last == parts[-1]:
         parts = cached

@@ -15,9 +15,10 @@ from typing import Any
 
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as BPE
+
+from formats.tekken import NAMED, from_tekken
 
 # Byte-level BPE writes bytes as characters: a printable byte as itself, the others as U+0100 and following, in order.
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -30,6 +31,9 @@ LLAMA3_SPLIT = (
 )
 # Llama 3 has 256 special ids after the ranks. These have names in Meta's release, the others are reserved.
 LLAMA3_NAMES = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json")
+# The model_types whose tokenizer_class transformers believes; of all others it obeys the tokenizer.json.
+LLAMA_CLASSES = ("llama", "seed_oss", "cwm", "helium", "smollm3")
 # CodeLlamaTokenizer has these tokens even where tokenizer_config.json does not mention them.
 INFILLING = {"prefix_token": "▁<PRE>", "middle_token": "▁<MID>", "suffix_token": "▁<SUF>", "eot_token": "▁<EOT>",
              "fill_token": "<FILL_ME>"}
@@ -86,11 +90,18 @@ def load_bpe(folder: Path, model: dict[str, Any]) -> tuple[BPE, dict[str, Any]]:
 
 
 def find_tokenizer(folder: Path) -> Path:
-    """tokenizer.json, or else tokenizer.model. Raises FileNotFoundError if neither is there."""
-    for name in ("tokenizer.json", "tokenizer.model"):
+    """The first of TOKENIZERS that is there. Raises FileNotFoundError if none is."""
+    for name in TOKENIZERS:
         if (folder / name).exists():
             return folder / name
     raise FileNotFoundError(f"{folder} has no tokenizer.json and no tokenizer.model: copy one into it")
+
+
+def read_model(folder: Path) -> dict[str, Any]:
+    """The folder's config.json; of a model that sees images too, with the entries of text_config that it lacks."""
+    raw = read_json(folder / "config.json")
+    text = raw.get("text_config")
+    return (text if isinstance(text, dict) else {}) | {key: value for key, value in raw.items() if value is not None}
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
@@ -102,8 +113,10 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
 
 
 def read_bpe(path: Path, config: dict[str, Any], model: dict[str, Any]) -> tuple[BPE, dict[str, str]]:
-    """The BPE in a tokenizer.json or tokenizer.model, and the special tokens that the format implies. The latter are
-    {} for a tokenizer.json, which says everything itself."""
+    """The BPE in one of TOKENIZERS, and the special tokens that the format implies. The latter are {} for a
+    tokenizer.json, which says everything itself."""
+    if path.name == "tekken.json":
+        return from_tekken(read_json(path), CHAR_OF), NAMED
     if path.suffix == ".json":
         return BPE.from_file(str(path)), {}
     bpe, implied = from_model(path.read_bytes(), config.get("added_tokens_decoder", {}))
@@ -119,11 +132,11 @@ def is_byte_level(bpe: BPE) -> bool:
 
 def is_llama_sentencepiece(bpe: BPE, implied: dict[str, str], config: dict[str, Any], model: dict[str, Any]) -> bool:
     """Whether transformers would make a LlamaTokenizer of it, which overrides the normalizer and the decoder: for any
-    sentencepiece tokenizer.model, and for a tokenizer.json of this class in the folder of a Llama."""
+    sentencepiece tokenizer.model, and for a tokenizer.json of this class in the folder of one of LLAMA_CLASSES."""
     has_llama_class = tokenizer_class(config) in ("LlamaTokenizer", "CodeLlamaTokenizer")
     if is_byte_level(bpe):
         return False
-    return bool(implied) or (has_llama_class and model.get("model_type", "llama") == "llama")
+    return bool(implied) or (has_llama_class and model.get("model_type", "llama") in LLAMA_CLASSES)
 
 
 def tokenizer_class(config: dict[str, Any]) -> str:
@@ -199,6 +212,7 @@ def from_tiktoken(data: bytes, listed: dict[str, Any]) -> tuple[BPE, dict[str, s
 
 def from_sentencepiece(data: bytes) -> tuple[BPE, dict[str, str]]:
     """A sentencepiece BPE model, such as Llama 2's. Raises ValueError for a unigram model."""
+    from sentencepiece import SentencePieceProcessor  # here, since most folders have a tokenizer.json
     spm = SentencePieceProcessor()
     spm.LoadFromSerializedProto(data)
     vocab = {spm.id_to_piece(i): i for i in range(len(spm))}
@@ -223,8 +237,9 @@ def rebuild_merges(vocab: dict[str, int]) -> list[tuple[str, str]]:
 
 def load_template(folder: Path, source: str | list | dict | None, file: Path | None = None) -> jinja2.Template | None:
     """The chat template in `file`, or else the folder's, or None if it has none: chat_template.jinja, or else `source`,
-    the chat_template of tokenizer_config.json. It runs in a sandbox, since it is a program from a download. Raises
-    ValueError if it is broken. The filters and functions are those that transformers gives to templates."""
+    the chat_template of tokenizer_config.json, or else chat_template.json. It runs in a sandbox, since it is a program
+    from a download. Raises ValueError if it is broken. The filters and functions are those that transformers gives to
+    templates."""
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -240,6 +255,8 @@ def load_template(folder: Path, source: str | list | dict | None, file: Path | N
             source = {template["name"]: template["template"] for template in source}
         if isinstance(source, dict):
             source = source.get("default")
+        if source is None:  # folders of models that see images may have it here
+            source = read_json(folder / "chat_template.json").get("chat_template")
         if source is None:
             return None
         extensions = ["jinja2.ext.loopcontrols"]

@@ -19,7 +19,7 @@ from formats.downloads import not_what_it_is_called
 FORMAT = "eagle2-native-1"  # the metadata entry "format" of a converted checkpoint; other files have another or none
 # Their names in the header.
 DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64", torch.int8: "I8",
-          torch.int64: "I64", torch.bool: "BOOL"}
+          torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL"}
 
 
 # ----- Reading -----------------------------------------------------------------------------------------------------
@@ -63,14 +63,20 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def empty_embedding(tokens: int, size: int) -> nn.Embedding:
+    """An embedding to fill. nn.Embedding fills itself with random numbers: even on the meta device that imports
+    torch._dynamo and sympy, in 2 s or more."""
+    return nn.Embedding.from_pretrained(torch.empty(tokens, size), freeze=False)
+
+
 def fill(module: nn.Module, tensors: dict[str, Tensor], path: Path, device: torch.device | str,
          dtype: torch.dtype | None) -> None:
     """Give a module on the meta device its weights, moved to `device`, and make it ready for inference.
 
     `tensors` must have exactly the names and shapes of the module's state_dict; otherwise ValueError names `path` and
-    what differs. Floating-point weights are converted to `dtype` (None: kept as they are). Quantised integers (.data)
-    and their scales (.scale) keep their dtype, which must be the module's. The entries of `tensors` are replaced by the
-    moved ones.
+    what differs. Floating-point weights are converted to `dtype` (None: kept as they are). Quantised integers (.data),
+    their scales (.scale) and the order of their columns (.order) keep their dtype, which must be the module's. The
+    entries of `tensors` are replaced by the moved ones.
     """
     wanted = module.state_dict()
     for problem, names in (("lacks", wanted.keys() - tensors.keys()), ("has unknown", tensors.keys() - wanted.keys())):
@@ -78,7 +84,7 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], path: Path, device: torc
             raise ValueError(f"{path}: {problem} {', '.join(sorted(names)[:3])} (config.json describes another model?)")
     for name, tensor in tensors.items():
         like = wanted[name]
-        is_quantized = name.endswith((".data", ".scale"))
+        is_quantized = name.endswith((".data", ".scale", ".order"))
         right_dtype = tensor.dtype == like.dtype if is_quantized else tensor.is_floating_point()
         if tensor.shape != like.shape or not right_dtype:
             raise ValueError(f"{path}: {name} is {list(tensor.shape)} of {tensor.dtype}, config.json asks for "

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops.device import by_device, device_limits, pdl_options, tl, triton, wait_for_previous
+from ops import cpu_kernels
+from ops.device import by_device, device_limits, pdl_options, start_next, tl, triton, wait_for_previous
 
 
 class TreeMask(NamedTuple):
@@ -24,10 +25,14 @@ class TreeMask(NamedTuple):
     `dense`.
 
     With a sliding window, row i, which lies in slot base + i, sees of the slots below `base` only those above
-    base + i - window: `window` of them, its own counted."""
+    base + i - window: `window` of them, its own counted.
+
+    settled: `base` and all slots below it were written before the CUDA graph of this cycle began, or by PyTorch's
+    kernels in it. So they may be read while the kernel before this one still runs."""
     base: Tensor  # 0-d int64
     bits: Tensor | None  # [T, 1 or 2] int64
     window: int | None = None
+    settled: bool = False
 
     def dense(self, rows: int, width: int) -> Tensor:
         """The mask as bool [rows, width], true where a row sees a slot."""
@@ -42,19 +47,20 @@ class TreeMask(NamedTuple):
         return seen if self.window is None else seen & ((node >= 0) | (node > row - self.window))
 
 
-def tree_mask(base: Tensor, bits: Tensor, width: int, window: int | None = None) -> Tensor | TreeMask:
-    """The mask of TreeMask(base, bits, window): on a GPU in that form, on a CPU as bool [rows, width] for PyTorch.
+def tree_mask(base: Tensor, bits: Tensor, width: int, window: int | None = None, settled: bool = False
+              ) -> Tensor | TreeMask:
+    """TreeMask(base, bits, window, settled): in that form, or for a CPU without compiled kernels as bool [rows, width].
 
     base 0-d int64, bits [rows, 1 or 2] int64."""
-    mask = TreeMask(base, bits, window)
-    return mask if base.is_cuda else mask.dense(len(bits), width)
+    mask = TreeMask(base, bits, window, settled)
+    return mask if base.is_cuda or cpu_kernels.library() else mask.dense(len(bits), width)
 
 
 def causal_mask(first: Tensor, rows: int, width: int) -> Tensor | TreeMask:
     """The mask of `rows` tokens in slots first, first + 1, ...: each sees the slots up to its own. first 0-d int64.
     Returned in the same form as by `tree_mask`."""
     mask = TreeMask(first, None)
-    return mask if first.is_cuda else mask.dense(rows, width)
+    return mask if first.is_cuda or cpu_kernels.library() else mask.dense(rows, width)
 
 
 def attention_config(T: int, G: int, K: int, D: int, dtype: torch.dtype, sms: int,
@@ -66,33 +72,34 @@ def attention_config(T: int, G: int, K: int, D: int, dtype: torch.dtype, sms: in
     multiprocessor was fastest on an H100 (BENCHMARKS.md). More than 128 tokens are a prefill: one split is enough.
     """
     rows = T * G
+    hopper = capability >= (9, 0)
+    small = rows <= 16 or hopper and rows <= 64 and 8 * K * -(-rows // 16) <= sms
     if dtype == torch.float32:  # not on the tensor cores
         BM, BN, warps, stages = (16, 32, 8, 2) if rows <= 16 else (32, 16, 8, 2)
-    elif rows <= 32:  # 16 is the smallest tile of the tensor cores
-        BM, BN, warps, stages = (16, 64, 4, 3) if rows <= 16 else (32, 64, 4, 2)
-    elif T <= 64 and capability >= (9, 0):
+    elif small or rows <= 32:  # 16 is the smallest tile of the tensor cores
+        BM, BN, warps, stages = (16, 64, 4, 3) if small else (32, 64, 4, 2)
+    elif T <= 64 and hopper:
         BM, BN, warps, stages = 64, 64, 4, 3
     elif T <= 64:
         BM, BN, warps, stages = (64, 32, 4, 2) if D in (64, 128) else (64, 64, 8, 2)
     else:  # arithmetic dominates: a larger tile uses each block of keys for more rows
         BM, BN, warps, stages = 128, 64, 8, 2
     splits = sms // (K * -(-rows // BM)) if T <= 128 else 1
-    return BM, BN, min(max(splits, 1), 8), warps, stages  # at most 8: merging reads what every split wrote
+    most = 8  # since merging reads what every split wrote
+    if hopper and splits >= 8 and BM == 16 and BN == 64:  # few heads: many splits of a block or two. With less shared
+        most, stages = 16, 1  # memory each, programs of the next kernels fit beside them, and fetch their weights
+    return BM, BN, min(max(splits, 1), most), warps, stages
 
 
 @triton.jit
-def attend(q, keys, values, slot, in_cache, seen, d, in_head, state, D: tl.constexpr):
-    """One block of online softmax: add the slots `slot` [BN] to `state`, and return it.
+def attend(q, k, v, seen, state, D: tl.constexpr):
+    """One block of online softmax: add the keys and values k, v [BN, DP] to `state`, and return it.
 
-    q [BM, DP]; keys, values -> [S, D] of one head; in_cache [BN] (None: all), in_head [DP]: what may be loaded; seen
-    [BM, BN] (None: all). state: the weighted sum of values [BM, DP], the sum of weights [BM], and the largest score
-    [BM] in units of log 2.
+    q [BM, DP]; seen [BM, BN] (None: all). state: the weighted sum of values [BM, DP], the sum of weights [BM], and the
+    largest score [BM] in units of log 2.
     """
     scale: tl.constexpr = 1.4426950408889634 * D**-0.5  # log2(e) / sqrt(D)
     acc, total, top = state
-    mask = in_head[None, :] if in_cache is None else in_cache[:, None] & in_head[None, :]
-    k = tl.load(keys + slot[:, None] * D + d[None, :], mask=mask, other=0.0)
-    v = tl.load(values + slot[:, None] * D + d[None, :], mask=mask, other=0.0)
     s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BM, BN]
     s = s if seen is None else tl.where(seen, s, float("-inf"))
     new_top = tl.maximum(top, tl.max(s, 1) * scale)
@@ -103,17 +110,58 @@ def attend(q, keys, values, slot, in_cache, seen, d, in_head, state, D: tl.const
 
 
 @triton.jit
+def load_slots(keys, values, slot, in_cache, d, in_head, k, v, D: tl.constexpr):
+    """The keys and values [BN, DP] of the slots `slot` [BN] of one head, of keys, values -> [S, D]. in_cache [BN]
+    (None: all), in_head [DP]: what is loaded; k, v: what the others are (numbers, or [BN, DP])."""
+    mask = in_head[None, :] if in_cache is None else in_cache[:, None] & in_head[None, :]
+    at = slot[:, None] * D + d[None, :]
+    return tl.load(keys + at, mask=mask, other=k), tl.load(values + at, mask=mask, other=v)
+
+
+@triton.jit
+def blocks_of_split(n, tile, split, S, T: tl.constexpr, G: tl.constexpr, WORDS: tl.constexpr, WINDOW: tl.constexpr,
+                    BM: tl.constexpr, BN: tl.constexpr, NS: tl.constexpr):
+    """Which blocks of BN slots a program of attention_kernel reads: (common, end, first, stop). Every row of the tile
+    sees the slots below `common`, none those from `end`; the blocks are `first` to stop - 1."""
+    if WORDS > 0:
+        common, end = n, tl.minimum(n + 64 * WORDS, S)
+    else:
+        common, end = n + tile * BM // G + 1, tl.minimum(n + min(tile * BM + BM - 1, T * G - 1) // G + 1, S)
+    start = 0  # the first block that a row of the tile sees
+    if WINDOW > 0:  # then every block needs a mask: the first slots are seen by the first rows alone
+        start, common = tl.maximum(tl.minimum(n + tile * BM // G - WINDOW + 1, n), 0) // BN, 0
+    blocks = tl.cdiv(end, BN) - start
+    return common, end, start + split * blocks // NS, start + (split + 1) * blocks // NS
+
+
+@triton.jit
+def seen_slots(slot, end, n, token, low, high, WORDS: tl.constexpr, WINDOW: tl.constexpr):
+    """Which of the slots `slot` [BN] the rows of the tokens `token` [BM] see, bool [BM, BN]: see TreeMask."""
+    node = (slot - n)[None, :]
+    if WORDS > 0:
+        word = tl.where(node < 64, low[:, None], high[:, None]) if WORDS == 2 else low[:, None]
+        seen = (node < 0) | (((word >> (node & 63)) & 1 == 1) & (slot < end)[None, :])
+    else:
+        seen = node <= token[:, None]
+    return seen & ((node >= 0) | (node > token[:, None] - WINDOW)) if WINDOW > 0 else seen
+
+
+@triton.jit
 def attention_kernel(q, kv, base, bits, out, parts, logs, S, T: tl.constexpr, H: tl.constexpr,
                      K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WORDS: tl.constexpr, WINDOW: tl.constexpr,
-                     BM: tl.constexpr, BN: tl.constexpr, NS: tl.constexpr, PDL: tl.constexpr):
+                     EARLY: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, NS: tl.constexpr, PDL: tl.constexpr):
     """Tree attention, or with NS > 1 the parts of it that `merge_splits_kernel` adds up.
 
     Grid (tiles of T * G rows, K, NS): a program takes BM of the T * G rows that share a key/value head, and one of NS
-    parts of the slots that they see. DP is D rounded up to a power of two. WINDOW: see TreeMask; 0: none.
+    parts of the slots that they see. DP is D rounded up to a power of two. WINDOW: see TreeMask; 0: none. EARLY: what
+    the mask says is settled of the first block is loaded before the wait for the previous kernel.
     Pointers: q [T, H, D], kv [2, K, S, D], base int64, bits [T, WORDS] int64 (None: causal), out [T, H, D];
     parts [T * H, NS, D] fp32, the attention over each split, and logs [T * H, NS] fp32, log2 of its sum of weights.
     """
-    wait_for_previous(PDL)
+    if EARLY:
+        start_next(PDL)
+    else:
+        wait_for_previous(PDL)
     tile, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     G: tl.constexpr = H // K
     d = tl.arange(0, DP)
@@ -121,38 +169,34 @@ def attention_kernel(q, kv, base, bits, out, parts, logs, S, T: tl.constexpr, H:
     token, valid = packed // G, packed < T * G
     row = token * H + head * G + packed % G  # of q and out as [T * H, D]
     in_head = d < D if D < DP else tl.full((DP,), 1, tl.int1)  # all ones: the compiler drops the mask
-    q_rows = tl.load(q + row[:, None] * D + d[None, :], mask=valid[:, None] & in_head[None, :], other=0.0)
     n = tl.load(base).to(tl.int32)
-    if WORDS > 0:
-        low = tl.load(bits + token * WORDS, mask=valid, other=0)
-        if WORDS == 2:
-            high = tl.load(bits + token * WORDS + 1, mask=valid, other=0)
-        common, end = n, tl.minimum(n + 64 * WORDS, S)  # every row sees the slots below `common`, none those from `end`
-    else:
-        common, end = n + tile * BM // G + 1, tl.minimum(n + min(tile * BM + BM - 1, T * G - 1) // G + 1, S)
-    start = 0  # the first block that a row of the tile sees
-    if WINDOW > 0:  # then every block needs a mask: the first slots are seen by the first rows alone
-        start, common = tl.maximum(tl.minimum(n + tile * BM // G - WINDOW + 1, n), 0) // BN, 0
-    blocks = tl.cdiv(end, BN) - start
-    first, stop = start + split * blocks // NS, start + (split + 1) * blocks // NS
-    masked = tl.minimum(tl.maximum(common // BN, first), stop)  # the first block that needs a mask
+    common, end, first, stop = blocks_of_split(n, tile, split, S, T, G, WORDS, WINDOW, BM, BN, NS)
+    sees_any = first < stop
+    keys, values = kv + head.to(tl.int64) * S * D, kv + (head + K).to(tl.int64) * S * D
+    if EARLY:
+        slot = first * BN + tl.arange(0, BN)
+        k, v = load_slots(keys, values, slot, (slot < n) & sees_any, d, in_head, 0.0, 0.0, D)
+        wait_for_previous(PDL)
+    q_rows = tl.load(q + row[:, None] * D + d[None, :], mask=valid[:, None] & in_head[None, :], other=0.0)
+    low = tl.load(bits + token * WORDS, mask=valid, other=0) if WORDS > 0 else token
+    high = tl.load(bits + token * WORDS + 1, mask=valid, other=0) if WORDS == 2 else token
 
     top = tl.full((BM,), -1e30, tl.float32)  # finite: exp2(-inf - top) is 0 while nothing is seen, not NaN
     state = tl.zeros((BM, DP), tl.float32), tl.zeros((BM,), tl.float32), top
-    keys, values = kv + head.to(tl.int64) * S * D, kv + (head + K).to(tl.int64) * S * D
+    if EARLY:
+        k, v = load_slots(keys, values, slot, (slot >= n) & (slot < end) & sees_any, d, in_head, k, v, D)
+        seen = seen_slots(slot, end, n, token, low, high, WORDS, WINDOW) & sees_any
+        state = attend(q_rows, k, v, seen, state, D)
+        first += 1
+    masked = tl.minimum(tl.maximum(common // BN, first), stop)  # the first block that needs a mask
     for block in range(first, masked):
         slot = block * BN + tl.arange(0, BN)
-        state = attend(q_rows, keys, values, slot, None, None, d, in_head, state, D)
+        k, v = load_slots(keys, values, slot, None, d, in_head, 0.0, 0.0, D)
+        state = attend(q_rows, k, v, None, state, D)
     for block in range(masked, stop):
         slot = block * BN + tl.arange(0, BN)
-        node, in_cache = (slot - n)[None, :], slot < end
-        if WORDS > 0:
-            word = tl.where(node < 64, low[:, None], high[:, None]) if WORDS == 2 else low[:, None]
-            seen = (node < 0) | (((word >> (node & 63)) & 1 == 1) & in_cache[None, :])
-        else:
-            seen = node <= token[:, None]
-        seen = seen & ((node >= 0) | (node > token[:, None] - WINDOW)) if WINDOW > 0 else seen
-        state = attend(q_rows, keys, values, slot, in_cache, seen, d, in_head, state, D)
+        k, v = load_slots(keys, values, slot, slot < end, d, in_head, 0.0, 0.0, D)
+        state = attend(q_rows, k, v, seen_slots(slot, end, n, token, low, high, WORDS, WINDOW), state, D)
     acc, total, top = state
     acc = acc / total[:, None]  # NaN where this split saw nothing: its weight is 0, and the merge leaves it out
 
@@ -162,7 +206,7 @@ def attention_kernel(q, kv, base, bits, out, parts, logs, S, T: tl.constexpr, H:
     else:
         at = row * NS + split
         tl.store(logs + at, top + tl.log2(total), mask=valid)  # -inf where this split saw nothing
-        tl.store(parts + at[:, None] * D + d[None, :], acc, mask=mask & (first < stop))
+        tl.store(parts + at[:, None] * D + d[None, :], acc, mask=mask & sees_any)
 
 
 @triton.jit
@@ -190,8 +234,10 @@ def merge_splits_kernel(parts, logs, out, ROWS: tl.constexpr, D: tl.constexpr, D
 
 
 def tree_attention_triton(q: Tensor, kv: Tensor, base: Tensor, bits: Tensor | None = None, window: int | None = None,
-                          config: tuple[int, int, int, int, int] | None = None) -> Tensor:
-    """`tree_attention` by the kernels. config: see attention_config."""
+                          settled: bool = False, config: tuple[int, int, int, int, int] | None = None,
+                          early: bool | None = None) -> Tensor:
+    """`tree_attention` by the kernels. config: see attention_config. early: see attention_kernel; None: where it
+    was measured to help (docs/experiments.md)."""
     T, H, D = q.shape
     K, S = kv.shape[1:3]
     assert q.is_contiguous() and kv.is_contiguous() and (bits is None or bits.is_contiguous())
@@ -204,22 +250,24 @@ def tree_attention_triton(q: Tensor, kv: Tensor, base: Tensor, bits: Tensor | No
         parts = torch.empty(T * H * NS, D, dtype=torch.float32, device=q.device)
         logs = torch.empty(T * H * NS, 1, dtype=torch.float32, device=q.device)
     pdl = pdl_options(q.device)
+    if early is None:  # with many splits, or one row, waiting for the block would keep the next kernels from starting
+        early = settled and pdl["PDL"] and T > 1 and NS < 8
     attention_kernel[(triton.cdiv(T * H // K, BM), K, NS)](
-        q, kv, base, bits, out, parts, logs, S, T, H, K, D, DP, words, window or 0, BM, BN, NS,
+        q, kv, base, bits, out, parts, logs, S, T, H, K, D, DP, words, window or 0, early, BM, BN, NS,
         num_warps=warps, num_stages=stages, **pdl)
     if NS > 1:
         merge_splits_kernel[(triton.cdiv(T * H, 2),)](parts, logs, out, T * H, D, DP, 2, NS, num_warps=1, **pdl)
     return out
 
 
-def tree_attention_torch(q: Tensor, kv: Tensor, base: Tensor, bits: Tensor | None = None, window: int | None = None
-                         ) -> Tensor:
+def tree_attention_torch(q: Tensor, kv: Tensor, base: Tensor, bits: Tensor | None = None, window: int | None = None,
+                         settled: bool = False) -> Tensor:
     """Attention over one layer's static cache -> [T, H * D].
 
     q [T, H, D], rotated; kv [2, K, S, D]: keys and values, those of the T tokens included, unused slots finite; base
     0-d int64; bits [T, 1 or 2] int64 or None. Row i sees every slot below base, and slot base + j if bit j % 64 of
     bits[i, j // 64] is set; without bits, if j <= i. With a window it sees of the slots below base only those
-    above base + i - window. Each row must see at least one slot.
+    above base + i - window. Each row must see at least one slot. settled: see TreeMask; the result is the same.
     """
     T, H, D = q.shape
     K, S = kv.shape[1:3]
@@ -230,4 +278,9 @@ def tree_attention_torch(q: Tensor, kv: Tensor, base: Tensor, bits: Tensor | Non
     return y.reshape(H, T, D).transpose(0, 1).reshape(T, H * D)
 
 
-tree_attention = by_device(tree_attention_triton, tree_attention_torch)
+def tree_attention_cpu(q: Tensor, *args, **options) -> Tensor:
+    """`tree_attention` by the kernel of ops/cpu_kernels.py, where it takes q's dtype."""
+    return (cpu_kernels.attention if cpu_kernels.takes_attention(q) else tree_attention_torch)(q, *args, **options)
+
+
+tree_attention = by_device(tree_attention_triton, tree_attention_cpu)

@@ -10,14 +10,25 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from ops.startup import part
+
+
+def has_cuda() -> bool:
+    with warnings.catch_warnings():  # torch warns of an old driver, which `gpu_problem` names
+        warnings.simplefilter("ignore")
+        return torch.cuda.is_available()
+
+
 try:
+    # Without a GPU no kernel is launched, and PyTorch for CPUs brings no Triton. Tests set the variable.
+    if not has_cuda() and "TRITON_INTERPRET" not in os.environ:
+        raise ImportError("there is no GPU")
     import triton
     import triton.language as tl
     TRITON_ERROR = None
 except Exception as error:  # a broken one raises anything
-    # PyTorch for CPUs brings no Triton. Files with kernels are imported there, kernels never launched.
     TRITON_ERROR = error
-    triton = SimpleNamespace(jit=lambda f=None, **_: f or (lambda f: f))
+    triton = SimpleNamespace(jit=lambda f=None, **_: f or (lambda f: f))  # files with kernels are imported all the same
     tl = SimpleNamespace(constexpr=None)
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter can neither multiply bf16 nor run assembly
@@ -53,11 +64,19 @@ def pdl_options(device: torch.device) -> dict[str, bool]:
 
 
 @triton.jit
+def start_next(PDL: tl.constexpr):
+    """Let the next kernel start: the first half of `wait_for_previous`, for kernels that do something before the second
+    half. (To do both twice is harmless.)"""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def wait_for_previous(PDL: tl.constexpr):
     """Let the next kernel start, then wait until everything that the previous kernel wrote is visible. Without PDL,
     nothing: kernels then run one after another."""
+    start_next(PDL)
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
 
 
@@ -67,12 +86,7 @@ CAPABILITY = (8, 0)  # Ampere: the attention kernel takes 98 KB of shared memory
 WITHOUT = "; --device cpu works without it"
 
 
-def has_cuda() -> bool:
-    with warnings.catch_warnings():  # torch warns of an old driver, which `gpu_problem` names
-        warnings.simplefilter("ignore")
-        return torch.cuda.is_available()
-
-
+@part("GPU")
 def gpu_problem(device: str | None) -> str | None:
     """Why this device, or the GPU if there is one for None, cannot be used, in one line; None where it can."""
     if device not in ("cuda", None):

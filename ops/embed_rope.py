@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ops import cpu_kernels
 from ops.device import by_device, pdl_options, tl, triton, wait_for_previous
 
 
@@ -203,4 +204,10 @@ def rope_store_torch(qkv: Tensor, rope: Tensor, slots: Tensor, kv: Tensor,
 
 embed = by_device(embed_triton, embed_torch)
 embed_pair = by_device(embed_pair_triton, embed_pair_torch)
-rope_store = by_device(rope_store_triton, rope_store_torch)
+def rope_store_cpu(qkv: Tensor, rope: Tensor, slots: Tensor, kv: Tensor, *norms: Tensor | float | None) -> Tensor:
+    if cpu_kernels.takes_rows(qkv) and kv.dtype == torch.float32 and not norms:
+        return cpu_kernels.rope_store(qkv, rope, slots, kv)
+    return rope_store_torch(qkv, rope, slots, kv, *norms)
+
+
+rope_store = by_device(rope_store_triton, rope_store_cpu)

@@ -11,15 +11,17 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from ops.startup import part
 
+
+@part("CUDA graphs")
 def capture(function: Callable[[], object], unroll: int = 1) -> Callable[[], None]:
     """Record `unroll` calls of `function` as one CUDA graph, and return what replays it.
 
-    Runs `function` twice before, which compiles its kernels. All graphs share one pool for temporary memory: replaying
+    Runs `function` once before, which compiles its kernels. All graphs share one pool for temporary memory: replaying
     a graph may overwrite what another one left there.
     """
-    for _ in range(2):
-        function()
+    function()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=graph_memory().pool()):

@@ -24,10 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops import cpu_integers
+from ops import cpu_integers, cpu_kernels
 from ops.device import INTERPRET, device_limits, pdl_options, tl, triton, wait_for_previous
 from ops.embed_rope import rope_store
-from ops.quantized import Quantized, integer_linear, multiply_int4, multiply_int8, quantize_triton
+from ops.integer_rows import quantize_triton
+from ops.quantized import Quantized, integer_linear, multiply_int4, multiply_int8
 from ops.tiling import Tiling, integer_config, linear_config
 
 MAX_ROWS = 128  # beyond, a matrix product is no longer bound by memory and cuBLAS is the better choice
@@ -47,6 +48,8 @@ def linear(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None, no
     stored in kv.
     dtype: of the output, by default x's. fp32 keeps the kernel's sums as they are: bf16 logits near 20 are 0.125 apart.
     """
+    if cpu_kernels.takes_linear(x, weight, heads, bias, norm and norm[0], residual):
+        return cpu_kernels.linear(x, weight, bias, norm, residual, gated, heads)
     rows, K = x.numel() // x.shape[-1], x.shape[-1]
     if not x.is_cuda or rows > MAX_ROWS or K % 16 or x.dtype not in (torch.bfloat16, torch.float16):
         y = linear_torch(x, weight, bias, norm, residual, gated, fast=True)
@@ -58,10 +61,10 @@ def linear(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None, no
 def linear_torch(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None,
                  norm: tuple[Tensor, float] | None = None, residual: Tensor | None = None,
                  gated: bool = False, fast: bool = False) -> Tensor:
-    """`linear` in plain PyTorch, without heads and dtype: each step is rounded to x's dtype. fast: with a CPU's integer
-    kernels for int8, which round x to 14 or 7 bits."""
+    """`linear` in plain PyTorch, without heads and dtype: each step is rounded to x's dtype. fast: with a CPU's
+    kernels, which for int8 round x to 14 or 7 bits."""
     if norm is not None:
-        x = F.rms_norm(x, x.shape[-1:], *norm)
+        x = rms_norm(x, *norm) if fast else F.rms_norm(x, x.shape[-1:], *norm)
     if fast and cpu_integers.takes(x, weight):
         y = cpu_integers.integer_linear(x, weight, bias)
     else:
@@ -93,7 +96,7 @@ def linear_triton(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = N
     M, K = x.shape
     N = weight.shape[0]
     integers = isinstance(weight, Quantized)
-    data, w_scale, group, planes, _ = weight if integers else (weight, None, 0, 0, False)
+    data, w_scale, group, planes, *_ = weight if integers else (weight, None, 0, 0)
     columns = data.shape[1]  # of int4: bytes, two weights each
     if config is None:
         limits = device_limits(x.device)
@@ -116,9 +119,10 @@ def linear_triton(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = N
     elif norm_weight is not None and M > NORM_ROWS:
         x = norm_triton(x, norm_weight, eps)
         norm_weight = None
-    groups = 0
+    groups, has_zeros = 0, False
     if group:
-        w_scale = w_scale.view(torch.int32)  # scale and offset of a group are one word
+        has_zeros = w_scale.dtype == torch.float16
+        w_scale = w_scale.view(torch.int32)  # the two numbers of a group are one word
         groups = max(16, triton.next_power_of_2(len(w_scale)))
     partial = counts = None
     if SK > 1:
@@ -128,12 +132,15 @@ def linear_triton(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = N
         x, data, bias, norm_weight, eps, residual, out, partial, counts, rope, slots, kv, x_scale, sums, w_scale,
         M, width, K, columns, num_slots, D=D, KV_HEADS=kv_heads, GATED=gated,
         EVEN_K=columns % BK == 0 and K == weight.shape[1], BM=BM, BN=BN, BK=BK, SK=SK, STAGES=stages, AHEAD=ahead,
-        PLANES=planes, GROUP=group, GROUPS=groups, INTERPRET=INTERPRET, num_warps=warps, **pdl_options(x.device))
+        PLANES=planes, GROUP=group, GROUPS=groups, ZEROS=has_zeros, INTERPRET=INTERPRET, num_warps=warps,
+        **pdl_options(x.device))
     return out
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """F.rms_norm of x [..., K]; on a GPU by the kernel that `linear` uses for its own norms."""
+    """F.rms_norm of x [..., K]; by a kernel: on a GPU the one that `linear` uses for its own norms."""
+    if cpu_kernels.takes_rows(x) and weight.dtype == torch.float32:
+        return cpu_kernels.rms_norm(x, weight, eps)
     if not x.is_cuda:
         return F.rms_norm(x, weight.shape, weight, eps)
     return norm_triton(x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
@@ -177,7 +184,7 @@ def linear_kernel(
         M, width, K, columns, S, D: tl.constexpr, KV_HEADS: tl.constexpr, GATED: tl.constexpr, EVEN_K: tl.constexpr,
         BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SK: tl.constexpr, STAGES: tl.constexpr,
         AHEAD: tl.constexpr, PDL: tl.constexpr, PLANES: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
-        INTERPRET: tl.constexpr):
+        ZEROS: tl.constexpr, INTERPRET: tl.constexpr):
     tile, split = tl.program_id(0) // SK, tl.program_id(0) % SK
     ROPE: tl.constexpr = rope_ptr is not None
     HALVES: tl.constexpr = 2 if GATED or ROPE else 1  # rows of the weights that one output pairs
@@ -197,7 +204,7 @@ def linear_kernel(
         tl.extra.cuda.gdc_wait()
     if GROUP:
         acc, squares = multiply_int4(x_ptr, sums_ptr, w_rows, row, w_scale_ptr, M, width * HALVES, K, columns, first,
-                                     last, EVEN_K, GROUP, GROUPS, PLANES, BM, BN, BK, STAGES, INTERPRET), None
+                                     last, EVEN_K, GROUP, GROUPS, ZEROS, PLANES, BM, BN, BK, STAGES, INTERPRET), None
     elif PLANES:
         acc, squares = multiply_int8(x_ptr, w_rows, w_scale_ptr + row, M, K, first, last, EVEN_K, PLANES, BM, BN, BK,
                                      STAGES), None

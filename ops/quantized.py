@@ -9,15 +9,20 @@ where a value is below 1/256 of its row's largest.
     int8      w[n, k] = scale[n] * q[n, k]                         two planes: activations lose next to nothing
     int8dyn   the same, of the rotated weights                     one plane, of the rotated x
     int4      w[n, k] = scale[g, n] * 16 q[n, k] + offset[g, n]    two planes; q from -8 to 7, g is k // group
+      or      w[n, k] = scale[g, n] * (q[n, k] - zero[g, n])       where the two are fp16 instead of bf16
+
+quantize.py writes bf16 pairs. fp16 pairs hold what others publish: fp16 scales and integer zeros exactly, and any scale
+and offset eight times as closely as bf16 does.
 
 Bits of int4 (`pack`): K is filled up with zeros to a multiple of 256. Byte k of a row holds q of column k in its low
-four bits and q of column k + K / 2 in its high four bits.
+four bits and q of column k + K / 2 in its high four bits. Others may have sorted the columns before they made groups
+(GPTQ's act-order). Then `order` says which column of x each column multiplies.
 
 Rotated means: each block of 16 columns was multiplied by a Hadamard matrix. That leaves w @ x.T as it is, and it
 spreads an outlier over its block, which 8 bits per activation need (QuaRot, arXiv 2404.00456).
 
-This file holds the format, its PyTorch twin, and the loops that ops/linear.py's kernel runs for it. ops/tiling.py cuts
-the work, quant/ chooses the integers.
+This file holds the format, its PyTorch twin, and the loops that ops/linear.py's kernel runs for it. ops/integer_rows.py
+makes integers of x, ops/tiling.py cuts the work, quant/ chooses the integers of the weights.
 """
 import math
 from typing import NamedTuple
@@ -26,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops.device import pdl_options, tl, triton, wait_for_previous
+from ops.device import tl, triton
 
 ROTATION = 16  # columns that are rotated together; K is a multiple of it
 
@@ -34,10 +39,11 @@ ROTATION = 16  # columns that are rotated together; K is a multiple of it
 class Quantized(NamedTuple):
     """Weights [N, K] as integers. For int4, K is the number of columns after filling up."""
     data: Tensor  # int8 [N, K], or for int4 [N, K / 2]
-    scale: Tensor  # fp32 [N], or for int4 scale and offset, bf16 [K / group, N, 2]
+    scale: Tensor  # fp32 [N], or for int4 scale and offset (bf16) or scale and zero (fp16) [K / group, N, 2]
     group: int  # columns that share a scale and an offset; 0: the whole row, without an offset
     planes: int  # how many planes of 8 bits an activation has: 1 or 2
     rotated: bool = False
+    order: Tensor | None = None  # int32 [K before filling up]: the column of x for each column; None: the same one
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -61,8 +67,13 @@ def unpack(weight: Quantized) -> Tensor:
 
 
 def dequantize(weight: Quantized, dtype: torch.dtype) -> Tensor:
-    """The weights [N, K]; each is rounded once."""
-    return (dequantize_triton if weight.data.is_cuda else dequantize_torch)(weight, dtype)
+    """The weights [N, K], in the order of the columns of x; each is rounded once."""
+    stored = (dequantize_triton if weight.data.is_cuda else dequantize_torch)(weight, dtype)
+    if weight.order is None:
+        return stored
+    K = len(weight.order)
+    stored[:, :K] = stored[:, weight.order.argsort()]
+    return stored
 
 
 def dequantize_torch(weight: Quantized, dtype: torch.dtype) -> Tensor:
@@ -70,6 +81,8 @@ def dequantize_torch(weight: Quantized, dtype: torch.dtype) -> Tensor:
     if not weight.group:
         return (q * weight.scale[:, None]).to(dtype)
     scale, offset = weight.scale.float().permute(2, 1, 0)[..., None]
+    if weight.scale.dtype == torch.float16:
+        scale, offset = scale / 16, -scale * offset
     return (q.unflatten(1, (-1, weight.group)) * 16 * scale + offset).flatten(1).to(dtype)
 
 
@@ -79,7 +92,8 @@ def dequantize_triton(weight: Quantized, dtype: torch.dtype) -> Tensor:
     columns = weight.data.shape[1]
     out = torch.empty(N, K, dtype=dtype, device=weight.data.device)
     scale = weight.scale.view(torch.int32) if weight.group else weight.scale  # scale and offset are one word
-    dequantize_kernel[N, triton.cdiv(columns, 1024)](weight.data, scale, out, N, columns, weight.group, 1024)
+    has_zeros = weight.scale.dtype == torch.float16
+    dequantize_kernel[N, triton.cdiv(columns, 1024)](weight.data, scale, out, N, columns, weight.group, has_zeros, 1024)
     return out
 
 
@@ -112,6 +126,8 @@ def integer_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> 
     as x itself.
     """
     if weight.planes == 2:
+        if weight.order is not None:  # cheaper than sorting the weights
+            x, weight = x[..., weight.order], weight._replace(order=None)
         return F.linear(x, dequantize(weight, x.dtype)[:, :x.shape[-1]], bias)
     q, scale = quantize_rows(x, 1, weight.rotated)
     q, w = (t.to(x.dtype).div_(128) for t in (q, weight.data))  # exact in any dtype, and the sums fit fp16
@@ -119,92 +135,16 @@ def integer_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> 
     return (y if bias is None else y + bias).to(x.dtype)
 
 
-def quantize_triton(x: Tensor, weight: Quantized, norm: tuple[Tensor, float] | None
-                    ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What the kernel multiplies the weights by, of x [M, K], normed first if there is a norm (weight [K], eps).
-
-    Returns the planes int8 [planes, M, K], high before low; the scales fp32 [M]; and, if weights have groups, the sum
-    of the integers of each group fp32 [groups, M], which the offsets are multiplied by.
-    """
-    M, K = x.shape
-    norm_weight, eps = norm or (None, 0.0)
-    groups = len(weight.scale) if weight.group else 0
-    out = x.new_empty(weight.planes, M, K, dtype=torch.int8)
-    scale = x.new_empty(M, dtype=torch.float32)
-    sums = x.new_empty(groups, M, dtype=torch.float32) if groups else None
-    padded = max(1024, triton.next_power_of_2(K))
-    quantize_kernel[(M,)](x, norm_weight, out, scale, sums, groups, eps, M, K, padded, weight.planes, weight.group,
-                          weight.rotated, num_warps=min(8, padded // 512), **pdl_options(x.device))
-    return out, scale, sums
-
-
 # ----- Kernels -------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["M"])
-def quantize_kernel(x_ptr, norm_ptr, out_ptr, scale_ptr, sums_ptr, groups, eps, M, K: tl.constexpr,
-                    PADDED: tl.constexpr, PLANES: tl.constexpr, GROUP: tl.constexpr, ROTATED: tl.constexpr,
-                    PDL: tl.constexpr):
-    """See `quantize_triton`. Grid (M): a program does one row: RMSNorm, rotation, its largest value, its integers.
-
-    Pointers: x [M, K], norm [K] (or None), out int8 [PLANES, M, K], scale fp32 [M], sums fp32 [groups, M] (or None).
-    PADDED is K rounded up to a power of two.
-    """
-    k, row = tl.arange(0, PADDED), tl.program_id(0).to(tl.int64)
-    if norm_ptr is not None:
-        g = tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-    wait_for_previous(PDL)
-    x = tl.load(x_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
-    y = x
-    if norm_ptr is not None:
-        y = x * g  # the norm's divisor changes the scale alone, not the integers
-    if ROTATED:
-        y = rotate_blocks(y, PADDED)
-    LIMIT: tl.constexpr = 127.0 if PLANES == 1 else 32512.0
-    if norm_ptr is not None:
-        top, squares = tl.reduce((tl.abs(y), x * x), 0, max_and_sum)
-        tl.store(scale_ptr + row, top / LIMIT * tl.rsqrt(squares / K + eps))
-    else:
-        top = tl.max(tl.abs(y), 0)
-        tl.store(scale_ptr + row, top / LIMIT)
-    q = tl.floor(y * (LIMIT / tl.maximum(top, 1e-30)) + 0.5).to(tl.int32)
-    if GROUP:
-        group = tl.arange(0, PADDED // GROUP)
-        sums = tl.sum(q.reshape(PADDED // GROUP, GROUP), 1).to(tl.float32)
-        tl.store(sums_ptr + group * M + row, sums, mask=group < groups)
-    if PLANES == 2:
-        high = (q + 128) >> 8
-        tl.store(out_ptr + row * K + k, high.to(tl.int8), mask=k < K)
-        q -= high * 256
-        row += M
-    tl.store(out_ptr + row * K + k, q.to(tl.int8), mask=k < K)
-
-
 @triton.jit
-def max_and_sum(top, total, other_top, other_total):
-    """Combines two pairs in a tl.reduce: the larger maximum, and the sum of both sums."""
-    return tl.maximum(top, other_top), total + other_total
+def dequantize_kernel(data_ptr, scale_ptr, out_ptr, N, columns, GROUP: tl.constexpr, ZEROS: tl.constexpr,
+                      BLOCK: tl.constexpr):
+    """See `dequantize_torch`. Grid (N, blocks of a row): a program converts BLOCK bytes of one row.
 
-
-@triton.jit
-def rotate_blocks(x, SIZE: tl.constexpr):
-    """`rotate` of x [SIZE] fp32, by sums and differences (a fast Walsh-Hadamard transform of each 16 elements)."""
-    return butterfly(butterfly(butterfly(butterfly(x, 1, SIZE), 2, SIZE), 4, SIZE), 8, SIZE) * 0.25
-
-
-@triton.jit
-def butterfly(x, STEP: tl.constexpr, SIZE: tl.constexpr):
-    """Replace each two elements of x [SIZE] that lie STEP apart by their sum and their difference."""
-    a, b = tl.split(x.reshape(SIZE // STEP // 2, 2, STEP).permute(0, 2, 1))
-    return tl.join(a + b, a - b).permute(0, 2, 1).reshape(SIZE)
-
-
-@triton.jit
-def dequantize_kernel(data_ptr, scale_ptr, out_ptr, N, columns, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """See `dequantize`. Grid (N, blocks of a row): a program converts BLOCK bytes of one row.
-
-    Pointers: data int8 [N, columns], scale fp32 [N] or, with GROUP, int32 [groups, N] (scale in the low bf16, offset in
-    the high one), out [N, columns] or, with GROUP, [N, 2 * columns].
+    Pointers: data int8 [N, columns], scale fp32 [N] or, with GROUP, int32 [groups, N] (see `scale_of`), out [N,
+    columns] or, with GROUP, [N, 2 * columns].
     """
     row, k = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     data = tl.load(data_ptr + row.to(tl.int64) * columns + k, mask=k < columns, other=0)
@@ -214,11 +154,29 @@ def dequantize_kernel(data_ptr, scale_ptr, out_ptr, N, columns, GROUP: tl.conste
             column = half * columns + k
             q = (data << 4 >> 4 if half == 0 else data >> 4).to(tl.float32)
             word = tl.load(scale_ptr + column // GROUP * N + row, mask=k < columns, other=0)
-            scale, offset = (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
-            tl.store(out + column, q * 16 * scale + offset, mask=k < columns)
+            tl.store(out + column, q * 16 * scale_of(word, ZEROS) + offset_of(word, ZEROS), mask=k < columns)
     else:
         tl.store(out_ptr + row.to(tl.int64) * columns + k, data.to(tl.float32) * tl.load(scale_ptr + row),
                  mask=k < columns)
+
+
+@triton.jit
+def scale_of(word, ZEROS: tl.constexpr):
+    """What 16 q is multiplied by, fp32, from the words int32 of groups: the scale in the low half, as bf16, or with
+    ZEROS as fp16. fp16 is divided here: a sixteenth of a small scale does not fit it."""
+    if ZEROS:
+        return word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 0.0625
+    else:
+        return (word << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def offset_of(word, ZEROS: tl.constexpr):
+    """The offset, fp32, in the high half of a word; with ZEROS it is minus the scale times the zero there."""
+    if ZEROS:
+        return (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * scale_of(word, True) * -16
+    else:
+        return (word & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -255,25 +213,29 @@ def multiply_int8(x_ptr, w_rows, scales, M, K, first, last, EVEN_K: tl.constexpr
 
 @triton.jit
 def multiply_int4(x_ptr, sums_ptr, w_rows, row, scale_ptr, M, N, K, half, first, last, EVEN_K: tl.constexpr,
-                  GROUP: tl.constexpr, GROUPS: tl.constexpr, PLANES: tl.constexpr, BM: tl.constexpr,
-                  BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, INTERPRET: tl.constexpr):
+                  GROUP: tl.constexpr, GROUPS: tl.constexpr, ZEROS: tl.constexpr, PLANES: tl.constexpr,
+                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+                  INTERPRET: tl.constexpr):
     """w @ x.T over bytes first to last of each row, two columns a byte, with scales and offsets: fp32 [BN, BM]. The
     program that starts at byte 0 adds the offsets of all columns.
 
     Pointers: x int8 [PLANES, M, K], sums fp32 [groups, M], w_rows [BN, 1] to the first byte of each row, int8; scale
-    int32 [groups, N] as in `dequantize_kernel`. row [BN]: the rows' numbers. half: bytes of a row. GROUPS: `groups`
-    rounded up to a power of two.
+    int32 [groups, N], see `scale_of`. row [BN]: the rows' numbers. half: bytes of a row. GROUPS: `groups` rounded up to
+    a power of two.
     """
     APART: tl.constexpr = PLANES * BM > 128  # one plane after the other: registers do not hold a product of 256 rows
     STEP: tl.constexpr = min(BK, GROUP)
     r, b = tl.arange(0, BM if APART else PLANES * BM)[:, None], tl.arange(0, STEP)[None, :]
     live, x_rows = r % BM < M, x_ptr + (r // BM * M + r % BM).to(tl.int64) * K
     groups, acc = half * 2 // GROUP, tl.zeros((BN, BM), dtype=tl.float32)
-    if APART and GROUPS > 32:  # a few groups at a time, and no address kept over the loop below: registers again
-        for top in tl.range(0, groups, 32, num_stages=1, disable_licm=True):
-            acc = multiply_offsets(sums_ptr, scale_ptr, row, M, N, top, groups, first == 0, acc, 32, BM, INTERPRET)
+    if (APART or GROUP == 32 or ZEROS) and GROUPS > 32:
+        # A few groups at a time, and no address kept over the loop below: registers again
+        FEW: tl.constexpr = 16 if GROUP == 64 and BM <= 16 else 32
+        for top in tl.range(0, groups, FEW, num_stages=1, disable_licm=True):
+            acc = multiply_offsets(sums_ptr, scale_ptr, row, M, N, top, groups, first == 0, acc, FEW, ZEROS, BM,
+                                   INTERPRET)
     else:
-        acc = multiply_offsets(sums_ptr, scale_ptr, row, M, N, 0, groups, first == 0, acc, GROUPS, BM, INTERPRET)
+        acc = multiply_offsets(sums_ptr, scale_ptr, row, M, N, 0, groups, first == 0, acc, GROUPS, ZEROS, BM, INTERPRET)
     for start in tl.range(first, last, BK, num_stages=STAGES):
         for part in tl.static_range(0, BK, STEP):
             at = start + part
@@ -287,12 +249,10 @@ def multiply_int4(x_ptr, sums_ptr, w_rows, row, scale_ptr, M, N, K, half, first,
                 x_low = tl.load(x_rows + M * K + k, mask=live & ((k < K) & inside | EVEN_K), other=0)
                 y_low = tl.load(x_rows + M * K + half + k, mask=live & ((half + k < K) | EVEN_K), other=0)
             low, high = unpack_int4(w, INTERPRET)
-            scale = tl.load(scale_ptr + g * N + row, mask=inside, other=0) << 16
-            dot = multiply_group(low, x, x_low, PLANES, BM, BN)
-            acc += dot * scale.to(tl.float32, bitcast=True)[:, None]
-            scale = tl.load(scale_ptr + h * N + row, mask=inside, other=0) << 16
-            dot = multiply_group(high, y, y_low, PLANES, BM, BN)
-            acc += dot * scale.to(tl.float32, bitcast=True)[:, None]
+            scale = scale_of(tl.load(scale_ptr + g * N + row, mask=inside, other=0), ZEROS)
+            acc += multiply_group(low, x, x_low, PLANES, BM, BN) * scale[:, None]
+            scale = scale_of(tl.load(scale_ptr + h * N + row, mask=inside, other=0), ZEROS)
+            acc += multiply_group(high, y, y_low, PLANES, BM, BN) * scale[:, None]
     return acc
 
 
@@ -307,25 +267,29 @@ def multiply_group(w, x, x_low, PLANES: tl.constexpr, BM: tl.constexpr, BN: tl.c
 
 
 @triton.jit
-def multiply_offsets(sums_ptr, scale_ptr, row, M, N, top, groups, wanted, acc, GROUPS: tl.constexpr, BM: tl.constexpr,
-                     INTERPRET: tl.constexpr):
+def multiply_offsets(sums_ptr, scale_ptr, row, M, N, top, groups, wanted, acc, GROUPS: tl.constexpr,
+                     ZEROS: tl.constexpr, BM: tl.constexpr, INTERPRET: tl.constexpr):
     """acc fp32 [BN, BM] and, if `wanted`, the offset of each group times the group's sum of x, over GROUPS groups from
     `top` on; there are `groups` of them in all.
 
-    Tensor cores multiply bf16, so a sum goes in as two bf16 numbers, which hold 16 of its 22 bits. Pointers: see
-    `multiply_int4`.
+    Tensor cores multiply bf16, so a sum goes in as two bf16 numbers, which hold 16 of its 22 bits. So does an offset
+    with ZEROS: the product of an fp16 scale and a whole zero has 15. Pointers: see `multiply_int4`.
     """
     g, m = top + tl.arange(0, GROUPS), tl.arange(0, BM)
     word = tl.load(scale_ptr + g[None, :] * N + row[:, None], mask=(g < groups)[None, :] & wanted, other=0)
-    offset = (word & -65536).to(tl.float32, bitcast=True)
+    offset = offset_of(word, ZEROS)
     sums = tl.load(sums_ptr + g[:, None] * M + m[None, :], mask=(g < groups)[:, None] & (m < M)[None, :] & wanted,
                    other=0.0)
     if INTERPRET:
         return tl.dot(offset, sums, acc, input_precision="ieee")
     else:
-        high = sums.to(tl.bfloat16)
+        high, large = sums.to(tl.bfloat16), offset.to(tl.bfloat16)
         low = (sums - high.to(tl.float32)).to(tl.bfloat16)
-        return tl.dot(offset.to(tl.bfloat16), low, tl.dot(offset.to(tl.bfloat16), high, acc))
+        acc = tl.dot(large, low, tl.dot(large, high, acc))
+        if ZEROS:
+            small = (offset - large.to(tl.float32)).to(tl.bfloat16)
+            acc = tl.dot(small, high, acc)
+        return acc
 
 
 @triton.jit

@@ -30,12 +30,15 @@ def linear_config(M: int, N: int, K: int, sms: int, capability: tuple[int, int])
         return Tiling(BM, 64, 64 if K % 64 == 0 else 32, 1, 4, stages)
     BN, warps, stages = 64, 4, 4
     BK = 128 if BM < 64 else 64
-    SK = 1
+    SK, shortest = 1, 4  # blocks of a split; a shorter one would never reach full speed
     tiles = -(-N // 64)
     if tiles < sms:  # two programs a multiprocessor share the work; on Hopper one, with twice as much in flight
         SK = (1 if hopper else 2) * sms // tiles
         if hopper:
-            BK, stages = (256, 5) if BM == 16 else (128, 6)
+            BK, stages, shortest = (256, 5, 3) if BM == 16 else (128, 6, 4)
+    elif hopper and K < 4096:  # short tiles: all of them at once, three programs a multiprocessor, or many small ones
+        if BM < 64 and tiles <= 3 * sms:
+            BK, stages = 64, 6
     elif BM == 16 and hopper:
         BK, stages = 256, 3
     elif BM == 64:  # every tile reads all of x again, from L2: large tiles, if they make up nearly whole waves
@@ -46,8 +49,8 @@ def linear_config(M: int, N: int, K: int, sms: int, capability: tuple[int, int])
             BN, BK, warps, stages = 128, 128, 8, 3
     while K % BK and BK > 32:
         BK //= 2  # K = 576: no masks with blocks of 64
-    SK = max(1, min(SK, K // BK // 4, 64))  # a shorter split would never reach full speed
-    return Tiling(BM, BN, BK, SK, warps, stages)
+    SK = max(1, min(SK, K // BK // shortest, 64))
+    return Tiling(BM, BN, BK, SK, warps, min(stages, max(3, -(-K // BK // SK))))  # no more than a split has blocks
 
 
 def one_row(N: int, K: int) -> Tiling:
@@ -70,8 +73,11 @@ def many_rows(N: int, columns: int, w_bytes: int, x_bytes: int, group: int, sms:
     large as registers allow, and a sum of 64 KB is split among no more programs than make up nearly whole waves.
     """
     hopper = capability >= (9, 0)
-    tiles = -(-N // 128)
+    BN, tiles = 128, -(-N // 128)
     two = hopper and x_bytes == w_bytes and tiles > sms  # two programs fit on a multiprocessor, with half the stages
+    half = -(-N // 64)
+    if hopper and not group and not two and (tiles > sms or half <= sms and sms // half * half >= sms // tiles * tiles):
+        BN, tiles = 64, half  # as many programs with half of the splits
     if group:
         BK, stages = 64, 4 if hopper else 3
     elif hopper:
@@ -84,7 +90,7 @@ def many_rows(N: int, columns: int, w_bytes: int, x_bytes: int, group: int, sms:
     while columns % BK and BK > 64 // w_bytes:
         BK //= 2
     SK = max(1, min(SK, columns // BK // 4, 64))
-    return Tiling(128, 128, BK, SK, 8, stages, ahead=4 if w_bytes == 2 else max(1, (256 if group else 1024) // BK))
+    return Tiling(128, BN, BK, SK, 8, stages, ahead=4 if w_bytes == 2 else max(1, (256 if group else 1024) // BK))
 
 
 def integer_config(M: int, N: int, columns: int, planes: int, group: int, sms: int, capability: tuple[int, int]
@@ -104,14 +110,16 @@ def integer_config(M: int, N: int, columns: int, planes: int, group: int, sms: i
     BN = 128 if crowded else 64
     warps = 8 if crowded else 4
     if columns < 1024 and not crowded:  # all of a tile's weights in flight
-        stages = 3 if group else 9 if rows < 64 else 6 if rows < 128 else 4
-        return Tiling(BM, BN, max(64, group), 1, warps, stages if hopper else min(stages, 4), ahead=0)
+        stages = (6 if rows <= 16 else 4 if rows <= 32 else 3) if group else 9 if rows < 64 else 6 if rows < 128 else 4
+        return Tiling(BM, BN, max(64, group), 1, warps, stages if hopper else min(stages, 3 if group else 4), ahead=0)
     if hopper:
-        BK, SK, stages = (hopper_int4 if group else hopper_int8)(rows, tiles, sms)
+        BK, SK, stages = hopper_int4(rows, tiles, sms) if group else hopper_int8(rows, tiles, columns, sms)
     else:  # 99 KB of shared memory: 48 of them for each program, where they suffice
-        BK = group if crowded else 128
+        BK = max(64, group) if crowded else 128
         SK = -(-2 * sms // tiles) if tiles < sms else 1
         stages = 4 if rows < 64 else 3
+    if group == 32:  # a loop of eight groups takes the compiler minutes
+        BK = min(BK, 128)
     while columns % BK and BK > max(64, group):
         BK //= 2
     SK = max(1, min(SK, columns // BK // 4, 64))
@@ -121,11 +129,11 @@ def integer_config(M: int, N: int, columns: int, planes: int, group: int, sms: i
 def hopper_int4(rows: int, tiles: int, sms: int) -> tuple[int, int, int]:
     """BK, SK and stages for int4 on Hopper."""
     if tiles < sms and rows == 128:
-        return 128, 4, 3
+        return (128, 4, 3) if 4 * tiles > sms else (128, sms // tiles, 4)
     if tiles < sms and 2 * tiles > sms:  # two splits would make a wave and a half
         return 128, 4, 6 if rows <= 16 else 4
     if tiles < sms:
-        return 256, 2, 3 if rows == 64 else 6
+        return 256, sms // tiles, 3 if rows == 64 else 6
     if tiles > 3 * sms and rows <= 32:
         return 256, 1, 3
     if tiles > 3 * sms and rows == 64:
@@ -134,11 +142,13 @@ def hopper_int4(rows: int, tiles: int, sms: int) -> tuple[int, int, int]:
     return 128, SK, 4 if rows < 64 else 3
 
 
-def hopper_int8(rows: int, tiles: int, sms: int) -> tuple[int, int, int]:
+def hopper_int8(rows: int, tiles: int, columns: int, sms: int) -> tuple[int, int, int]:
     """BK, SK and stages for int8 on Hopper."""
     if tiles < sms:
         BK, stages = (128, 8) if rows == 128 else (256, 6)
         return BK, sms // tiles, stages
+    if columns < 4096 and tiles <= 3 * sms and rows != 64:  # all tiles at once, three programs a multiprocessor
+        return 128, 1, 6 if rows < 64 else 3
     if rows < 64:
         return 256, 1, 6 if rows <= 16 else 4
     return 128, 1, 4

@@ -19,15 +19,18 @@ from ops.quantized import ROTATION, Quantized, dequantize, pack, rotate
 from quant.int4 import SHRINK, column_importance, gptq, nearest_integers, search_scales
 
 MODES = ("int8", "int8dyn", "int4")
-GROUPS = (64, 128)  # columns of int4 that share a scale and an offset
+IMPORTED = "imported"  # the mode of a file whose weights are of several kinds, as others have quantised them
+GROUPS = (32, 64, 128)  # columns of int4 that share a scale and an offset
 ROWS = 4096  # rows quantised at a time: this bounds the fp32 memory needed beside the weights
 
 
 # ----- Weights -----------------------------------------------------------------------------------------------------
 
 
-def layout(N: int, K: int, mode: str, group: int, device: torch.device | str = "meta") -> Quantized:
-    """An empty Quantized for a weight [N, K]. Raises ValueError for an unknown mode or group."""
+def layout(N: int, K: int, mode: str, group: int = 128, device: torch.device | str = "meta", zeros: bool = False
+           ) -> Quantized:
+    """An empty Quantized for a weight [N, K]. zeros: of int4 with scales and zeros in fp16. Raises ValueError for an
+    unknown mode or group."""
     if mode not in MODES:
         raise ValueError(f"quantisation {mode!r} is not known: there is {', '.join(MODES)}")
     if mode != "int4":
@@ -35,10 +38,11 @@ def layout(N: int, K: int, mode: str, group: int, device: torch.device | str = "
         data = torch.empty(N, K, dtype=torch.int8, device=device)
         return Quantized(data, torch.empty(N, device=device), 0, 1 if mode == "int8dyn" else 2, rotated)
     if group not in GROUPS:
-        raise ValueError(f"int4 in groups of {group} is not implemented: use {' or '.join(map(str, GROUPS))}")
+        raise ValueError(f"int4 in groups of {group} is not implemented: use {', '.join(map(str, GROUPS))}")
     bytes_per_row = -(-K // 256) * 128  # two columns a byte, K rounded up to a multiple of 256
     data = torch.empty(N, bytes_per_row, dtype=torch.int8, device=device)
-    scale = torch.empty(2 * bytes_per_row // group, N, 2, dtype=torch.bfloat16, device=device)
+    scale = torch.empty(2 * bytes_per_row // group, N, 2, dtype=torch.float16 if zeros else torch.bfloat16,
+                        device=device)
     return Quantized(data, scale, group, 2)
 
 
@@ -85,18 +89,30 @@ def stack(above: Tensor | Quantized, below: Tensor | Quantized) -> Tensor | Quan
     different ways."""
     if not isinstance(above, Quantized) and not isinstance(below, Quantized):
         return torch.cat((above, below))
-    if isinstance(above, Quantized) and isinstance(below, Quantized) and above[2:] == below[2:]:
+    if isinstance(above, Quantized) and isinstance(below, Quantized) and same_kind(above, below):
         scale = torch.cat((above.scale, below.scale), int(above.group > 0))
         return above._replace(data=torch.cat((above.data, below.data)), scale=scale)
     return None
 
 
+def same_kind(one: Quantized, other: Quantized) -> bool:
+    """Whether two weights, of any number of rows, can be one: the same number of columns, group, planes and rotation,
+    the same words and order of columns."""
+    same = one.data.shape[1:] == other.data.shape[1:] and one[2:5] == other[2:5]
+    same = same and one.scale.dtype == other.scale.dtype
+    if one.order is None or other.order is None:
+        return same and one.order is other.order
+    return same and torch.equal(one.order, other.order)
+
+
 def drafting_rows(weight: Tensor | Quantized, ids: Tensor | None, quantized: bool) -> Tensor | Quantized:
     """The rows of the lm_head that are drafted from: those of `ids`, or all. For a quantised head they are int8, even
-    where the target's are not. Activations have 8 bits here: a draft need not be exact, and the best ten rarely
-    change."""
+    where the target's are not, unless those are int4. Activations have 8 bits for int8: a draft need not be exact, and
+    the best ten rarely change."""
     if ids is not None:
         weight = rows_of(weight, ids)
+    if isinstance(weight, Quantized) and weight.group:
+        return weight
     if quantized and (ids is not None or not isinstance(weight, Quantized)):  # a copy anyway: rotate it, as fc is
         exact = dequantize(weight, torch.float32) if isinstance(weight, Quantized) else weight.detach()
         weight = quantize_weight(exact, "int8dyn")
@@ -107,19 +123,20 @@ def drafting_rows(weight: Tensor | Quantized, ids: Tensor | None, quantized: boo
 
 
 class QuantizedLinear(nn.Module):
-    """Takes the place of an nn.Linear. Its `weight` is a Quantized made of two buffers, `data` and `scale`, so that it
-    is moved and saved with the module."""
+    """Takes the place of an nn.Linear. Its `weight` is a Quantized made of the buffers `data`, `scale` and, where there
+    is one, `order`, so that it is moved and saved with the module."""
 
     def __init__(self, weight: Quantized, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.register_buffer("data", weight.data)
         self.register_buffer("scale", weight.scale)
+        self.register_buffer("order", weight.order)
         self.bias = bias
-        self.how = weight[2:]  # group, planes, rotated
+        self.how = weight[2:5]  # group, planes, rotated
 
     @property
     def weight(self) -> Quantized:
-        return Quantized(self.data, self.scale, *self.how)
+        return Quantized(self.data, self.scale, *self.how, self.order)
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -150,13 +167,50 @@ def quantize_linears(module: nn.Module, mode: str, group: int = 128, device: tor
             setattr(module.get_submodule(parent), name, QuantizedLinear(weight, old.bias))
 
 
+def prepare_linears(module: nn.Module, tensors: dict[str, Tensor], mode: str | None, group: int) -> None:
+    """Make `module`, which is on the meta device, ready for `tensors`, the weights of a file of this mode: replace its
+    linears by empty QuantizedLinears. In a file of the mode IMPORTED each weight says its own kind: it is integers
+    where there is a NAME.data, of four bits where its NAME.scale is of groups.
+
+    Raises ValueError for an order that is none. Shapes are left to formats.weights.fill.
+    """
+    if mode and mode != IMPORTED:
+        quantize_linears(module, mode, group)
+    if mode != IMPORTED:
+        return
+    for path, old in list(module.named_modules()):
+        if not isinstance(old, nn.Linear) or f"{path}.data" not in tensors:
+            continue
+        parent, _, name = path.rpartition(".")
+        N, K = old.weight.shape
+        scale, order = (tensors.get(f"{path}.{part}") for part in ("scale", "order"))
+        if scale is None or scale.dim() != 3:
+            weight = layout(N, K, "int8")
+        else:
+            group = -(-K // 256) * 256 // max(1, len(scale))
+            weight = layout(N, K, "int4", group if group in GROUPS else 128, zeros=scale.dtype == torch.float16)
+        if order is not None:
+            if order.dtype != torch.int32 or not torch.equal(order.sort().values, torch.arange(K, dtype=torch.int32)):
+                raise ValueError(f"{path}.order is no order of {K} columns: convert the model again")
+            weight = weight._replace(order=order)
+        setattr(module.get_submodule(parent), name, QuantizedLinear(weight, old.bias))
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether any linear of a model has integers for weights."""
+    return any(isinstance(part, QuantizedLinear) for part in module.modules())
+
+
 def stored_mode(path: Path, metadata: dict[str, str], quantize: str | None) -> tuple[str | None, int]:
     """Mode and group of a weight file, from its metadata: (None, 0) if it is not quantised. The group is 0 unless the
     mode is int4. Raises ValueError if they are unknown, or if the file is quantised and `quantize` asks for a mode."""
     mode = metadata.get("mode")
     group = metadata.get("group", "0")
+    if mode == IMPORTED and quantize:
+        raise ValueError(f"{path}: holds weights that others have quantised; for {quantize} convert the unquantised "
+                         "model, or this one again with --dtype bfloat16")
     if mode and quantize:
         raise ValueError(f"{path}: holds {mode} already (group {group}); for {quantize} take model.safetensors")
-    if mode and (mode not in MODES or (mode == "int4" and group not in map(str, GROUPS))):
+    if mode and mode != IMPORTED and (mode not in MODES or (mode == "int4" and group not in map(str, GROUPS))):
         raise ValueError(f"{path}: {mode} in groups of {group} is not implemented; run quantize.py again")
     return mode, int(group) if mode == "int4" else 0

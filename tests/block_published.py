@@ -18,7 +18,8 @@ from formats.block_config import BlockConfig
 from formats.config import Config
 from formats.eagle3 import HeadFiles
 
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 256}
 # What the heads of each publisher usually have.
 PUBLISHERS: dict[str, dict] = {
     "z-lab": {}, "jetspec": {"causal": True}, "nemo": {}, "modelopt": {"block_size": 8},
@@ -258,7 +259,7 @@ def sizes(f: Flags, target: Config, **more: object) -> dict:
     if f.theta:
         raw["rope_theta"] = f.theta
     if f.scaling:
-        raw["rope_scaling"] = f.scaling | {"rope_type": "llama3"}
+        raw["rope_scaling"] = f.scaling
     return raw | more
 
 

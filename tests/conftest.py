@@ -3,6 +3,7 @@
 `make test` prepares the demo model. DEMO_CHECKPOINT=FOLDER names another converted folder with a head in eagle/.
 The project is imported within the fixtures, so that collecting a few tests stays fast.
 """
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -36,9 +37,16 @@ PROMPTS = [
     "Name three advantages and three disadvantages of working from home.",
 ]
 
+os.environ.setdefault("TRITON_INTERPRET", "0")  # ops/device.py imports Triton then, without a GPU too
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for one another
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
+gc.disable()  # until all files are imported: what they define stays, and the collector would go through it many times
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @contextmanager
@@ -83,7 +91,7 @@ def demo_prompts(demo: Path) -> list[list[int]]:
 
 @pytest.fixture(scope="session")
 def demo_runs(demo_model, demo_head, demo_prompts):
-    """Every prompt continued greedily by 36 tokens with EAGLE-2's tree DEMO_TREE: [(cycles, all ids, Recorder)].
+    """Half of the prompts continued greedily by 36 tokens with EAGLE-2's tree DEMO_TREE: [(cycles, all ids, Recorder)].
 
     Tests that use it belong to the xdist_group "demo": with --dist loadgroup one worker runs them, and makes it once.
     """
@@ -93,12 +101,28 @@ def demo_runs(demo_model, demo_head, demo_prompts):
     from engine import Engine
     runs = []
     with all_cores():
-        for ids in demo_prompts:
+        for ids in demo_prompts[:len(PROMPTS) // 2]:
             recorder = Recorder(Eagle2(demo_head, demo_model, *DEMO_TREE))
             engine = Engine(demo_model, recorder.drafter, 512, frozenset([2]))
             cycles = list(engine.generate(ids, 36))
             runs.append((cycles, ids + sum(cycles, []), recorder))
     return runs
+
+
+@pytest.fixture(scope="session")
+def interpreter(request: pytest.FixtureRequest):
+    """Check that the tests of a file that are marked `interpreted` pass. One process runs those of all files that are
+    tested: to import torch and Triton takes it longer than most of the tests. With --dist loadgroup one worker starts
+    it."""
+    pytest.importorskip("triton")
+    from triton_tools import run_interpreted
+    files = {item.path for item in request.session.items if item.originalname == "test_in_the_interpreter"}
+    printed, ends = run_interpreted(sorted(files))
+
+    def check(file: str) -> None:
+        name = Path(file).relative_to(ROOT).as_posix()
+        assert set(ends.get(name, [])) == {"PASSED"}, printed[-12000:]
+    return check
 
 
 @pytest.fixture

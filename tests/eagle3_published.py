@@ -16,7 +16,8 @@ from formats.config import Config
 from formats.eagle3 import HeadFiles
 from formats.eagle3_config import Eagle3Config
 
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 256}
 # What the heads of each publisher usually have. safeailab writes a pickle, megatron is modelopt's second exporter.
 PUBLISHERS: dict[str, dict] = {
     "safeailab": {}, "specforge": {}, "angelslim": {"theta": 1e6},
@@ -255,7 +256,7 @@ def sizes(f: Flags, config: Eagle3Config, **more: object) -> dict:
     if f.theta:
         raw["rope_theta"] = f.theta
     if f.scaling:
-        raw["rope_scaling"] = f.scaling | {"rope_type": "llama3"}
+        raw["rope_scaling"] = f.scaling
     return raw | more
 
 

@@ -9,8 +9,9 @@ from helpers import bits_of
 from recorder import Cycle, Recorder
 from torch import Tensor
 
-from formats.config import LLAMA3_ROPE, Config
+from formats.config import Config
 from formats.eagle3 import Eagle3Config
+from formats.rope import LLAMA3_ROPE
 from model import Llama
 from sampling import Sampling, gumbel_noise
 from tree import Tree

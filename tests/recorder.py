@@ -7,6 +7,7 @@ from torch import Tensor
 
 from draft import Eagle2
 from drafters.eagle1 import Eagle1
+from ops.attention import TreeMask
 from tree import State, Tree
 
 
@@ -41,10 +42,11 @@ class Recorder:
         drafter.propose = self.propose
 
     def run(self, tokens: Tensor, taken: Tensor, parent_rows: Tensor | None, rope_pos: Tensor,
-            cache_pos: Tensor, mask: Tensor) -> Tensor:
+            cache_pos: Tensor, mask: Tensor | TreeMask) -> Tensor:
         within_propose = self.cycles and self.cycles[-1].tree is None  # else prefill runs the head
         if within_propose:
-            seen = [set(row.nonzero().flatten().tolist()) for row in mask]
+            dense = mask.dense(len(tokens), self.drafter.head.rope.shape[1]) if isinstance(mask, TreeMask) else mask
+            seen = [set(row.nonzero().flatten().tolist()) for row in dense]
             share = taken if parent_rows is None else taken[parent_rows]
             given = self.first_input(tokens, share)
             self.cycles[-1].calls.append(Call(tokens.tolist(), given, rope_pos.tolist(), cache_pos.tolist(), seen))

@@ -3,6 +3,7 @@
     python -m pytest tests/test_core_edges.py
 """
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -88,12 +89,21 @@ def test_a_graph_for_each_way_to_sample(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(keys) == 4 and keys[0] == keys[1] and len(set(keys)) == 3
 
 
-def test_warm_up_is_timed() -> None:
-    """Fails if compile_s, which --json prints, is not how long warming up took."""
+def test_warm_up_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if compile_s, which --json prints, is not how long warming up took, or if a CPU, which compiles nothing,
+    takes time for it."""
     engine = Engine(tiny.target(3), Vanilla(), 64)
+    times = iter([10.0, 10.5, 20.0, 24.0])
+    monkeypatch.setattr("engine.time", SimpleNamespace(perf_counter=lambda: next(times)))
+    monkeypatch.setattr(engine, "generate", lambda *_: pytest.fail("a CPU is warmed up"))
     assert engine.compile_s == 0
     engine.warm_up(SAMPLINGS[1])
-    assert 0 < engine.compile_s < 60
+    assert engine.compile_s == 0.5
+    ran = []
+    monkeypatch.setattr(engine, "generate", lambda ids, count, how: ran.append((len(ids), count, how)) or [])
+    monkeypatch.setattr(engine, "compile", lambda *how: ran.append(how))
+    as_on_a_gpu(engine).warm_up(SAMPLINGS[1])
+    assert ran == [(SAMPLINGS[1],), (8, 8, SAMPLINGS[1])] and engine.compile_s == 4
 
 
 def test_default_sizes(tmp_path: Path) -> None:
@@ -113,7 +123,7 @@ def test_default_sizes(tmp_path: Path) -> None:
         found[method] = drafter.num_nodes, drafter.max_depth
     assert found == {"vanilla": (1, 0), "lookup": (11, 10), "lookahead": (56, 4), "medusa": (64, 4),
                      "speculate": (6, 5), "speculate+rejection": (6, 5), "speculate+lookup": (9, 8), "eagle": (26, 5),
-                     "eagle2": (8, 3), "eagle2+lookup": (8, 10), "eagle3": (8, 3), "eagle3+lookup": (8, 10),
+                     "eagle2": (8, 4), "eagle2+lookup": (8, 10), "eagle3": (8, 4), "eagle3+lookup": (8, 10),
                      "block": (8, 6), "block+lookup": (8, 10)}
     assert found.keys() == METHODS.keys()
 

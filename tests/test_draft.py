@@ -37,7 +37,7 @@ HEADS = [{}, {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_
 def tiny_run(drafter: Eagle1 | Eagle2, model: Llama, seed: int) -> tuple[Recorder, Builder]:
     recorder = Recorder(drafter)
     ids, sampling = tiny.prompt(seed, 3 + seed % 5), Sampling(temperature=float(seed % 2), seed=seed)
-    text = ids + sum(Engine(model, drafter, 96).generate(ids, 16, sampling), [])
+    text = ids + sum(Engine(model, drafter, 96).generate(ids, 11, sampling), [])
     plain = PlainHead(tiny.published(drafter.head), drafter.head.cfg, model)
     return recorder, Builder(plain, text, tiny.features(model, text), sampling)
 
@@ -89,14 +89,14 @@ def plain_demo_head(demo: Path, demo_model: Llama) -> PlainHead:
 @pytest.mark.xdist_group("demo")
 @torch.inference_mode()
 def test_eagle2_demo(demo_runs, demo_model: Llama, plain_demo_head: PlainHead) -> None:
-    """Fails if the head in heads/ drafts another tree, in fp32, at any of 200 positions of 16 texts."""
+    """Fails if the head in heads/ drafts another tree, in fp32, at any of 100 positions of eight texts."""
     total = close = 0
     with all_cores():
         for _, text, recorder in demo_runs:
             builder = Builder(plain_demo_head, text, tiny.features(demo_model, text))
             found = check_cycles(recorder, builder, lambda length, b=builder: b.eagle2(length, *DEMO_TREE), 2e-3)
             total, close = total + found[0], close + found[1]
-    assert total >= 200
+    assert total >= 90
     assert close <= total // 20
 
 

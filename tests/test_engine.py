@@ -77,17 +77,17 @@ def test_any_tree(sampling: Sampling) -> None:
     for seed in range(12):
         model, size, depth = tiny.target(seed % 3), [1, 2, 7, 20, 64][seed % 5], 1 + seed % 8
         ids = tiny.prompt(seed, 1 + seed)
-        text = ids + vanilla(model, ids, 40, sampling)
+        text = ids + vanilla(model, ids, 24, sampling)
         drafter = Scripted(text, size, depth if size > 1 else 0, seed)
         engine = Engine(model, drafter, 256)
-        cycles = cycle_by_cycle(engine, ids, 40, sampling)
+        cycles = cycle_by_cycle(engine, ids, 24, sampling)
         assert ids + sum(cycles, []) == text
         gains = [len(cycle) for cycle in cycles[1:]]
         assert gains[:-1] == drafter.gains[:-1] and gains[-1] <= drafter.gains[-1]
         assert sum(gains) > len(gains) or size < 7
 
 
-@pytest.mark.parametrize("seed", slow_but(3, range(40)))
+@pytest.mark.parametrize("seed", slow_but(3, range(24)))
 def test_eagle2_equals_vanilla(seed: int) -> None:
     """Fails if EAGLE-2 changes the text with a tree of some shape: too few spare slots, a root with more children than
     the tree has nodes."""
@@ -106,7 +106,7 @@ def test_eagle2_equals_vanilla(seed: int) -> None:
         assert write(engine, ids, 24, sampling) == expected, shape
 
 
-@pytest.mark.parametrize("seed", slow_but(1, range(10)))
+@pytest.mark.parametrize("seed", slow_but(1, range(6)))
 def test_eagle1_equals_vanilla(seed: int) -> None:
     """Fails if EAGLE-1's fixed tree changes the text."""
     model, head = tiny.pair(seed, 0.1) if seed % 2 else (tiny.target(seed), tiny.head(tiny.target(seed)))
@@ -136,7 +136,7 @@ def test_compile_changes_nothing(before: Sampling) -> None:
         engine, ids = Engine(model, drafter, 128), tiny.prompt(4, 9)
         wanted = [write(engine, ids, 20, how) for how in (before, GREEDY)]
         write(engine, ids, 5, before)
-        engine.compile(1, 8, 60)
+        engine.compile(rows=(1, 8, 60))
         assert [write(engine, ids, 20, how) for how in (before, GREEDY)] == wanted
 
 
@@ -357,7 +357,7 @@ def test_demo_eagle2_is_plain_decoding(demo_runs, demo_model: Llama, demo_prompt
     """Fails if EAGLE-2 changes the text of trained weights, with their sharp attention and vocabulary of 49,152. One
     forward over a text without a cache says what decoding would choose after each of its tokens."""
     with all_cores():
-        for (_, text, _), ids in zip(demo_runs, demo_prompts, strict=True):
+        for (_, text, _), ids in zip(demo_runs, demo_prompts):
             assert len(text) == len(ids) + 36 or text[-1] == 2
             assert tiny.logits(demo_model, text).argmax(-1)[len(ids) - 1:-1].tolist() == text[len(ids):]
 
@@ -368,7 +368,7 @@ def test_demo_eagle1_equals_eagle2(demo_model: Llama, demo_head, demo_prompts, d
     """Fails if EAGLE-1 does; every fourth prompt."""
     engine = Engine(demo_model, Eagle1(demo_head, demo_model), 512, frozenset([2]))
     with all_cores():
-        for ids, (_, text, _) in list(zip(demo_prompts, demo_runs, strict=True))[::4]:
+        for ids, (_, text, _) in list(zip(demo_prompts, demo_runs))[::4]:
             assert ids + write(engine, ids, 36) == text
 
 
@@ -380,9 +380,9 @@ def test_demo_sampled(sampling: Sampling, tree: tuple[int, int, int], demo_model
     """Fails if sampled text changes with the drafter: if noise depends on anything but seed, position and token."""
     engine = Engine(demo_model, Eagle2(demo_head, demo_model, *tree), 512, frozenset([2]))
     with all_cores():
-        for ids in demo_prompts[:2]:
-            expected = vanilla(demo_model, ids, 24, sampling, 512, frozenset([2]))
-            assert write(engine, ids, 24, sampling) == expected
+        ids = demo_prompts[sampling.seed]
+        expected = vanilla(demo_model, ids, 24, sampling, 512, frozenset([2]))
+        assert write(engine, ids, 24, sampling) == expected
 
 
 # Tokens per step. The head in heads/ has 2.63 here, 2.23 if the prompt's tokens are one position off, 2.19 without the

@@ -1,10 +1,12 @@
 """The command line: what it prints, its JSON, and that bad input ends in one line and exit code 2."""
 import io
 import json
+import os
 import pickle
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,7 +44,8 @@ def test_compare_json(call, demo: Path) -> None:
     assert code == 0
     *text, last = out.rstrip("\n").split("\n")
     result = json.loads(last)
-    assert result.keys() == KEYS | {"vanilla", "identical"} and result["vanilla"].keys() == KEYS
+    assert result.keys() == KEYS | {"vanilla", "identical", "start_s", "first_token_s"}
+    assert result["vanilla"].keys() == KEYS
     assert result["identical"] is True and result["tokens"] == result["vanilla"]["tokens"]
     assert "\n".join(text).rstrip() == result["text"].rstrip()
     assert result["new_tokens"] == len(result["tokens"]) == 1 + sum(result["gained"]) <= 24
@@ -50,6 +53,30 @@ def test_compare_json(call, demo: Path) -> None:
     assert result["mean_gained"] == pytest.approx(sum(result["gained"]) / result["cycles"])
     assert result["method"] == "eagle2" and result["vanilla"]["method"] == "vanilla" and result["dtype"] == "float32"
     assert "identical tokens" in err and "tokens/s" in err
+
+
+def test_imports_and_first_token(everything: Path) -> None:
+    """Fails if a run imports what it does not use and what takes long: torch's compiler, which a random number on the
+    meta device brings in, Triton without a GPU, or what other commands and a chat need. And if the statistics do not
+    say when the first token came."""
+    code = ("import sys, generate\n"
+            "generate.main()\n"
+            "print(*{'torch._dynamo', 'torch._inductor', 'sympy', 'triton', 'transformers', 'gguf', 'huggingface_hub', "
+            "'prompt_toolkit', 'matplotlib', 'tiktoken', 'sentencepiece', 'ops.startup'} & {*sys.modules})")
+    words = ["--checkpoint", str(everything), "--device", "cpu", "--eagle2", "--prompt", "x", "--max_new_tokens", "2"]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    start = time.perf_counter()
+    run = subprocess.run([sys.executable, "-c", code, *words, "--json"], cwd=ROOT, env=env, capture_output=True,
+                         text=True)
+    took = time.perf_counter() - start
+    *_, result, imported = run.stdout.splitlines()
+    assert imported == "ops.startup" or torch.cuda.is_available()
+    result = json.loads(result)
+    parts = result["start_s"]
+    assert [*parts][0] == "imports" and [*parts][-1] == "prompt" and {"model", "tokenizer", "draft head"} < parts.keys()
+    assert parts["prompt"] == result["prefill_s"] and 0.5 < parts["imports"] < sum(parts.values()) < took
+    assert result["first_token_s"] == sum(parts.values())
+    assert f"first token after {result['first_token_s']:.2f} s: imports {parts['imports']:.2f}" in run.stderr
 
 
 @pytest.mark.slow
@@ -70,9 +97,9 @@ def test_readme(call, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
-def test_sampled_text_does_not_depend_on_the_drafter(call, demo: Path) -> None:
+def test_sampled_text_does_not_depend_on_the_drafter(call, everything: Path) -> None:
     """Fails if the text of a seed depends on the drafter, or not on the seed."""
-    words = ("--checkpoint", demo, "--prompt", "Tell me a joke.", "--max_new_tokens", 16, "--dtype", "float32",
+    words = ("--checkpoint", everything, "--prompt", "Tell me a joke.", "--max_new_tokens", 30, "--dtype", "float32",
              "--temperature", 1, "--device", "cpu")
     texts = [call(*words, *more)[1] for more in (["--seed", 7], ["--seed", 7, "--eagle"], ["--seed", 7, "--eagle2"],
                                                  ["--seed", 8, "--eagle2"])]
@@ -172,7 +199,8 @@ def test_what_is_said_about_templates(call, copy: Path, tmp_path: Path) -> None:
     def ask(template: str | None, *words: object) -> tuple[int, list[str]]:
         (copy / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
         code, _, err = call("--checkpoint", copy, "--device", "cpu", "--max_new_tokens", 2, *words)
-        return code, err.splitlines()[:-1] if code == 0 else err.splitlines()
+        statistics = 0 if code else 2 if "--prompt" in words else 1
+        return code, err.splitlines()[:len(err.splitlines()) - statistics]
 
     (tmp_path / "good.jinja").write_text("{{ messages[0].content }}|")
     (tmp_path / "q.jsonl").write_text('{"prompt": "x"}\n')
@@ -320,8 +348,8 @@ def test_tree_that_fits(call, copy: Path, tmp_path: Path, monkeypatch: pytest.Mo
         code, out, err = call(*words, *more)
         assert code == 2 and err.count("\n") == 1 and "acceptance.json" in err and "train.py" in err and out == ""
     curve.write_text(json.dumps({"nodes": tree_size.NODES, "topk": 10, "gained": [[1, 2, 3] + [3] * 5] * 8}))
-    measured = []
-    monkeypatch.setattr(tree_size, "measure", lambda *inputs: measured.append(inputs) or [1.0] * 9)
+    measured, profile = [], [1.0] * (3 + len(tree_size.NODES))
+    monkeypatch.setattr(tree_size, "measure", lambda *inputs: measured.append(inputs) or profile)
     _, out, err = call(*words, "--tree_table")
     assert "*600.0" in err and len(json.loads(out.splitlines()[-1])["accept_by_depth"]) == 3
     _, out, err = call(*words, "--draft_tokens", "auto")
@@ -337,7 +365,7 @@ def test_tree_that_fits(call, copy: Path, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("words, cuda, tree", [
     ((), True, "fit"), ((), False, methods.CPU_TREE), (("--draft_tokens", "auto"), False, "fit"),
     (("--draft_tokens", "9"), True, (9, 6, 10)), (("--draft_depth", "2"), True, (60, 2, 10)),
-    (("--draft_topk", "4"), False, (8, 3, 4)), (("--draft_depth", "0"), False, (8, 0, 3)),
+    (("--draft_topk", "4"), False, (8, 4, 4)), (("--draft_depth", "0"), False, (8, 0, 3)),
     (("--draft_tokens", "0"), True, (0, 6, 10)), (("--no_compile",), True, methods.GPU_TREE)])
 def test_which_tree(words: tuple, cuda: bool, tree: tuple | str, tmp_path: Path, monkeypatch) -> None:
     """Fails if the best size replaces one that was asked for, 0 included, or if defaults are wrong where there is no

@@ -74,7 +74,7 @@ def test_texts(name: str, how, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = [cycles(drafter) for drafter in drafters]
     assert all(sum(text, []) == sum(expected[0], []) for text in expected)
     for module in (engine_module, draft_module):
-        monkeypatch.setattr(module, "tree_mask", lambda base, bits, width: TreeMask(base, bits))
+        monkeypatch.setattr(module, "tree_mask", lambda base, bits, width, **_: TreeMask(base, bits))
         monkeypatch.setattr(module, "causal_mask", lambda first, rows, width: TreeMask(first, None))
     monkeypatch.setattr(engine_module, "SHORT_CHUNK", 16)
     monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 48)

@@ -58,10 +58,10 @@ def test_second_turn(method: str, ahead: bool, how: Sampling, make, monkeypatch:
     engine, fresh = (Engine(model, drafter, SLOTS) for _ in range(2))
     if ahead:
         as_on_a_gpu(engine)
-    text = first + write(fresh, first, 30, how)
+    text = first + write(fresh, first, 18, how)
     for number, prompt in enumerate(turns(1, text)):
         expected = cycle_by_cycle(fresh, prompt, count, how)
-        assert cycle_by_cycle(engine, first, 30, how) and engine.reused == 0
+        assert cycle_by_cycle(engine, first, 18, how) and engine.reused == 0
         assert list(engine.generate(prompt, count, how, reuse=True)) == expected, number
         reused.append(engine.reused)
     held = len(text) - drafter.max_depth - 2
@@ -178,7 +178,7 @@ def test_who_may_go_on(make, monkeypatch: pytest.MonkeyPatch) -> None:
     actions = {
         "newer": lambda: next(engine.generate(ids, 30)), "reusing": lambda: next(engine.generate(ids, 30, reuse=True)),
         "other engine": lambda: write(other, ids, 5), "scores": lambda: engine.top2_gap(ids),
-        "compiling": lambda: engine.compile(3)}
+        "compiling": lambda: engine.compile(rows=(3,))}
     for name, action in actions.items():
         old = engine.generate(ids, 30)
         next(old)

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import sampling
-from ops.attention import causal_mask, tree_mask
+from ops.attention import TreeMask
 from sampling import gumbel_noise, perturb, process
 from tree import Candidates, State, Tree, accept, best_children, best_first, build_tree, rerank
 
@@ -79,8 +79,8 @@ def test_typed_tree() -> None:
     made = build_tree(torch.arange(7), torch.tensor(PARENTS), 3)
     assert made.depth.tolist() == DEPTH
     assert made.ancestors.tolist() == [[word] for word in ANCESTORS]
-    assert seen(tree_mask(torch.tensor(3), made.ancestors, 12)) == ["111" + row + ".." for row in SEES]
-    assert seen(causal_mask(torch.tensor(2), 3, 6)) == ["111...", "1111..", "11111."]
+    assert seen(TreeMask(torch.tensor(3), made.ancestors).dense(7, 12)) == ["111" + row + ".." for row in SEES]
+    assert seen(TreeMask(torch.tensor(2), None).dense(3, 6)) == ["111...", "1111..", "11111."]
 
 
 @given(trees(), st.integers(0, 9), st.integers(0, 5))
@@ -98,7 +98,7 @@ def test_build_and_mask(drawn: tuple[list[int], list[int]], base: int, extra: in
     assert list(map(bits_of, made.ancestors.tolist())) == [sum(1 << node for node in path) for path in paths]
     width = base + len(parents) + extra
     expected = [[slot < base or slot - base in path for slot in range(width)] for path in paths]
-    assert tree_mask(torch.tensor(base), made.ancestors, width).tolist() == expected
+    assert TreeMask(torch.tensor(base), made.ancestors).dense(len(parents), width).tolist() == expected
 
 
 def walk(tokens: list[int], parents: list[int], next_tokens: list[int]) -> list[int]:

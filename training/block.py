@@ -98,8 +98,7 @@ def new_config(target: Config, args: argparse.Namespace, mask_token: int) -> Blo
     """What the options ask for; other sizes are the target's. The layers are Qwen3's, as in all published heads."""
     count = args.head_layers or LAYERS
     taps = sorted({i + 1 for i in usual_outputs(min(TAPS, target.num_layers), target.num_layers)})  # few: of few layers
-    layer = Config(**{**target.__dict__, "num_layers": count, "intermediate_size": args.mlp or target.intermediate_size,
-                      "qk_norm": True, "tie_word_embeddings": False, "sliding_window": None, "rope_scaling": None})
+    layer = target.plain(num_layers=count, intermediate_size=args.mlp or target.intermediate_size, qk_norm=True)
     rank = RANK if args.markov_rank is None else args.markov_rank
     return BlockConfig(
         layer, target.hidden_size, target.num_layers, tuple(taps),

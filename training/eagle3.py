@@ -43,8 +43,7 @@ def new_config(target: Config, args: argparse.Namespace) -> Eagle3Config:
     """What --head_layers, --mlp, --norms and --draft_vocab ask for; other sizes are the target's. The first layer reads
     embedding and feature, further ones are ordinary layers, as vLLM and SGLang expect."""
     count = args.head_layers or 1
-    layer = Config(**{**target.__dict__, "num_layers": count, "intermediate_size": args.mlp or target.intermediate_size,
-                      "qk_norm": False, "tie_word_embeddings": False, "sliding_window": None, "rope_scaling": None})
+    layer = target.plain(num_layers=count, intermediate_size=args.mlp or target.intermediate_size)
     return Eagle3Config(
         layer, target.hidden_size, target.num_layers, choose_taps(target.num_layers), (True,) + (False,) * (count - 1),
         args.draft_vocab or min(DRAFT_VOCAB, target.vocab_size), norm_before_residual=False,

@@ -12,7 +12,7 @@ import torch
 
 from app.memory import OVERHEAD, free_bytes, total_bytes, widest
 from model import Llama
-from quant.linear import QuantizedLinear
+from quant.linear import is_quantized
 
 USABLE = 0.9  # of the free memory: the rest is lost between blocks of other sizes
 
@@ -54,8 +54,7 @@ def target_passing(model: Llama, tokens: int) -> int:
     """Bytes that a layer of the target takes for a while: hidden states, gate, up, a quantised matrix made dense."""
     cfg = model.cfg
     layer = 2 * tokens * (4 * cfg.hidden_size + 3 * cfg.intermediate_size)
-    quantized = isinstance(model.layers[0].w13, QuantizedLinear)
-    return layer + (widest(cfg, torch.bfloat16) if quantized else 0)
+    return layer + (widest(cfg, torch.bfloat16) if is_quantized(model) else 0)
 
 
 def generating_need(model: Llama, length: int, batch: int) -> int:

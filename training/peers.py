@@ -16,15 +16,16 @@ target's own distribution in the answers. Both see every batch, and share the ta
 
 Stop it at any time: what was learned is written, and the same command goes on.
 """
-from app.command import run_command, watch_for_ctrl_c
+from app.command import before_imports, run_command
 
 if __name__ == "__main__":
-    watch_for_ctrl_c()
+    before_imports()
 
 import argparse
 import copy
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ from drafters.speculate import load_draft_model
 from formats.config import Config
 from formats.weights import FORMAT, save_tensors
 from formats.writing import locked, replace_files
-from model import Llama, load_model
+from model import Llama, layer_ropes, load_model
 from quant.linear import quantize_linears
 from training.dialogues import unmark
 from training.trainer import Trainer, options, prepare
@@ -57,7 +58,7 @@ class Peers(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1, num_heads, size))
         self.layers = copy.deepcopy(target.layers[:num_layers])
         self.norm = copy.deepcopy(target.norm)
-        self.cfg = Config(**{**target.cfg.__dict__, "num_layers": len(self.layers)})  # of the draft model
+        self.cfg = replace(target.cfg, num_layers=len(self.layers))  # of the draft model
         self.to(target.embed.weight.device, torch.float32).requires_grad_(True)
 
     def medusa_weights(self) -> dict[str, Tensor]:
@@ -73,8 +74,8 @@ class Peers(nn.Module):
     def draft(self, embedded: Tensor, rope: Tensor) -> Tensor:
         """The features of the draft model, [B, T, C], of the embedded tokens: Llama.forward after the embedding."""
         x = embedded
-        for layer in self.layers:
-            x = layer(x, rope, None, None, None)
+        for layer, angles in zip(self.layers, layer_ropes(self.cfg, rope)):
+            x = layer(x, angles, None, None, None)
         return self.norm(x)
 
 
@@ -134,7 +135,7 @@ def save_draft_model(peers: Peers, checkpoint: Path, out: Path, int8: bool) -> N
     tensors = {name: t.detach().to("cpu", None if name.endswith((".data", ".scale")) else torch.bfloat16)
                for name, t in draft.state_dict().items()}
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    config["num_hidden_layers"] = len(peers.layers)
+    config.get("text_config", config)["num_hidden_layers"] = len(peers.layers)
     with replace_files(out) as part:
         save_tensors(part / "model.safetensors", tensors, metadata | {"embedding": "target"})
         (part / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

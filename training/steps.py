@@ -16,8 +16,7 @@ from model import Layer
 def new_head(cfg: Config, device: torch.device) -> EagleHead:
     """An untrained head for a target of this config. Its weights are small and random: at first the layer adds almost
     nothing, and fc passes on half of the feature."""
-    cfg = Config(**{**cfg.__dict__, "num_layers": 1, "qk_norm": False, "tie_word_embeddings": False,
-                    "sliding_window": None, "rope_scaling": None})
+    cfg = cfg.plain(num_layers=1)
     head = EagleHead(cfg).to(device)
     for name, p in head.named_parameters():
         torch.nn.init.normal_(p, std={"layer.wqkv.weight": 0.01, "layer.w2.weight": 0.002}.get(name, 0.02))

@@ -22,6 +22,7 @@ from formats.weights import first_line
 from formats.writing import replace_files, write_text
 from model import Llama, load_model, rope_table
 from ops.quantized import dequantize
+from quant.linear import QuantizedLinear, is_quantized
 from tokenizer import Tokenizer
 from training.dialogues import Script, read_openers, unmark, write_dialogues
 from training.steps import compile_on_gpu, distill, new_head, unrolled
@@ -289,14 +290,14 @@ def prepare(args: argparse.Namespace, quantize: str | None = None) -> tuple[Llam
     quantize: the mode of the target's linears, except of the lm_head, which the loss reads as a whole."""
     torch.set_float32_matmul_precision("high")
     model = load_model(args.checkpoint, args.device, torch.bfloat16, quantize)
-    if quantize:
+    if isinstance(model.lm_head, QuantizedLinear):
         model.lm_head = plain_lm_head(model)
     tokenizer = Tokenizer(args.checkpoint)
     script = Script(tokenizer, model.embed.weight.device, read_openers(args.openers))
     args.work.mkdir(parents=True, exist_ok=True)
     if args.device == "cuda":
         torch._dynamo.config.recompile_limit = 64
-        for layer in () if quantize else model.layers:  # compiled once for all layers: their shapes are the same
+        for layer in () if is_quantized(model) else model.layers:  # compiled once for all: their shapes are the same
             layer.compile(dynamic=False)
     path = args.work / "dialogues.bin"
     rows = max(int(args.tokens / args.length), args.generate_batch + args.batch)
@@ -310,8 +311,11 @@ def plain_lm_head(model: Llama) -> nn.Linear:
     """The lm_head of a quantised model as bf16 weights: the embedding, where the two were one, else as it was rounded.
     """
     plain = nn.Linear(1, 1, bias=False, device="meta")
-    tied = model.cfg.tie_word_embeddings
-    plain.weight = model.embed.weight if tied else nn.Parameter(dequantize(model.lm_head.weight, torch.bfloat16), False)
+    if model.cfg.tie_word_embeddings:
+        plain.weight = model.embed.weight
+    else:
+        values = dequantize(model.lm_head.weight, torch.bfloat16)[:, :model.cfg.hidden_size]
+        plain.weight = nn.Parameter(values, False)
     return plain
 
 

@@ -2,6 +2,7 @@
 
     python -m pytest tests/app/test_command.py
 """
+import gc
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from app.command import end_at_once, raise_on_ctrl_c, run_command, watch_for_ctrl_c
+from app.command import before_imports, end_at_once, raise_on_ctrl_c, run_command, watch_for_ctrl_c
 
 COMMANDS = ["generate.py", "convert_hf_checkpoint.py", "quantize.py", "train.py", "bench.py", "training/peers.py",
             "benchmarks/cycle.py", "benchmarks/quality.py"]
@@ -60,6 +61,23 @@ def test_ctrl_c_while_nothing_can_be_caught(monkeypatch: pytest.MonkeyPatch) -> 
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_garbage_is_collected_again() -> None:
+    """Fails if garbage is looked for while a command imports torch, among what it imported, or no more during its work;
+    or if a command that is called from Python, as here in other tests, touches any of it."""
+    handler, frozen = signal.getsignal(signal.SIGINT), gc.get_freeze_count()
+    try:
+        run_command(lambda: None)
+        assert gc.isenabled() and gc.get_freeze_count() == frozen
+        before_imports()
+        assert not gc.isenabled()
+        run_command(lambda: None)
+        assert gc.isenabled() and gc.get_freeze_count() > frozen + 1000
+    finally:
+        gc.enable()
+        gc.unfreeze()
+        signal.signal(signal.SIGINT, handler)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -105,21 +105,21 @@ def test_every_drafter_writes_the_same(method: str, checkpoint) -> None:  # noqa
     folder, model = checkpoint
     words = [str(folder / word) if word in (".", "medusa") else word for word in FLAGS[method]]
     args = generate.parse_args(arguments(folder, *words))
-    for sampling in (Sampling(), Sampling(temperature=1.0, top_p=0.9, seed=3)):
-        for ids in (tiny.prompt(1, 9), tiny.prompt(2, 30)):
-            plain = list(Engine(model, make_drafter(method, args, model, 128), 128).generate(ids, 30, sampling))
-            engine = Engine(model, Watch(make_drafter(method, args, model, 128)), 128)
-            engine.compile(*[1, 8] * (method != "lookahead"), engine.drafter.num_nodes)  # what it runs is not a cycle
-            news, cycles = watched(engine, ids, 30, sampling)
-            assert news == plain
-            text = ids + news[0]
-            for new, cycle in zip(news[1:], cycles, strict=True):
-                assert cycle["tokens"][0] == text[-1] and cycle["length"] == len(text)
-                drafted = [cycle["tokens"][node] for node in cycle["path"]]
-                own = [cycle["next"][cycle["path"][-1] if drafted else 0]] * (len(new) > len(drafted))
-                assert drafted + own == new
-                assert (cycle["confidence"] is not None) == method.startswith(("eagle2", "eagle3", "block"))
-                text += new
+    for sampling, ids in ((Sampling(), tiny.prompt(1, 9)),
+                          (Sampling(temperature=1.0, top_p=0.9, seed=3), tiny.prompt(2, 30))):
+        plain = list(Engine(model, make_drafter(method, args, model, 128), 128).generate(ids, 30, sampling))
+        engine = Engine(model, Watch(make_drafter(method, args, model, 128)), 128)
+        engine.compile(rows=(1, 8) * (method != "lookahead"))  # what it runs is not a cycle of the text
+        news, cycles = watched(engine, ids, 30, sampling)
+        assert news == plain
+        text = ids + news[0]
+        for new, cycle in zip(news[1:], cycles, strict=True):
+            assert cycle["tokens"][0] == text[-1] and cycle["length"] == len(text)
+            drafted = [cycle["tokens"][node] for node in cycle["path"]]
+            own = [cycle["next"][cycle["path"][-1] if drafted else 0]] * (len(new) > len(drafted))
+            assert drafted + own == new
+            assert (cycle["confidence"] is not None) == method.startswith(("eagle2", "eagle3", "block"))
+            text += new
 
 
 @pytest.mark.parametrize("chain", [0, 6])

@@ -163,8 +163,12 @@ def test_cycle_numbers() -> None:
     names = {"7b_vanilla": "200", "7b_eagle2": "350", "7b_speedup": "1.75", "demo_vanilla": None}
     assert {name: summary.quote(name, {summary.QUOTED["7b"]: result}) for name in names} == names
     said = cycle.last_table({"device": "a card", "read_gb_s": 1.0, "copy_gb_s": 2.0, "memory_gb": 3.0, "device_gb": 4.0,
-                             "startup_s": {"cold": 5.0, "warm": 6.0}})
-    assert cells(said.partition("\n\n")[2])[1] == ["1.0", "2.0", "3.0", "4.0", "5.0", "6.0"]
+                             "startup_s": {"cold": {"first text": 6.0, "imports": 2.0, "kernels": 3.5},
+                                           "warm": {"first text": 2.5, "imports": 2.0}}})
+    first, second = said.partition("\n\n")[2].split("\n\n")
+    assert cells(first)[1] == ["1.0", "2.0", "3.0", "4.0"]
+    assert cells(second) == [["start, s", "first text", "imports", "kernels"], ["cold", "6.00", "2.00", "3.50"],
+                             ["warm", "2.50", "2.00", "0.00"]]
 
 
 def test_what_a_step_reads() -> None:

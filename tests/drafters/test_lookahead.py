@@ -9,7 +9,7 @@ import torch
 from conftest import all_cores
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton_tools import interpreted, not_interpreted, run_interpreted
+from triton_tools import interpreted, not_interpreted
 
 import tree
 from draft import Vanilla
@@ -17,7 +17,7 @@ from drafters.lookahead import Lookahead
 from engine import Engine
 from model import Llama
 from ops import tree as tree_kernels
-from ops.attention import tree_mask
+from ops.attention import TreeMask
 from sampling import Sampling
 from tree import State, Tree
 
@@ -124,7 +124,7 @@ def test_rows(shape: tuple[int, int, int]) -> None:
     rows = [("window", level, column) for level in range(levels) for column in range(window)]
     rows += [("chain", chain, step) for chain in range(guesses) for step in range(levels)]
     assert len(rows) == len(made.tokens) == ours.num_nodes <= 128
-    mask = tree_mask(torch.tensor(2), made.ancestors, 2 + 128)
+    mask = TreeMask(torch.tensor(2), made.ancestors).dense(len(rows), 2 + 128)
     assert mask[:, :2].all() and not mask[:, 2 + len(rows):].any()
     for i, (kind, a, b) in enumerate(rows):
         for j, (other, c, d) in enumerate(rows):
@@ -249,9 +249,10 @@ def test_accepted_by_the_kernel() -> None:
 
 @pytest.mark.slow
 @not_interpreted
-def test_in_the_interpreter() -> None:
+@pytest.mark.xdist_group("interpreter")
+def test_in_the_interpreter(interpreter) -> None:
     """Fails if test_accepted_by_the_kernel fails, in Triton's interpreter."""
-    run_interpreted(__file__)
+    interpreter(__file__)
 
 
 # ----- The engine ------------------------------------------------------------------------------------------------
@@ -267,7 +268,7 @@ def case(seed: int, sampling: Sampling) -> tuple[Llama, list[int], list[int]]:
     """A model, a prompt, and what vanilla writes."""
     model = tiny.pair(seed, 0.1)[0] if seed else tiny.target(seed)
     ids = tiny.prompt(seed, 1 + 6 * seed)
-    return model, ids, vanilla(model, ids, 60, sampling)
+    return model, ids, vanilla(model, ids, 40, sampling)
 
 
 @pytest.mark.slow
@@ -279,7 +280,7 @@ def test_equals_vanilla(shape: tuple[int, int, int], sampling: Sampling) -> None
     total = []
     for seed in range(3):
         model, ids, text = case(seed, sampling)
-        cycles = cycle_by_cycle(Engine(model, Lookahead(model, *shape), 256), ids, 60, sampling)
+        cycles = cycle_by_cycle(Engine(model, Lookahead(model, *shape), 256), ids, 40, sampling)
         assert sum(cycles, []) == text
         total += cycles[1:]
     assert max(map(len, total)) > 1 or sampling.temperature  # otherwise nothing is compared

@@ -4,7 +4,7 @@ import random
 import pytest
 import tiny
 import torch
-from triton_tools import assert_fits, compile_ahead, interpreted, not_interpreted, run_interpreted
+from triton_tools import assert_fits, compile_ahead, interpreted, not_interpreted
 
 from draft import Eagle2, Vanilla
 from drafters.lookup import CONFIDENCE, RULES, Lookup, Retrieval, retrieve_kernel
@@ -95,9 +95,10 @@ def test_kernel() -> None:
 
 @pytest.mark.slow
 @not_interpreted
-def test_in_the_interpreter() -> None:
+@pytest.mark.xdist_group("interpreter")
+def test_in_the_interpreter(interpreter) -> None:
     """Fails if test_kernel fails, in Triton's interpreter."""
-    run_interpreted(__file__)
+    interpreter(__file__)
 
 
 @not_interpreted

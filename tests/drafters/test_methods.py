@@ -138,7 +138,7 @@ def test_limits(method: str, checkpoint: tuple[Path, Llama], monkeypatch: pytest
         ids, text = plain_text(length, slots)
         fast = Engine(model, make_drafter(method, args, model, slots, parts), slots)
         assert sum(fast.generate(ids, 1000), []) == text
-        for stop in {*text[1:12]} if length in (1, 8, 17) else {}:
+        for stop in {*text[1:12:2]} if length in (1, 8, 17) else {}:
             fast = Engine(model, make_drafter(method, args, model, slots, parts), slots, frozenset({stop, 999}))
             assert sum(fast.generate(ids, 1000), []) == text[:text.index(stop) + 1]
     for wrong in ([], tiny.prompt(0, slots)):

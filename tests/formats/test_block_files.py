@@ -260,7 +260,7 @@ REFUSED: dict[str, tuple[str, dict, dict, str]] = {
     "scaled embedding": ("z-lab", {}, nested(input_embedding_scale=2.0), "input_embedding_scale 2.0 is not impl"),
     "capped logits": ("z-lab", {}, nested(final_logit_softcapping=30.0), "final_logit_softcapping 30.0 is not"),
     "partial rotary": ("z-lab", {}, {"partial_rotary_factor": 0.25}, "partial_rotary_factor 0.25 is not"),
-    "YaRN": ("z-lab", {}, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE type 'yarn' is not"),
+    "RoPE": ("z-lab", {}, {"rope_scaling": {"rope_type": "other", "factor": 4.0}}, "RoPE type 'other' is not"),
     "FP8": ("z-lab", {}, {"quantization_config": {"quant_method": "fp8"}}, "quantised with FP8"),
     "unknown tensor": ("z-lab", {"layers.0.layer_scalar": torch.ones(1)}, {}, "has unknown layers.0.layer_scalar"),
     "bias of o_proj": ("z-lab", {"layers.0.self_attn.o_proj.bias": torch.ones(C)}, {}, "has unknown layers.0.wo.bias"),

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from transformers import MistralConfig, Qwen2Config
 
 from convert_hf_checkpoint import convert
-from formats.config import DEFAULT_WINDOW, Config
+from formats.config import Config
 from formats.hf import open_folder
 from model import load_model
 
@@ -120,7 +120,7 @@ def test_other_families_are_refused(tmp_path: Path) -> None:
 def test_windows() -> None:
     """Fails if a Mistral without the key sees further than transformers' Mistral, if use_sliding_window switches
     Mistral's window off, or if a window that no layer has limits the text."""
-    assert MistralConfig().sliding_window == DEFAULT_WINDOW == Qwen2Config(use_sliding_window=True).sliding_window
+    assert MistralConfig().sliding_window == 4096 == Qwen2Config(use_sliding_window=True).sliding_window
     for fields, window in (
             ({"model_type": "mistral"}, 4096), ({"model_type": "mistral", "sliding_window": None}, None),
             ({"model_type": "mistral", "sliding_window": 64, "use_sliding_window": False}, 64),
@@ -141,16 +141,19 @@ def test_heads_may_say_what_they_like(tmp_path: Path) -> None:
 
 # quantization_config, or all that is in config.json under another key -> what the error must name.
 QUANTIZED = [
-    ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True},
-     ["AWQ", "4 bits", "groups of 128", "-AWQ"]),
-    ({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True}, ["GPTQ", "4 bits", "groups of 128"]),
-    ({"quant_method": "gptq", "bits": 8, "group_size": -1}, ["GPTQ", "8 bits"]),
-    ({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": {
-        "targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 64, "type": "int"}}}},
-     ["compressed-tensors", "4 bits", "groups of 64", "pack-quantized"]),
-    ({"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}, ["FP8", "e4m3"]),
-    ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, ["bitsandbytes", "4 bits"]),
-    ({"load_in_8bit": True, "load_in_4bit": False}, ["bitsandbytes", "8 bits"]),
+    ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv", "zero_point": True},
+     ["AWQ", "4 bits", "groups of 128", "gemv", "-AWQ"]),
+    ({"quant_method": "awq", "bits": 3, "group_size": 64, "version": "gemm"}, ["AWQ", "3 bits", "groups of 64"]),
+    ({"quant_method": "gptq", "bits": 4, "group_size": 128, "checkpoint_format": "marlin"}, ["GPTQ", "marlin"]),
+    ({"quant_method": "gptq", "bits": 3, "group_size": 128, "desc_act": True}, ["GPTQ", "3 bits", "groups of 128"]),
+    ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "config_groups": {"group_0": {
+        "targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 16, "type": "float"}}}},
+     ["compressed-tensors", "4 bits", "groups of 16", "nvfp4-pack-quantized"]),
+    ({"quant_method": "compressed-tensors", "format": "marlin-24"}, ["compressed-tensors", "marlin-24"]),
+    ({"quant_method": "compressed-tensors", "format": "pack-quantized", "sparsity_config": {
+        "format": "sparse-24-bitmask"}}, ["compressed-tensors"]),
+    ({"quant_method": "compressed-tensors", "format": "pack-quantized", "transform_config": {"config_groups": {
+        "v": {"type": "hadamard"}}}}, ["compressed-tensors"]),
     ({"quant_method": "exl2", "bits": 4.65, "version": "0.0.13"}, ["EXL2", "4.65 bits"]),
     ({"quant_method": "exl3", "bits": 3.0}, ["EXL3", "3.0 bits"]),
     ({"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 4, "group_size": 64}}},
@@ -161,7 +164,19 @@ QUANTIZED = [
     ({"quant_method": "something_new"}, ["something_new"]),
     ("int4", ["unknown"]),
     ({"quantization": {"group_size": 64, "bits": 4}}, ["MLX", "4 bits", "groups of 64", "quantization in"]),
-    ({"compression_config": {"format": "float-quantized", "config_groups": {}}}, ["compressed-tensors"]),
+    ({"compression_config": {"format": "mxfp4-pack-quantized", "config_groups": {}}}, ["compressed-tensors"]),
+]
+# What formats/packed.py reads.
+READ = [
+    {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True},
+    {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True},
+    {"quant_method": "gptq", "bits": 8, "group_size": -1, "checkpoint_format": "gptq_v2"},
+    {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": {
+        "targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 64, "type": "int"}}}},
+    {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"},
+    {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    {"load_in_8bit": True, "load_in_4bit": False},
+    {"quant_algo": "FP8", "producer": {"name": "modelopt"}},
 ]
 
 
@@ -172,6 +187,13 @@ def test_quantised_by_config() -> None:
         with pytest.raises(ValueError, match="download the unquantised model") as error:
             Config.from_dict(tiny.SHAPE | (said if other_key else {"quantization_config": said}))
         assert all(word in str(error.value) for word in words), error.value
+
+
+def test_what_is_read_passes() -> None:
+    """Fails if the config.json of a quantised checkpoint that is read is refused: converted folders keep it."""
+    for said in READ:
+        assert Config.from_dict(tiny.SHAPE | {"quantization_config": said}).num_layers == 2
+    assert Config.from_dict(tiny.SHAPE | {"compression_config": {"format": "float-quantized"}})
 
 
 def words(*shape: int) -> torch.Tensor:

@@ -197,7 +197,7 @@ REFUSED: dict[str, tuple[str, dict, dict, str]] = {
     "quantised weights": ("modelopt", {"fc.weight": torch.zeros(C, 3 * C, dtype=torch.int8)}, {}, "is int8"),
     "no input norm": ("modelopt", {}, {"use_input_layernorm_in_first_layer": False}, "first_layer false is not"),
     "MTP norm": ("modelopt", {}, {"use_mtp_layernorm": True}, "use_mtp_layernorm is not implemented"),
-    "yarn": ("modelopt", {}, {"rope_scaling": YARN}, "RoPE type 'yarn' is not implemented"),
+    "RoPE": ("modelopt", {}, {"rope_scaling": YARN | {"rope_type": "other"}}, "RoPE type 'other' is not implemented"),
     "logit_scale": ("specforge", {}, {"logit_scale": 0.5}, "logit_scale 0.5 is not implemented"),
     "GELU": ("specforge", {}, {"hidden_act": "gelu"}, "hidden_act 'gelu' is not implemented"),
     "unknown tensor": ("specforge", {"gate.weight": torch.zeros(3)}, {}, "has unknown gate.weight"),

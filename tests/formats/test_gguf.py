@@ -195,7 +195,8 @@ def test_gguf_rope_scaling_is_recovered_or_refused(factor, tmp_path):
     write_gguf(tmp_path / "a.gguf", extra=lambda writer: writer.add_tensor("rope_freqs.weight", divisors))
     convert(tmp_path / "a.gguf", tmp_path / "out")
     expected = {key: value for key, value in rope.items() if key not in ("rope_type", "rope_theta")}
-    assert Config.load(tmp_path / "out").rope_scaling == pytest.approx(expected)
+    scaling = Config.load(tmp_path / "out").rope_scaling
+    assert scaling.pop("rope_type") == "llama3" and scaling == pytest.approx(expected)
     divisors[20] *= 1.01
     write_gguf(tmp_path / "b.gguf", extra=lambda writer: writer.add_tensor("rope_freqs.weight", divisors))
     with pytest.raises(ValueError, match=r"rope_freqs\.weight"):
@@ -203,14 +204,14 @@ def test_gguf_rope_scaling_is_recovered_or_refused(factor, tmp_path):
     assert_nothing_loads(tmp_path / "other")
 
 
-def yarn(writer: gguf.GGUFWriter) -> None:
-    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+def longrope(writer: gguf.GGUFWriter) -> None:
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
     writer.add_rope_scaling_factor(4.0)
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"arch": "gemma"}, "gemma"), ({"extra": yarn}, "yarn"), ({"kind": "I8"}, "I8"),
-    ({"tokenizer": partial(bpe_metadata, pre="tekken")}, "tekken"),
+    ({"arch": "gemma"}, "gemma"), ({"extra": longrope}, "longrope"), ({"kind": "I8"}, "I8"),
+    ({"tokenizer": partial(bpe_metadata, pre="bloom")}, "bloom"),
     ({"tokenizer": partial(bpe_metadata, pre="default")}, "default"),
     ({"tokenizer": lambda writer: writer.add_tokenizer_model("gpt2")}, r"tokenizer\.ggml"),
     ({"tokenizer": lambda writer: (bpe_metadata(writer, "qwen2"), writer.add_uint16("split.count", 3))}, "3 file"),
@@ -240,14 +241,19 @@ def test_truncated_gguf_ends_in_one_line(cut, tmp_path, monkeypatch, capsys):
     ("smollm", {"1234": "1 2 3 4", " 1": "Ġ 1", "IT'S": "I T ' S", "e\u0301": "e Ì ģ", "xyz": "x y z"}),
     ("gpt-2", {"1234": "1234", " 1": "Ġ1", "IT'S": "I T ' S", "e\u0301": "e Ì ģ", "xyz": "x y z"}),
     ("llama-bpe", {"1234": "123 4", " 1": "Ġ 1", "IT'S": "I T 'S", "e\u0301": "e Ì ģ", "xyz": "xyz"}),
-    ("qwen2", {"1234": "1 2 3 4", " 1": "Ġ 1", "IT'S": "I T 'S", "e\u0301": "Ã ©", "xyz": "x y z"})])
+    ("llama-v3", {"1234": "123 4", "IT'S": "I T 'S", "xyz": "xyz"}),  # another name of llama-bpe
+    ("smaug-bpe", {"1234": "123 4", " 1": "Ġ 1", "IT'S": "I T 'S", "e\u0301": "e Ì ģ", "xyz": "x y z"}),
+    ("deepseek-r1-qwen", {"1234": "1 2 3 4", " 1": "Ġ 1", "IT'S": "I T 'S", "e\u0301": "Ã ©", "xyz": "x y z"}),
+    ("qwen2", {"1234": "1 2 3 4", " 1": "Ġ 1", "IT'S": "I T 'S", "e\u0301": "Ã ©", "xyz": "x y z"}),
+    ("tekken", {"1234": "1 2 3 4", " 1": "Ġ 1", "IT'S": "I T 'S", "aHI hi": "a H I Ġhi", "xyz": "xyz"}),
+    ("gpt-4o", {"1234": "123 4", " 1": "Ġ 1", "IT'S": "I T 'S", "aHI hi": "a H I Ġhi", "xyz": "x y z"})])
 def test_gguf_byte_level_tokenizer(pre, pieces, tmp_path):
     """Fails if a text is cut into words the wrong way: the ids are valid, but the model knows others."""
     write_gguf(tmp_path / "a.gguf", tokenizer=partial(bpe_metadata, pre=pre))
     convert(tmp_path / "a.gguf", tmp_path / "out")
     tokens = bpe_vocabulary()[0]
     ours, theirs = Tokenizer(tmp_path / "out"), transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
-    bos = [VOCAB - 4] if pre == "llama-bpe" else []
+    bos = [VOCAB - 4] if pre in ("llama-bpe", "llama-v3", "tekken") else []
     for text, expected in (pieces | {" hi": "Ġhi"}).items():
         ids = [tokens.index(piece) for piece in expected.split()]
         assert ours.encode(text, add_special_tokens=False) == ids, text

@@ -149,11 +149,10 @@ NEUTRAL = [
 
 # Fields that change the model.
 REFUSED = [
-    {"rope.scale_linear": 4.0}, {"rope.scaling.factor": 4.0}, {"rope.scaling.factor": 0.5},
-    {"rope.scaling.factor": math.nan}, {"rope.scaling.factor": 8.0, "rope.scale_linear": 1.0},
-    {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0},
-    {"rope.scaling.type": "linear", "rope.scale_linear": 4.0},
-    {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 1024},
+    {"rope.scaling.factor": math.nan}, {"rope.scaling.factor": -2.0},
+    {"rope.scaling.factor": 4.0, "rope.scaling.attn_factor": 0.8},
+    {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.yarn_ext_factor": 0.5},
+    {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.attn_factor": 0.0},
     {"rope.scaling.type": "longrope"}, {"rope.scaling.type": "anything"}, {"rope.scaling.attn_factor": 0.8},
     {"rope.scaling.attn_factor": 0.0}, {"rope.scaling.yarn_ext_factor": 1.0}, {"rope.scaling.yarn_attn_factor": 0.5},
     {"rope.scaling.alpha": 1.0},
@@ -202,6 +201,12 @@ def test_fields_that_change_the_model_are_refused(arch: str, tmp_path: Path) -> 
     assert_nothing_loads(tmp_path / "out")
 
 
+YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 32}
+MORE_YARN = {"rope.scaling.yarn_beta_fast": 8.0, "rope.scaling.yarn_beta_slow": 0.5, "rope.scaling.attn_factor": 0.5,
+             "rope.scaling.yarn_ext_factor": 1.0, "rope.scaling.yarn_log_multiplier": 0.1}
+THEIR_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}
+
+
 def llama3_divisors(factor: float) -> tuple[Tensor, dict]:
     """What Llama 3.1 divides the frequencies of 8 elements by, and transformers' words for it."""
     rope = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -226,6 +231,13 @@ def test_fields_that_are_computed_with(tmp_path: Path) -> None:
         ("llama", {"fields": {"attention.layer_norm_rms_epsilon": 0.1}}, {"rms_norm_eps": 0.1}),
         ("llama", {"biases": True}, {"attention_bias": True}), ("qwen3", {"biases": True}, {"attention_bias": True}),
         ("llama", {"without": "output.weight"}, {}),
+        *((arch, {"fields": fields}, {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}})
+          for arch, fields in (("llama", {"rope.scale_linear": 4.0}), ("qwen2", {"rope.scaling.factor": 4.0}),
+                               ("llama", {"rope.scaling.type": "linear", "rope.scale_linear": 4.0}),
+                               ("llama", {"rope.scaling.factor": 4.0, "rope.scale_linear": 1.0}))),
+        ("qwen3", {"fields": YARN}, {"rope_parameters": THEIR_YARN}),
+        ("llama", {"fields": YARN | MORE_YARN}, {"rope_parameters": THEIR_YARN | {
+            "beta_fast": 8.0, "beta_slow": 0.5, "attention_factor": 0.5 * (0.1 * math.log(4) + 1)}}),
         ("llama", freqs, {"rope_parameters": llama3}),
         ("llama", {"tensors": {"rope_freqs.weight": torch.ones(4)}}, {})]
     plain = {}
@@ -253,6 +265,7 @@ def test_tensors_that_change_the_model_are_refused(tmp_path: Path) -> None:
         (freqs, divisors, {"rope.scaling.factor": 2.0}, "llama.rope.scaling.factor"),
         (freqs, divisors, {"rope.scaling.type": "yarn"}, "yarn"),
         ("rope_factors_long.weight", divisors, {}, "rope_factors_long.weight"),
+        ("rope_factors_short.weight", divisors, {"rope.scaling.type": "longrope"}, "rope.scaling.type = longrope"),
         ("blk.0.attn_q.scale", torch.ones(1), {}, "blk.0.attn_q.scale"),
         ("blk.0.attn_q.input_scale", torch.ones(1), {}, "blk.0.attn_q.input_scale"),
         ("blk.0.attn_sinks.weight", torch.ones(4), {}, "blk.0.attn_sinks.weight"),

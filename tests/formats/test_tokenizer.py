@@ -2,6 +2,8 @@
 
     python -m pytest tests/formats/test_tokenizer.py
 """
+import base64
+import json
 import random
 from pathlib import Path
 
@@ -23,7 +25,11 @@ from tokenizer_folders import (
 from tokenizers import AddedToken, decoders, normalizers
 from tokenizers import Tokenizer as BPE
 from transformers import AutoTokenizer
+from transformers.integrations.mistral.tokenizer import MistralConverter
 
+from formats.families import FAMILIES, WRAPPERS
+from formats.gguf_tokenizer import TEKKEN_SPLIT
+from formats.tokenizer_files import BYTE_OF, CHAR_OF
 from tokenizer import Tokenizer
 
 # ----- Ids and text ------------------------------------------------------------------------------------------------
@@ -73,7 +79,7 @@ def test_llama_2_tokenizer_json(spm_folder: Path, tmp_path: Path) -> None:
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     seen = set()
     for tokenizer_class in ("LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast"):
-        for model_type in ("llama", "mistral"):
+        for model_type in {*FAMILIES, *WRAPPERS} - {"qwen2", "qwen3"}:  # these never have such a tokenizer
             write(tmp_path / "tokenizer_config.json", {"tokenizer_class": tokenizer_class, **names})
             write(tmp_path / "config.json", {"model_type": model_type})
             oracle = AutoTokenizer.from_pretrained(tmp_path)
@@ -259,3 +265,29 @@ def test_surrogates_are_refused(loaded: dict[str, Tokenizer]) -> None:
     """Fails if a prompt from bytes that are not UTF-8 ends in a TypeError that does not say so."""
     with pytest.raises(ValueError, match="surrogate"):
         loaded["gpt2"].encode("caf\udce9")
+
+
+def test_tekken(byte_level: dict[str, Path], tmp_path: Path) -> None:
+    """Fails if Mistral's tekken.json gives other ids than in transformers: a special token that the file does not list,
+    tokens beyond the vocabulary's size, or the order of merges. Fails too if no bos begins a text."""
+    learned = json.loads((byte_level["llama3"] / "tokenizer.json").read_text())["model"]["vocab"]
+    learned = [token for token in sorted(learned, key=learned.get) if set(token) <= BYTE_OF.keys()]
+    pieces = sorted(CHAR_OF.values()) + [token for token in learned if len(token) > 1]
+    special = [{"rank": i, "token_str": name} for i, name in enumerate(("<unk>", "<s>", "</s>", "[INST]"))]
+    write(tmp_path / "tekken.json", {
+        "config": {"pattern": TEKKEN_SPLIT, "default_num_special_tokens": 9, "default_vocab_size": 9 + len(pieces)},
+        "special_tokens": special[::-1],
+        "vocab": [{"rank": i, "token_bytes": base64.b64encode(bytes(map(BYTE_OF.get, piece))).decode()}
+                  for i, piece in enumerate([*pieces, CHAR_OF[0] * 3])]})
+    write(tmp_path / "config.json", {"model_type": "mistral3", "text_config": {"bos_token_id": 1, "eos_token_id": 2}})
+    write(tmp_path / "chat_template.json", {"chat_template": "{{ bos_token }}[INST]{{ messages[0]['content'] }}"})
+    ours, oracle = Tokenizer(tmp_path), MistralConverter(str(tmp_path / "tekken.json")).converted()
+    for text in (*STRINGS[:150], "[INST] a</s><SPECIAL_7>b"):
+        ids = oracle.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text, add_special_tokens=False) == ids and ours.encode(text) == [1, *ids], repr(text)
+        assert ours.decode(ids) == oracle.decode(ids)
+    assert ours.vocab_size == 9 + len(pieces) and ours.stop_ids == {2}
+    assert ours.chat([{"role": "user", "content": "a"}])[:2] == [1, 3]
+    (tmp_path / "tekken.json").write_text('{"config": {"pattern": "."}, "vocab": []}')
+    with pytest.raises(ValueError, match="tekken.json is broken"):
+        Tokenizer(tmp_path)

@@ -1,5 +1,6 @@
-"""Every family through the kernels of a GPU, against float64 on a CPU: Llama, Qwen2 with biases of q, k and v, Qwen3
-with norms of q and k. Comparing drafters with vanilla decoding on the same GPU cannot see what both do wrong.
+"""Every kind of layer through the kernels of a GPU, against float64 on a CPU: Llama, Qwen2 with biases of q, k and v,
+Qwen3 with norms of q and k, layers without RoPE or with RoPE on a part of each head. Comparing drafters with vanilla
+decoding on the same GPU cannot see what both do wrong.
 
     python -m pytest tests/gpu/test_gpu_families.py -q
 """
@@ -22,7 +23,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 SHAPE = {"vocab_size": 200, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8,
          "num_key_value_heads": 4, "head_dim": 24, "rms_norm_eps": 1e-3}
 FAMILIES = {"llama": {}, "qwen2": {}, "qwen3": {"model_type": "qwen3"}, "one key head": {"num_key_value_heads": 1},
-            "tied": {"tie_word_embeddings": True}}
+            "tied": {"tie_word_embeddings": True},
+            "a layer without RoPE": {"model_type": "smollm3", "no_rope_layers": [1, 0]},
+            "RoPE on half of a head": {"model_type": "phi3", "partial_rotary_factor": 0.5}}
 IDS = tiny.prompt(2, 90, 200)  # a prefill of 90 rows, which cuBLAS does; a decoding step is the kernels'
 COUNT = 48
 

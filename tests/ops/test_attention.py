@@ -4,7 +4,7 @@ in test_attention_aot.py."""
 import pytest
 import torch
 from torch import Tensor
-from triton_tools import interpreted, not_interpreted, run_interpreted
+from triton_tools import interpreted, not_interpreted
 
 from model import RMSNorm, apply_rope
 from ops import attention, embed_rope
@@ -18,9 +18,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value)")
 
 @pytest.mark.slow
 @not_interpreted
-def test_in_the_interpreter() -> None:
+@pytest.mark.xdist_group("interpreter")
+def test_in_the_interpreter(interpreter) -> None:
     """Fails if one of the tests below fails with the Triton kernels."""
-    run_interpreted(__file__)
+    interpreter(__file__)
 
 
 def random_tree(nodes: int) -> tuple[Tree, Tensor]:
@@ -109,6 +110,16 @@ def test_one_row(implementation, base):
     """Fails if plain decoding's single row is cut off at a block's edge, with a mask of bits or without."""
     check(implementation, 1, base, None, H=2, K=2)
     check(implementation, 1, base, torch.ones(1, 1, dtype=torch.int64), H=1, D=80, S=164)
+
+
+@interpreted
+@pytest.mark.parametrize("base", [0, 1, 31, 32, 33, 64, 96, 150])
+def test_loaded_early(base):
+    """Fails if the block that is loaded before the wait for the previous kernel is used twice or not at all, lacks the
+    slots that come after the wait, or is taken for one where there is none."""
+    for T, bits in ((1, None), (1, torch.ones(1, 1, dtype=torch.int64)), (10, random_tree(10)[1]), (10, None)):
+        check("triton", T, base, bits, early=True)
+    check("triton", 3, base, torch.randint(-2**63, 2**63 - 1, (3, 2)), S=300, config=(16, 32, 8, 4, 2), early=True)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from triton_tools import interpreted, not_interpreted, run_interpreted, run_without_triton
+from triton_tools import interpreted, not_interpreted, run_without_triton
 
 import tree
 from model import apply_rope
@@ -23,9 +23,10 @@ def test_imports_without_triton() -> None:
 
 @pytest.mark.slow
 @not_interpreted
-def test_in_the_interpreter() -> None:
+@pytest.mark.xdist_group("interpreter")
+def test_in_the_interpreter(interpreter) -> None:
     """Fails if one of the tests marked `interpreted` fails."""
-    run_interpreted(__file__)
+    interpreter(__file__)
 
 
 # ----- grid: the best nodes of each depth ----------------------------------------------------------------------------

@@ -19,10 +19,10 @@ def check(kernel, types: dict[str, str], warps: int, divisible: tuple[str, ...] 
         assert ("griddepcontrol.wait" in before_reading) == (arch >= 90)
 
 
-@pytest.mark.parametrize("k, beam, pairs", [(10, 64, 256), (10, 128, 512), (4, 128, 512), (1, 16, 16)])
+@pytest.mark.parametrize("k, beam, pairs", [(10, 128, 512)])
 def test_grid(k: int, beam: int, pairs: int) -> None:
-    """Fails if the kernel does not compile for trees of 64, of 128 or of few nodes, if it spills, if it wants too much
-    shared memory, or if it reads before the previous kernel has ended."""
+    """Fails if the kernel does not compile for trees of 128 nodes (test_tree_ops_aot.py has smaller ones), if it
+    spills, if it wants too much shared memory, or if it reads before the previous kernel has ended."""
     types = {"children": "*i64", "logs": "*fp32", "tokens": "*i64", "scores": "*fp32", "parents": "*i64"}
     check(grid_kernel, types | {"D": "i32", "n": "i32"}, pairs // 64 or 1, K=k, BEAM=beam, PAIRS=pairs)
 

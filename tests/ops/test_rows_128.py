@@ -12,11 +12,12 @@ from triton_tools import (
     SHAPES,
     Compiled,
     assert_fits,
+    cards,
     compile_ahead,
     compile_linear,
     interpreted,
+    largest,
     not_interpreted,
-    run_interpreted,
 )
 
 import tree
@@ -38,9 +39,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value)")
 
 @pytest.mark.slow
 @not_interpreted
-def test_in_the_interpreter() -> None:
+@pytest.mark.xdist_group("interpreter")
+def test_in_the_interpreter(interpreter) -> None:
     """Fails if one of the tests below that are marked `interpreted` fails."""
-    run_interpreted(__file__)
+    interpreter(__file__)
 
 
 def tiling(mode: str, M: int, N: int, K: int, arch: int) -> Tiling:
@@ -144,18 +146,16 @@ def test_tilings(mode: str, arch: int) -> None:
 
 @pytest.mark.slow
 @not_interpreted
-@pytest.mark.parametrize("arch", [86, 89, 90])
+@pytest.mark.parametrize("arch", cards("128 rows", (86, 89, 90)))
 @pytest.mark.parametrize("mode", list(MODES)[:4])
 def test_linear_compiles(mode: str, arch: int) -> None:
     """Fails if a tiling for 128 rows spills, wants more shared memory than there is, reads its weights in pieces of
     less than 16 bytes a thread, or on Hopper lets no load run ahead of the tensor cores."""
     pytest.importorskip("triton")
-    (planes, group), seen = MODES[mode], set()
-    for (N, K), heads in ((22016, 4096), False), ((4096, 11008), False), ((6144, 4096), True):
-        c = tiling(mode, 128, N, K, arch)
-        if (c, heads) in seen or arch == 89 and seen:  # sm_89 gets the PTX of sm_86
-            continue
-        seen.add((c, heads))
+    planes, group = MODES[mode]
+    wanted = {(tiling(mode, 128, N, K, arch), heads)
+              for N, K, heads in ((22016, 4096, False), (4096, 11008, False), (6144, 4096, True))}
+    for c, heads in largest(wanted):
         made = compile_linear(c, True, arch, True, norm=False, heads=heads, planes=planes, group=group)
         assert_fits(made, arch, c)
         assert re.search(r"cp\.async\.cg|ld\.global\S*\.v4\.b32", made.ptx), f"{c} does not read 16 bytes a thread"
@@ -223,16 +223,17 @@ def test_attention_splits() -> None:
 
 @pytest.mark.slow
 @not_interpreted
-@pytest.mark.parametrize("arch", [86, 89, 90])
+@pytest.mark.parametrize("arch", cards("128 rows", (86, 89, 90)))
 def test_attention_compiles(arch: int) -> None:
     """Fails if attention of 128 rows with two words of bits spills or wants too much shared memory."""
     pytest.importorskip("triton")
-    for H, K, D in ((32, 32, 128), (32, 8, 128), (9, 3, 64))[:1 if arch == 89 else 3]:
-        BM, BN, NS, warps, stages = attention_config(128, H // K, K, D, torch.bfloat16, CARDS[arch], divmod(arch, 10))
+    sms = CARDS[86 if arch == 89 else arch]  # with as many splits, sm_89 gets the code of sm_86
+    for H, K, D in ((32, 32, 128), (32, 8, 128), (9, 3, 64)):
+        BM, BN, NS, warps, stages = attention_config(128, H // K, K, D, torch.bfloat16, sms, divmod(arch, 10))
         types = dict.fromkeys(attention_kernel.arg_names, "*bf16") | {"base": "*i64", "bits": "*i64", "S": "i32"}
         types |= {"parts": "*fp32", "logs": "*fp32"}
         constants = {"T": 128, "H": H, "K": K, "D": D, "DP": triton.next_power_of_2(D), "WORDS": 2, "WINDOW": 0,
-                     "BM": BM, "BN": BN, "NS": NS, "PDL": arch >= 90}
+                     "EARLY": arch >= 90, "BM": BM, "BN": BN, "NS": NS, "PDL": arch >= 90}
         assert NS > 1
         assert_fits(compile_ahead(attention_kernel, arch, types, constants, warps, stages), arch, (H, K, D))
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from triton_tools import interpreted, not_interpreted, run_interpreted
+from triton_tools import interpreted, not_interpreted
 
 import sampling
 import tree
@@ -23,9 +23,10 @@ CPU = torch.device("cpu")
 
 @pytest.mark.slow
 @not_interpreted
-def test_in_the_interpreter() -> None:
+@pytest.mark.xdist_group("interpreter")
+def test_in_the_interpreter(interpreter) -> None:
     """Fails if one of the tests below fails."""
-    run_interpreted(__file__)
+    interpreter(__file__)
 
 
 def rows(kind: str, n: int, vocab: int, seed: int = 0) -> Tensor:

@@ -1,0 +1,88 @@
+"""Compiling kernels before they are needed, all at once.
+
+Triton compiles a kernel when it is first launched, which takes half a second to seconds, and then goes on. A cycle
+launches some fifty different kernels. So they are collected first, by running what launches them without launching
+anything, and then compiled together: the compiler spends most of its time outside of Python's lock.
+"""
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ops.device import triton
+from ops.startup import part
+
+
+@part("kernels")
+@torch.inference_mode()
+def compile_kernels(*jobs: Callable[[], object]) -> None:
+    """Compile, or take from Triton's cache, and load all kernels that the jobs launch. Everything else that a job does
+    is done, on zeros where kernels should have written something."""
+    with without_launches() as calls, Zeros():
+        for job in jobs:
+            job()
+    with Loader(os.cpu_count()) as loader:
+        # An error that the mode does not ignore would leave it on: it is raised below.
+        with triton.AsyncCompileMode(loader, ignore_errors=True):
+            for kernel, args, options in calls:
+                kernel.run(*args, grid=None, warmup=True, **dict(options))
+    for future in loader.futures:
+        future.result()
+
+
+class Loader(ThreadPoolExecutor):
+    """Loads each kernel where it was compiled."""
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads)
+        self.futures: list[Future] = []
+
+    def submit(self, compile_one: Callable[[], object]) -> Future:
+        def load() -> object:
+            kernel = compile_one()
+            kernel.run  # noqa: B018  (reading this property loads it)
+            return kernel
+
+        self.futures.append(super().submit(load))
+        return self.futures[-1]
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """A tensor, as far as Triton's compiler looks at it, without its memory."""
+    dtype: torch.dtype
+    address: int  # modulo 16
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+@contextmanager
+def without_launches() -> Iterator[dict]:
+    """In the block, `kernel[grid](...)` launches nothing. Yields the calls, each as (kernel, args, options), once."""
+    calls = {}
+
+    def note(kernel, grid):
+        def call(*args, **options):
+            args = tuple(Pointer(x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else x for x in args)
+            calls.setdefault((kernel, args, tuple(options.items())))
+        return call
+
+    triton.JITFunction.__getitem__ = note
+    try:
+        yield calls
+    finally:
+        del triton.JITFunction.__getitem__  # it is inherited
+
+
+class Zeros(TorchFunctionMode):
+    """New tensors are zeros where they would hold anything: what no kernel fills may be used as an index."""
+    OF = {torch.empty: torch.zeros, torch.empty_like: torch.zeros_like, Tensor.new_empty: Tensor.new_zeros}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return self.OF.get(function, function)(*args, **(kwargs or {}))

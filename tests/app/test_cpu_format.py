@@ -1,0 +1,49 @@
+"""The format that a CPU computes in: of the options, and of `make demo`."""
+import argparse
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from conftest import ROOT
+
+from app.answer import setting
+from app.options import placement
+from draft import Vanilla
+from engine import Engine
+from quant.linear import quantize_linears
+
+
+@pytest.mark.parametrize("quantize, checkpoint, dtype, expected", [
+    ("int8", "org/name", None, torch.float32), (None, "org/name/model-int8.safetensors", None, torch.float32),
+    (None, "org/name", None, torch.bfloat16), ("int8", "org/name", "bfloat16", torch.bfloat16)])
+def test_dtype(quantize: str | None, checkpoint: str, dtype: str | None, expected: torch.dtype, monkeypatch) -> None:
+    """Fails if a CPU that is fast at bfloat16 takes it with integers, which then lose their kernels and their
+    exactness; or if it does not take it otherwise, or not where it is asked for."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    args = argparse.Namespace(device="cpu", dtype=dtype, quantize=quantize, checkpoint=Path(checkpoint))
+    assert placement(args) == ("cpu", expected)
+
+
+def test_setting() -> None:
+    """Fails if the demo does not say which format it ran in."""
+    model = tiny.target()
+    engine = Engine(model, Vanilla(), 64)
+    assert setting(engine).endswith(f": {str(model.embed.weight.dtype).removeprefix('torch.')}")
+    quantize_linears(model, "int8")
+    assert ": int8 weights, " in setting(engine)
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_demo(has_gpu: bool, tmp_path: Path) -> None:
+    """Fails if the demo leaves int8 out on a CPU, where it is the fastest lossless format, or takes it on a GPU."""
+    for tool in ("make", "sh", "env"):
+        (tmp_path / tool).symlink_to(subprocess.check_output(["which", tool], text=True).strip())
+    if has_gpu:
+        (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    commands = subprocess.run(["make", "-n", "-o", "model", "demo"], cwd=ROOT, env=os.environ | {"PATH": str(tmp_path)},
+                              check=True, capture_output=True, text=True).stdout
+    assert "--eagle2 --compare" in commands and ("--quantize int8" in commands) != has_gpu
