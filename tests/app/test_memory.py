@@ -254,7 +254,8 @@ def test_on_the_command_line(where: str, tmp_path: Path, monkeypatch: pytest.Mon
             generate.main()
     out, err = capsys.readouterr()
     assert ended.value.code == 2 and err.startswith("error: out of memory: x in ") and err.count("\n") == 1
-    assert "GB of cache for 64 slots" in err and "for drafting" in err and out == ""
+    assert "GB of cache for 64 slots" in err and "for drafting" in err
+    assert out == "" or where == "Engine.verify", "a CPU does not warm up, so the first token is written before it"
     generate.main()
 
 

@@ -488,7 +488,7 @@ def test_command_from_start_to_end(command, capsys: pytest.CaptureFixture, monke
     assert not any(line.startswith("dialogues") for line in lines) and "memory: about 0.0" in lines[0]
     assert lines[1].startswith("tokens per step on 2 held-out dialogues: greedy ")
     assert lines[-1].startswith("tokens per step 1.00 -> 1.") and lines[-1].endswith(
-        "(2 held-out prompts, a tree of 8 nodes and 3 levels)") and ", tokens/s " in lines[-1]
+        "(2 held-out prompts, a tree of 8 nodes and 4 levels)") and ", tokens/s " in lines[-1]
     assert (folder / "training/dialogues.bin").read_bytes() == data
     assert {p.name for p in (folder / "training").iterdir()} == {"dialogues.bin", "eagle", "eagle3"}
     assert {p.name for p in (folder / "eagle3").iterdir()} == {"model.safetensors", "config.json", "measured.json",
