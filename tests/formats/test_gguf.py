@@ -243,7 +243,7 @@ def test_truncated_gguf_ends_in_one_line(cut, tmp_path, monkeypatch, capsys):
     ("llama-bpe", {"1234": "123 4", " 1": "Ġ 1", "IT'S": "I T 'S", "e\u0301": "e Ì ģ", "xyz": "xyz"}),
     ("llama-v3", {"1234": "123 4", "IT'S": "I T 'S", "xyz": "xyz"}),  # another name of llama-bpe
     ("smaug-bpe", {"1234": "123 4", " 1": "Ġ 1", "IT'S": "I T 'S", "e\u0301": "e Ì ģ", "xyz": "x y z"}),
-    ("deepseek-r1-qwen", {"1234": "1 2 3 4", " 1": "Ġ 1", "IT'S": "I T 'S", "e\u0301": "Ã ©", "xyz": "x y z"}),
+    ("deepseek-r1-qwen", {"1234": "1 2 3 4", " 1": "Ġ 1", "IT'S": "I T 'S", "xyz": "x y z"}),
     ("qwen2", {"1234": "1 2 3 4", " 1": "Ġ 1", "IT'S": "I T 'S", "e\u0301": "Ã ©", "xyz": "x y z"}),
     ("tekken", {"1234": "1 2 3 4", " 1": "Ġ 1", "IT'S": "I T 'S", "aHI hi": "a H I Ġhi", "xyz": "xyz"}),
     ("gpt-4o", {"1234": "123 4", " 1": "Ġ 1", "IT'S": "I T 'S", "aHI hi": "a H I Ġhi", "xyz": "x y z"})])
