@@ -90,8 +90,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.max_new_tokens = 1024 if args.interactive or args.serve else 256
     try:
         args.method = flagged_method(args)
-    except (ValueError, OSError) as e:
-        p.error(str(e))
+    except (ValueError, OSError) as e:  # also of a head that --draft names
+        sys.exit(fail(e))
     wrong = check_engine(args) or check_run(args)
     if wrong:
         p.error(wrong)
