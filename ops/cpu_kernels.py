@@ -76,15 +76,16 @@ def takes_linear(x: Tensor, weight: object, heads: tuple[Tensor, Tensor, Tensor]
             and all(other is None or other.dtype == torch.float32 for other in others) and takes_rows(x))
 
 
-def takes_rows(x: Tensor) -> bool:
-    """Whether the kernels take rows x [..., K]: fp32, K a multiple of 16, and no gradients wanted."""
-    return (x.dtype == torch.float32 and x.device.type == "cpu" and x.shape[-1] % 16 == 0
+def takes_rows(x: Tensor, *dtypes: torch.dtype) -> bool:
+    """Whether the kernels take rows x [..., K]: fp32, or of one of these dtypes, K a multiple of 16, and no gradients
+    wanted."""
+    return (x.dtype in (torch.float32, *dtypes) and x.device.type == "cpu" and x.shape[-1] % 16 == 0
             and not torch.is_grad_enabled() and library() is not None)
 
 
 def takes_attention(q: Tensor) -> bool:
     """Whether `attention` takes these queries."""
-    return takes_rows(q) or q.dtype == torch.bfloat16 and takes_rows(q.float())
+    return takes_rows(q, torch.bfloat16)
 
 
 def linear(x: Tensor, weight: Quantized, bias: Tensor | None = None, norm: tuple[Tensor, float] | None = None,

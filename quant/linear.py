@@ -174,9 +174,10 @@ def prepare_linears(module: nn.Module, tensors: dict[str, Tensor], mode: str | N
 
     Raises ValueError for an order that is none. Shapes are left to formats.weights.fill.
     """
-    if mode and mode != IMPORTED:
-        quantize_linears(module, mode, group)
+    if mode is None:
+        return
     if mode != IMPORTED:
+        quantize_linears(module, mode, group)
         return
     for path, old in list(module.named_modules()):
         if not isinstance(old, nn.Linear) or f"{path}.data" not in tensors:
