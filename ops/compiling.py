@@ -5,10 +5,12 @@ launches some fifty different kernels. So they are collected first, by running w
 anything, and then compiled together: the compiler spends most of its time outside of Python's lock.
 """
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -36,16 +38,23 @@ def compile_kernels(*jobs: Callable[[], object]) -> None:
 
 
 class Loader(ThreadPoolExecutor):
-    """Loads each kernel where it was compiled."""
+    """Loads each kernel where it was compiled.
+
+    Triton 3.6 compiles a C module to launch a kernel, the same one for all kernels of a signature. Two threads may not
+    do that together: if one replaces the file while Python opens it for the other, Python remembers the module under an
+    inode that is free again, and takes it later for another signature's.
+    """
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
         self.futures: list[Future] = []
+        self.loading: dict[tuple, Lock] = defaultdict(Lock)  # of each signature
 
     def submit(self, compile_one: Callable[[], object]) -> Future:
         def load() -> object:
             kernel = compile_one()
-            kernel.run  # noqa: B018  (reading this property loads it)
+            with self.loading[tuple(kernel.src.signature.values())]:
+                kernel.run  # noqa: B018  (reading this property loads it)
             return kernel
 
         self.futures.append(super().submit(load))

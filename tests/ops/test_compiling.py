@@ -3,7 +3,8 @@ and never run.
 
     python -m pytest tests/ops/test_compiling.py
 """
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,11 @@ pytestmark = not_interpreted
 def add_kernel(out, count, N: tl.constexpr):
     lane = tl.arange(0, N)
     tl.store(out + lane, tl.load(out + lane) + count, mask=lane < count)
+
+
+@triton.jit
+def fill_kernel(out, N: tl.constexpr):
+    tl.store(out + tl.arange(0, N), 1.0)
 
 
 @triton.jit
@@ -62,7 +68,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[Gpu]:
     for module in (triton.runtime.jit, triton.compiler.compiler):
         monkeypatch.setattr(module, "driver", SimpleNamespace(active=made))
     yield made
-    for kernel in (add_kernel, wrong_kernel):
+    for kernel in (add_kernel, fill_kernel, wrong_kernel):
         kernel.device_caches.pop(7, None)
 
 
@@ -86,6 +92,31 @@ def test_compiled_once_and_not_launched(gpu: Gpu, tmp_path) -> None:
     job()
     assert gpu.launched == [(2, 1, 1)] * 3 + [(1, 1, 1)]
     assert len(gpu.loaded) == 3 and sorted(tmp_path.glob("*/*.cubin")) == cubins
+
+
+def test_one_launcher_at_a_time(gpu: Gpu) -> None:
+    """Fails if two threads make the launcher of the same signature together, or if those of different signatures wait
+    for one another."""
+    making = []
+    together = set()
+
+    def make(source, _: object) -> Callable:
+        making.append(len(source.signature))
+        together.add(tuple(sorted(making)))
+        time.sleep(0.2)
+        making.remove(len(source.signature))
+        return lambda *_: None
+
+    gpu.launcher_cls = make
+    x = torch.zeros(64)
+
+    def job() -> None:
+        for size in (8, 16, 32, 64):
+            add_kernel[1, 1, 1](x, 16, N=size)
+            fill_kernel[1, 1, 1](x, N=size)
+
+    compile_kernels(job)
+    assert together == {(2,), (3,), (2, 3)}
 
 
 def test_errors(gpu: Gpu) -> None:
