@@ -101,7 +101,7 @@ def linear_triton(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = N
     if config is None:
         limits = device_limits(x.device)
         config = integer_config(M, N, columns, planes, group, *limits) if integers else linear_config(M, N, K, *limits)
-    BM, BN, BK, SK, warps, stages, ahead = config
+    BM, BN, BK, SK, warps, stages, ahead, unroll = config
     tiles = triton.cdiv(N, BN)
     width = N // 2 if gated or heads else N
     rope, slots, kv = heads or (None, None, None)
@@ -132,7 +132,8 @@ def linear_triton(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = N
         x, data, bias, norm_weight, eps, residual, out, partial, counts, rope, slots, kv, x_scale, sums, w_scale,
         M, width, K, columns, num_slots, D=D, KV_HEADS=kv_heads, GATED=gated,
         EVEN_K=columns % BK == 0 and K == weight.shape[1], BM=BM, BN=BN, BK=BK, SK=SK, STAGES=stages, AHEAD=ahead,
-        PLANES=planes, GROUP=group, GROUPS=groups, ZEROS=has_zeros, INTERPRET=INTERPRET, num_warps=warps,
+        UNROLL=unroll, PLANES=planes, GROUP=group, GROUPS=groups, ZEROS=has_zeros, INTERPRET=INTERPRET,
+        num_warps=warps,
         **pdl_options(x.device))
     return out
 
@@ -183,8 +184,8 @@ def linear_kernel(
         x_scale_ptr, sums_ptr, w_scale_ptr,  # integers: fp32 [M]; fp32 [groups, M]; fp32 [N] or int32 [groups, N]
         M, width, K, columns, S, D: tl.constexpr, KV_HEADS: tl.constexpr, GATED: tl.constexpr, EVEN_K: tl.constexpr,
         BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SK: tl.constexpr, STAGES: tl.constexpr,
-        AHEAD: tl.constexpr, PDL: tl.constexpr, PLANES: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
-        ZEROS: tl.constexpr, INTERPRET: tl.constexpr):
+        AHEAD: tl.constexpr, UNROLL: tl.constexpr, PDL: tl.constexpr, PLANES: tl.constexpr, GROUP: tl.constexpr,
+        GROUPS: tl.constexpr, ZEROS: tl.constexpr, INTERPRET: tl.constexpr):
     tile, split = tl.program_id(0) // SK, tl.program_id(0) % SK
     ROPE: tl.constexpr = rope_ptr is not None
     HALVES: tl.constexpr = 2 if GATED or ROPE else 1  # rows of the weights that one output pairs
@@ -209,7 +210,7 @@ def linear_kernel(
         acc, squares = multiply_int8(x_ptr, w_rows, w_scale_ptr + row, M, K, first, last, EVEN_K, PLANES, BM, BN, BK,
                                      STAGES), None
     else:
-        acc, squares = multiply(x_ptr, w_rows, norm_ptr, M, K, first, last, EVEN_K, BM, BN, BK, STAGES)
+        acc, squares = multiply(x_ptr, w_rows, norm_ptr, M, K, first, last, EVEN_K, BM, BN, BK, STAGES, UNROLL)
     m, n = tl.arange(0, BM)[None, :], (tile * (BN // HALVES) + tl.arange(0, BN // HALVES))[:, None]
     inside = (m < M) & (n < width)
     if res_ptr is not None:
@@ -264,7 +265,7 @@ def rope_and_store(a, b, n, m, inside, rope_ptr, slot_ptr, kv_ptr, out_ptr, M, w
 
 @triton.jit
 def multiply(x_ptr, w_rows, norm_ptr, M, K, first, last, EVEN_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-             BK: tl.constexpr, STAGES: tl.constexpr):
+             BK: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr):
     """w @ (norm * x).T over columns first to last, fp32 [BN, BM], and the sum of squares of each row of x [BM].
     w_rows [BN, 1] points to the first column of each row.
 
@@ -274,7 +275,7 @@ def multiply(x_ptr, w_rows, norm_ptr, M, K, first, last, EVEN_K: tl.constexpr, B
     m = tl.arange(0, BM)[:, None]
     squares = tl.zeros((BM, BK), dtype=tl.float32)
     acc = tl.zeros((BN, BK if BM == 1 else BM), dtype=tl.float32)
-    for start in tl.range(first, last, BK, num_stages=STAGES):
+    for start in tl.range(first, last, BK, num_stages=STAGES, loop_unroll_factor=UNROLL):
         k = start + tl.arange(0, BK)
         inside = (k < K)[None, :] | EVEN_K  # folds to no mask at all
         w = tl.load(w_rows + k[None, :], mask=inside, other=0.0, eviction_policy="evict_first")

@@ -15,6 +15,7 @@ class Tiling(NamedTuple):
     warps: int
     stages: int  # blocks in flight, through shared memory
     ahead: int = 4  # blocks that are prefetched into L2 while the previous kernel still runs (Hopper)
+    unroll: int = 1  # of one row: blocks that are in flight through registers
 
 
 def linear_config(M: int, N: int, K: int, sms: int, capability: tuple[int, int]) -> Tiling:
@@ -58,7 +59,11 @@ def one_row(N: int, K: int) -> Tiling:
     if K >= 8192:
         return Tiling(1, 4, 2048, 1, 4, 1, ahead=1)
     if K >= 2048:
-        return Tiling(1, 8, 1024, 1, 4, 4, ahead=2)
+        return Tiling(1, 8, 1024, 1, 4, 3 if N < 2048 else 4, ahead=2)
+    if K >= 1024 and N <= 65536:
+        return Tiling(1, 4, 512, 1, 2, 1, ahead=2, unroll=3) if N <= 16384 else Tiling(1, 4, 256, 1, 1, 1, 1, unroll=6)
+    if K >= 1024:
+        return Tiling(1, 16, 256, 1, 4, 4, ahead=1)
     if N <= 16384:
         return Tiling(1, 4, 1024, 1, 4, 1, ahead=1)
     return Tiling(1, 4, 256, 1, 1, 1, ahead=1)

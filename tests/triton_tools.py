@@ -242,8 +242,8 @@ def compile_linear(tiling: Tiling, even: bool, arch: int, options: bool, norm: b
     """
     assert tiling.SK <= SPLITS or tiling.BM > 64
     constants = {"BM": tiling.BM, "BN": tiling.BN, "BK": tiling.BK, "SK": SPLITS if tiling.SK > 1 else 1,
-                 "STAGES": tiling.stages, "AHEAD": tiling.ahead if arch >= 90 else 0, "PDL": arch >= 90,
-                 "EVEN_K": even, "GATED": options and not heads, "D": 128 if heads else 2,
+                 "STAGES": tiling.stages, "AHEAD": tiling.ahead if arch >= 90 else 0, "UNROLL": tiling.unroll,
+                 "PDL": arch >= 90, "EVEN_K": even, "GATED": options and not heads, "D": 128 if heads else 2,
                  "KV_HEADS": 8 if heads else 0, "PLANES": planes, "GROUP": group,
                  "GROUPS": 8192 // group if group else 0, "ZEROS": zeros, "INTERPRET": False}
     absent = [] if group else ["sums_ptr"]
