@@ -9,11 +9,13 @@ seconds; printed are the median and quartiles of --runs. Compiling and capturing
 
 Counted are tokens committed after prefill, up to the stop id. Tokens per step are these / verifications, the bonus
 token included. Each text is compared with plain decoding's at the same temperature and seed. --shape measures the cost
-of a 7B with the text of a small model (benchmarks/widen.py).
+of a 7B with the text of a small model (benchmarks/widen.py). --endpoint NAME=URL lets a server with OpenAI's API take
+its turns too (benchmarks/http_engines.py).
 
 Prints Markdown (benchmarks/report.py). --json FILE writes all numbers and ids; benchmarks/race.py lists its keys.
---against OLD.json compares with such a file, --plots DIR draws (benchmarks/plots.py). Ctrl-C reports the runs that are
-complete. benchmarks/cycle.py times the parts of one cycle in detail.
+--against OLD.json compares with such a file, and so does `bench.py compare A.json B.json`; `bench.py card A.json` is
+short, to paste elsewhere. --plots DIR draws (benchmarks/plots.py). Ctrl-C reports the runs that are complete.
+benchmarks/cycle.py times the parts of one cycle in detail.
 """
 from app.command import before_imports, run_command
 
@@ -25,85 +27,34 @@ import importlib.util
 import json
 import shlex
 import sys
-import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from app.answer import Run, run
 from app.options import DTYPES, add_method_options, check_methods
-from benchmarks.engines import gpt_fast_decoder, llamacpp_decoder, transformers_decoder
+from benchmarks.card import card
+from benchmarks.contestants import makers, set_up
 from benchmarks.environment import environment
-from benchmarks.race import FAILURES, Contestant, race, record_failure, split_cycle, summarise
+from benchmarks.http_engines import read_endpoint, with_model
+from benchmarks.race import FAILURES, Contestant, race, record_failure, summarise
 from benchmarks.report import compare_results, read_result, report
+from benchmarks.result_files import DAMAGED
 from benchmarks.widen import SHAPES
-from benchmarks.workload import Prompt, Subject, ask, describe_subject, load, load_weights
-from drafters.methods import BASELINE, METHODS, make_drafter
-from engine import SPARE, Engine
+from benchmarks.workload import Prompt, ask, describe_subject, load
+from drafters.methods import BASELINE, METHODS
+from engine import SPARE
 from formats.questions import read_questions
 from formats.writing import write_text
 from ops.device import peak_gb
-from sampling import Sampling
+from tokenizer import Tokenizer
 
 DEFAULT = ["lookup", "lookahead", "eagle", "eagle2", "eagle2+lookup"]  # need no weights besides the EAGLE head
 QUESTIONS = Path(__file__).parent / "benchmarks/questions.jsonl"
 NOT_COMPARED = ("methods", "temperature", "json", "against", "plots")  # options that --against ignores
 
 
-def our_method(name: str, args: argparse.Namespace, subject: Subject, slots: int) -> Contestant:
-    """A method of this engine. It loads its own weights, even where two methods draft with the same, so that the
-    memory of each is known."""
-    drafter = make_drafter(name, args, subject.model, slots, load_weights(name, args, subject))
-    engine = Engine(subject.model, drafter, slots, subject.stop_ids)
-    return Contestant(partial(run, engine), engine)
-
-
-def other_engine(decode: Callable[[list[int], int], Run]) -> Contestant:
-    return Contestant(lambda ids, new_tokens, sampling: decode(ids, new_tokens))
-
-
-def makers(args: argparse.Namespace, subject: Subject, slots: int) -> dict[str, Callable[[], Contestant]]:
-    """By its name, a function that builds each contestant."""
-    model, stop_ids = subject.model, subject.stop_ids
-    found = {name: partial(our_method, name, args, subject, slots) for name in args.methods}
-    if args.transformers:
-        for cache in ("dynamic", "static"):
-            found[f"transformers, {cache} cache (greedy)"] = lambda cache=cache: other_engine(
-                transformers_decoder(model, stop_ids, cache))
-    if args.gpt_fast:
-        found["gpt-fast (greedy)"] = lambda: other_engine(gpt_fast_decoder(model, stop_ids, args.gpt_fast))
-    if args.llamacpp:
-        found[f"llama.cpp, {args.llamacpp.name}"] = lambda: other_engine(llamacpp_decoder(args.llamacpp, slots))
-    return found
-
-
-def set_up(make: Callable[[], Contestant], prompts: list[Prompt], args: argparse.Namespace) -> tuple[Contestant, dict]:
-    """Build a contestant, and do what is done only once: compile, and capture. Returns it and what is known about it
-    (result["methods"], see benchmarks/race.py)."""
-    memory_before = torch.cuda.memory_allocated()  # 0 without a GPU
-    start = time.perf_counter()
-    contestant = make()
-    engine = contestant.engine
-    temperatures = args.temperature if engine else [0.0]
-    longest = max((p.ids for p in prompts), key=len)
-    for t in temperatures:
-        if engine:
-            engine.warm_up(Sampling(t))
-        contestant.decode(longest, args.max_new_tokens, Sampling(t))  # other engines compile for the longest text
-    about = {"prepare_s": time.perf_counter() - start}
-    if engine:
-        drafter = engine.drafter
-        own_bytes = torch.cuda.memory_allocated() - memory_before
-        split_ms = {str(t): split_cycle(engine, prompts[0].ids, args.max_new_tokens, t) for t in temperatures}
-        about |= {"nodes": drafter.num_nodes, "max_depth": drafter.max_depth, "rejection": drafter.rejection_sampling,
-                  "own_gb": own_bytes / 1e9 or None, "split_ms": split_ms}
-    return contestant, about
-
-
-def prepare(args: argparse.Namespace, result: dict) -> tuple[dict[str, Contestant], list[Prompt]]:
+def prepare(args: argparse.Namespace, result: dict) -> tuple[dict[str, Contestant], list[Prompt], Tokenizer]:
     """Load the model, make the prompts, and set up all contestants. One that fails is left out."""
     questions = read_questions(args.questions)
     subject = load(args, lambda model, tokenizer: ask(model, tokenizer, questions, args.max_new_tokens))
@@ -119,24 +70,26 @@ def prepare(args: argparse.Namespace, result: dict) -> tuple[dict[str, Contestan
             record_failure(result, name, error)
     if BASELINE not in contestants:
         raise ValueError(f"{BASELINE} failed, and all others are compared with it: {result['failed'][BASELINE]}")
-    return contestants, prompts
+    return contestants, prompts, subject.tokenizer
 
 
 def bench(args: argparse.Namespace, result: dict) -> None:
     """Measure everything and fill `result`."""
     device = torch.device(args.device)
+    args.endpoint = [with_model(endpoint) for endpoint in args.endpoint]  # before anything that takes long
     result |= {"command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
                "note": f"{args.checkpoint.name}, batch 1, {describe_subject(args)}",
                "settings": {k: str(v) for k, v in vars(args).items() if k not in NOT_COMPARED},
+               "endpoints": {e.name: {"url": e.url, "model": e.model, "prompts": e.prompts} for e in args.endpoint},
                "methods": {}, "failed": {}, "measured": [], "before": environment(device)}
-    contestants, prompts = prepare(args, result)
+    contestants, prompts, tokenizer = prepare(args, result)
     vanilla = contestants[BASELINE].engine
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # with --shape, loading takes more than all the rest
     result["before"] = environment(device)  # again, now with the clocks of a warm GPU
     runs = race(contestants, prompts, args, result)
     result |= {"after": environment(device), "memory_gb": peak_gb(device)}
-    result["measured"] = [summarise(name, t, by_method, prompts, vanilla, result["methods"][name])
+    result["measured"] = [summarise(name, t, by_method, prompts, vanilla, result["methods"][name], tokenizer)
                           for t, by_method in runs.items() for name in by_method]
 
 
@@ -155,6 +108,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--transformers", action="store_true", help="also transformers, with its two kinds of cache; greedy")
     p.add_argument("--gpt_fast", type=Path, metavar="CLONE", help="also gpt-fast, greedy: the folder of its clone")
     p.add_argument("--llamacpp", type=Path, metavar="FILE.gguf", help="also llama.cpp with this file, greedy, on a CPU")
+    p.add_argument("--endpoint", type=read_endpoint, action="append", default=[], metavar="NAME=URL",
+                   help="also a server with OpenAI's API, greedy; may be given several times. After the URL may come "
+                   ",model=NAME ,key=@FILE and ,prompts=chat: texts for its own template instead of our token ids")
     p.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--json", type=Path, metavar="FILE", help="write all numbers and ids to this file")
@@ -173,12 +129,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def check(args: argparse.Namespace) -> str | None:
     """What is wrong with the options, if anything."""
     sharing = args.transformers or args.gpt_fast  # these use our weights
+    others = sharing or args.llamacpp or args.endpoint
+    names = [e.name for e in args.endpoint]
     for wrong, message in (
             (args.max_new_tokens < 2 or args.runs < 1, "--max_new_tokens must be 2 or more, --runs 1 or more"),
             (not all(0 <= t < float("inf") for t in args.temperature), "--temperature must be 0 or more"),
             (wrong_methods := check_methods(args, args.methods), wrong_methods),
             (sharing and args.quantize, "other engines run without --quantize"),
-            ((sharing or args.llamacpp) and 0 not in args.temperature, "other engines are greedy: add --temperature 0"),
+            (others and 0 not in args.temperature, "other engines are greedy: add --temperature 0"),
+            (args.endpoint and args.shape, "--endpoint is without --shape: its model is not widened"),
+            (len({*names, *METHODS}) < len(names) + len(METHODS), "--endpoint: each needs a NAME of its own"),
             (args.llamacpp and (args.shape or args.device != "cpu"), "--llamacpp is for --device cpu, without --shape"),
             (args.llamacpp and not args.llamacpp.is_file(), f"--llamacpp {args.llamacpp}: there is no such file"),
             (args.gpt_fast and not (args.gpt_fast / "model.py").is_file(), f"--gpt_fast {args.gpt_fast}: no model.py "
@@ -192,7 +152,24 @@ def check(args: argparse.Namespace) -> str | None:
     return None
 
 
+def reread(argv: list[str]) -> int:
+    """`bench.py compare A.json B.json` and `bench.py card A.json`."""
+    p = argparse.ArgumentParser(prog="bench.py", description="Compare two files of --json, or show one as a card.")
+    commands = p.add_subparsers(dest="what", required=True)
+    for what, count in (("compare", 2), ("card", 1)):
+        commands.add_parser(what).add_argument("files", type=Path, nargs=count, metavar="FILE.json")
+    args = p.parse_args(argv)
+    results = [read_result(file) for file in args.files]
+    try:
+        print(compare_results(*results) if args.what == "compare" else card(*results))
+    except DAMAGED:
+        raise ValueError(f"{args.files[0]}: not what bench.py --json writes") from None
+    return 0
+
+
 def main() -> int:
+    if sys.argv[1:2] in (["compare"], ["card"]):
+        return reread(sys.argv[1:])
     args = parse_args()
     result = {"measured": []}
     old = read_result(args.against) if args.against else None

@@ -25,6 +25,7 @@ class Run(NamedTuple):
     gained: list[int]  # tokens that each cycle committed; the first token, which prefill chose, is not among them
     prefill_s: float  # until the first token was there
     decode_s: float  # from then on
+    said: dict | None = None  # only of an engine behind HTTP, which gives a text: see benchmarks/http_engines.py
 
 
 def run(engine: Engine, ids: list[int], new_tokens: int, sampling: Sampling = Sampling(),
@@ -67,7 +68,7 @@ def generate(engine: Engine, ids: list[int], max_new_tokens: int, sampling: Samp
         left = bool(push and push(text))
         return stream.stopped or left
 
-    tokens, gained, prefill_s, decode_s = run(engine, ids, max_new_tokens, sampling, take, reuse)
+    tokens, gained, prefill_s, decode_s, _ = run(engine, ids, max_new_tokens, sampling, take, reuse)
     rest = stream.flush()
     if push:
         push(rest)

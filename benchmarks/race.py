@@ -9,7 +9,8 @@ benchmarks/plots.py read it. Units are in the names: _s seconds, _ms millisecond
     before       {name: str}, device, clocks and versions when the race began (benchmarks/environment.py)
     after        the same when it ended
     memory_gb    peak memory of the race
-    prompts      [{question, turn, category, ids}], one for each turn of each question
+    prompts      [{question, turn, category, ids, texts}], one for each turn of each question
+    endpoints    {method: {url, model, prompts}}, the engines behind HTTP
     methods      {method: see below}
     failed       {method: its error, as one line}
     measured     [see below], an entry for each method at each temperature
@@ -30,19 +31,22 @@ measured[i], about all runs of one method at one temperature (`speeds` and `summ
     method, temperature
     tokens_per_sec   {median, q1, q3, runs}: tokens committed after prefill / seconds of decoding
     with_prefill     the same with prefill: all new tokens / all seconds
-    prefill_ms       mean of the prompts, median of the runs
-    cycle_ms         wall-clock of decoding / cycles, median of the runs
-    mean_gained      tokens per step: tokens committed after prefill / verifications, the bonus token included
-    histogram        how many cycles committed 0, 1, 2, ... tokens
+    prefill_ms       time to the first token, mean of the prompts, median of the runs
+    cycle_ms         wall-clock of decoding / cycles, median of the runs; None where an endpoint does not count them
+    mean_gained      tokens per step: tokens after the first / verifications, the bonus token included; None as well
+    histogram        how many cycles committed 0, 1, 2, ... tokens; of an endpoint, nothing
     by_category      {category: the six numbers above for its prompts}
     split_ms         that of methods[method] at this temperature, or None
     accept_by_depth  the share of cycles that accepted at least 1, 2, ... drafted tokens
     distinct4        see distinct4
     steady           True if all runs wrote the same texts
     same             how many texts equal vanilla's; None where they need not
-    gaps             [{prompt, token, gap}] for each text that differs: index of the prompt, index of the first token
-                     that differs, how far apart vanilla's two best scores are there (near 0: rounding decided)
-    texts, gained    for each prompt of the first run: its token ids; how many of them each cycle committed
+    gaps             [{prompt, token, gap}] for each text that differs: index of the prompt, index of vanilla's first
+                     token that differs, how far apart vanilla's two best scores are there (near 0: rounding decided)
+    texts, gained    for each prompt of the first run: its token ids; how many of them each cycle committed. An
+                     endpoint gives text: the ids are our tokenizer's, and one number says how many came after the
+                     first piece (benchmarks/http_engines.py)
+    said             for each prompt of the first run, what an endpoint said (the same file); [] for our methods
     runs             for each run {prefill_s, decode_s}, each a list with one number for each prompt
 """
 import argparse
@@ -56,11 +60,13 @@ import torch
 from tqdm import tqdm
 
 from app.answer import Run
+from benchmarks.http_engines import text_parts_at
 from benchmarks.workload import Prompt, freeze
 from drafters.methods import BASELINE
 from engine import Engine, first_difference
 from ops.graphs import timed
 from sampling import Sampling
+from tokenizer import Tokenizer
 
 # Errors that end one method, not the race. Running out of memory is a RuntimeError.
 FAILURES = (ValueError, OSError, RuntimeError, ImportError)
@@ -137,21 +143,27 @@ def spread(values: list[float]) -> dict:
     return {"median": median(values), "q1": low, "q3": high, "runs": values}
 
 
+def steps(run: list[Run]) -> int | None:
+    """Verifications of a run; None where an endpoint does not say how many."""
+    counts = [r.said["steps"] if r.said else len(r.gained) for r in run]
+    return None if None in counts else sum(counts)
+
+
 def speeds(runs: list[list[Run]]) -> dict:
     """Speed, time per cycle and tokens per step of runs[i][j], prompt j in run i. A run's speed is all of its tokens /
     all of its seconds, not a mean over prompts."""
-    tokens = [sum(sum(r.gained) for r in run) for run in runs]
-    cycles = [sum(len(r.gained) for r in run) for run in runs]
+    decoded = [sum(sum(r.gained) for r in run) for run in runs]
+    written = [sum(len(r.tokens) for r in run) for run in runs]  # the tokens that prefill chose too
+    cycles = [steps(run) for run in runs]
     prefill_s = [sum(r.prefill_s for r in run) for run in runs]
     decode_s = [max(sum(r.decode_s for r in run), 1e-9) for run in runs]
-    with_prefill = [(n + len(run)) / (decode + prefill)  # prefill chose one more token of each text
-                    for run, n, decode, prefill in zip(runs, tokens, decode_s, prefill_s)]
-    gained = [n for r in runs[0] for n in r.gained]
-    return {"tokens_per_sec": spread([n / s for n, s in zip(tokens, decode_s)]),
-            "with_prefill": spread(with_prefill),
+    gained = [n for r in runs[0] if not r.said for n in r.gained]
+    counted = None not in cycles
+    return {"tokens_per_sec": spread([n / s for n, s in zip(decoded, decode_s)]),
+            "with_prefill": spread([n / (a + b) for n, a, b in zip(written, prefill_s, decode_s)]),
             "prefill_ms": 1e3 * median(s / len(run) for run, s in zip(runs, prefill_s)),
-            "cycle_ms": 1e3 * median(s / max(n, 1) for s, n in zip(decode_s, cycles)),
-            "mean_gained": sum(gained) / max(len(gained), 1),
+            "cycle_ms": 1e3 * median(s / max(n, 1) for s, n in zip(decode_s, cycles)) if counted else None,
+            "mean_gained": (written[0] - len(runs[0])) / max(cycles[0], 1) if counted else None,
             "histogram": [gained.count(n) for n in range(max(gained, default=0) + 1)]}
 
 
@@ -162,10 +174,17 @@ def distinct4(texts: list[list[int]]) -> float:
     return sum(len(set(each)) for each in grams) / max(1, sum(map(len, grams)))
 
 
+def parts_at(run: Run, expected: list[int], tokenizer: Tokenizer | None) -> int | None:
+    """The index of the first of the ids `expected` that a run's text does not have; None where they are equal."""
+    if run.said:
+        return text_parts_at(run.said["text"], expected, tokenizer)
+    return None if run.tokens == expected else first_difference(run.tokens, expected)
+
+
 def summarise(name: str, t: float, runs: dict[str, list[list[Run]]], prompts: list[Prompt], vanilla: Engine,
-              about: dict) -> dict:
+              about: dict, tokenizer: Tokenizer | None = None) -> dict:
     """The entry of result["measured"] for one method at one temperature. `runs` holds the runs of all methods there;
-    `about` is result["methods"][name]. `vanilla` computes the gaps."""
+    `about` is result["methods"][name]. `vanilla` computes the gaps. tokenizer: needed for endpoints."""
     own = runs[name]
     texts = [r.tokens for r in own[0]]
     indices = {}  # of each category's prompts
@@ -179,16 +198,17 @@ def summarise(name: str, t: float, runs: dict[str, list[list[Run]]], prompts: li
     draws_otherwise = t > 0 and about.get("rejection")  # other texts, from the same distribution
     if BASELINE in runs and not draws_otherwise:
         expected = [r.tokens for r in runs[BASELINE][0]]
-        different = [i for i, (text, other) in enumerate(zip(texts, expected)) if text != other]
-        same = len(texts) - len(different)
-        for i in different:
-            at = first_difference(texts[i], expected[i])
-            gap = vanilla.top2_gap(prompts[i].ids + expected[i][:at], Sampling(t, seed=i))
-            gaps.append({"prompt": i, "token": at, "gap": gap})
+        for i, ids in enumerate(expected):
+            at = parts_at(own[0][i], ids, tokenizer)
+            if at is not None:
+                gap = vanilla.top2_gap(prompts[i].ids + ids[:at], Sampling(t, seed=i))
+                gaps.append({"prompt": i, "token": at, "gap": gap})
+        same = len(texts) - len(gaps)
     return {"method": name, "temperature": t, **numbers, "split_ms": about.get("split_ms", {}).get(str(t)),
             "by_category": {category: speeds([[run[i] for i in chosen] for run in own])
                             for category, chosen in indices.items()},
             "distinct4": distinct4(texts), "steady": all([r.tokens for r in run] == texts for run in own),
             "accept_by_depth": [sum(histogram[d + 1:]) / max(1, sum(histogram)) for d in depths],
             "same": same, "gaps": gaps, "texts": texts, "gained": [r.gained for r in own[0]],
+            "said": [r.said for r in own[0] if r.said],
             "runs": [{"prefill_s": [r.prefill_s for r in run], "decode_s": [r.decode_s for r in run]} for run in own]}

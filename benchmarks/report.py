@@ -9,7 +9,7 @@ import json
 import sys
 from hashlib import sha256
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median, stdev
 
 from app.command import run_command
 from benchmarks.environment import describe
@@ -48,19 +48,52 @@ def speed_up(entry: dict, base: dict | None, key: str = "tokens_per_sec") -> str
     return f"{entry[key]['median'] / base[key]['median']:.2f}" if base and base[key]["median"] else ""
 
 
+def variation(runs: list[float]) -> str:
+    """The coefficient of variation of what was measured once a run: standard deviation / mean."""
+    return f"{stdev(runs) / fmean(runs):.1%}" if len(runs) > 1 and fmean(runs) else ""
+
+
+def steps_cell(entry: dict) -> str:
+    """Tokens per step, where they are known."""
+    return "" if entry["mean_gained"] is None else f"{entry['mean_gained']:.2f}"
+
+
+def same_cells(e: dict) -> tuple[str, str, str]:
+    """How many texts are vanilla's, and the median and the largest of the gaps where the others part from them."""
+    gaps = [at["gap"] for at in e["gaps"]]
+    same = "own draw" if e["same"] is None else f"{e['same']} of {len(e['texts'])}"
+    return same, *(f"{of(gaps):.2g}" if gaps else "" for of in (median, max))
+
+
 def speed_table(t: float, entries: list[dict], base: dict | None) -> str:
     def row(e: dict) -> tuple:
         speed = e["tokens_per_sec"]
-        same = "own draw" if e["same"] is None else f"{e['same']} of {len(e['texts'])}"
-        largest_gap = f"{max(gap['gap'] for gap in e['gaps']):.2g}" if e["gaps"] else ""
+        seconds = median(fmean(map(sum, zip(run["prefill_s"], run["decode_s"]))) for run in e["runs"])
         return (e["method"] + ("" if e["steady"] else " (texts vary)"), f"{speed['median']:.1f}",
-                f"{speed['q1']:.1f} to {speed['q3']:.1f}", speed_up(e, base), speed_up(e, base, "with_prefill"),
-                f"{e['mean_gained']:.2f}", f"{e['prefill_ms']:.1f}", same, largest_gap, f"{e['distinct4']:.2f}")
+                f"{speed['q1']:.1f} to {speed['q3']:.1f}", variation(speed["runs"]), speed_up(e, base),
+                speed_up(e, base, "with_prefill"), steps_cell(e), f"{e['prefill_ms']:.1f}", f"{seconds:.2f}",
+                *same_cells(e), f"{e['distinct4']:.2f}")
 
     runs = len(entries[0]["runs"])
-    heading = (f"temperature {t:g}, {runs} run{'s' * (runs > 1)}", "tokens/s", "quartiles", "speed-up", "with prefill",
-               "tokens per step", "prefill, ms", "same text", "largest gap", "distinct 4-grams")
-    return table(heading, *map(row, entries))
+    heading = (f"temperature {t:g}, {runs} run{'s' * (runs > 1)}", "tokens/s", "quartiles", "variation", "speed-up",
+               "with prefill", "tokens per step", "first token, ms", "answer, s", "same text", "median gap",
+               "largest gap", "distinct 4-grams")
+    return table(heading, *map(row, entries)) + "".join(map(about_endpoint, entries))
+
+
+def about_endpoint(e: dict) -> str:
+    """Lines on what one should know of the prompts that an endpoint read; "" if it is nothing."""
+    said = [s for s in e.get("said", ()) if s["prompt_tokens"] is not None]
+    total, cached = (sum(s[key] for s in said) for key in ("prompt_tokens", "cached_tokens"))
+    other = sum(s["other_prompt"] for s in said)
+    lines = ""
+    if cached:
+        lines += (f"\n{e['method']}: {cached} of {total} prompt tokens were in its prefix cache, so its first tokens "
+                  "came sooner.\n")
+    if other:
+        lines += (f"\n{e['method']}: its template made other prompts than ours of {other} of {len(e['said'])}: its "
+                  "texts there answer something else.\n")
+    return lines
 
 
 def cycle_table(t: float, entries: list[dict], methods: dict) -> str:
@@ -81,7 +114,7 @@ def category_table(t: float, entries: list[dict], base: dict | None) -> str:
     """Speed by category of the prompts; "" if there is only one."""
     def cell(part: dict, category: str) -> str:
         speed = speed_up(part, base and base["by_category"][category]) or f"{part['tokens_per_sec']['median']:.1f}"
-        return f"{speed} ({part['mean_gained']:.2f})"
+        return f"{speed} ({steps_cell(part) or '?'})"
 
     categories = entries[0]["by_category"]
     if len(categories) < 2:

@@ -31,6 +31,7 @@ class Prompt(NamedTuple):
     turn: int  # from 1
     category: str
     ids: list[int]
+    texts: tuple[str, ...] = ()  # what the user and the model said in turn, for engines with a template of their own
 
 
 def describe_subject(args: argparse.Namespace) -> str:
@@ -89,7 +90,7 @@ def ask(model: Llama, tokenizer: Tokenizer, questions: list[Question], new_token
             if len(ids) + new_tokens > context:
                 raise ValueError(f"question {question.name}, turn {turn}: its {len(ids)} tokens and --max_new_tokens "
                                  f"{new_tokens} do not fit the model's context of {context}: leave it out")
-            prompts.append(Prompt(question.name, turn, question.category, ids))
+            prompts.append(Prompt(question.name, turn, question.category, ids, (*texts, text)))
             if turn < len(question.turns):
                 if engine is None:
                     device = model.embed.weight.device
@@ -133,6 +134,7 @@ class Subject(NamedTuple):
     model: Llama
     prompts: list[Prompt]
     stop_ids: frozenset[int]
+    tokenizer: Tokenizer  # the checkpoint's
     widening: Widening | None  # with --shape; it keeps the small model alive: drop it once all weights are loaded
 
 
@@ -147,10 +149,11 @@ def load(args: argparse.Namespace, make_prompts: Callable[[Llama, Tokenizer], li
     prompts = make_prompts(model, tokenizer)
     if not args.shape:
         model.free_cache()  # make_prompts needed it to write answers; each engine chooses its own size
-        return Subject(model, prompts, tokenizer.stop_ids, None)
+        return Subject(model, prompts, tokenizer.stop_ids, tokenizer, None)
     wide = Widening(args, model, [prompt.ids for prompt in prompts], tokenizer.stop_ids)
     wide_prompts = [prompt._replace(ids=wide.ids(prompt.ids)) for prompt in prompts]
-    return Subject(wide.model, wide_prompts, frozenset(wide.ids(sorted(tokenizer.stop_ids))), wide)
+    stop_ids = frozenset(wide.ids(sorted(tokenizer.stop_ids)))
+    return Subject(wide.model, wide_prompts, stop_ids, tokenizer, wide)
 
 
 def load_weights(method: str, args: argparse.Namespace, subject: Subject) -> dict[Weights, nn.Module]:

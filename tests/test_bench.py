@@ -16,7 +16,7 @@ from helpers import SHAPE, operations, tiny_checkpoint
 
 import bench
 from app.answer import Run, run
-from benchmarks import race, workload
+from benchmarks import contestants, race, workload
 from benchmarks.engines import gpt_fast_decoder, transformers_decoder
 from benchmarks.race import Contestant
 from benchmarks.race import race as take_turns
@@ -319,7 +319,7 @@ def test_interrupted_command_line(arguments, tmp_path: Path, capsys, monkeypatch
             raise KeyboardInterrupt
         return run(*inputs)
 
-    monkeypatch.setattr(bench, "run", interrupted)
+    monkeypatch.setattr(contestants, "run", interrupted)
     stop = 1
     arguments("--methods", "eagle", "--json", tmp_path / "out.json")
     assert bench.main() == 130 and "interrupted; missing: everything" in capsys.readouterr().err
@@ -389,7 +389,7 @@ def test_widened_medusa(vocab_size: int, arguments, monkeypatch: pytest.MonkeyPa
     """Fails if Medusa heads guess differently in the wide model than in the small one: with the lm_head or projections
     of their own, in a vocabulary that is cut or padded."""
     monkeypatch.setitem(SHAPE, "vocab_size", vocab_size)
-    model, prompts, _, wide = wide_subject(arguments)[1]
+    model, prompts, *_, wide = wide_subject(arguments)[1]
     ids = prompts[0].ids
     back = [wide.kept_ids[i] for i in ids]
     wide.small.allocate_cache(64)

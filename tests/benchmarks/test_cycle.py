@@ -273,7 +273,7 @@ def texts(args: argparse.Namespace) -> tuple[list[list[int]], list[int]]:
     """Answers to all prompts in the checkpoint's ids, and how many cycles each took. Ids of a widened model are
     translated by their embeddings."""
     subject = workload.load(args, partial(contexts, args))
-    model, prompts, stop, _ = subject
+    model, prompts, stop, *_ = subject
     [head] = workload.load_weights("eagle2", args, subject).values()
     small = load_model(args.checkpoint, "cpu", torch.float32).embed.weight
     known = {tuple(row): i for i, row in enumerate(small.tolist())}

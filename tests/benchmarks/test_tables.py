@@ -11,6 +11,7 @@ from helpers import operations
 
 from app.answer import Run
 from benchmarks import cycle, race, report, summary
+from benchmarks.card import card
 from benchmarks.workload import Prompt, gigabytes, kv_gigabytes, step_gb
 from draft import Eagle2, Vanilla
 from engine import Engine
@@ -32,12 +33,13 @@ def numbers(median: float, with_prefill: float, gained: float, **more: object) -
             "mean_gained": gained, "prefill_ms": 10 * gained, "cycle_ms": 100 * gained, **more}
 
 
+RUNS = [{"prefill_s": [0.5, 1.5], "decode_s": [2.0, 4.0]}, {"prefill_s": [1.0, 2.0], "decode_s": [5.0, 9.0]}]
 VANILLA = numbers(100.0, 80.0, 1.0, method="vanilla", temperature=0.5, same=3, gaps=[], texts=[[1]] * 3, steady=True,
-                  distinct4=0.9, runs=[{}, {}], accept_by_depth=[], histogram=[0, 9],
+                  distinct4=0.9, runs=RUNS, accept_by_depth=[], histogram=[0, 9],
                   split_ms={"draft": 0.0, "verify": 5.125, "other": 0.5, "cycle": 5.625},
                   by_category={"chat": numbers(200.0, 1.0, 1.0), "coding": numbers(50.0, 1.0, 1.0)})
 EAGLE2 = numbers(250.0, 120.0, 2.5, method="eagle2", temperature=0.5, same=2, texts=[[1]] * 3, steady=False,
-                 gaps=[{"gap": 0.0625}, {"gap": 0.25}, {"gap": 0.125}], distinct4=0.75, runs=[{}, {}],
+                 gaps=[{"gap": 0.0625}, {"gap": 0.25}, {"gap": 0.125}], distinct4=0.75, runs=RUNS[:1] * 2,
                  accept_by_depth=[0.8, 0.3], histogram=[0, 2, 5, 3],
                  split_ms={"draft": 1.25, "verify": 6.375, "other": 0.75, "cycle": 8.375},
                  by_category={"chat": numbers(300.0, 1.0, 1.75), "coding": numbers(200.0, 1.0, 3.25)})
@@ -49,14 +51,19 @@ RESULT = {"command": "bench.py ...", "note": "float32.", "memory_gb": 12.25,
 
 
 def test_speed_table() -> None:
-    """Fails if a speed-up is that of a quartile, "with prefill" is without, or a cell is in another column."""
+    """Fails if a speed-up is that of a quartile, "with prefill" is without, or a cell is in another column; if the
+    variation is the variance or that of all but one run, or an answer takes the time of its decoding alone."""
     assert cells(report.speed_table(0.5, [VANILLA, EAGLE2], VANILLA)) == [
-        ["temperature 0.5, 2 runs", "tokens/s", "quartiles", "speed-up", "with prefill", "tokens per step",
-         "prefill, ms", "same text", "largest gap", "distinct 4-grams"],
-        ["vanilla", "100.0", "97.0 to 105.0", "1.00", "1.00", "1.00", "10.0", "3 of 3", "", "0.90"],
-        ["eagle2 (texts vary)", "250.0", "247.0 to 255.0", "2.50", "1.50", "2.50", "25.0", "2 of 3", "0.25", "0.75"]]
+        ["temperature 0.5, 2 runs", "tokens/s", "quartiles", "variation", "speed-up", "with prefill",
+         "tokens per step", "first token, ms", "answer, s", "same text", "median gap", "largest gap",
+         "distinct 4-grams"],
+        ["vanilla", "100.0", "97.0 to 105.0", "9.0%", "1.00", "1.00", "1.00", "10.0", "6.25", "3 of 3", "", "", "0.90"],
+        ["eagle2 (texts vary)", "250.0", "247.0 to 255.0", "3.6%", "2.50", "1.50", "2.50", "25.0", "4.00", "2 of 3",
+         "0.12", "0.25", "0.75"]]
     alone = cells(report.speed_table(0.5, [EAGLE2 | {"same": None}], None))[1]
-    assert alone[3:5] == ["", ""] and alone[7] == "own draw", "nothing to compare with"
+    assert alone[4:6] == ["", ""] and alone[9] == "own draw", "nothing to compare with"
+    unknown = cells(report.speed_table(0.5, [EAGLE2 | {"mean_gained": None, "gaps": []}], None))[1]
+    assert unknown[6] == unknown[10] == unknown[11] == "" and report.variation([3.0]) == report.variation([0, 0]) == ""
 
 
 def test_cycle_table() -> None:
@@ -89,6 +96,38 @@ def test_whole_report() -> None:
         for table in (report.speed_table(t, entries, entries[0]), report.cycle_table(t, entries, METHODS),
                       report.category_table(t, entries, entries[0]), report.depth_table(t, entries[1:])):
             assert said.count(table) == 1
+
+
+def test_card() -> None:
+    """Fails if the card lacks what decides speed, takes it from the wrong moment, or names folders of the machine."""
+    gpu = {"power.limit": "350 W", "clocks.sm": "1500 MHz", "clocks.max.sm": "1980 MHz", "clocks.mem": "2619 MHz",
+           "temperature.gpu": "50", "driver_version": "580", "cuda": "13.0", "python": "3.12"}
+    after = RESULT["before"] | gpu | {"clocks.sm": "1400 MHz", "temperature.gpu": "70"}
+    settings = {"questions": "/home/me/q.jsonl", "max_new_tokens": "256", "runs": "2", "draft": "/home/me/heads/best"}
+    methods = {"vanilla": METHODS["vanilla"], "eagle2": METHODS["eagle2"] | {"max_depth": 6}, "theirs": {}}
+    theirs = EAGLE2 | {"method": "theirs", "mean_gained": None, "steady": True, "said": [
+        {"prompt_tokens": 9, "cached_tokens": 4, "other_prompt": False}]}
+    said = card(RESULT | {
+        "before": RESULT["before"] | gpu, "after": after, "settings": settings, "methods": methods,
+        "note": "Name, batch 1, bfloat16, weights int8.", "measured": [VANILLA, EAGLE2, theirs],
+        "command": "python bench.py --checkpoint /home/me/Name --json x.json --runs 2",
+        "endpoints": {"theirs": {"url": "http://x/v1", "model": "N", "prompts": "ids"}}})
+    settings_table, results, rest = said.partition("\n\n")[2].split("\n\n", 2)
+    assert said.startswith("### Name on a card\n\n") and "home" not in said
+    assert dict(cells(settings_table)[1:]) == {
+        "device": "a card", "power limit": "350 W", "driver, CUDA": "580, 13.0", "date": "today",
+        "clocks": "SM 1500 MHz before, 1400 MHz after, of 1980 MHz; memory 2619 MHz",
+        "temperature": "50 °C before, 70 °C after", "model": "batch 1, bfloat16, weights int8.",
+        "versions": "torch 2, triton 3, Python 3.12, this project abc",
+        "eagle2": "best; 60 rows, at most 6 drafted tokens accepted",
+        "theirs": "N, prompts as ids; its server was started with: (fill in)",
+        "prompts": "2 of q.jsonl, at most 7 tokens; 256 new tokens; 2 runs, in turns; batch 1"}
+    assert cells(results)[1:] == [
+        ["vanilla", "100.0", "9.0%", "1.00", "1.00", "10.0", "3 of 3", "", ""],
+        ["eagle2", "250.0", "3.6%", "2.50", "2.50", "25.0", "2 of 3", "0.12", "0.25"],
+        ["theirs", "250.0", "3.6%", "2.50", "", "25.0", "2 of 3", "0.12", "0.25"]]
+    assert "theirs: 4 of 9 prompt tokens" in rest and "medusa failed: no heads" in rest
+    assert rest.endswith("```\npython bench.py --checkpoint Name --runs 2\n```")
 
 
 def test_all_runs_count() -> None:
