@@ -61,6 +61,7 @@ def write_weights(path: Path, tensors: dict[str, LazyTensor], config: Config, dt
     pieces = {ours: hf_names(ours, NAMES) for ours in wanted}
     keep = dtype is None and any(tensor.packed for tensor in tensors.values())
     embedding = hf_names("embed.weight", NAMES)
+    [last_norm] = hf_names("norm.weight", NAMES)
     if config.tie_word_embeddings:
         pieces["lm_head.weight"] = embedding
         if not (keep and tensors[embedding[0]].packed):  # a quantised lm_head of its own is faster
@@ -70,7 +71,7 @@ def write_weights(path: Path, tensors: dict[str, LazyTensor], config: Config, dt
     unknown = [name for name in tensors if name not in names and not name.endswith("rotary_emb.inv_freq")]
     if missing or unknown:
         raise ValueError(f"config.json does not fit the weights: missing {missing[:4]}, not implemented {unknown[:4]}")
-    conversion = Conversion(dtype or (plain_dtype(tensors[embedding[0]]) if keep else torch.bfloat16), keep)
+    conversion = Conversion(dtype or (plain_dtype(tensors[last_norm]) if keep else torch.bfloat16), keep)
     written = {}
     for ours, hf in pieces.items():
         like = wanted[ours]

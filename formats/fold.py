@@ -36,17 +36,11 @@ def fold(tensors: dict[str, LazyTensor], raw: dict, cfg: Config) -> dict[str, La
 
 
 def rows_of(tensor: LazyTensor, rows: slice | Tensor) -> LazyTensor:
-    """Rows of a tensor, chosen when it is read. A GGUF file's blocks stay packed; of other packed weights only the
-    values are known afterwards, so that they are not quantised."""
+    """Rows of a tensor, chosen when it is read. Packed rows stay packed."""
     packed = tensor.packed
-    if packed and "blocks" in packed.parts:
-        blocks, order = packed.parts["blocks"], packed.facts["rows"]
-        if isinstance(rows, slice):
-            packed = None if order is not None else packed._replace(parts={"blocks": blocks[rows]})
-        else:
-            packed = packed._replace(facts={"rows": rows if order is None else order[rows]})
-    else:
-        packed = None
+    if packed is not None:
+        all_rows = torch.arange(tensor.shape[0]) if packed.rows is None else packed.rows
+        packed = packed._replace(rows=all_rows[rows])
     count = len(rows) if isinstance(rows, Tensor) else rows.stop - rows.start
     return LazyTensor((count, *tensor.shape[1:]), lambda: tensor.read()[rows], packed)
 
@@ -95,5 +89,6 @@ def multiply_granite(tensors: dict[str, LazyTensor], raw: dict, cfg: Config) -> 
     for name, tensor in result.items():
         factor = by_module.get(name.split(".")[-2], 1.0)
         if factor != 1:
-            result[name] = LazyTensor(tensor.shape, lambda t=tensor, factor=factor: t.read().float() * factor)
+            packed = tensor.packed and tensor.packed._replace(factor=tensor.packed.factor * factor)
+            result[name] = LazyTensor(tensor.shape, lambda t=tensor, factor=factor: t.read().float() * factor, packed)
     return result

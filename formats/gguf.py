@@ -201,7 +201,7 @@ def open_gguf(path: Path) -> tuple[dict, dict[str, LazyTensor]]:
         rows = None
         if GGUF_ARCHS[arch].reorders and QUERY_OR_KEY.search(tensor.name):
             rows = to_hf_rows(tensor.name, torch.arange(len(tensor.data))[:, None], metadata)[:, 0]
-        return Packed(tensor.tensor_type.name, {"blocks": torch.from_numpy(tensor.data)}, {"rows": rows})
+        return Packed(tensor.tensor_type.name, {"blocks": torch.from_numpy(tensor.data)}, {}, rows)
 
     tensors = {}
     for tensor in found:

@@ -27,10 +27,13 @@ UNUSED = re.compile(r".+\.(input_scale|input_zero_point|output_scale|output_zero
 
 class Packed(NamedTuple):
     """A weight [N, K] as its file packs it: its tensors, memory-mapped, by the ends of their names; `blocks` of a GGUF
-    file. kind: which function of quant/published.py reads it, and facts, what that needs besides."""
+    file. kind: which function of quant/published.py reads it, and facts, what that needs besides. rows: which of its
+    rows these are, in this order, int64 [any]; None: all. factor: what they are multiplied by."""
     kind: str
     parts: dict[str, Tensor]
     facts: dict
+    rows: Tensor | None = None
+    factor: float = 1.0
 
 
 # ----- What config.json says -----------------------------------------------------------------------------------------

@@ -17,10 +17,10 @@ from quant.published import describe
 EMBEDDING = "embed"
 
 
-def plain_dtype(embedding: LazyTensor) -> torch.dtype:
-    """The dtype for what is not quantised: float16 where the embedding is, so that nothing is lost; else bfloat16."""
-    is_half = embedding.packed is None and embedding.read().dtype == torch.float16
-    return torch.float16 if is_half else torch.bfloat16
+def plain_dtype(norm: LazyTensor) -> torch.dtype:
+    """The dtype for what is not quantised: float16 where the last norm is, so that nothing is lost; else bfloat16. (A
+    family may have its embedding multiplied, in fp32.)"""
+    return torch.float16 if norm.read().dtype == torch.float16 else torch.bfloat16
 
 
 class Conversion:

@@ -32,6 +32,12 @@ class Affine(NamedTuple):
         w = scale * (self.q[rows] - zero)
         return w if self.order is None else w[:, self.order.argsort()]
 
+    def of_rows(self, rows: Tensor) -> "Affine":
+        return self._replace(q=self.q[rows], scale=self.scale[:, rows], zero=self.zero[:, rows])
+
+    def times(self, factor: float) -> "Affine":
+        return self._replace(scale=self.scale.float() * factor)
+
     def integers(self, like: Quantized) -> Quantized:
         """The same in the layout of `like`, which int4_layout gave."""
         groups = torch.arange(len(like.scale)) * like.group  # their first columns
@@ -53,6 +59,12 @@ class Rows(NamedTuple):
     def values(self, rows: slice) -> Tensor:
         return self.q[rows] * self.scale[rows, None]
 
+    def of_rows(self, rows: Tensor) -> "Rows":
+        return Rows(self.q[rows], self.scale[rows])
+
+    def times(self, factor: float) -> "Rows":
+        return Rows(self.q, self.scale.float() * factor)
+
     def integers(self, like: Quantized) -> Quantized:
         return like._replace(data=self.q.contiguous(), scale=self.scale)
 
@@ -60,6 +72,17 @@ class Rows(NamedTuple):
 class Numbers(NamedTuple):
     """A weight of which only the values are known: values(rows) gives them, fp32 [any, K]."""
     values: Callable[[slice], Tensor]
+
+    def of_rows(self, rows: Tensor) -> "Numbers":
+        def values(chosen: slice) -> Tensor:
+            wanted = rows[chosen]
+            first = int(wanted.min())  # all are near: rows of one head, or one of three parts
+            return self.values(slice(first, int(wanted.max()) + 1))[wanted - first]
+
+        return Numbers(values)
+
+    def times(self, factor: float) -> "Numbers":
+        return Numbers(lambda rows: self.values(rows) * factor)
 
 
 class Foreign(NamedTuple):
@@ -72,6 +95,15 @@ class Foreign(NamedTuple):
     def dense(self) -> Tensor:
         """All of it, fp32 [N, K]."""
         return self.read().values(slice(None))
+
+    def of_rows(self, rows: Tensor) -> "Foreign":
+        """The weight of these of its rows, int64 [any], in this order. All of it is read for that."""
+        like = None if self.like is None else rows_of(self.like, rows)
+        return Foreign(self.name, (len(rows), self.shape[1]), like, lambda: self.read().of_rows(rows))
+
+    def times(self, factor: float) -> "Foreign":
+        """The weight multiplied by a number: its scales are, and may be rounded again."""
+        return self._replace(read=lambda: self.read().times(factor))
 
 
 class Read(NamedTuple):

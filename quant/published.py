@@ -239,12 +239,12 @@ def bnb_4bit(parts: dict[str, Tensor], state: dict) -> Foreign:
 
 
 def gguf_blocks(blocks: Tensor, kind: str, order: Tensor | None = None) -> Foreign:
-    """Rows of GGUF blocks, uint8 [N, bytes], of any type that quantises; with order, int64 [N], the rows in that order.
+    """Rows of GGUF blocks, uint8 [any, bytes], of any type that quantises; order, int64 [N]: which of them, None: all.
     Q4_0, Q4_1 and Q4_K have a scale and an offset for each 32 columns; the scale is fp16, or of Q4_K the product of an
     fp16 number and one of six bits."""
     type_ = gguf.GGMLQuantizationType[kind]
     columns, size = gguf.GGML_QUANT_SIZES[type_]
-    N, K = len(blocks), blocks.shape[1] // size * columns
+    N, K = len(blocks if order is None else order), blocks.shape[1] // size * columns
     halves = {"Q4_0": q4_0, "Q4_1": q4_1, "Q4_K": q4_k}.get(kind)
 
     def chosen(rows: slice) -> Tensor:
@@ -312,11 +312,15 @@ FORMATS = {"awq": awq, "gptq": gptq, "packed_int": packed_int, "plain_int8": pla
 def describe(packed: Packed) -> Foreign:
     """What a packed weight is. Raises ValueError for tensors that are not what its kind says."""
     if "blocks" in packed.parts:
-        return gguf_blocks(packed.parts["blocks"], packed.kind, packed.facts["rows"])
-    try:
-        return FORMATS[packed.kind](packed.parts, **packed.facts)
-    except KeyError as error:
-        raise ValueError(f"its tensor {error.args[0]} is missing: the file is damaged") from None
+        weight = gguf_blocks(packed.parts["blocks"], packed.kind, packed.rows)
+    else:
+        try:
+            weight = FORMATS[packed.kind](packed.parts, **packed.facts)
+        except KeyError as error:
+            raise ValueError(f"its tensor {error.args[0]} is missing: the file is damaged") from None
+        if packed.rows is not None:
+            weight = weight.of_rows(packed.rows)
+    return weight if packed.factor == 1 else weight.times(packed.factor)
 
 
 def with_values(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:

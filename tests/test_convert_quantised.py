@@ -227,6 +227,59 @@ def test_modules_that_were_skipped(kind: str, skip: str, tmp_path: Path) -> None
         assert ((found[name] - w).abs() <= rounding * w.abs()).all(), name
 
 
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_fused_and_reordered(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Fails if a matrix that is split (q, k and v in one, as Phi-3 has them) or of which rows are reordered (RoPE on a
+    part of each head) loses its integers, or gets the rows of another."""
+    said, pack, words, most = FOLDERS[kind]
+    model = target(3, torch.float32, **WIDE)
+    tensors = {name: w.half() for name, w in published_target(model).items()}
+    generator = torch.Generator().manual_seed(0)
+    for layer in range(2):
+        for parent, fused, pieces in (("self_attn", "qkv_proj", "qkv"), ("mlp", "gate_up_proj", ("gate", "up"))):
+            prefix = f"model.layers.{layer}.{parent}"
+            tensors[f"{prefix}.{fused}.weight"] = torch.cat([tensors.pop(f"{prefix}.{piece}_proj.weight")
+                                                             for piece in pieces])
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        parts, _ = pack(name, tensors.pop(name), generator)
+        tensors |= {f"{name.removesuffix('.weight')}.{end}": t.clone().contiguous() for end, t in parts.items()}
+    (tmp_path / "hf").mkdir()
+    save_file(tensors, tmp_path / "hf/model.safetensors")
+    raw = config_json(model.cfg) | {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"],
+                                    "partial_rotary_factor": 0.5, "quantization_config": said}
+    (tmp_path / "hf/config.json").write_text(json.dumps(raw))
+    save_tokenizer(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "plain", torch.float32)
+    capsys.readouterr()
+    convert(tmp_path / "hf", tmp_path / "out", None)
+    assert words in capsys.readouterr().err
+    assert "layers.0.wqkv.data" in load_file(tmp_path / "out/model.safetensors")
+    model = load_model(tmp_path / "out", "cpu", torch.float32)
+    assert model.cfg.rotary_dim == model.cfg.head_dim // 2
+    assert_same_weights(model, load_model(tmp_path / "plain", "cpu", torch.float32), most)
+
+
+@pytest.mark.parametrize("kind", ["AWQ", "W4A16", "W8A8", "FP8"])
+def test_multiplied(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Fails if matrices that a family multiplies (Granite) lose their integers, or are not multiplied."""
+    save_quantised(tmp_path / "hf", kind)
+    raw = json.loads((tmp_path / "hf/config.json").read_text())
+    factors = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.5,
+               "logits_scaling": 8.0}
+    raw |= {"model_type": "granite", "architectures": ["GraniteForCausalLM"], **factors}
+    (tmp_path / "hf/config.json").write_text(json.dumps(raw))
+    convert(tmp_path / "hf", tmp_path / "plain", torch.float32)
+    capsys.readouterr()
+    convert(tmp_path / "hf", tmp_path / "out", None)
+    assert ("8 matrices, exactly" if kind == "W8A8" else "8 matrices, moved by") in capsys.readouterr().err
+    names = load_file(tmp_path / "out/model.safetensors").keys()
+    assert {f"layers.1.{name}.data" for name in ("wqkv", "wo", "w13", "w2")} <= names
+    found, wanted = (weights_of(load_model(tmp_path / name, "cpu", torch.float32)) for name in ("out", "plain"))
+    for name, w in found.items():
+        rounded = 2**-8 if name in ("embed", "lm_head") or kind == "W4A16" else 0.02 if kind == "FP8" else 2**-10
+        assert (w - wanted[name]).norm() <= rounded * wanted[name].norm(), name
+
+
 def test_a_folder_of_2023(tmp_path: Path) -> None:
     """Fails if an AWQ folder without quantization_config, but with quant_config.json, is not read."""
     wanted = save_quantised(tmp_path / "hf", "AWQ")

@@ -229,7 +229,7 @@ def test_gguf(kind: str, blocks: int, seed: int, reordered: bool) -> None:
     made = blocks_of(kind, 8, 256 * blocks, seed)
     wanted = torch.from_numpy(gguf.dequantize(made.numpy(), gguf.GGMLQuantizationType[kind]).copy())
     order = torch.randperm(8, generator=torch.Generator().manual_seed(seed)) if reordered else None
-    foreign = describe(Packed(kind, {"blocks": made}, {"rows": order}))
+    foreign = describe(Packed(kind, {"blocks": made}, {}, order))
     wanted = wanted if order is None else wanted[order]
     read, found, like = kept(foreign)
     four = kind in ("Q4_0", "Q4_1", "Q4_K")
@@ -247,7 +247,7 @@ def test_groups_without_a_step() -> None:
     made[0, 0, :4] = torch.from_numpy(np.array([0, -0.5], np.float16).view(np.uint8))
     made[1, 1, :4] = torch.from_numpy(np.array([6e-8, 0.5], np.float16).view(np.uint8))
     made[2, 0, :4] = 0
-    _, found, _ = kept(describe(Packed("Q4_1", {"blocks": made.flatten(1)}, {"rows": None})))
+    _, found, _ = kept(describe(Packed("Q4_1", {"blocks": made.flatten(1)}, {})))
     assert (found[0, :32] == -0.5).all() and (found[1, 32:] == 0.5).all() and not found[2, :32].any()
     assert found.isfinite().all() and found[0, 32:].unique().numel() > 4
 
