@@ -36,6 +36,8 @@ from ops.attention import TreeMask, tree_mask
 from ops.context import store_context
 from ops.embed_rope import embed
 from ops.linear import linear, rms_norm
+from ops.markov import grow_markov
+from ops.quantized import Quantized
 from quant.linear import drafting_rows, rows_of, stack
 from tree import MAX_NODES, Candidates, State, Tree, empty_candidates, root_token, start_tree
 
@@ -227,15 +229,21 @@ class Block(Drafter):
     def grow(self, state: State, anchor: Tensor, x: Tensor, logits: Tensor) -> None:
         """Grow the tree by levels: what follows a node depends on its token. x [D, H] and logits [D, Vd] are the
         rows'."""
-        markov = self.head.markov
-        h = x if markov.kind == "vanilla" else self.bound.normed(x)
+        markov, w2 = self.head.markov, self.bound.w2
         level = self.root_level._replace(tokens=anchor)
+        vanilla = markov.kind == "vanilla"
+        fused = vanilla and not isinstance(w2, Quantized)
+        h = x if vanilla else self.bound.normed(x)
         states = x.new_zeros(1, markov.w1.weight.shape[1])
         for depth in range(self.depth):
-            added, states = self.bound.after(level.tokens, h[depth:depth + 1], states)
-            level = self.tree_ops.grow(logits[depth:depth + 1] + added, level, self.candidates, depth, self.topk,
-                                       self.bound.ids, None if state.noise is None else state.noise[depth])
-            states = states[level.parent_rows] if markov.kind == "rnn" else states
+            noise = None if state.noise is None else state.noise[depth]
+            below = level, self.candidates, depth, self.topk, self.bound.ids, noise
+            if fused:
+                level = grow_markov(logits[depth:depth + 1], markov.w1.weight, w2, *below)
+            else:
+                added, states = self.bound.after(level.tokens, h[depth:depth + 1], states)
+                level = self.tree_ops.grow(logits[depth:depth + 1] + added, *below)
+                states = states[level.parent_rows] if markov.kind == "rnn" else states
 
     def scores(self) -> Candidates:
         return self.candidates

@@ -3,6 +3,10 @@
 The choice is made among int64 keys, each made of a value and an index: the largest key is the best value, at a tie the
 lower index. tree.best_children, tree.best_tokens and tree.argmax are the PyTorch twins.
 
+Where a warp has whole rows (ops/markov.py, and `merge_lists` of its blocks), values are compared as int32 instead. A
+GPU finds the largest int32 of a warp in one instruction, and no warp waits for another. Such tiles are [any, rows,
+lanes].
+
 Letters: V tokens of the vocabulary, or of the part of it that a draft head knows.
 """
 import torch
@@ -12,19 +16,35 @@ from ops.device import pdl_options, tl, triton, wait_for_previous
 
 
 @triton.jit
+def sort_bits(value):
+    """int32 that sort like the values (fp32). No number becomes -(1 << 31)."""
+    bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)  # -0 ties with 0
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)  # floats are sign and magnitude, integers two's complement
+
+
+@triton.jit
+def bits_value(bits):
+    """The fp32 value that `sort_bits` was given."""
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def key_of(bits, index):
+    """int64 keys that sort like `bits` of sort_bits, and at a tie the lower index first."""
+    return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - index)
+
+
+@triton.jit
 def sort_key(value, index, real):
     """int64 keys that sort like the values (fp32), and at a tie the lower index first. Where not `real`: the smallest
     key."""
-    bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)  # -0 ties with 0
-    bits ^= (bits >> 31) & 0x7FFFFFFF  # floats are sign and magnitude, integers two's complement
-    return tl.where(real, (bits.to(tl.int64) << 32) | (0x7FFFFFFF - index), -(1 << 63))
+    return tl.where(real, key_of(sort_bits(value), index), -(1 << 63))
 
 
 @triton.jit
 def key_value(key):
     """The fp32 value that a key was made of."""
-    bits = (key >> 32).to(tl.int32)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return bits_value((key >> 32).to(tl.int32))
 
 
 @triton.jit
@@ -91,6 +111,70 @@ def merge_blocks_kernel(keys, peaks, sums, ids, tokens, logs, BLOCKS, K: tl.cons
     tl.store(tokens + row * K + lane, token, mask=real)
     if SUM:  # a GPU's logarithm of a number just above 1 may be negative: then the result would be above 0
         tl.store(logs + row * K + lane, tl.minimum(key_value(kept) - top - tl.log(total), 0.0), mask=real)
+
+
+@triton.jit
+def take_best(bits, index):
+    """The largest of bits [any, rows, lanes] in each row, the lowest index that has it, and `bits` without it."""
+    best = tl.max(tl.max(bits, 0), 1)
+    first = tl.min(tl.min(tl.where(bits == best[None, :, None], index, 0x7FFFFFFF), 0), 1)
+    return best, first, tl.where(index == first[None, :, None], -(1 << 31), bits)
+
+
+@triton.jit
+def best_in_lanes(bits, index, K: tl.constexpr):
+    """The K largest of bits [any, rows, lanes] in each row, at a tie the lower index first, and their indices: int32
+    [rows, 32], best first, in the first K lanes."""
+    ROWS: tl.constexpr = bits.shape[1]
+    lane = tl.arange(0, 32)[None, :]
+    best, best_index = tl.zeros([ROWS, 32], tl.int32), tl.zeros([ROWS, 32], tl.int32)
+    for rank in range(K):
+        largest, first, bits = take_best(bits, index)
+        best = tl.where(lane == rank, largest[:, None], best)
+        best_index = tl.where(lane == rank, first[:, None], best_index)
+    return best, best_index
+
+
+@triton.jit
+def merge_lists_kernel(keys, peaks, sums, ids, tokens, logs, BLOCKS, K: tl.constexpr, SIZE: tl.constexpr,
+                       PDL: tl.constexpr):
+    """What `merge_blocks_kernel` does, for hundreds of blocks: only the K with the highest peaks have keys that count.
+
+    Grid (rows): a program, which is one warp, does one row. Pointers as there. SIZE is BLOCKS rounded up to a power of
+    two, at least 128: as many as a warp loads at once.
+    """
+    wait_for_previous(PDL)
+    row, block = tl.program_id(0), tl.arange(0, SIZE)[None, None, :]
+    at, real = row * BLOCKS + block, block < BLOCKS
+    peak = tl.load(peaks + at, mask=real, other=-float("inf"))
+    top = tl.max(peak)
+    total = tl.sum(tl.load(sums + at, mask=real, other=0.0) * tl.exp(peak - top))
+
+    pair = tl.arange(0, 128)[None, None, :]  # of the K blocks, best first, and the K ranks of their keys
+    number, rank = pair // K, pair % K
+    bits, of_pair = tl.where(real, sort_bits(peak), -(1 << 31)), tl.zeros([1, 1, 128], tl.int32)
+    for i in range(K):
+        _, highest, bits = take_best(bits, block)
+        of_pair = tl.where(number == i, highest[None, :, None], of_pair)
+    real = (number + rank < K) & (number < BLOCKS)  # before any further key there are K better ones
+    key = tl.load(keys + (row * BLOCKS + of_pair) * K + rank, mask=real, other=-(1 << 63))
+    best, token = best_in_lanes((key >> 32).to(tl.int32), key_index(key).to(tl.int32), K)
+
+    lane = tl.arange(0, 32)[None, :]
+    if ids is not None:
+        token = tl.load(ids + token, mask=lane < K, other=0)
+    tl.store(tokens + row * K + lane, token, mask=lane < K)
+    tl.store(logs + row * K + lane, tl.minimum(bits_value(best) - top - tl.log(total), 0.0), mask=lane < K)
+
+
+def merge_lists(keys: Tensor, peaks: Tensor, sums: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`top_children` from keys [rows, blocks, k] int64, peaks and sums [rows, blocks] fp32 of the blocks."""
+    rows, blocks, k = keys.shape
+    tokens, logs = keys.new_empty(rows, k), peaks.new_empty(rows, k)
+    size = max(128, triton.next_power_of_2(blocks))
+    merge_lists_kernel[rows,](keys, peaks, sums, ids, tokens, logs, blocks, k, size, num_warps=1,
+                              **pdl_options(keys.device))
+    return tokens, logs
 
 
 def top_children(logits: Tensor, k: int, ids: Tensor | None = None, noise: Tensor | None = None, log_p: bool = True

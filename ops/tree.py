@@ -270,11 +270,16 @@ def catch_up(state: State, n: int, scratch: Tensor) -> tuple[Tensor, Tensor, Ten
 def grow(logits: Tensor, level: Level, candidates: Candidates, depth: int, k: int, ids: Tensor | None = None,
          noise: Tensor | None = None) -> Level:
     """tree.grow."""
-    children, logs = top_children(logits, k, ids, noise)
+    return next_level(*top_children(logits, k, ids, noise), level, candidates, depth)
+
+
+def next_level(children: Tensor, logs: Tensor, level: Level, candidates: Candidates, depth: int) -> Level:
+    """tree.grow, from the best tokens below each node of `level` and their log-probabilities, both [nodes, k]."""
+    nodes, k = children.shape
     new = children.new_empty
     following = Level(tokens=new(k), scores=logs.new_empty(k), index=new(k), parent_rows=new(k), visible=new(k, 2))
-    grow_kernel[1,](children, logs, level.scores, level.index, level.visible, *candidates[:3], *following,
-                    len(logits), depth, k, **pdl_options(logits.device))
+    grow_kernel[1,](children, logs, level.scores, level.index, level.visible, *candidates[:3], *following, nodes, depth,
+                    k, **pdl_options(logs.device))
     return following
 
 

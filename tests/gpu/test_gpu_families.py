@@ -73,7 +73,7 @@ def test_fp32_writes_what_float64_writes(name: str) -> None:
         assert len(set(text)) > COUNT // 4  # else the comparison would show little
         for drafter in (Vanilla("cuda"), eagle2(model), eagle3(model), block(model, "vanilla")):
             assert write(engine(model, drafter), IDS, COUNT, how) == text
-        for markov in (None, "rnn"):  # the same drafts are accepted
+        for markov in (None, "vanilla", "rnn"):  # the same drafts are accepted
             cycles = [list(engine(m, block(m, markov)).generate(IDS, COUNT, how)) for m in (exact, model)]
             assert sum(cycles[1], []) == text
             assert sum(a != b for a, b in zip(*cycles)) <= 1

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import sampling
 import tree
-from ops import attention, context, embed_rope, linear, quantized
+from ops import attention, context, embed_rope, linear, markov, quantized
 from ops import tree as tree_kernels
 from ops.graphs import capture
 from ops.quantized import Quantized, dequantize, pack, quantize_rows, rotate
@@ -135,6 +135,29 @@ def test_grid(D: int, n: int, k: int, vocab: int) -> None:
         found.append([t.cpu() for t in candidates[:3]])
     assert found[0][0].equal(found[1][0]) and found[0][2].equal(found[1][2])
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("vocab, rank, k", [(16384, 128, 10), (49152, 512, 10), (151936, 256, 10), (1000, 40, 3)])
+def test_grow_markov(vocab: int, rank: int, k: int, dtype: torch.dtype) -> None:
+    """Fails if a product of W1 and W2 is wrong on real tensor cores, or if a level depends on which program ends first:
+    five runs must give the same bits, and the twin's nodes."""
+    torch.manual_seed(rank)
+    w1, w2 = randn(vocab, rank, dtype=dtype) * 0.2, randn(vocab, rank, dtype=dtype) * 0.2
+    logits, noise = randn(5, vocab, dtype=torch.float32) * 3, randn(vocab + 50, dtype=torch.float32)
+    ids = torch.randperm(vocab + 50, device="cuda")[:vocab].sort().values
+    w1 = torch.cat((w1, w1[:50]))  # a row for each token
+    found = []
+    runs = 5 * [(markov.grow_markov, w1, w2)] + [(markov.grow_markov_torch, w1.double(), w2.double())]
+    for grow, *weights in runs:
+        level, candidates = tree.start_tree(k, 5, w1.device)
+        for depth in range(5):
+            level = grow(logits[depth:depth + 1], *weights, level, candidates, depth, k, ids, noise)
+        found.append([*level, *candidates[:3]])
+    for run in found[1:5]:
+        assert all(a.equal(b) for a, b in zip(run, found[0], strict=True))
+    for ours, exact in zip(found[0], found[5], strict=True):
+        torch.testing.assert_close(ours, exact, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("vocab, k, depth, nodes", [(32000, 10, 6, 59), (49152, 3, 3, 59), (128256, 10, 8, 127),

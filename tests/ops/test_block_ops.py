@@ -1,4 +1,4 @@
-"""What block drafters need of ops/tree.py, ops/topk.py and ops/context.py, in Triton's interpreter
+"""What block drafters need of ops/tree.py, ops/markov.py and ops/context.py, in Triton's interpreter
 (tests/triton_tools.py), against tree.py and model.py. What Triton's compiler makes of it is in
 test_block_ops_aot.py."""
 import pytest
@@ -9,10 +9,12 @@ from triton_tools import interpreted, not_interpreted, run_without_triton
 
 import tree
 from model import apply_rope
+from ops import markov as markov_kernels
 from ops import tree as tree_kernels
 from ops.context import store_context_torch, store_context_triton
+from ops.markov import grow_markov_torch, grow_markov_triton
 from ops.topk import top_children
-from tree import Candidates, empty_candidates
+from tree import Candidates, empty_candidates, start_tree
 
 
 @pytest.mark.slow
@@ -85,6 +87,34 @@ def test_grid_of_some_tokens() -> None:
         ours, theirs = grids(logits, 31, 4, ids, added)
         assert torch.equal(ours.tokens, theirs.tokens) and torch.equal(ours.parents, theirs.parents)
         torch.testing.assert_close(ours.scores, theirs.scores, rtol=1e-6, atol=2e-5)
+
+
+# ----- grow_markov: a level below a Markov head ----------------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize("rank, vocab, k, dtype, programs", [
+    (5, 100, 3, torch.float32, 256), (130, 300, 10, torch.float32, 256), (64, 300, 10, torch.float16, 1),
+    (16, 128, 1, torch.float16, 256)])
+def test_grow_markov(rank: int, vocab: int, k: int, dtype: torch.dtype, programs: int, monkeypatch: pytest.MonkeyPatch
+                     ) -> None:
+    """Fails if a row gets another token's W1, if columns beyond the rank or rows beyond the vocabulary count, if the
+    second half of a rank is left out, if noise is read at a column, or if W2's row is that of another token."""
+    monkeypatch.setattr(markov_kernels, "PROGRAMS", programs)  # with 1: blocks of 256 tokens
+    random = torch.Generator().manual_seed(vocab + rank)
+    w1, w2 = (torch.randn(n, rank, generator=random).to(dtype) for n in (500, vocab))
+    logits, noise = torch.randn(3, vocab, generator=random) * rank**0.5, torch.randn(500, generator=random)
+    ids = torch.randperm(500, generator=random)[:vocab].sort().values
+    for some, added in ((None, None), (ids, None), (ids, noise), (None, noise[:vocab])):
+        made = []
+        for grow, *weights in ((grow_markov_triton, w1, w2), (grow_markov_torch, w1.float(), w2.float())):
+            level, candidates = start_tree(k, 3, logits.device)
+            level = level._replace(tokens=level.tokens + 7)
+            for depth in range(3):
+                level = grow(logits[depth:depth + 1], *weights, level, candidates, depth, k, some, added)
+            made.append((*level, *candidates[:3]))
+        for ours, theirs in zip(*made, strict=True):  # in fp32 the order of a sum shows
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
 
 
 # ----- store_context: keys and values of all layers ------------------------------------------------------------------

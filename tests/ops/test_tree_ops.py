@@ -14,7 +14,7 @@ from draft import Eagle2
 from drafters.eagle1 import Eagle1
 from engine import Engine
 from ops import tree as tree_kernels
-from ops.topk import argmax, top_children
+from ops.topk import argmax, merge_lists, top_children
 from ops.tree import accept_commit, catch_up, compact, grow, gumbel_noise, rerank
 from tree import Candidates, Level, State, Tree, accept, best_first, build_tree, start_tree
 
@@ -66,6 +66,37 @@ def test_top_children_of_a_view() -> None:
     """Fails if rows are taken for contiguous though the logits are columns of a wider matrix."""
     logits = rows("random", 3, 1100)
     assert torch.equal(top_children(logits[:, :1050], 4)[0], top_children(logits[:, :1050].contiguous(), 4)[0])
+
+
+@interpreted
+@pytest.mark.parametrize("kind", ["random", "ties", "one list", "one each"])
+def test_merge_lists(kind: str) -> None:
+    """Fails if a list is not read, or not far enough, if a tie goes to a later list, if the last lists are those of the
+    next row, or if a block's sum is not scaled by its peak."""
+    random = torch.Generator().manual_seed(0)
+    for n, blocks, k in ((3, 70, 10), (2, 33, 9), (2, 129, 2), (2, 3, 7), (2, 65, 1), (1, 1, 10)):
+        values = torch.randn(n, blocks, 16, generator=random)
+        if kind == "ties":
+            values = values.round()
+        elif kind == "one list":  # all the best, in the last list
+            values[:, -1] += 100
+        elif kind == "one each":
+            values[:, :, 0] += 100
+        order = values.sort(dim=-1, descending=True, stable=True)
+        bits = (order.values + 0).view(torch.int32)  # -0 + 0 is 0
+        bits ^= (bits >> 31) & 0x7FFFFFFF
+        index = torch.arange(blocks)[:, None] * 16 + order.indices
+        keys = (bits.long() << 32 | (0x7FFFFFFF - index))[:, :, :k].contiguous()
+        peaks = order.values[:, :, 0].contiguous()
+        sums = (values - peaks[:, :, None]).exp().sum(-1)
+        ids = torch.arange(16 * blocks) * 3
+        for some in (None, ids):
+            tokens, log_p = merge_lists(keys, peaks, sums, some)
+            best = values.flatten(1).sort(descending=True, stable=True).indices[:, :k]
+            assert torch.equal(tokens, best if some is None else ids[best])
+            exact = values.double().flatten(1).log_softmax(-1).gather(1, best)
+            assert (log_p <= 0).all()
+            torch.testing.assert_close(log_p.double(), exact, rtol=1e-6, atol=2e-5)
 
 
 @interpreted

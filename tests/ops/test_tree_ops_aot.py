@@ -1,12 +1,13 @@
-"""ops/tree.py and ops/topk.py through Triton's compiler, without a GPU (tests/triton_tools.py). Each launcher is called
-with kernels that compile what they are launched with. The numbers are test_tree_ops.py's."""
+"""ops/tree.py, ops/markov.py and ops/topk.py through Triton's compiler, without a GPU (tests/triton_tools.py). Each
+launcher is called with kernels that compile what they are launched with. The numbers are test_tree_ops.py's."""
 import pytest
 import torch
 from torch import Tensor
 from triton_tools import assert_fits, compile_ahead, not_interpreted
 
-from ops import topk
+from ops import markov, topk
 from ops import tree as tree_kernels
+from ops.markov import grow_markov_triton
 from ops.topk import argmax, top_children
 from ops.tree import accept_commit, catch_up, compact, grid, grow, gumbel_noise, rerank
 from tree import State, empty_candidates, start_tree
@@ -54,12 +55,12 @@ def test_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a kernel does not compile as it is launched, spills, or wants too much shared memory."""
     pytest.importorskip("triton")
     kernels = {}
-    for module in (topk, tree_kernels):
+    for module in (topk, markov, tree_kernels):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             kernels[name] = Compiling(getattr(module, name))
             monkeypatch.setattr(module, name, kernels[name])
     launch_all()
-    assert len(kernels) == 9 and all(kernel.compiled for kernel in kernels.values())
+    assert len(kernels) == 11 and all(kernel.compiled for kernel in kernels.values())
 
 
 def launch_all() -> None:
@@ -73,6 +74,9 @@ def launch_all() -> None:
         grow(torch.zeros(k, vocab, dtype=dtype), level, candidates, 1, k)
         for noise in (None, torch.zeros(vocab)):
             grow(torch.zeros(k, vocab, dtype=dtype), level, candidates, 1, k, torch.arange(vocab), noise)
+        for rank, drafted in ((512, 32000), (40, 49152)):
+            w1, w2 = torch.zeros(vocab, rank, dtype=dtype), torch.zeros(drafted, rank, dtype=dtype)
+            grow_markov_triton(torch.zeros(1, drafted), w1, w2, level, candidates, 1, k, level.tokens, noise)
         noise = torch.zeros(8, vocab)
         grid(torch.zeros(7, vocab), empty_candidates(7 * (nodes - 1), CPU), nodes - 1, k, None, noise)
         made = rerank(state, candidates, nodes - 1, depth)
