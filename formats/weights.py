@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 from safetensors import safe_open
@@ -26,7 +27,7 @@ DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", to
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a .safetensors or .bin file, memory-mapped, and the file's metadata ({} for a .bin file).
+    """All tensors of a .safetensors or .bin file, mapped from it, and the file's metadata ({} for a .bin file).
 
     Raises FileNotFoundError, or ValueError if the file is damaged or holds anything but tensors.
     """
@@ -34,7 +35,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if path.suffix == ".bin":  # a pickle: weights_only accepts tensors and refuses code
             return plain_tensors(torch.load(path, map_location="cpu", weights_only=True, mmap=True)), {}
         with safe_open(path, framework="pt") as f:
-            return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+            like = {name: f.get_tensor(name) for name in f.keys()}
+            metadata = f.metadata() or {}
+        return map_tensors(path, like), metadata
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; run convert_hf_checkpoint.py first") from None
     except Exception as e:  # a damaged pickle can raise any exception
@@ -43,6 +46,24 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise ValueError(reason) from None
         raise ValueError(f"{path}: damaged, or not plain tensors ({first_line(e)}); convert or download it again"
                          ) from None
+
+
+def map_tensors(path: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, of the dtypes and shapes of `like`, each in a mapping of its own: with the
+    tensor its pages go. safetensors maps a file once, and all pages that were read count as this process's memory as
+    long as one tensor is left."""
+    with open(path, "rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(start - 8))
+    found = {}
+    for name, tensor in like.items():
+        first, last = header[name]["data_offsets"]
+        if first == last:
+            found[name] = tensor.clone()
+            continue
+        mapped = np.memmap(path, np.uint8, "c", start + first, last - first)
+        found[name] = torch.from_numpy(mapped).view(tensor.dtype).view(tensor.shape)
+    return found
 
 
 def plain_tensors(unpickled: object) -> dict[str, Tensor]:
@@ -75,8 +96,8 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], path: Path, device: torc
 
     `tensors` must have exactly the names and shapes of the module's state_dict; otherwise ValueError names `path` and
     what differs. Floating-point weights are converted to `dtype` (None: kept as they are). Quantised integers (.data),
-    their scales (.scale) and the order of their columns (.order) keep their dtype, which must be the module's. The
-    entries of `tensors` are replaced by the moved ones.
+    their scales (.scale) and the order of their columns (.order) keep their dtype, which must be the module's.
+    `tensors` is empty afterwards: else it would keep what is replaced in the module later.
     """
     wanted = module.state_dict()
     for problem, names in (("lacks", wanted.keys() - tensors.keys()), ("has unknown", tensors.keys() - wanted.keys())):
@@ -91,6 +112,7 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], path: Path, device: torc
                              f"{list(like.shape)}" + (f" in the file's mode, as {like.dtype}" if is_quantized else ""))
         tensors[name] = tensor.to(device, None if is_quantized else dtype)
     module.load_state_dict(tensors, assign=True)
+    tensors.clear()
     module.requires_grad_(False).eval()
 
 
