@@ -103,7 +103,8 @@ def test_eagle_is_exact(mode: str | None, group: int, ids: int | None, tmp_path:
                                 "--draft_depth", "3", "--draft_topk", "3", "--draft_vocab", str(ids or 0), *words])
     empty = memory.empty_model(model.cfg, torch.bfloat16, mode, group)
     own += (drafter.bound.fc, drafter.bound.fc_of_token)
-    assert held(head, head.kv, head.rope, *small, *own) == memory.drafter_bytes(args, empty, 100, mode)
+    assert held(head, head.kv, head.rope, *small, *own) == memory.total_bytes(
+        memory.empty_drafter(args, empty, 100, mode), besides=empty)
 
 
 @pytest.fixture(scope="module")
