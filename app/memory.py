@@ -101,12 +101,14 @@ def empty_model(cfg: Config, dtype: torch.dtype, mode: str | None = None, group:
     return model.to(dtype)
 
 
-def stored_model(file: Path, dtype: torch.dtype) -> Llama:
-    """The target in a model file as load_model leaves it, on the meta device."""
+def stored_model(file: Path, dtype: torch.dtype, mode: str | None = None, group: int = 128) -> Llama:
+    """The target in a model file as load_model leaves it, on the meta device. mode, group: how it is quantised on load
+    if the file is not quantised."""
     tensors, metadata = read_tensors(file)
     with torch.device("meta"):
         model = Llama(Config.load(file.parent), qkv_bias="layers.0.wqkv.bias" in tensors)
-    prepare_linears(model, tensors, *stored_mode(file, metadata, None))
+    stored, stored_group = stored_mode(file, metadata, None)
+    prepare_linears(model, tensors, stored or mode, stored_group if stored else group)
     return model.to(dtype)
 
 
@@ -148,12 +150,8 @@ def plan(args: argparse.Namespace, dtype: torch.dtype, max_seq_len: int, mode: s
     folder = folder_of(args.checkpoint)
     cfg = Config.load(folder)
     file = args.checkpoint if args.checkpoint.is_file() else folder / "model.safetensors"
-    tensors, metadata = read_tensors(file)
-    stored, _ = stored_mode(file, metadata, None)
-    if stored:
-        model = stored_model(file, dtype)
-    else:
-        model = empty_model(cfg, dtype, mode, args.group or 128, "layers.0.wqkv.bias" in tensors)
+    stored, _ = stored_mode(file, read_tensors(file)[1], None)
+    model = stored_model(file, dtype, mode, args.group or 128)
     on_load = None if stored else mode
     drafter = empty_drafter(args, model, max_seq_len, on_load)
     copies = copied_bytes((model, drafter), dtype) if device == "cpu" else 0

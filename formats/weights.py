@@ -4,7 +4,9 @@ safetensors' own `save_file` needs all tensors in memory at once. The format is 
 hand and needs one piece in memory at a time.
 """
 import json
+import mmap
 import shutil
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -49,20 +51,21 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def map_tensors(path: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, of the dtypes and shapes of `like`, each in a mapping of its own: with the
-    tensor its pages go. safetensors maps a file once, and all pages that were read count as this process's memory as
-    long as one tensor is left."""
+    """The tensors of a safetensors file, of the dtypes and shapes of `like`. When the memory of one is freed, its pages
+    are given back. Otherwise they would count as this process's until the last tensor of the file is gone."""
     with open(path, "rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(start - 8))
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    start = 8 + int.from_bytes(mapping[:8], "little")
+    header = json.loads(mapping[8:start])
     found = {}
     for name, tensor in like.items():
-        first, last = header[name]["data_offsets"]
-        if first == last:
-            found[name] = tensor.clone()
-            continue
-        mapped = np.memmap(path, np.uint8, "c", start + first, last - first)
-        found[name] = torch.from_numpy(mapped).view(tensor.dtype).view(tensor.shape)
+        first, last = (start + offset for offset in header[name]["data_offsets"])
+        data = np.frombuffer(mapping, np.uint8, last - first, first)  # lives as long as the memory of the tensor
+        page = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages: others hold the neighbours' numbers too
+        size = last // mmap.PAGESIZE * mmap.PAGESIZE - page
+        if size > 0:
+            weakref.finalize(data, mapping.madvise, mmap.MADV_DONTNEED, page, size).atexit = False
+        found[name] = torch.from_numpy(data).view(tensor.dtype).view(tensor.shape)
     return found
 
 

@@ -18,9 +18,9 @@ Bits of int4 (`pack`): K is filled up with zeros to a multiple of 256. Byte k of
 four bits and q of column k + K / 2 in its high four bits. Others may have sorted the columns before they made groups
 (GPTQ's act-order). Then `order` says which column of x each column multiplies.
 
-The kernels for a CPU (ops/cpu_kernels.py) want int8 in another order: tiles of 16 rows, in which two columns of each row
-lie side by side. A weight that they have read stays in that order (`to_tiles`), so that memory holds it once. `unpack`
-and `in_rows` give the rows again.
+The kernels for a CPU (ops/cpu_kernels.py) read int8 in another order: tiles of 16 rows, in which two columns of each
+row lie side by side. A weight that they have read stays in that order (`to_tiles`), so that memory holds it once.
+`unpack` and `in_rows` give the rows again.
 
 Rotated means: each block of 16 columns was multiplied by a Hadamard matrix. That leaves w @ x.T as it is, and it
 spreads an outlier over its block, which 8 bits per activation need (QuaRot, arXiv 2404.00456).
