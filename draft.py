@@ -134,7 +134,7 @@ class EagleHead(nn.Module):
         means int8dyn here: with 8-bit activations drafts are as good and faster (docs/quantization.md)."""
         mode = "int8dyn" if mode == "int8" else mode
         for_embedding, for_feature = self.fc.weight.detach().chunk(2, dim=1)
-        self.of_embedding = nn.Parameter(for_embedding, False)
+        self.of_embedding = nn.Parameter(for_embedding.contiguous(), False)  # not a view of all of fc
         self.fc.weight = nn.Parameter(for_feature, False)
         quantize_linears(self, mode, group, device)
 

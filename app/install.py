@@ -25,14 +25,16 @@ from drafters.head_check import EXPECTED, compare, is_clear, right_guesses, tabl
 from drafters.heads import Head, load_head, type_of_head
 from formats.block import open_block
 from formats.config import Config
-from formats.eagle import CURVE, VOCAB, folder_of
+from formats.eagle import CURVE, VOCAB
 from formats.eagle3 import open_eagle3
 from formats.eagle3_config import MEASURED
 from formats.hub import FILES
 from formats.tokenizer_files import TOKENIZERS
+from formats.weights import read_tensors
 from formats.writing import QUANTIZED, replace_files
 from model import Llama, load_model
 from ops.device import gpu_problem
+from quant.linear import stored_mode
 from tokenizer import Tokenizer
 
 HEAD_FILES = {"config.json", "model.safetensors", "pytorch_model.bin", VOCAB, CURVE, MEASURED}
@@ -84,11 +86,16 @@ def add_head(head: Path, out: Path) -> None:
 
 
 def measure(head: Path, checkpoint: Path, doubts: dict[str, tuple]) -> dict:
-    """Let the head guess what the target writes, on a GPU if there is one. Returns the values of the fields that are in
-    doubt. Says on stderr what was found; ValueError where it is needed and cannot be."""
+    """Let the head guess what the target writes, on a GPU if there is one. On a CPU the target has int8 weights, a
+    quarter of fp32's bytes. Returns the values of the fields that are in doubt. Says on stderr what was found;
+    ValueError where it is needed and cannot be."""
     device, dtype = placement(argparse.Namespace(
         device="cpu" if gpu_problem(None) else None, dtype=None, quantize=None, checkpoint=Path()))
-    obstacle = why_not_measured(checkpoint, device, dtype)
+    file = checkpoint / "model.safetensors"
+    mode = None
+    if device == "cpu" and not stored_mode(file, read_tensors(file)[1], None)[0]:
+        mode, dtype = "int8", torch.float32
+    obstacle = why_not_measured(checkpoint, device, dtype, mode)
     if obstacle:
         if doubts:
             fields = ", ".join(f'"{name}": one of {[*map(json.dumps, values)]}' for name, values in doubts.items())
@@ -96,9 +103,9 @@ def measure(head: Path, checkpoint: Path, doubts: dict[str, tuple]) -> dict:
                              f"({obstacle}): write {MEASURED} beside them, with {fields}")
         print(f"{head}: not tried out ({obstacle})", file=sys.stderr)
         return {}
-    model = load_model(checkpoint, device, dtype)
+    model = load_model(checkpoint, device, dtype, mode)
     loaded = load_head(head, model)
-    answers = write_answers(model, Tokenizer(folder_of(checkpoint)), *(MANY if doubts else FEW))
+    answers = write_answers(model, Tokenizer(checkpoint), *(MANY if doubts else FEW))
     if not doubts:
         warn(head, loaded, [float(right.float().mean()) for right in right_guesses(loaded, model, answers)])
         return {}
@@ -114,13 +121,12 @@ def measure(head: Path, checkpoint: Path, doubts: dict[str, tuple]) -> dict:
     return best.fields
 
 
-def why_not_measured(checkpoint: Path, device: str, dtype: torch.dtype) -> str | None:
+def why_not_measured(checkpoint: Path, device: str, dtype: torch.dtype, mode: str | None) -> str | None:
     """What stands in the way of running the target there, if anything."""
-    folder = folder_of(checkpoint)
-    if not any((folder / name).is_file() for name in TOKENIZERS):
-        return f"{folder} has no tokenizer"
-    file = checkpoint if checkpoint.is_file() else folder / "model.safetensors"
-    needed = 1.3 * total_bytes(stored_model(file, dtype))  # and activations, the head, a small cache
+    if not any((checkpoint / name).is_file() for name in TOKENIZERS):
+        return f"{checkpoint} has no tokenizer"
+    target = stored_model(checkpoint / "model.safetensors", dtype, mode)
+    needed = 1.3 * total_bytes(target)  # and activations, the head, a small cache
     free = free_bytes(device)
     if needed > free:
         return f"the target needs {needed / 1e9:.1f} GB to run, and {free / 1e9:.1f} GB are free"

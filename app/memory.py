@@ -15,13 +15,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from draft import Drafter
 from drafters.methods import make_drafter
 from engine import SPARE
 from formats.config import Config
 from formats.eagle import folder_of
 from formats.weights import read_tensors
 from model import Llama
-from ops import cpu_integers
+from ops import cpu_integers, cpu_kernels
+from ops.quantized import Quantized
 from quant.linear import ROWS, QuantizedLinear, prepare_linears, quantize_linears, stored_mode
 
 OVERHEAD = 0.5e9  # cuBLAS, CUDA graphs, the activations of a chunk of the prompt
@@ -49,31 +51,43 @@ def exhausted(error: BaseException) -> bool:
         behind is not None and exhausted(behind))
 
 
-def storages(thing: object, seen: set[int] | None = None) -> Iterator[tuple[int, int]]:
-    """(identity, bytes) of the storage of every tensor that an object, its attributes and their items hold."""
+def inside(thing: object, seen: set[int] | None = None) -> Iterator[object]:
+    """An object, its attributes, their items and so on, each once."""
     seen = set() if seen is None else seen
     if id(thing) in seen or isinstance(thing, (type, ModuleType, FunctionType, str)):
         return
     seen.add(id(thing))
-    if isinstance(thing, Tensor):
-        storage = thing.untyped_storage()
-        yield storage._cdata, storage.nbytes()
-    elif isinstance(thing, dict):
-        for value in thing.values():
-            yield from storages(value, seen)
+    yield thing
+    if isinstance(thing, dict):
+        parts = thing.values()
     elif isinstance(thing, (list, tuple)):
-        for value in thing:
-            yield from storages(value, seen)
-    elif hasattr(thing, "__dict__"):
-        yield from storages(vars(thing), seen)
+        parts = thing
+    else:
+        parts = () if isinstance(thing, Tensor) else (getattr(thing, "__dict__", ()),)
+    for part in parts:
+        yield from inside(part, seen)
+
+
+def storages(thing: object) -> dict[int, int]:
+    """Bytes of each storage in `thing`, by its identity."""
+    tensors = (part for part in inside(thing) if isinstance(part, Tensor))
+    return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
 
 
 def total_bytes(thing: object, besides: object = None) -> int:
     """Bytes of the distinct storages in `thing` that `besides` does not hold too."""
-    found = dict(storages(thing))
-    for identity, _ in storages(besides):
-        found.pop(identity, None)
-    return sum(found.values())
+    others = storages(besides)
+    return sum(size for identity, size in storages(thing).items() if identity not in others)
+
+
+def copied_bytes(thing: object, dtype: torch.dtype) -> int:
+    """Bytes of the int8 weights in `thing` that a CPU keeps a second time, in FBGEMM's order: those that our kernels do
+    not take with activations of `dtype`."""
+    if not cpu_integers.is_supported():
+        return 0
+    weights = [part.weight if isinstance(part, QuantizedLinear) else part for part in inside(thing)]
+    return sum({id(w.data): w.data.nbytes for w in weights if isinstance(w, Quantized) and not w.group
+                and not (dtype == torch.float32 and cpu_kernels.takes_weight(w))}.values())
 
 
 def empty_model(cfg: Config, dtype: torch.dtype, mode: str | None = None, group: int = 128, qkv_bias: bool = False
@@ -87,12 +101,14 @@ def empty_model(cfg: Config, dtype: torch.dtype, mode: str | None = None, group:
     return model.to(dtype)
 
 
-def stored_model(file: Path, dtype: torch.dtype) -> Llama:
-    """The target in a model file as load_model leaves it, on the meta device."""
+def stored_model(file: Path, dtype: torch.dtype, mode: str | None = None, group: int = 128) -> Llama:
+    """The target in a model file as load_model leaves it, on the meta device. mode, group: how it is quantised on load
+    if the file is not quantised."""
     tensors, metadata = read_tensors(file)
     with torch.device("meta"):
         model = Llama(Config.load(file.parent), qkv_bias="layers.0.wqkv.bias" in tensors)
-    prepare_linears(model, tensors, *stored_mode(file, metadata, None))
+    stored, stored_group = stored_mode(file, metadata, None)
+    prepare_linears(model, tensors, stored or mode, stored_group if stored else group)
     return model.to(dtype)
 
 
@@ -102,13 +118,13 @@ def cache_bytes(cfg: Config, max_seq_len: int, dtype: torch.dtype) -> int:
     return 2 * (max_seq_len + SPARE) * planes * cfg.head_dim * dtype.itemsize
 
 
-def drafter_bytes(args: argparse.Namespace, model: Llama, max_seq_len: int, mode: str | None = None) -> int:
-    """What --method's drafter takes besides the target: its weights, its cache and what it makes of them."""
+def empty_drafter(args: argparse.Namespace, model: Llama, max_seq_len: int, mode: str | None = None) -> Drafter:
+    """--method's drafter with its cache and what it makes of its weights, for a model on the meta device."""
     tree = None if args.draft_tokens == "auto" else args.draft_tokens  # to choose one is to measure
     asked = {**vars(args), "quantize": mode, "draft_tokens": tree, "tree_table": None}
     drafter = make_drafter(args.method, argparse.Namespace(**asked), model, max_seq_len)
     drafter.allocate(max_seq_len + SPARE)
-    return total_bytes(drafter, besides=model)
+    return drafter
 
 
 def passing(cfg: Config, dtype: torch.dtype, mode: str | None) -> int:
@@ -134,18 +150,12 @@ def plan(args: argparse.Namespace, dtype: torch.dtype, max_seq_len: int, mode: s
     folder = folder_of(args.checkpoint)
     cfg = Config.load(folder)
     file = args.checkpoint if args.checkpoint.is_file() else folder / "model.safetensors"
-    tensors, metadata = read_tensors(file)
-    stored, _ = stored_mode(file, metadata, None)
-    if stored:
-        model = stored_model(file, dtype)
-    else:
-        model = empty_model(cfg, dtype, mode, args.group or 128, "layers.0.wqkv.bias" in tensors)
+    stored, _ = stored_mode(file, read_tensors(file)[1], None)
+    model = stored_model(file, dtype, mode, args.group or 128)
     on_load = None if stored else mode
-    drafter = drafter_bytes(args, model, max_seq_len, on_load)
-    rows = [part for part in model.modules() if isinstance(part, QuantizedLinear) and not part.weight.group]
-    is_packed = device == "cpu" and rows and cpu_integers.is_supported()
-    copies = total_bytes(rows) + drafter if is_packed else 0  # in the kernels' order
-    return Need(total_bytes(model), cache_bytes(cfg, max_seq_len, dtype), drafter,
+    drafter = empty_drafter(args, model, max_seq_len, on_load)
+    copies = copied_bytes((model, drafter), dtype) if device == "cpu" else 0
+    return Need(total_bytes(model), cache_bytes(cfg, max_seq_len, dtype), total_bytes(drafter, besides=model),
                 passing(cfg, dtype, stored or mode) + copies, loading(cfg, dtype, on_load))
 
 

@@ -4,10 +4,13 @@ safetensors' own `save_file` needs all tensors in memory at once. The format is 
 hand and needs one piece in memory at a time.
 """
 import json
+import mmap
 import shutil
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 from safetensors import safe_open
@@ -26,7 +29,7 @@ DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", to
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a .safetensors or .bin file, memory-mapped, and the file's metadata ({} for a .bin file).
+    """All tensors of a .safetensors or .bin file, mapped from it, and the file's metadata ({} for a .bin file).
 
     Raises FileNotFoundError, or ValueError if the file is damaged or holds anything but tensors.
     """
@@ -34,7 +37,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if path.suffix == ".bin":  # a pickle: weights_only accepts tensors and refuses code
             return plain_tensors(torch.load(path, map_location="cpu", weights_only=True, mmap=True)), {}
         with safe_open(path, framework="pt") as f:
-            return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+            like = {name: f.get_tensor(name) for name in f.keys()}
+            metadata = f.metadata() or {}
+        return map_tensors(path, like), metadata
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; run convert_hf_checkpoint.py first") from None
     except Exception as e:  # a damaged pickle can raise any exception
@@ -43,6 +48,25 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise ValueError(reason) from None
         raise ValueError(f"{path}: damaged, or not plain tensors ({first_line(e)}); convert or download it again"
                          ) from None
+
+
+def map_tensors(path: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, of the dtypes and shapes of `like`. When the memory of one is freed, its pages
+    are given back. Otherwise they would count as this process's until the last tensor of the file is gone."""
+    with open(path, "rb") as file:
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    start = 8 + int.from_bytes(mapping[:8], "little")
+    header = json.loads(mapping[8:start])
+    found = {}
+    for name, tensor in like.items():
+        first, last = (start + offset for offset in header[name]["data_offsets"])
+        data = np.frombuffer(mapping, np.uint8, last - first, first)  # lives as long as the memory of the tensor
+        page = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages: others hold the neighbours' numbers too
+        size = last // mmap.PAGESIZE * mmap.PAGESIZE - page
+        if size > 0:
+            weakref.finalize(data, mapping.madvise, mmap.MADV_DONTNEED, page, size).atexit = False
+        found[name] = torch.from_numpy(data).view(tensor.dtype).view(tensor.shape)
+    return found
 
 
 def plain_tensors(unpickled: object) -> dict[str, Tensor]:
@@ -75,8 +99,8 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], path: Path, device: torc
 
     `tensors` must have exactly the names and shapes of the module's state_dict; otherwise ValueError names `path` and
     what differs. Floating-point weights are converted to `dtype` (None: kept as they are). Quantised integers (.data),
-    their scales (.scale) and the order of their columns (.order) keep their dtype, which must be the module's. The
-    entries of `tensors` are replaced by the moved ones.
+    their scales (.scale) and the order of their columns (.order) keep their dtype, which must be the module's.
+    `tensors` is empty afterwards: else it would keep what is replaced in the module later.
     """
     wanted = module.state_dict()
     for problem, names in (("lacks", wanted.keys() - tensors.keys()), ("has unknown", tensors.keys() - wanted.keys())):
@@ -91,6 +115,7 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], path: Path, device: torc
                              f"{list(like.shape)}" + (f" in the file's mode, as {like.dtype}" if is_quantized else ""))
         tensors[name] = tensor.to(device, None if is_quantized else dtype)
     module.load_state_dict(tensors, assign=True)
+    tensors.clear()
     module.requires_grad_(False).eval()
 
 

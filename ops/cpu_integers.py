@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ops.quantized import Quantized, rotate
+from ops.quantized import Quantized, in_rows, rotate
 
 HIGHEST = 63  # of a digit: base 128, from -64
 PACKED = WeakTensorKeyDictionary()  # the integers of a weight -> the same in FBGEMM's order of memory
@@ -45,7 +45,7 @@ def integer_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> 
         high = torch.floor((digits + 64) / 128)
         digits = torch.cat((high, digits - 128 * high))
     # FBGEMM adds 64 to make the integers unsigned
-    y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(digits, 1.0, 64, packed(weight.data))
+    y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(digits, 1.0, 64, packed(weight))
     if weight.planes == 2:
         high, low = y.chunk(2)
         y = 128 * high + low
@@ -53,15 +53,16 @@ def integer_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> 
     return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], -1)
 
 
-def packed(data: Tensor) -> object:
-    """The integers [N, K] as FBGEMM reads them; made once for each tensor, and as large."""
-    if data not in PACKED:
+def packed(weight: Quantized) -> object:
+    """The integers as FBGEMM reads them; made once for each tensor of integers, and as large."""
+    if weight.data not in PACKED:
+        data = in_rows(weight).data
         engine = torch.backends.quantized.engine
         torch.backends.quantized.engine = "fbgemm"
         ones = torch.ones(len(data), dtype=torch.float64)
         with warnings.catch_warnings():  # tensors that say their own scale are deprecated; this one is packed at once
             warnings.simplefilter("ignore")
             plain = torch._make_per_channel_quantized_tensor(data, ones, torch.zeros_like(ones, dtype=torch.int64), 0)
-        PACKED[data] = torch.ops.quantized.linear_prepack(plain, None)
+        PACKED[weight.data] = torch.ops.quantized.linear_prepack(plain, None)
         torch.backends.quantized.engine = engine
-    return PACKED[data]
+    return PACKED[weight.data]

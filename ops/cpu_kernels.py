@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from formats.writing import replace_when_whole
-from ops.quantized import Quantized
+from ops.quantized import Quantized, to_tiles
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-pthread")
@@ -68,12 +68,21 @@ def compiled() -> Path:
     return file
 
 
-def takes_linear(x: Tensor, weight: object, heads: tuple[Tensor, Tensor, Tensor] | None, *others: Tensor | None
-                 ) -> bool:
-    """Whether `linear` takes these: int8 weights, sizes that vectors divide, and fp32 for everything else."""
-    return (type(weight) is Quantized and not weight.group and weight.data.shape[0] % 64 == 0
-            and (heads is None or heads[2].shape[-1] in HEAD_SIZES and heads[2].dtype == torch.float32)
-            and all(other is None or other.dtype == torch.float32 for other in others) and takes_rows(x))
+def takes_linear(x: Tensor, weight: object, *others: Tensor | None) -> bool:
+    """Whether `linear` takes these: weights that `takes_weight` does, and fp32 for everything else."""
+    return (all(other is None or other.dtype == torch.float32 for other in others) and takes_rows(x)
+            and takes_weight(weight))
+
+
+def takes_weight(weight: object) -> bool:
+    """Whether `linear` takes this weight: int8, of sizes that vectors divide."""
+    return (type(weight) is Quantized and not weight.group and weight.shape[0] % 64 == weight.shape[1] % 16 == 0
+            and library() is not None)
+
+
+def takes_heads(kv: Tensor) -> bool:
+    """Whether `linear` stores keys and values in this cache too."""
+    return kv.shape[-1] in HEAD_SIZES and kv.dtype == torch.float32
 
 
 def takes_rows(x: Tensor, *dtypes: torch.dtype) -> bool:
@@ -92,7 +101,7 @@ def linear(x: Tensor, weight: Quantized, bias: Tensor | None = None, norm: tuple
            residual: Tensor | None = None, gated: bool = False, heads: tuple[Tensor, Tensor, Tensor] | None = None
            ) -> Tensor:
     """`linear` of ops/linear.py by the kernel, which rounds x to 14 bits."""
-    N, K = weight.data.shape
+    N, K = weight.shape
     x = x.contiguous()
     T = x.numel() // K
     rope, slots, kv = heads or (None, None, None)
@@ -101,9 +110,9 @@ def linear(x: Tensor, weight: Quantized, bias: Tensor | None = None, norm: tuple
     norm_weight, eps = norm or (None, 0.0)
     residual = None if residual is None else residual.contiguous()
     slots = None if slots is None else slots.contiguous()
-    library().linear(T, K, N, x.data_ptr(), address(norm_weight), eps, weight.rotated, packed(weight.data).data_ptr(),
-                     weight.scale.data_ptr(), address(bias), address(residual), gated, address(rope), address(slots),
-                     address(kv), S, D, kv_heads, out.data_ptr())
+    library().linear(T, K, N, x.data_ptr(), address(norm_weight), eps, weight.rotated,
+                     to_tiles(weight.data).data_ptr(), weight.scale.data_ptr(), address(bias), address(residual), gated,
+                     address(rope), address(slots), address(kv), S, D, kv_heads, out.data_ptr())
     return out
 
 
@@ -142,12 +151,3 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
-
-
-def packed(data: Tensor) -> Tensor:
-    """The integers [N, K] in the order in which the kernel reads them, [N / 16, K / 2, 16, 2]; made once for each
-    tensor, and as large."""
-    found = getattr(data, "packed", None)
-    if found is None:
-        found = data.packed = data.reshape(len(data) // 16, 16, -1, 2).transpose(1, 2).contiguous()
-    return found

@@ -48,8 +48,10 @@ def linear(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None, no
     stored in kv.
     dtype: of the output, by default x's. fp32 keeps the kernel's sums as they are: bf16 logits near 20 are 0.125 apart.
     """
-    if cpu_kernels.takes_linear(x, weight, heads, bias, norm and norm[0], residual):
-        return cpu_kernels.linear(x, weight, bias, norm, residual, gated, heads)
+    if cpu_kernels.takes_linear(x, weight, bias, norm and norm[0], residual):
+        if heads is None or cpu_kernels.takes_heads(heads[2]):
+            return cpu_kernels.linear(x, weight, bias, norm, residual, gated, heads)
+        return rope_store(cpu_kernels.linear(x, weight, bias, norm), *heads).flatten(1)
     rows, K = x.numel() // x.shape[-1], x.shape[-1]
     if not x.is_cuda or rows > MAX_ROWS or K % 16 or x.dtype not in (torch.bfloat16, torch.float16):
         y = linear_torch(x, weight, bias, norm, residual, gated, fast=True)

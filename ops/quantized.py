@@ -18,6 +18,10 @@ Bits of int4 (`pack`): K is filled up with zeros to a multiple of 256. Byte k of
 four bits and q of column k + K / 2 in its high four bits. Others may have sorted the columns before they made groups
 (GPTQ's act-order). Then `order` says which column of x each column multiplies.
 
+The kernels for a CPU (ops/cpu_kernels.py) read int8 in another order: tiles of 16 rows, in which two columns of each
+row lie side by side. A weight that they have read stays in that order (`to_tiles`), so that memory holds it once.
+`unpack` and `in_rows` give the rows again.
+
 Rotated means: each block of 16 columns was multiplied by a Hadamard matrix. That leaves w @ x.T as it is, and it
 spreads an outlier over its block, which 8 bits per activation need (QuaRot, arXiv 2404.00456).
 
@@ -34,11 +38,12 @@ from torch import Tensor
 from ops.device import tl, triton
 
 ROTATION = 16  # columns that are rotated together; K is a multiple of it
+TILE = 16  # rows
 
 
 class Quantized(NamedTuple):
     """Weights [N, K] as integers. For int4, K is the number of columns after filling up."""
-    data: Tensor  # int8 [N, K], or for int4 [N, K / 2]
+    data: Tensor  # int8 [N, K], for int4 [N, K / 2], in tiles [N / 16, K / 2, 16, 2]
     scale: Tensor  # fp32 [N], or for int4 scale and offset (bf16) or scale and zero (fp16) [K / group, N, 2]
     group: int  # columns that share a scale and an offset; 0: the whole row, without an offset
     planes: int  # how many planes of 8 bits an activation has: 1 or 2
@@ -48,6 +53,9 @@ class Quantized(NamedTuple):
     @property
     def shape(self) -> tuple[int, int]:
         """N and K."""
+        if self.data.dim() == 4:
+            tiles, pairs, rows, columns = self.data.shape
+            return tiles * rows, pairs * columns
         return len(self.data), self.data.shape[1] * (2 if self.group else 1)
 
 
@@ -60,10 +68,31 @@ def pack(q: Tensor) -> Tensor:
 def unpack(weight: Quantized) -> Tensor:
     """The integers, int8 [N, K]."""
     if not weight.group:
-        return weight.data
+        return in_rows(weight).data
     low = weight.data << 4 >> 4  # shifting back extends the sign
     high = weight.data >> 4
     return torch.cat((low, high), 1)
+
+
+def to_tiles(data: Tensor) -> Tensor:
+    """`data` int8 [N, K], N a multiple of 16 and K of 2, in tiles [N / 16, K / 2, 16, 2]. The tensor itself becomes so:
+    its rows are freed, unless a view of them is left, and all weights that share the tensor have the tiles."""
+    if data.dim() == 2:
+        N, K = data.shape
+        pairs = data.contiguous().view(torch.int16).view(N // TILE, TILE, K // 2)
+        tiles = pairs.transpose(1, 2).contiguous().view(torch.int8).view(N // TILE, K // 2, TILE, 2)
+        with torch.inference_mode():  # a tensor that was made in this mode is changed in no other
+            data.set_(tiles)
+    return data
+
+
+def in_rows(weight: Quantized) -> Quantized:
+    """The same weight with its data row by row; the weight itself unless it is in tiles."""
+    if weight.data.dim() == 2:
+        return weight
+    N, K = weight.shape
+    tiles = weight.data.view(torch.int16).view(N // TILE, K // 2, TILE)
+    return weight._replace(data=tiles.transpose(1, 2).reshape(N, K // 2).view(torch.int8))
 
 
 def dequantize(weight: Quantized, dtype: torch.dtype) -> Tensor:
@@ -130,7 +159,7 @@ def integer_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> 
             x, weight = x[..., weight.order], weight._replace(order=None)
         return F.linear(x, dequantize(weight, x.dtype)[:, :x.shape[-1]], bias)
     q, scale = quantize_rows(x, 1, weight.rotated)
-    q, w = (t.to(x.dtype).div_(128) for t in (q, weight.data))  # exact in any dtype, and the sums fit fp16
+    q, w = (t.to(x.dtype).div_(128) for t in (q, unpack(weight)))  # exact in any dtype, and the sums fit fp16
     y = F.linear(q, w).float() * (128 * 128 * scale) * weight.scale
     return (y if bias is None else y + bias).to(x.dtype)
 

@@ -14,14 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ops import cpu_kernels
 from ops.linear import linear
-from ops.quantized import ROTATION, Quantized, dequantize, pack, rotate
+from ops.quantized import ROTATION, TILE, Quantized, dequantize, in_rows, pack, rotate, to_tiles
 from quant.int4 import SHRINK, column_importance, gptq, nearest_integers, search_scales
 
 MODES = ("int8", "int8dyn", "int4")
 IMPORTED = "imported"  # the mode of a file whose weights are of several kinds, as others have quantised them
 GROUPS = (32, 64, 128)  # columns of int4 that share a scale and an offset
 ROWS = 4096  # rows quantised at a time: this bounds the fp32 memory needed beside the weights
+CACHED = 2**20  # int8 on a CPU: so many weights at a time, whose fp32 numbers stay in its cache from step to step
 
 
 # ----- Weights -----------------------------------------------------------------------------------------------------
@@ -57,8 +59,9 @@ def quantize_weight(w: Tensor, mode: str, group: int = 128, hessian: Tensor | No
     if w.is_meta:
         return out
     importance = None if hessian is None else column_importance(hessian)
-    for first in range(0, len(w), ROWS):
-        rows = slice(first, first + ROWS)
+    count = max(1, CACHED // w.shape[1]) if mode != "int4" and w.device.type == "cpu" else ROWS
+    for first in range(0, len(w), count):
+        rows = slice(first, first + count)
         part = w[rows].float()
         if mode == "int4":
             scale, offset = search_scales(part, group, importance, shrink)
@@ -69,7 +72,7 @@ def quantize_weight(w: Tensor, mode: str, group: int = 128, hessian: Tensor | No
         else:
             part = rotate(part) if out.rotated else part
             out.scale[rows] = part.abs().amax(1) / 127
-            out.data[rows] = (part / out.scale[rows, None].clamp(min=1e-30)).round().to(torch.int8)
+            out.data[rows] = (part / out.scale[rows, None].clamp(min=1e-30)).round_()
     if hessian is not None and mode == "int4":
         scale, offset = out.scale.float().unbind(-1)
         out.data.copy_(pack(gptq(w.float(), scale * 16, offset, group, hessian)))
@@ -80,8 +83,12 @@ def rows_of(weight: Tensor | Quantized, rows: Tensor | slice) -> Tensor | Quanti
     """The given rows (outputs) of a weight: ids or a slice."""
     if not isinstance(weight, Quantized):
         return weight[rows]
+    if weight.data.dim() == 4 and isinstance(rows, slice):
+        first, last, step = rows.indices(weight.shape[0])
+        if first % TILE == last % TILE == 0 and step == 1:  # whole tiles: no copy
+            return weight._replace(data=weight.data[first // TILE:last // TILE], scale=weight.scale[rows])
     scale = weight.scale[:, rows].contiguous() if weight.group else weight.scale[rows]  # int4: [groups, N, 2]
-    return weight._replace(data=weight.data[rows], scale=scale)
+    return weight._replace(data=in_rows(weight).data[rows], scale=scale)
 
 
 def stack(above: Tensor | Quantized, below: Tensor | Quantized) -> Tensor | Quantized | None:
@@ -91,14 +98,17 @@ def stack(above: Tensor | Quantized, below: Tensor | Quantized) -> Tensor | Quan
         return torch.cat((above, below))
     if isinstance(above, Quantized) and isinstance(below, Quantized) and same_kind(above, below):
         scale = torch.cat((above.scale, below.scale), int(above.group > 0))
-        return above._replace(data=torch.cat((above.data, below.data)), scale=scale)
+        both = above._replace(data=torch.cat((in_rows(above).data, in_rows(below).data)), scale=scale)
+        if both.data.device.type == "cpu" and cpu_kernels.takes_weight(both):
+            to_tiles(both.data)  # now, before rows of it are taken, so that they share them
+        return both
     return None
 
 
 def same_kind(one: Quantized, other: Quantized) -> bool:
     """Whether two weights, of any number of rows, can be one: the same number of columns, group, planes and rotation,
     the same words and order of columns."""
-    same = one.data.shape[1:] == other.data.shape[1:] and one[2:5] == other[2:5]
+    same = one.shape[1] == other.shape[1] and one[2:5] == other[2:5]
     same = same and one.scale.dtype == other.scale.dtype
     if one.order is None or other.order is None:
         return same and one.order is other.order
@@ -142,11 +152,17 @@ class QuantizedLinear(nn.Module):
         return linear(x, self.weight, self.bias)
 
     def _apply(self, function, recurse=True):
-        """What nn.Module.to calls. The scale moves to the new device but keeps its dtype."""
+        """What nn.Module.to calls. The scale moves to the new device but keeps its dtype; the integers go in rows."""
         scale = self.scale
+        self.data = in_rows(self.weight).data
         super()._apply(function, recurse)
         self.scale = scale.to(self.data.device)
         return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        """What state_dict calls. Files have the integers in rows."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}data"] = in_rows(self.weight).data
 
 
 def mode_of(name: str, mode: str) -> str:
@@ -159,12 +175,13 @@ def quantize_linears(module: nn.Module, mode: str, group: int = 128, device: tor
                      shrink: Sequence[float] = SHRINK) -> None:
     """Replace every nn.Linear in `module` by a QuantizedLinear, one after the other. The integers go to `device` (None:
     they stay where the weight was). A weight on the meta device gives shapes and dtypes only."""
-    for path, old in list(module.named_modules()):
-        if isinstance(old, nn.Linear):
-            parent, _, name = path.rpartition(".")
-            w = old.weight.detach().to(device or old.weight.device)
-            weight = quantize_weight(w, mode_of(name, mode), group, shrink=shrink)
-            setattr(module.get_submodule(parent), name, QuantizedLinear(weight, old.bias))
+    paths = [path for path, part in module.named_modules() if isinstance(part, nn.Linear)]
+    for path in paths:  # a list of the linears themselves would keep their weights
+        old = module.get_submodule(path)
+        parent, _, name = path.rpartition(".")
+        w = old.weight.detach().to(device or old.weight.device)
+        weight = quantize_weight(w, mode_of(name, mode), group, shrink=shrink)
+        setattr(module.get_submodule(parent), name, QuantizedLinear(weight, old.bias))
 
 
 def prepare_linears(module: nn.Module, tensors: dict[str, Tensor], mode: str | None, group: int) -> None:

@@ -9,12 +9,14 @@ import tiny
 import torch
 from eagle3_published import write
 from helpers import tiny_checkpoint
+from safetensors.torch import safe_open, save_file
 
 from app import install
 from drafters.eagle3 import Eagle3Head
 from drafters.head_check import Variant
 from formats.config import Config
 from formats.eagle3 import open_eagle3
+from formats.weights import FORMAT
 
 
 @pytest.fixture
@@ -37,6 +39,32 @@ def test_guesses_are_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
         said = capsys.readouterr().err
         assert "first, second and third guesses" in said and ("probably another model's" in said) == is_bad
         assert (folder / "eagle/model.safetensors").read_bytes() == (head / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("device, stored, expected", [
+    ("cpu", False, (torch.float32, "int8")), ("cuda", False, (torch.bfloat16, None)),
+    ("cpu", True, (torch.bfloat16, None))])
+def test_format(device: str, stored: bool, expected: tuple, target: Path, tmp_path: Path,
+                monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a target on a CPU is not run in int8, for which it has the fast kernels and a quarter of fp32's memory;
+    or if one that is stored as integers, or on a GPU, is."""
+    if stored:
+        with safe_open(target / "model.safetensors", "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        save_file(tensors, target / "model.safetensors", {"format": FORMAT, "mode": "imported"})
+    asked = []
+
+    def load_model(path: Path, device: str, dtype: torch.dtype, mode: str | None) -> None:
+        asked.append((path, device, dtype, mode))
+        raise ValueError("loaded")
+
+    monkeypatch.setattr(install, "placement", lambda args: (device, torch.bfloat16))
+    monkeypatch.setattr(install, "free_bytes", lambda device: 10**9)
+    monkeypatch.setattr(install, "load_model", load_model)
+    write(tmp_path / "head", "speculators", Config.load(target))
+    with pytest.raises(ValueError, match="loaded"):
+        install.add_head(tmp_path / "head", target)
+    assert asked == [(target, device, *expected)]
 
 
 def test_what_is_open_is_measured(target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

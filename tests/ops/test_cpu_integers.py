@@ -46,7 +46,7 @@ def test_packed_once() -> None:
     gc.collect()
     before = len(PACKED)
     weight = quantize_weight(torch.randn(32, 64), "int8")
-    assert packed(weight.data) is packed(weight.data) and len(PACKED) == before + 1
+    assert packed(weight) is packed(weight) and len(PACKED) == before + 1
     del weight
     gc.collect()
     assert len(PACKED) == before

@@ -1,7 +1,9 @@
 """ops/cpu_kernels.py: the compiled kernels of a CPU against their PyTorch twins in float64, row by row."""
+import gc
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -9,10 +11,12 @@ import torch.nn.functional as F
 from conftest import ROOT
 from torch import Tensor
 
+from app.memory import total_bytes
 from ops import attention, cpu_kernels, embed_rope
-from ops.linear import linear
+from ops.cpu_integers import PACKED
+from ops.linear import linear, linear_torch
 from ops.quantized import Quantized, dequantize, rotate
-from quant.linear import quantize_weight
+from quant.linear import QuantizedLinear, quantize_weight, rows_of, stack
 from tree import build_tree
 
 
@@ -62,19 +66,60 @@ def test_linear(mode: str, N: int, K: int) -> None:
             assert torch.equal(found, torch.cat(alone)), (rows, options)
 
 
-@pytest.mark.parametrize("D", [32, 64, 96])
+@pytest.mark.parametrize("D", [16, 32, 64, 96])
 def test_heads(D: int) -> None:
-    """Fails if a head is rotated or stored as another one, with int8 weights in one kernel or after a product."""
+    """Fails if a head is rotated or stored as another one, with int8 weights in one kernel or, as those of 16, after a
+    product; or if the product of those of 16 is another kernel's, which would keep the weights a second time."""
     K, T, S = 2, 5, 20
-    weight = quantize_weight(torch.randn((6 + 2 * K) * D, 64), "int8")
+    weight = quantize_weight(torch.randn((8 + 2 * K) * D, 64), "int8")
     x, rope, slots = torch.randn(T, 64), torch.randn(2, T, D // 2).repeat(1, 1, 2), torch.tensor([3, 19, 0, 7, 4])
     plain = linear(x, weight)
     caches = [torch.zeros(2, K, S, D) for _ in range(3)]
     exact = embed_rope.rope_store_torch(plain, rope, slots, caches[0])
-    for found, kv in ((linear(x, weight, heads=(rope, slots, caches[1])).view(T, 6, D), caches[1]),
+    for found, kv in ((linear(x, weight, heads=(rope, slots, caches[1])).view(T, 8, D), caches[1]),
                       (embed_rope.rope_store(plain, rope, slots, caches[2]), caches[2])):
         torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(kv, caches[0], rtol=1e-5, atol=1e-5)
+    assert weight.data not in PACKED
+
+
+@pytest.mark.parametrize("mode", ["int8", "int8dyn"])
+def test_kept_once(mode: str) -> None:
+    """Fails if a weight is in memory twice once the kernel has read it, or if something that reads the integers
+    afterwards reads others: its shape, its values, rows of it, two in one, a file, a move."""
+    layer = QuantizedLinear(quantize_weight(torch.randn(192, 48), mode))
+    before = dequantize(layer.weight, torch.float64)
+    rows = weakref.ref(layer.data.untyped_storage())
+    state = {name: t.clone() for name, t in layer.state_dict().items()}
+    x = torch.randn(3, 48)
+    assert rows() is not None
+    y = linear(x, layer.weight)
+    assert layer.data.dim() == 4 and total_bytes(layer) == 192 * 48 + 192 * 4, "the kernel did not read it"
+    gc.collect()
+    assert rows() is None
+    weight = layer.weight
+    assert weight.shape == (192, 48) and torch.equal(linear(x, weight), y)
+    assert torch.equal(dequantize(weight, torch.float64), before)
+    for part in (slice(64, 128), slice(128, None), slice(3, 67), slice(None, None, 3), torch.tensor([5, 191, 0])):
+        assert torch.equal(dequantize(rows_of(weight, part), torch.float64), before[part])
+    assert rows_of(weight, slice(64, 128)).data.untyped_storage().data_ptr() == weight.data.untyped_storage().data_ptr()
+    below = quantize_weight(torch.randn(64, 48), mode)
+    both = stack(weight, below)
+    assert torch.equal(dequantize(both, torch.float64), torch.cat((before, dequantize(below, torch.float64))))
+    assert (linear_torch(x, weight) - y).norm() < 0.05 * y.norm()
+    assert all(torch.equal(t, state[name]) for name, t in layer.state_dict().items())
+    assert layer.to("cpu").data.equal(state["data"]) and torch.equal(linear(x, layer.weight), y)
+
+
+def test_rows_of_two_in_one() -> None:
+    """Fails if rows of a weight that was made of two are copied when the kernel reads them: an EAGLE head drafts with
+    its lm_head and fc, with both in one and with each."""
+    both = stack(*(quantize_weight(torch.randn(N, 32), "int8") for N in (128, 64)))
+    parts = both, rows_of(both, slice(128)), rows_of(both, slice(128, None))
+    x = torch.randn(2, 32)
+    y, *rest = (linear(x, part) for part in parts)
+    assert torch.equal(y, torch.cat(rest, -1))
+    assert total_bytes([part.data for part in parts]) == 192 * 32
 
 
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)])

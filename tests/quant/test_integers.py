@@ -63,6 +63,17 @@ def test_int8_uses_the_whole_range() -> None:
     assert not quantize_weight(torch.zeros(2, 64), "int8").data.any()
 
 
+@pytest.mark.parametrize("mode", ["int8", "int8dyn"])
+def test_blocks(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the number of rows that are quantised at a time changes an integer or a scale, loses the rows of the
+    last block, or if the weights themselves are changed."""
+    w = torch.randn(77, 64)
+    whole, kept = quantize_weight(w, mode), w.clone()
+    monkeypatch.setattr("quant.linear.CACHED", 10 * 64)
+    parts = quantize_weight(w, mode)
+    assert torch.equal(parts.data, whole.data) and torch.equal(parts.scale, whole.scale) and torch.equal(w, kept)
+
+
 def test_importance() -> None:
     """Fails if an input that was always 0 counts as nothing, which divides by zero, or as much as the others."""
     hessian = torch.diag(torch.tensor([4.0, 0.0, 0.25, 9.0])) + torch.tensor([[0.0] * 3 + [1.0]] + [[0.0] * 4] * 3)
