@@ -482,7 +482,7 @@ def test_a_head_for_it(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     texts = [[i for tokens in engine.generate([1, 50, 7], 40) for i in tokens] for engine in engines]
     assert texts[0] == texts[1] and len(texts[0]) == 40
     for command in tiny_command(train.main, tmp_path / "unused", monkeypatch):
-        command("--checkpoint", out, "--steps", 0, "--eval_prompts", 12)
+        command("--checkpoint", out, "--steps", 0, "--eval_prompts", 6)
     assert re.search(r"tokens per step on [1-9]\d* held-out dialogues: greedy 1", capsys.readouterr().out)
     assert (out / "eagle/acceptance.json").exists()
 

@@ -2,14 +2,16 @@
 
     python -m pytest tests/test_writers.py
 
-The writers run in forked children: importing torch in a process of its own would take seconds for each of the steps.
+The writers run in forked children: importing torch in a process of its own would take seconds. A fork takes half a
+second itself where many tests have run, so one child makes all steps.
 """
+import itertools
 import json
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,32 +42,34 @@ CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "fcn
 REFUSED = 3
 
 
-def begin(write: Callable[[], object], step: int, signal_number: int) -> int:
-    """Fork a child that runs `write` and gets the signal before its step-th change of the disk. Returns its id. Its
+def begin(write: Callable[[], object], before_step: Callable[[], object] = lambda: None) -> int:
+    """Fork a child that runs `write`, and `before_step` before each of its changes of the disk. Returns its id. Its
     exit code is 0, REFUSED if another run is writing, or 1 for any other error."""
     child = os.fork()
     if child:
         return child
-    count = 0
+    waiting = True
 
-    def count_changes(event: str, details: tuple) -> None:
-        nonlocal count
+    def watch(event: str, details: tuple) -> None:
+        nonlocal waiting
         writes = event == "open" and isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR)
-        count += event in CHANGES or bool(writes)
-        if count == step and (event in CHANGES or writes):
-            count += 1  # once: a stopped child goes on
-            os.kill(os.getpid(), signal_number)
+        if waiting and (event in CHANGES or writes):
+            waiting = False  # what it changes itself is no step
+            before_step()
+            waiting = True
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     held.clear()  # the locks are the parent's
-    sys.addaudithook(count_changes)
+    sys.addaudithook(watch)
     try:
         write()
-    except (ValueError, OSError) as error:
-        os._exit(REFUSED if "another run is writing" in str(error) else 1)
-    except BaseException:
-        os._exit(1)
+    except BaseException as error:
+        os._exit(REFUSED if is_refusal(error) else 1)
     os._exit(0)
+
+
+def is_refusal(error: BaseException) -> bool:
+    return isinstance(error, (ValueError, OSError)) and "another run is writing" in str(error)
 
 
 def finish(child: int) -> int:
@@ -183,30 +187,40 @@ def contents(writer: Writer, folder: Path) -> list[dict[str, bytes]]:
 @pytest.mark.parametrize("writer", NAMES, indirect=True)
 def test_killed_before_any_step(writer: Writer, tmp_path: Path) -> None:
     """Fails if a run that is killed leaves a folder that loads and is neither the old nor the new one, or one into
-    which the next run does not write the new one and nothing else."""
+    which the next run does not write the new one and nothing else. What it leaves is what is there when it is killed:
+    a copy of the folder before each step. One run is killed, half-way, to see that."""
     old, new = contents(writer, tmp_path)
     is_model = without_quantized(old) == old and {"model.safetensors", "eagle/config.json"} & old.keys() == {
         "model.safetensors"}
-    for step in range(1, 100):
-        folder = tmp_path / f"killed{step}"
-        shutil.copytree(tmp_path / "alone0", folder)
-        if is_model:
-            (folder / "model-int8.safetensors").write_bytes(b"of the old model")
-        before = files(folder)
-        code = finish(begin(lambda folder=folder: writer.write(folder, 1), step, signal.SIGKILL))
+    if is_model:
+        (tmp_path / "alone0/model-int8.safetensors").write_bytes(b"of the old model")
+    for name in ("whole", "killed"):
+        shutil.copytree(tmp_path / "alone0", tmp_path / name)
+    before, left = files(tmp_path / "whole"), tmp_path / "left"
+
+    def copy() -> None:
+        shutil.copytree(tmp_path / "whole", left / str(len(os.listdir(left)) + 1))
+
+    def kill(steps: Iterator[int] = itertools.count(1)) -> None:
+        if next(steps) == middle:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    left.mkdir()
+    assert finish(begin(lambda: writer.write(tmp_path / "whole", 1), copy)) == 0
+    assert files(tmp_path / "whole") == new and len(os.listdir(left)) > 1
+    middle = len(os.listdir(left)) // 2 + 1
+    assert finish(begin(lambda: writer.write(tmp_path / "killed", 1), kill)) == -signal.SIGKILL
+    assert files(tmp_path / "killed") == files(left / str(middle))
+    for folder in (tmp_path / "killed", *left.iterdir()):
         after = files(folder)
-        if code == 0:
-            break
-        assert code == -signal.SIGKILL
         try:
             writer.load(folder)
         except (ValueError, OSError):
             assert len(new) > 1, "one file is always there"
         else:
-            assert after in (before, without_quantized(before), new), step
-        assert finish(begin(lambda folder=folder: writer.write(folder, 1), 0, 0)) == 0
-        assert files(folder) == new and not (writer.cleans and [*folder.rglob(".*part")]), step
-    assert code == 0 and after == new and step > 2
+            assert after in (before, without_quantized(before), new), folder.name
+        writer.write(folder, 1)
+        assert files(folder) == new and not (writer.cleans and [*folder.rglob(".*part")]), folder.name
 
 
 @pytest.mark.parametrize("writer", ["convert", "eagle", "quantize", "state", "chat"], indirect=True)
@@ -214,19 +228,39 @@ def test_stopped_while_another_writes(writer: Writer, tmp_path: Path) -> None:
     """Fails if two runs into one folder mix their files, break each other, or both end with an error."""
     both = contents(writer, tmp_path)
     writer.prepare(tmp_path / "prepared")
-    for step in range(1, 100):
-        folder = tmp_path / f"raced{step}"
-        shutil.copytree(tmp_path / "prepared", folder)
-        first = begin(lambda folder=folder: writer.write(folder, 0), step, signal.SIGSTOP)
-        if finish(first) == 0:
-            break
-        second = finish(begin(lambda folder=folder: writer.write(folder, 1), 0, 0))
-        assert second in (0, REFUSED), step
-        after = files(folder)
-        assert second == REFUSED or after == both[1], step
+    turn = steps = 0
+
+    def folder(turn: int) -> Path:
+        return tmp_path / f"raced{turn}"
+
+    def write_again() -> None:
+        """Write into one folder after the other; in the n-th one, stop before the n-th step."""
+        nonlocal turn, steps
+        while steps >= turn:  # the last one has as many steps
+            turn, steps = turn + 1, 0
+            writer.write(folder(turn), 0)
+
+    def stop() -> None:
+        nonlocal steps
+        steps += 1
+        if steps == turn:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    shutil.copytree(tmp_path / "prepared", folder(1))
+    first, stops, allowed = begin(write_again, stop), 0, both[:1]
+    while (code := finish(first)) == -signal.SIGSTOP:
+        assert not stops or files(folder(stops)) in allowed, stops
+        stops, allowed = stops + 1, both[:1]
+        try:
+            writer.write(folder(stops), 1)
+        except (ValueError, OSError) as error:
+            assert is_refusal(error), stops
+        else:
+            assert files(folder(stops)) == both[1], stops
+            allowed = both
+        shutil.copytree(tmp_path / "prepared", folder(stops + 1))
         os.kill(first, signal.SIGCONT)
-        assert finish(first) == 0 and files(folder) in (both[0], after if second == 0 else both[0]), step
-    assert step > 2
+    assert code == 0 and stops > 1 and files(folder(stops)) in allowed and files(folder(stops + 1)) == both[0]
 
 
 def test_interrupted_between_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,11 +292,11 @@ def test_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     anything behind; or if a file system without locks is passed over in silence, or stops the run."""
     folder = tmp_path / "new/folder"
     with locked(folder), locked(folder):
-        assert finish(begin(lambda: locked(folder).__enter__(), 0, 0)) == REFUSED
+        assert finish(begin(lambda: locked(folder).__enter__())) == REFUSED
     assert not (tmp_path / "new").exists()
     with locked(folder):
         (folder / "file").touch()
-    assert finish(begin(lambda: locked(folder).__enter__(), 0, 0)) == 0  # and the child ended without unlocking
+    assert finish(begin(lambda: locked(folder).__enter__())) == 0  # and the child ended without unlocking
     with locked(folder):
         pass
     assert [path.name for path in folder.iterdir()] == ["file"]

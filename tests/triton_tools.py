@@ -1,26 +1,26 @@
 """Running and compiling Triton kernels on a machine without a GPU.
 
 The interpreter (TRITON_INTERPRET=1) runs a kernel with numpy: it shows wrong numbers, but accepts what the compiler
-refuses. Compiling ahead of time for a named GPU shows what the compiler refuses, spilled registers and too much shared
-memory, but computes nothing. So every kernel meets both. Triton chooses between them when it is imported: tests marked
-`interpreted` run in a second pytest process, which conftest's fixture `interpreter` starts. To see them one by one:
+refuses. Compiling ahead of time for a named GPU (compiled_kernels.py) shows what the compiler refuses, spilled
+registers and too much shared memory, but computes nothing. So every kernel meets both. Triton chooses between them when
+it is imported: tests marked `interpreted` run in a second pytest process, which conftest's fixture `interpreter`
+starts. To see them one by one:
 
     TRITON_INTERPRET=1 python -m pytest tests/ops/test_linear.py
 """
-import inspect
 import math
 import os
 import re
 import subprocess
 import sys
-import tempfile
-from collections.abc import Collection, Iterable, Mapping
-from functools import cache
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+from compiled_kernels import SAME_PTX, Compiled, compile_ahead
 
 from ops.linear import linear_kernel
 from ops.tiling import Tiling
@@ -31,7 +31,6 @@ interpreted = pytest.mark.skipif(not INTERPRET, reason="runs in the interpreter:
 not_interpreted = pytest.mark.skipif(INTERPRET, reason="not in the interpreter's process")
 
 CARDS = {80: 108, 86: 82, 89: 128, 90: 132}  # architecture: multiprocessors of A100, RTX 3090, RTX 4090, H100 SXM
-SAME_PTX = (80, 86, 89)  # Triton makes the same PTX for them, but for the name of the target: test_the_same_ptx
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448}  # bytes of shared memory that a program may use
 
 ROWS = (1, 2, 7, 10, 16, 33, 60, 64)
@@ -72,16 +71,18 @@ def pytest_configure(config: pytest.Config) -> None:
     from triton.runtime import interpreter
     from triton.runtime.interpreter import ReduceOps
 
-    replace, find_dtype, reduce, block_type = (
-        interpreter._patch_builtin, interpreter._get_np_dtype, ReduceOps.generic_reduce, core.block_type.__init__)
-    first_name = cache(lambda owner: next(
-        name for name, value in inspect.getmembers(owner) if core.is_builtin(value)))
+    patch_lang, find_dtype, reduce, block_type = (
+        interpreter._patch_lang, interpreter._get_np_dtype, ReduceOps.generic_reduce, core.block_type.__init__)
     dtypes, shapes, block_types = {}, {}, {}
+    patched = set()
 
-    def replace_once(owner: Any, *rest: Any) -> None:
-        """At each call of a function in a kernel it searches triton.language for what it has replaced already."""
-        if core.is_builtin(getattr(owner, first_name(owner))):  # all of them are replaced, or none
-            replace(owner, *rest)
+    def patch_lang_once(function: Any) -> SimpleNamespace:
+        """At each launch, and each call within a kernel, it replaces what that file sees of triton.language, and then
+        puts it back. Nothing here needs what was there."""
+        if function.__module__ not in patched:
+            patched.add(function.__module__)
+            patch_lang(function)
+        return SimpleNamespace(restore=lambda: None)
 
     def find_dtype_once(dtype: Any) -> Any:
         """It makes a table of data types at each operation."""
@@ -120,7 +121,7 @@ def pytest_configure(config: pytest.Config) -> None:
             block_types[key] = dict(vars(self))
         vars(self).update(block_types[key])
 
-    interpreter._patch_builtin, interpreter._get_np_dtype = replace_once, find_dtype_once
+    interpreter._patch_lang, interpreter._get_np_dtype = patch_lang_once, find_dtype_once
     core.tensor.__init__, core.block_type.__init__ = make_tensor, make_block_type
     ReduceOps.generic_reduce = reduce_by_halves
     # It works out whether integers overflow, in ten operations each, and then drops the result where debug is off.
@@ -145,75 +146,6 @@ def run_without_triton(code: str) -> str:
     return done.stdout
 
 
-class Compiled(NamedTuple):
-    ptx: str
-    ttgir: str
-    cubin: bytes
-    spilled: int  # bytes of stack a thread: these kernels have no arrays, so all of it is spilled registers
-    shared: int  # bytes of shared memory a program
-
-
-compiled: dict[tuple, Compiled] = {}  # what compile_ahead has made, by kernel, what else was asked for, and card
-
-
-def compile_ahead(kernel, arch: int, types: Mapping[str, str], constants: Mapping[str, Any], warps: int = 4,
-                  stages: int = 3, divisible: Collection[str] = ()) -> Compiled:
-    """Compile a kernel for architecture `arch` (90: sm_90), without a GPU.
-
-    types: Triton's type of each parameter, such as "*bf16" or "i32"; constants: the values of all constexpr parameters
-    and of those that are None, whatever `types` says of them. Pointers are divisible by 16, and so are the integers in
-    `divisible`. Nothing is found in, or left in, the cache in the home folder. What was compiled for one card of
-    SAME_PTX is only assembled for the others.
-    """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    wanted = str((types, constants, warps, stages, divisible))
-    for other in (arch, *(SAME_PTX if arch in SAME_PTX else ())):
-        if (kernel, wanted, other) in compiled:
-            made = compiled[kernel, wanted, other]
-            compiled[kernel, wanted, arch] = made if other == arch else assemble(made, arch, warps)
-            return compiled[kernel, wanted, arch]
-    names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    aligned = [name for name in names if signature[name][0] == "*" or name in divisible]
-    source = ASTSource(fn=kernel, signature=signature,
-                       constexprs={(names.index(name),): value for name, value in constants.items()},
-                       attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned})
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", folder)
-        made = triton.compile(source, target=GPUTarget("cuda", arch, 32),
-                              options={"num_warps": warps, "num_stages": stages})
-    cubin = made.asm["cubin"]
-    compiled[kernel, wanted, arch] = Compiled(
-        made.asm["ptx"], made.asm["ttgir"], cubin, spilled_bytes(cubin), made.metadata.shared)
-    return compiled[kernel, wanted, arch]
-
-
-def assemble(made: Compiled, arch: int, warps: int) -> Compiled:
-    """The same kernel for another card that gets the same PTX."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import make_backend
-    backend = make_backend(GPUTarget("cuda", arch, 32))
-    ptx = re.sub(r"(?m)^\.target sm_\d+", f".target sm_{arch}", made.ptx)
-    cubin = backend.make_cubin(ptx, {}, backend.parse_options({"num_warps": warps}), arch)
-    return made._replace(ptx=ptx, cubin=cubin, spilled=spilled_bytes(cubin))
-
-
-def spilled_bytes(cubin: bytes) -> int:
-    return int(re.search(r"STACK:(\d+)", nvidia_tool("cuobjdump", cubin, "-res-usage"))[1])
-
-
-def nvidia_tool(name: str, code: bytes, *options: str) -> str:
-    """What cuobjdump or nvdisasm, which come with Triton, print about machine code."""
-    import triton
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(code)
-        file.flush()
-        return subprocess.run([tool, *options, file.name], text=True, capture_output=True, check=True).stdout
-
-
 def assert_fits(made: Compiled, arch: int, what: object = "", spilled: int = 0) -> None:
     assert made.spilled <= spilled, f"{what} spills {made.spilled} bytes on sm_{arch}"
     assert made.shared <= SHARED[arch], f"{what} wants {made.shared} bytes of shared memory on sm_{arch}"
@@ -233,7 +165,8 @@ def largest(found: Iterable[tuple]) -> list[tuple]:
 
 
 def compile_linear(tiling: Tiling, even: bool, arch: int, options: bool, norm: bool, dtype: str = "bf16",
-                   heads: bool = False, planes: int = 0, group: int = 0, zeros: bool = False) -> Compiled:
+                   heads: bool = False, planes: int = 0, group: int = 0, zeros: bool = False,
+                   loop: bool = False) -> Compiled:
     """Compile ops.linear.linear_kernel. even: BK divides K. planes, group: see ops.quantized.Quantized (0: no
     integers). zeros: scales and zeros are fp16.
 
@@ -260,4 +193,4 @@ def compile_linear(tiling: Tiling, even: bool, arch: int, options: bool, norm: b
     if planes:
         types |= {"x_ptr": "*i8", "w_ptr": "*i8"}
     return compile_ahead(linear_kernel, arch, types, constants | dict.fromkeys(absent), tiling.warps,
-                         divisible=("width", "K", "columns"))
+                         divisible=("width", "K", "columns"), loop=loop)

@@ -197,15 +197,15 @@ def test_refused(checkpoint: tuple[Path, Llama], demo: Path, tmp_path: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("demo")
-@pytest.mark.parametrize("method, least", [("medusa", 2.0), ("speculate", 3.1)])
+@pytest.mark.parametrize("method, least", [("medusa", 2.35), ("speculate", 4.5)])
 def test_demo_peers(method: str, least: float, demo: Path, demo_model: Llama, demo_runs) -> None:
     """Fails if the Medusa heads or the draft model in heads/ are read wrongly or draft one position off: the text would
-    be the same, with fewer tokens per step. Here Medusa has 2.19 and the draft model 3.41."""
+    be the same, with fewer tokens per step. Here Medusa has 2.59 and the draft model 5.0."""
     heads = ROOT / "heads/SmolLM2-135M-Instruct"
     args = generate.parse_args(arguments(demo))
     args.medusa, args.speculate = heads / "medusa", heads / "draft_model"
     engine, gained = Engine(demo_model, make_drafter(method, args, demo_model, 512), 512, frozenset([2])), []
-    for cycles, text, _ in demo_runs[:4]:
+    for cycles, text, _ in demo_runs[:2]:
         ids = text[:len(text) - sum(map(len, cycles))]
         mine = list(engine.generate(ids, 36))
         assert ids + sum(mine, []) == text

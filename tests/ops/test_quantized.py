@@ -2,7 +2,6 @@
 compiler without a GPU (tests/triton_tools.py), and what its PyTorch twins compute."""
 import itertools
 import re
-import struct
 from functools import cache
 
 import pytest
@@ -20,7 +19,6 @@ from triton_tools import (
     interpreted,
     largest,
     not_interpreted,
-    nvidia_tool,
 )
 
 from ops.device import triton
@@ -262,31 +260,6 @@ def test_config(arch: int) -> None:
         assert c.ahead * c.BK % 128 == 0, "the prefetch counts in lines of 128 bytes"
 
 
-def machine_code(cubin: bytes) -> bytes:
-    """The instructions of a cubin, an ELF file with one kernel."""
-    headers, (size, count) = struct.unpack_from("<Q", cubin, 40)[0], struct.unpack_from("<HH", cubin, 58)
-    sections = [struct.unpack_from("<IIQQQQ", cubin, headers + i * size) for i in range(count)]
-    [(offset, length)] = [(offset, length) for _, _, flags, _, offset, length in sections if flags & 4]
-    return cubin[offset:offset + length]
-
-
-def loop_lengths(cubins: list[bytes], arch: int) -> list[int]:
-    """Instructions of the shortest loop of each kernel that multiplies matrices. nvdisasm takes half a second to start:
-    it reads the code of all kernels at once."""
-    codes = [machine_code(cubin) for cubin in cubins]
-    listing = nvidia_tool("nvdisasm", b"".join(codes), "-b", f"SM{arch}")
-    instructions = re.findall(r"(?m)^\s+/\*[0-9a-f]{4,}\*/\s+(.*)", listing)  # of 16 bytes each
-    lengths, end = [], 0
-    for code in codes:
-        first, end = end, end + len(code) // 16
-        jumps = [(int(m[1], 16) // 16, i) for i in range(first, end)
-                 if (m := re.search(r"BRA.* 0x([0-9a-f]+)", instructions[i]))]
-        loops = [instructions[target:i + 1] for target, i in jumps if target < i]
-        lengths.append(min(len(loop) for loop in loops if any("MMA" in line for line in loop)))
-    assert end == len(instructions)
-    return lengths
-
-
 @pytest.mark.slow
 @not_interpreted
 @pytest.mark.parametrize("arch", cards("quantized"))
@@ -296,16 +269,14 @@ def test_compiles(arch: int) -> None:
     (BENCHMARKS.md), which happens where weights are converted. The largest tilings; on sm_90 every third, on
     cards that share the code of sm_86 every second one."""
     pytest.importorskip("triton")
-    limited = []  # what the limit applies to
     for planes, group, zeros, c, even in largest(tilings(arch))[::{86: 1, 90: 3}.get(arch, 2)]:
-        made = compile_linear(c, even, arch, True, norm=False, planes=planes, group=group, zeros=zeros)
+        limited = even and c.BK >= 128  # by instructions
+        made = compile_linear(c, even, arch, True, norm=False, planes=planes, group=group, zeros=zeros, loop=limited)
         assert_fits(made, arch, c, spilled=32 if arch == 80 else 0)
         assert re.search(r"cp\.async\.cg|ld\.global\S*\.v4\.b32", made.ptx), f"{c} does not read 16 bytes a thread"
-        if even and c.BK >= 128:
-            limited.append((planes, group, c, made.cubin))
-    lengths = loop_lengths([cubin for *_, cubin in limited], arch)
-    for (planes, group, c, _), length in zip(limited, lengths, strict=True):
-        cost = length / (c.BN * c.BK * (2 if group else 1) / (32 * c.warps))
+        if not limited:
+            continue
+        cost = made.loop / (c.BN * c.BK * (2 if group else 1) / (32 * c.warps))
         print(f"sm_{arch} {'int4' if group else 'int8'} {planes} {group} {tuple(c)} {cost:.2f}")
         assert cost < {0: 3, 32: 12, 64: 7, 128: 5}[group], f"{c}: {cost} instructions a weight"
     for M in (1, 10, 60):
