@@ -315,6 +315,7 @@ def test_command_line_errors(tmp_path, monkeypatch, capsys):
 # ----- Draft heads ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 def test_draft_head_is_copied_as_published(suffix, tmp_path, monkeypatch):
     """Fails if a head is changed when it is copied, or if adding a head converts the folder a second time."""

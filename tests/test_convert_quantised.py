@@ -181,6 +181,7 @@ def assert_same_weights(found: Llama, wanted: Llama, most: float) -> None:
         assert error <= (most if most and "layers" in name and "norm" not in name else 0), (name, error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_folders(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Fails if one weight of a checkpoint is lost, mixed up or moved by more than is said, or if what is not exact is
@@ -200,6 +201,7 @@ def test_folders(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert Config.load(tmp_path / "out").num_layers == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_plain_numbers(kind: str, tmp_path: Path) -> None:
     """Fails if --dtype float32 does not give the values of the format, bit for bit."""
@@ -211,6 +213,7 @@ def test_plain_numbers(kind: str, tmp_path: Path) -> None:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skip", [r"layers\.1\.mlp", "o_proj", "k_proj"])
 @pytest.mark.parametrize("kind", ["AWQ", "W8A8"])
 def test_modules_that_were_skipped(kind: str, skip: str, tmp_path: Path) -> None:
@@ -227,6 +230,7 @@ def test_modules_that_were_skipped(kind: str, skip: str, tmp_path: Path) -> None
         assert ((found[name] - w).abs() <= rounding * w.abs()).all(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_fused_and_reordered(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Fails if a matrix that is split (q, k and v in one, as Phi-3 has them) or of which rows are reordered (RoPE on a
@@ -259,6 +263,7 @@ def test_fused_and_reordered(kind: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert_same_weights(model, load_model(tmp_path / "plain", "cpu", torch.float32), most)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["AWQ", "W4A16", "W8A8", "FP8"])
 def test_multiplied(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Fails if matrices that a family multiplies (Granite) lose their integers, or are not multiplied."""
@@ -422,6 +427,7 @@ def test_mixed_gguf(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         assert w.equal(wanted[name]), name
 
 
+@pytest.mark.slow
 def test_split_gguf(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Fails if a model in several files is not what it is in one; or if a missing, damaged or foreign part is not
     named."""

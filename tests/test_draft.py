@@ -123,6 +123,7 @@ def test_impossible_shapes(shape: tuple[int, int, int]) -> None:
 # ----- Some tokens only -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("kind", [Eagle1, Eagle2])
 def test_draft_vocabulary(kind: type, temperature: float) -> None:

@@ -58,6 +58,7 @@ def plain(model: Llama, ids: list[int], count: int, sampling: Sampling) -> list[
     return text[len(ids):]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", slow_but(2, SAMPLINGS))
 def test_vanilla_is_plain_decoding(sampling: Sampling) -> None:
     """Fails if the baseline of the other tests is wrong itself, or if a text changes where the number of slots that are
@@ -87,6 +88,7 @@ def test_any_tree(sampling: Sampling) -> None:
         assert sum(gains) > len(gains) or size < 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", slow_but(3, range(24)))
 def test_eagle2_equals_vanilla(seed: int) -> None:
     """Fails if EAGLE-2 changes the text with a tree of some shape: too few spare slots, a root with more children than
@@ -127,6 +129,7 @@ def test_equal_in_fp32() -> None:
                 assert write(Engine(model, drafter, 256), ids, 24, sampling) == vanilla(model, ids, 24, sampling)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [GREEDY, SAMPLINGS[2]])
 def test_compile_changes_nothing(before: Sampling) -> None:
     """Fails if what the compiling threads run is seen by the next text, or if a long chain is given the noise of a
@@ -140,6 +143,7 @@ def test_compile_changes_nothing(before: Sampling) -> None:
         assert [write(engine, ids, 20, how) for how in (before, GREEDY)] == wanted
 
 
+@pytest.mark.slow
 def test_seeds() -> None:
     """Fails if a seed is ignored, cut to 32 bits, or mixed with something that changes from run to run."""
     model = tiny.target(1)
@@ -152,6 +156,7 @@ def test_seeds() -> None:
 # ----- What a cycle gains ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [1, 3, 8])
 def test_always_right_and_always_wrong(depth: int) -> None:
     """Fails if a token too few or too many is accepted, which the text alone does not show: right drafts commit all of
@@ -179,6 +184,7 @@ def test_perfect_head_gains_everything(depth: int) -> None:
 # ----- Caches ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", slow_but(2, range(8)))
 @torch.inference_mode()
 def test_caches_after_cycles(seed: int) -> None:
@@ -205,6 +211,7 @@ def test_caches_after_cycles(seed: int) -> None:
     assert n - len(ids) == 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 7, 8, 9, 12, 13])
 def test_prompt_in_chunks(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a token or a feature is lost or doubled where two chunks of the prompt meet."""
@@ -237,6 +244,7 @@ def test_abandoned_generator() -> None:
     assert cycle_by_cycle(engine, second, 20, SAMPLINGS[1]) == fresh
 
 
+@pytest.mark.slow
 def test_engines_share_a_head() -> None:
     """Fails if a second, smaller engine takes the head's cache away from the first."""
     model, head = tiny.pair(7, 0.05)
@@ -271,6 +279,7 @@ def test_stop_ids() -> None:
             assert write(Engine(model, drafter, 128, stop_ids), ids, 40) == text[:end + 1]
 
 
+@pytest.mark.slow
 def test_max_new_tokens() -> None:
     """Fails if the tokens that one cycle accepts overrun the limit, or if a last cycle commits nothing."""
     model, ids = tiny.target(5), tiny.prompt(3, 5)
@@ -280,6 +289,7 @@ def test_max_new_tokens() -> None:
             assert write(Engine(model, drafter, 128), ids, count) == text[:count]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", slow_but(1, [5, 1, 2, 9, 30]))
 def test_to_the_last_slot(room: int) -> None:
     """Fails if drafts write or read past the end of the caches, or if the context is left partly unused."""
@@ -403,6 +413,7 @@ def test_demo_acceptance(demo_runs) -> None:
 # ----- What a GPU does differently -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 33, 60, 79])
 def test_chunks_of_two_sizes(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if padding is read, if a chunk begins at another token or reaches past the cache, or if a feature of the
@@ -448,6 +459,7 @@ def test_top2_gap(how: Sampling) -> None:
     assert engine.top2_gap(ids, how) == pytest.approx((best[0] - best[1]).item(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_running_ahead() -> None:
     """Fails if a cycle's report is read too late, twice or not at all, or if the cycle after the last one adds
     tokens."""
@@ -464,6 +476,7 @@ def test_running_ahead() -> None:
             next(abandoned)
 
 
+@pytest.mark.slow
 def test_graphs_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if an engine keeps a CUDA graph of every temperature that it was ever asked for, captures again what it
     used lately, or throws a prompt's chunks away. Capturing is counted here, not done."""

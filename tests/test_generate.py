@@ -55,6 +55,7 @@ def test_compare_json(call, demo: Path) -> None:
     assert "identical tokens" in err and "tokens/s" in err
 
 
+@pytest.mark.slow
 def test_imports_and_first_token(everything: Path) -> None:
     """Fails if a run imports what it does not use and what takes long: torch's compiler, which a random number on the
     meta device brings in, Triton without a GPU, or what other commands and a chat need. And if the statistics do not
@@ -241,6 +242,7 @@ def test_ids_beyond_the_model(call, copy: Path) -> None:
         assert code == 2 and out == "" and err.count("\n") == 1 and names[2] in err and "260" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [2, 3])
 @pytest.mark.parametrize("method", ["vanilla", "lookup", "lookahead", "medusa", "speculate", "eagle", "eagle2",
                                     "eagle2+lookup"])

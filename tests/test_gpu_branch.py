@@ -58,6 +58,7 @@ def test_bits_and_bools(name: str) -> None:
         assert expected.std() > 0.5 and not torch.equal(kv[..., slots, :], before[..., slots, :])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, how", list(zip(FAMILIES, SAMPLINGS)))
 def test_texts(name: str, how, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if an engine whose masks stay bits, and whose host runs ahead as on a GPU, writes another text than one on

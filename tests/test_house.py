@@ -108,6 +108,7 @@ def test_no_import_cycles() -> None:
         pytest.fail(f"a circle of imports: {' <- '.join(e.args[1])}")
 
 
+@pytest.mark.slow
 def test_tests_do_not_import_tests() -> None:
     """Fails if a test file imports another one: what tests share is in helpers.py, tiny.py and conftest.py."""
     files = list((ROOT / "tests").rglob("*.py"))

@@ -94,6 +94,7 @@ def hub(tmp_path, monkeypatch):
     server.server_close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["safetensors", "sharded", "bin", "sharded bin"])
 def test_hub_download(kind, hub, tmp_path, monkeypatch):
     """Fails if the weights are downloaded in two formats, or with files of other programs."""
@@ -127,6 +128,7 @@ def test_hub_model_is_refused_before_its_weights(hub, tmp_path, monkeypatch, cap
     assert "mixtral" in capsys.readouterr().err and hub.asked == ["config.json"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer, message", [((403, "GatedRepo"), "gated"), ((401, "RepoNotFound"), "neither a path"),
                                              ((500, ""), "failed"), (None, "failed")])
 def test_hub_errors_name_the_page(answer, message, hub, monkeypatch, capsys):

@@ -73,6 +73,7 @@ def ids(length: int, batch: int = 2, vocab: int = 100) -> Tensor:
     return torch.tensor([tiny.prompt(seed, length, vocab) for seed in range(batch)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
     """Fails if rows are fused in the wrong order, if RoPE has the other layout, or if a norm, bias, epsilon or scaling

@@ -95,6 +95,7 @@ def test_a_whole_conversation(method: str, make, monkeypatch: pytest.MonkeyPatch
         assert sum(reused for *_, reused in talks) > 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["vanilla", "eagle2", "medusa", "speculate"])
 def test_only_new_rows_are_run(method: str, make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if the whole prompt is processed although `reused` says otherwise, or if the default reuses anything. (The
@@ -169,6 +170,7 @@ def test_interrupted_anywhere(method: str, make, monkeypatch: pytest.MonkeyPatch
         assert list(engine.generate(prompt, 15, reuse=True)) == expected
 
 
+@pytest.mark.slow
 def test_who_may_go_on(make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a generator goes on in the caches of a newer text, or if a text is reused although something wrote over
     it: another engine, a larger one, compiling, a look at some scores."""

@@ -25,6 +25,7 @@ def pairs() -> tuple[Llama, Llama, list[tuple[Drafter, Drafter]]]:
                         (Speculate(draft, one, 4), Speculate(draft, other, 4))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [0, 1])
 def test_another_models_drafter(kind: int) -> None:
     """Fails if a text goes on, or is reused, after another target's engine wrote to the draft model's or the head's
@@ -44,6 +45,7 @@ def test_another_models_drafter(kind: int) -> None:
     assert list(engine.generate(text + [1], 20, reuse=True)) == expected and engine.reused == 0
 
 
+@pytest.mark.slow
 def test_a_target_that_drafts_for_another() -> None:
     """Fails if a text goes on in the target's cache, or is reused, after another engine drafted with this target: it
     would be another text."""
@@ -90,6 +92,7 @@ def reads_all(engine: Engine) -> list[tuple[int, int]]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [70, 120])
 def test_every_slot_in_use_is_read(length: int) -> None:
     """Fails if, on a CPU, a cycle reads fewer slots than its tree or its drafts are in: where slot 128 lies among them,

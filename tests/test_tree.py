@@ -121,6 +121,7 @@ def check_accept(tokens: list[int], parents: list[int], next_tokens: list[int], 
     assert out.tolist() == [next_tokens[node] for node in padded]
 
 
+@pytest.mark.slow
 @given(trees(), st.data())
 def test_accept_random(drawn: tuple[list[int], list[int]], data: st.DataObject) -> None:
     """Fails if a node is accepted though its parent was not, if a path is too short or long by one, or if the bonus
@@ -153,6 +154,7 @@ def test_root_never_judged() -> None:
     check_accept([5, 7], [0, 0], [7, 3], 1)  # the target chose 7, not 5, after the root 5
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_rerank(data: st.DataObject) -> None:
     """Fails if a child is kept without its parent where scores tie exactly or were rounded to bf16 (a defect of the
@@ -209,6 +211,7 @@ def test_best_children() -> None:
     assert best_first(torch.tensor([1.0, 2.0, 1.0, 2.0, 0.0]), 4).tolist() == [1, 3, 0, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0, 1.7])
 def test_process_equals_transformers(temperature: float, ties: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,6 +253,7 @@ def test_perturb() -> None:
 SEEDS = [0, 1, -1, 42, 2**31, 2**32, 2**32 + 1, 2**63 - 1, -2**63]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_gumbel_distribution(seed: int) -> None:
     """Fails if the uniform is in the wrong half, if a minus is missing, or if the hash is poor for negative or long

@@ -184,6 +184,7 @@ def contents(writer: Writer, folder: Path) -> list[dict[str, bytes]]:
 # ----- Killed and raced --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writer", NAMES, indirect=True)
 def test_killed_before_any_step(writer: Writer, tmp_path: Path) -> None:
     """Fails if a run that is killed leaves a folder that loads and is neither the old nor the new one, or one into
@@ -223,6 +224,7 @@ def test_killed_before_any_step(writer: Writer, tmp_path: Path) -> None:
         assert files(folder) == new and not (writer.cleans and [*folder.rglob(".*part")]), folder.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writer", ["convert", "eagle", "quantize", "state", "chat"], indirect=True)
 def test_stopped_while_another_writes(writer: Writer, tmp_path: Path) -> None:
     """Fails if two runs into one folder mix their files, break each other, or both end with an error."""

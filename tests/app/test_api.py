@@ -199,6 +199,7 @@ NAMES = st.sampled_from([*sorted(OFF), "model", "stream", "stream_options", "sto
                          "top_k", "top_p", "min_p", "seed", "user", "max_completion_tokens", "x"])
 
 
+@pytest.mark.slow
 @settings(max_examples=500, deadline=None)
 @given(st.dictionaries(NAMES, VALUES, max_size=3), MESSAGES | VALUES, st.booleans(), st.binary(max_size=3))
 def test_any_body(served: Served, fields: dict, said: object, chat: bool, cut: bytes) -> None:

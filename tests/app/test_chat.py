@@ -122,6 +122,7 @@ def said(talk: Chat) -> list[str]:
 # ----- Conversations ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [Sampling(), Sampling(temperature=1.0, seed=7)])
 def test_turns(how: Sampling, make, capsys: pytest.CaptureFixture) -> None:
     """Fails if an answer depends on reused caches or misses the earlier turns, if a text is not on stdout or figures
@@ -180,6 +181,7 @@ def test_watch(make, capsys: pytest.CaptureFixture) -> None:
     assert "drafts no trees" in capsys.readouterr().err and isinstance(talk.engine.drafter, Vanilla)
 
 
+@pytest.mark.slow
 def test_end_of_answer(make, capsys: pytest.CaptureFixture) -> None:
     """Fails if a stop token counts as the limit, if half a character is printed where an answer is cut within one, or
     left out where the model itself ended so."""
@@ -201,6 +203,7 @@ def test_end_of_answer(make, capsys: pytest.CaptureFixture) -> None:
     assert "ended the answer" not in err and "full" not in err
 
 
+@pytest.mark.slow
 def test_stop(make, capsys: pytest.CaptureFixture) -> None:
     """Fails if a stop text is printed, kept, or counts as the limit, or if the beginning of one that never comes is
     lost."""
@@ -216,6 +219,7 @@ def test_stop(make, capsys: pytest.CaptureFixture) -> None:
         assert ("ended the answer" in err) == (kept is text)
 
 
+@pytest.mark.slow
 def test_context(make, capsys: pytest.CaptureFixture) -> None:
     """Fails if a turn is cut or refused silently, if turns are dropped without a yes, too few or too many of them or
     the system message with them, or if a refused question is lost."""
@@ -338,6 +342,7 @@ def test_terminal_asks(make) -> None:
     assert said(talk) == ["two", "thr"]
 
 
+@pytest.mark.slow
 def test_history_that_cannot_be_written(make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if the chat ends because a file is in the folder's place, the disk is full or half a character is typed."""
     (tmp_path / "state").write_text("")

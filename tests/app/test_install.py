@@ -29,6 +29,7 @@ def target(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_guesses_are_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Fails if a head that guesses badly is installed without a warning, or a good one with one."""
     folder = tiny_checkpoint(tmp_path / "x")
@@ -67,6 +68,7 @@ def test_format(device: str, stored: bool, expected: tuple, target: Path, tmp_pa
     assert asked == [(target, device, *expected)]
 
 
+@pytest.mark.slow
 def test_what_is_open_is_measured(target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                   capsys: pytest.CaptureFixture) -> None:
     """Fails if what was measured is not written beside the head, if it is not what decides when the head is loaded, or
@@ -98,6 +100,7 @@ def test_what_is_open_is_measured(target: Path, tmp_path: Path, monkeypatch: pyt
     assert found.config.taps == (2, 3, 5) and found.config.layer.rope_theta == 1e4 and not found.doubts
 
 
+@pytest.mark.slow
 def test_it_is_really_measured(target: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Fails if the whole way, without a stand-in, ends in anything but a table and either fields or one line that asks:
     a random head knows nothing, so nothing is clear."""

@@ -67,6 +67,7 @@ def reachable(thing: object) -> dict[int, int]:
 # ----- What is planned is what is taken --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode, group", MODES)
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"hidden_size": 48, "head_dim": 10}])
 def test_weights_and_cache_are_exact(mode: str | None, group: int, changes: dict, tmp_path: Path) -> None:
@@ -85,6 +86,7 @@ def test_weights_and_cache_are_exact(mode: str | None, group: int, changes: dict
     assert held(model.kv, model.rope) == memory.cache_bytes(model.cfg, 100, torch.bfloat16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode, group", MODES)
 @pytest.mark.parametrize("ids", [None, 12])
 def test_eagle_is_exact(mode: str | None, group: int, ids: int | None, tmp_path: Path) -> None:
@@ -144,6 +146,7 @@ def test_every_method_is_exact(method: str, more: tuple[str, ...], loaded, every
     assert need.drafter == sum(size for address, size in reachable(drafter).items() if address not in target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", ["vanilla", "eagle2", "eagle3", "block", "medusa"])
 def test_int8_on_a_cpu_is_exact(method: str, dtype: torch.dtype, everything: Path) -> None:
@@ -210,6 +213,7 @@ def test_memory_on_the_command_line(everything: Path, monkeypatch: pytest.Monkey
 # ----- Where memory ends -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("free, words, fits", [
     (23.6e9, (), ["free: --quantize int8 (17.5 GB) fits"]), (4e9, (), ["a smaller model"]),
     (15e9, (), ["free: --quantize int4 (11.5 GB) fits"]), (10e9, (), ["free: --quantize int4 --max_seq_len 2048 ("]),
@@ -285,6 +289,7 @@ def test_on_the_command_line(where: str, tmp_path: Path, monkeypatch: pytest.Mon
     generate.main()
 
 
+@pytest.mark.slow
 def test_session_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a model whose cache could not grow no longer serves the engine that it has, or a smaller new one, or if
     something of the failed engine stays in memory. A cache without its RoPE table would be taken for whole, and read
@@ -309,6 +314,7 @@ def test_session_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(longer.generate(ids, 20), []) == text
 
 
+@pytest.mark.slow
 def test_more_slots_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """Fails if real memory that ends, on a CPU, is not told in one line: 2**24 slots take 4 TB of cache here."""
     raw = tiny.SHAPE | {"vocab_size": 300, "num_hidden_layers": 2, "num_attention_heads": 64, "num_key_value_heads": 64,

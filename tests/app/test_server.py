@@ -100,6 +100,7 @@ def test_the_openai_package(live, reference: Served) -> None:
     assert older.choices[0].text == right["text"] == "".join(piece.choices[0].text for piece in pieces)
 
 
+@pytest.mark.slow
 def test_stops_and_seeds(live, reference: Served) -> None:
     """Fails if a stop text is shown, alone or in a stream, or if the seed that an answer tells does not repeat it."""
     url, _ = live
@@ -118,6 +119,7 @@ def test_stops_and_seeds(live, reference: Served) -> None:
     assert again.choices[0].text == answers[0].choices[0].text
 
 
+@pytest.mark.slow
 def test_the_next_turn(live, reference: Served) -> None:
     """Fails if the caches do not carry over to the next turn of a conversation, or if that changes its text."""
     url, service = live
@@ -150,6 +152,7 @@ def test_curl(live, reference: Served) -> None:
 # ----- Requests that get an error --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_errors(live) -> None:
     """Fails if a request that is wrong gets another status than OpenAI's, or an error of another shape."""
     url, _ = live
@@ -175,6 +178,7 @@ def test_errors(live) -> None:
         client(url).chat.completions.create(model="gpt-5", messages=HELLO)
 
 
+@pytest.mark.slow
 def test_keys(served: Served) -> None:
     """Fails if somebody without the key, or with another one, gets more than /health."""
     with running(served, "s3cret") as (url, _):
@@ -188,6 +192,7 @@ def test_keys(served: Served) -> None:
         assert httpx.get(f"{url}/v1/models", headers={"authorization": "Bearer s3cret"}).status_code == 200
 
 
+@pytest.mark.slow
 def test_slow_clients(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a client that sends its headers or its body too slowly keeps its connection, or stops the others."""
     monkeypatch.setattr(server_module, "HEADER_S", 0.4)
@@ -257,6 +262,7 @@ def test_a_failing_engine(live, served: Served, monkeypatch: pytest.MonkeyPatch,
 # ----- The queue -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_order_and_length_of_the_queue(live, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a request overtakes another one, if the queue is longer than it should be, or if a place is not free
     again after an answer."""
@@ -310,6 +316,7 @@ def test_clients_that_go(stream: bool, live, served: Served, reference: Served) 
         reference, list(b"first and"), 9)["text"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patient", [True, False])
 def test_closing(patient: bool, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a server that is told to end does not finish the answer under way, goes on with one that takes too long,

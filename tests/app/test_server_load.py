@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import httpx
+import pytest
 import torch
 from serving import expected, make_served, running, wait
 from soak import memory_in_use
@@ -98,6 +99,7 @@ def right_text(reference: Served, fields: dict) -> str:
     return expected(reference, fields["prompt"], fields["max_tokens"], Sampling(**how, seed=fields["seed"]))["text"]
 
 
+@pytest.mark.slow
 def test_many_clients(tmp_path: Path) -> None:
     """Fails if among many requests one is lost, answered twice or wrongly, or if something of them is kept."""
     folder = save_everything(tmp_path / "tiny")

@@ -57,6 +57,7 @@ def test_phases(sampling: Sampling, tmp_path: Path) -> None:
     assert len(list(engine.generate(ids, 20, sampling))) == 1, "every token is a stop"
 
 
+@pytest.mark.slow
 def test_graphs_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, with a stand-in for capturing. Fails if the trace lacks replayed cycles, which are how decoding
     runs, or if the engine's graphs are lost."""

@@ -155,6 +155,7 @@ def test_confidence(chain: int) -> None:
     assert (looked > 0) == (chain > 0)
 
 
+@pytest.mark.slow
 def test_host_reads_one_cycle_behind() -> None:
     """As on a GPU, where the next cycle runs before the last one is read, and one more runs after the end. Fails if the
     ring has one row or is indexed by the device's count, or if a late reader gets another cycle instead of an error."""

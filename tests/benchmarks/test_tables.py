@@ -149,6 +149,7 @@ def test_all_runs_count() -> None:
     assert entry["with_prefill"]["runs"] == [13 / 8.5, 13 / 15, 13 / 28]
 
 
+@pytest.mark.slow
 def test_split_cycle(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a part of the cycle is counted in another, or if the cycle that is timed is not a whole one. It counts
     operations instead of milliseconds."""

@@ -106,6 +106,7 @@ def test_same_cycles(name: str, sampling: Sampling):
     assert accepted > 40, "too few drafts accepted to say that they are the same"
 
 
+@pytest.mark.slow
 def test_noise_reaches_nothing():
     """Fails if another noise changes a single bit: noise must meet zeros or never be read."""
     model, ids, head = tiny.target(), tiny.prompt(6, 30), tiny.head(tiny.target())

@@ -86,6 +86,7 @@ def cycles(model: Llama, head: BlockHead, ids: list[int], sampling: Sampling) ->
     return committed, [(tree.tokens.tolist(), tree.parents.tolist()) for tree in trees]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["all tokens", "Markov, draft vocabulary"])
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, seed=3)], ids=["greedy", "sampled"])
 def test_same_cycles(kind: str, sampling: Sampling) -> None:

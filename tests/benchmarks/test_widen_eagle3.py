@@ -56,6 +56,7 @@ def test_same_guesses(draft_ids: list[int] | None, wide: tuple[bool, ...]) -> No
     assert torch.allclose(ours, theirs[..., rows], atol=1e-9) and theirs.std() > 0.5
 
 
+@pytest.mark.slow
 def test_same_cycles() -> None:
     """Fails if the widened pair does not commit, cycle by cycle, what the small pair does."""
     model, _ = tiny.pair3(7, 0.03)

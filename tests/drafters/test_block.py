@@ -74,6 +74,7 @@ def check(model: Llama, head: BlockHead, seed: int, nodes: int, topk: int, margi
     return len(trees)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", HEADS)
 def test_trees(kind: str) -> None:
     """Fails if a row has another place, sees another row or a stale context entry, if a norm or the layout's shift is
@@ -88,6 +89,7 @@ def test_trees(kind: str) -> None:
     assert cycles > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kind", WINDOWS)
 def test_sliding_windows(kind: str, causal: bool) -> None:
@@ -109,6 +111,7 @@ def test_windows_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check(model, head, 0, 20, 5, new_tokens=24) > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("anchor_first", [True, False])
 def test_long_blocks(anchor_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a head with more levels than are drafted runs rows in vain or reads other rows, or if one whose rows see
@@ -121,6 +124,7 @@ def test_long_blocks(anchor_first: bool, monkeypatch: pytest.MonkeyPatch) -> Non
         assert len(Block(head, model).mask_tokens) + 1 == ((3 if anchor_first else 4) if causal else 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("lookup", [False, True])
 @pytest.mark.parametrize("markov", [None, "vanilla"])
@@ -136,6 +140,7 @@ def test_text(temperature: float, lookup: bool, markov: str | None) -> None:
         assert text == sum(Engine(model, Vanilla(), 128).generate(ids, 50, sampling), [])
 
 
+@pytest.mark.slow
 def test_context() -> None:
     """Fails if what is remembered of a text that was drafted and verified is not what a prefill of the same text
     leaves, or if a draft's own keys and values stay."""
@@ -150,6 +155,7 @@ def test_context() -> None:
         assert heads[0].kv[..., :place, :].abs().min(-1).values.min() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [None, *MODES])
 def test_quantized(mode: str | None) -> None:
     """Fails if the keys' and values' rows of a quantised head lose their scales: its trees would be others than those
@@ -174,6 +180,7 @@ def test_quantized(mode: str | None) -> None:
 HEADS_OF_ALL = block_published.names_of(block_published.HEADS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", slow_but(4, block_published.HEADS), ids=HEADS_OF_ALL)
 def test_published_heads(case: tuple[str, dict], tmp_path: Path) -> None:
     """Fails if a publisher's layout is read as another head than the one that was written: its trees would be others
@@ -211,6 +218,7 @@ def plain_grid(logits: Tensor, n: int, k: int) -> list[tuple[int, float, int]]:
     return [(node.token, node.score, node.depth) for node in best_paths(rankings, n, k).nodes]
 
 
+@pytest.mark.slow
 def test_grid() -> None:
     """Fails if the tree is not the n most probable paths, on 2,000 random cases, or if a parent is left out."""
     random = torch.Generator().manual_seed(1)
@@ -227,6 +235,7 @@ def test_grid() -> None:
         assert tree.depth[1:].tolist() == [depth for _, _, depth in expected], case
 
 
+@pytest.mark.slow
 def test_grid_ties() -> None:
     """Fails if equal scores break the tree: of ties any choice is as good, but parents must be kept, siblings differ,
     and the sum of probabilities must be the best one."""

@@ -47,6 +47,7 @@ def builder_of(model: Llama, head: Eagle3Head, text: list[int], sampling: Sampli
     return Builder(plain, text, features_of(model, text, plain), sampling)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("publisher", "flags"), HEADS, ids=names_of(HEADS))
 def test_published_heads(publisher: str, flags: dict, tmp_path: Path) -> None:
     """Fails if a variant of a head, or a publisher's layout, computes anything else than the formulas: a norm that is
@@ -67,6 +68,7 @@ def test_published_heads(publisher: str, flags: dict, tmp_path: Path) -> None:
     assert cycles > 8 * SEEDS and close <= cycles // 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", slow_but(1, [(60, 8, 10), (2, 1, 1), (9, 8, 1), (64, 1, 10), (33, 2, 7),
                                                (128, 6, 10)]))
 def test_trees(shape: tuple[int, int, int]) -> None:
@@ -86,6 +88,7 @@ def test_fixed_tree() -> None:
     check_cycles(recorder, builder, lambda length: builder.eagle1(length, EAGLE1_TREE), 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("lookup", [False, True])
 def test_text(temperature: float, lookup: bool) -> None:
@@ -118,6 +121,7 @@ def test_taps() -> None:
     assert torch.equal(features, plain) and hidden is plain
 
 
+@pytest.mark.slow
 def test_quantised() -> None:
     """Fails if a quantised head drafts from other products than its own weights' within rounding."""
     model, head = tiny.pair3(2, dtype=torch.float32)
@@ -128,6 +132,7 @@ def test_quantised() -> None:
     assert sum(rounded, []) == sum(exact, []) and len(rounded) <= len(exact) + 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 @pytest.mark.parametrize("ids", [None, UNSORTED])
 def test_quantised_file(mode: str, ids: list[int] | None, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ def plain_guesses(builder: Builder, start: int) -> list[list[bool]]:
     return right
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["eagle", "eagle3", "eagle3, two layers, norm_output"])
 def test_guesses(kind: str) -> None:
     """Fails if a guess is read one place off, from features where the head has its own, with the wrong position or
@@ -50,6 +51,7 @@ def test_guesses(kind: str) -> None:
     assert [right.tolist() for right in found] == expected and 0 < sum(map(sum, expected)) < sum(map(len, expected))
 
 
+@pytest.mark.slow
 def test_variants_are_told_apart() -> None:
     """Fails if the fields that are tried do not reach the head, or if the best one is not first: answers that the head
     itself has guessed are right for its own fields alone."""
@@ -96,6 +98,7 @@ def guessed_by(plain: PlainBlock, model: Llama, ids: list[int], length: int, own
     return ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_guesses_of_blocks(kind: str) -> None:
     """Fails if a block sees the context of another anchor or rows of another block, if a sliding window is another
@@ -124,6 +127,7 @@ def test_guesses_of_blocks(kind: str) -> None:
     assert [right.tolist() for right in found] == expected and 0 < sum(map(sum, expected)) < sum(map(len, expected))
 
 
+@pytest.mark.slow
 def test_variants_of_blocks() -> None:
     """Fails if a layout, the causality or taps that are tried do not reach the head: a text that the head itself has
     guessed is right for its own fields alone."""

@@ -81,6 +81,7 @@ class Twin:
         self.levels = [*self.levels[1:], list(chosen)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.inference_mode()
 def test_twin(shape: tuple[int, int, int]) -> None:
@@ -323,6 +324,7 @@ def test_gains_on_what_repeats() -> None:
         assert gained(cycles) > 3.5 and {len(cycle) for cycle in cycles[-12:-2]} == {5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", SAMPLINGS[:2])
 def test_prompts_do_not_mix(sampling: Sampling) -> None:
     """Fails if the pool or the window of one prompt is used in the next: the text would be the same, its cycles not."""

@@ -278,6 +278,7 @@ def twin(tensors: dict[str, Tensor], model: Llama, feature: Tensor, noise: Tenso
     return {tuple(path): [best[depth][rank] for depth, rank in enumerate(path)] for path in PUBLISHED_TREE}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.8, seed=3)])
 def test_tree_equals_twin(sampling: Sampling, own: bool, tmp_path: Path) -> None:
@@ -359,6 +360,7 @@ def knowing(model: Llama, own: bool, wrong: bool = False) -> MedusaHeads:
     return heads.requires_grad_(False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("wrong", [True, False])
 def test_always_right_and_always_wrong(wrong: bool, own: bool) -> None:

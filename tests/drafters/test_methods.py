@@ -65,6 +65,7 @@ OPTIONS = {"speculate+lookup": {"chain": 6, "lookup_rule": "pld"}, "eagle2": {"d
            "lookahead": {"window": (3, 3, 2)}, "eagle": {"quantize": "int4", "group": 64}, "lookup": {"chain": None}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_load(method: str, loadable: Path) -> None:
     """Fails if Engine.load makes another engine than the command line does with the same options."""
@@ -166,6 +167,7 @@ def test_parts_are_loaded_once(checkpoint: tuple[Path, Llama], monkeypatch: pyte
     assert len(loads) == 1 and all(drafter.head is made[0].head for drafter in made)
 
 
+@pytest.mark.slow
 def test_refused(checkpoint: tuple[Path, Llama], demo: Path, tmp_path: Path) -> None:
     """Fails if a draft model whose tokens have other ids is accepted, or if missing weights are not asked for by
     name."""

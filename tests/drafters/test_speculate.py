@@ -47,6 +47,7 @@ def test_text_is_vanillas(seed: int) -> None:
     assert sum(gained) > 1.5 * len(gained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 5, 9])
 def test_a_draft_model_that_knows_gains_everything(length: int) -> None:
     """Fails if the last token of a chain that was accepted as a whole is not fed: it is missing in the draft model's

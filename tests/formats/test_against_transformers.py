@@ -178,6 +178,7 @@ def outcome(raw: dict, how: str) -> str:
     return "equal"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equal_or_refused(family: str) -> None:
     """Fails if any config gives other logits than transformers gives, or if plain ones are refused."""

@@ -166,6 +166,7 @@ def test_template_refuses(byte_level: dict[str, Path], tmp_path: Path) -> None:
         plain.chat(TALK)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "template",
     [
@@ -229,6 +230,7 @@ def test_broken_template_matters_only_when_used(byte_level: dict[str, Path], tmp
 DEMO = Path(__file__).parents[2] / "checkpoints" / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DEMO.is_dir(), reason="no demo checkpoint: run make demo")
 def test_demo_checkpoint() -> None:
     """Fails if the tokenizer files that the converter wrote from a GGUF file give other ids, chats or stops than

@@ -120,6 +120,7 @@ def difference(ours: Llama, theirs: nn.Module) -> float:
     return float((logits - expected).abs().max() / expected.abs().max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_logits_equal_transformers_and_trees_write_the_same(name: str, tmp_path: Path) -> None:
     """Fails if a row is split off, reordered or multiplied in the wrong way, if an angle, a bias or a default is wrong,
@@ -378,6 +379,7 @@ def write_gguf(path: Path, theirs: nn.Module, arch: str, fields: dict) -> None:
     writer.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GGUF_CASES)
 def test_gguf_files(name: str, tmp_path: Path) -> None:
     """Fails if a field of llama.cpp is read with another meaning, or rows are reordered where its converter left them

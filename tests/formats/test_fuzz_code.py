@@ -134,6 +134,7 @@ MEMORY = ["'x' * 10**10", "'%9999999999d' % 1", "'{:>9999999999}'.format(1)", "'
           "range(10**12)|list", "'x'|indent(10**10)", "'x'.ljust(10**10)"]
 
 
+@pytest.mark.slow
 def test_templates_run_nothing(tmp_path: Path) -> None:
     """Fails if a chat template reaches Python's objects, changes the conversation, or fills the memory."""
     tiny.save_tokenizer(tmp_path)

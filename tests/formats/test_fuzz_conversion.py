@@ -71,6 +71,7 @@ def test_gguf_that_is_cut_off(convert: Convert, tmp_path: Path) -> None:
         assert refusal(convert, path) != "", end
 
 
+@pytest.mark.slow
 def test_gguf_lengths(convert: Convert, tmp_path: Path) -> None:
     """Fails if a length in a GGUF file may go past its end. gguf's reader would make a list of as many empty items,
     until the memory is full."""

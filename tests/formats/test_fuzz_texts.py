@@ -68,6 +68,7 @@ def test_saved_chat(tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.Capture
     fuzz(path, 150, damaged_json, load)
 
 
+@pytest.mark.slow
 def test_prompts_and_answers(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Fails if a line of --prompt_file, or what --output holds already, raises anything but one line to print. What is
     not whole in --output must stay as it was, or be cut off where a crash cut off the last line."""
@@ -132,6 +133,7 @@ def result(commit: str) -> dict:
             "failed": {"lookup": "out of memory"}, "measured": measured, "before": environment, "after": environment}
 
 
+@pytest.mark.slow
 def test_results_to_compare_with(tmp_path: Path) -> None:
     """Fails if --against accepts a file that cannot be compared with after the race, or raises anything else."""
     path = tmp_path / "old.json"
@@ -145,6 +147,7 @@ def test_results_to_compare_with(tmp_path: Path) -> None:
     fuzz(path, 300, damaged_json, load)
 
 
+@pytest.mark.slow
 def test_kept_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """Fails if a damaged file in benchmarks/results/, or one that is added there, ends in a traceback."""
     kept = tmp_path / "methods-demo.json"

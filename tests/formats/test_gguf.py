@@ -152,6 +152,7 @@ def test_gguf_types(kind, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) and ours[name].isfinite().all() for name in ours)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_gguf_architectures(arch, tied, tmp_path):
@@ -237,6 +238,7 @@ def test_truncated_gguf_ends_in_one_line(cut, tmp_path, monkeypatch, capsys):
     assert_nothing_loads(tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pre, pieces", [
     ("smollm", {"1234": "1 2 3 4", " 1": "Ġ 1", "IT'S": "I T ' S", "e\u0301": "e Ì ģ", "xyz": "x y z"}),
     ("gpt-2", {"1234": "1234", " 1": "Ġ1", "IT'S": "I T ' S", "e\u0301": "e Ì ģ", "xyz": "x y z"}),

@@ -176,6 +176,7 @@ REFUSED = [
     {"context_length": "many"}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
 def test_fields_that_change_nothing(arch: str, tmp_path: Path) -> None:
     """Fails if a neutral value is refused, as converters write many of them, or another model comes out."""
@@ -187,6 +188,7 @@ def test_fields_that_change_nothing(arch: str, tmp_path: Path) -> None:
         assert made[i] == made[0], fields
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
 def test_fields_that_change_the_model_are_refused(arch: str, tmp_path: Path) -> None:
     """Fails if a field that llama.cpp computes with, here or in another architecture, is passed over: the model would
@@ -216,6 +218,7 @@ def llama3_divisors(factor: float) -> tuple[Tensor, dict]:
     return (1 / (smooth + (1 - smooth) / factor)).float(), rope
 
 
+@pytest.mark.slow
 def test_fields_that_are_computed_with(tmp_path: Path) -> None:
     """Fails if a model is not transformers' one of the same meaning: RoPE's base and Llama 3's divisors, sizes of
     heads, a default where a field is missing, epsilon, biases of a Llama, tied weights."""
@@ -253,6 +256,7 @@ def test_fields_that_are_computed_with(tmp_path: Path) -> None:
         assert oracle.model_type == ("qwen2" if arch == "llama" and "biases" in ours else arch)
 
 
+@pytest.mark.slow
 def test_tensors_that_change_the_model_are_refused(tmp_path: Path) -> None:
     """Fails if divisors of another scaling, of another length, or beside a second scaling are taken for Llama 3's, or a
     tensor is left out."""
@@ -299,6 +303,7 @@ def named(names: Iterable[str], kind: int = 3) -> dict:
     return {"tokens": TOKENS[:-len(names)] + names, "token_type": types}
 
 
+@pytest.mark.slow
 def test_stop_ids(tmp_path: Path) -> None:
     """Fails if a model from GGUF runs on where llama.cpp, and the Hugging Face folder with its list of ids, stop: at a
     special token that is named as an end. Fails too if plain text of such a name stops it."""
@@ -375,6 +380,7 @@ def test_files_that_are_no_gguf_model(tmp_path: Path, monkeypatch: pytest.Monkey
     assert_each_is_named(cases, path, monkeypatch, capsys)
 
 
+@pytest.mark.slow
 def test_cut_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     """Fails if half a download is converted, or its error is not the one line that says so, wherever it ends."""
     path = tmp_path / "a.gguf"
@@ -384,6 +390,7 @@ def test_cut_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
         assert_each_is_named({"cut off": whole[:size]}, path, monkeypatch, capsys)
 
 
+@pytest.mark.slow
 def test_a_damaged_length_does_not_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     """Fails if gguf reads as many numbers beyond the end of the file as a damaged length says."""
     path = tmp_path / "a.gguf"

@@ -93,6 +93,7 @@ def test_stop_holds_back_no_more_than_it_must(loaded: dict[str, Tokenizer]) -> N
     assert shown == ["Hi ", "", "ENT", "", "", "", "", ""] and stream.stopped
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*BYTE_LEVEL, "tiktoken"])
 @settings(max_examples=500, deadline=None)
 @given(ids=STREAMS["ids"])
@@ -103,6 +104,7 @@ def test_byte_level_decode_is_its_own(loaded: dict[str, Tokenizer], kind: str, i
     assert loaded[kind].decode(ids) == loaded[kind].bpe.decode(ids, skip_special_tokens=True)
 
 
+@pytest.mark.slow
 @settings(max_examples=1000, deadline=None)
 @given(ids=STREAMS["ids"])
 def test_sentencepiece_decode_is_its_own(loaded: dict[str, Tokenizer], spm_folder: Path, ids: list[int]) -> None:

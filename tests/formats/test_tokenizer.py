@@ -35,6 +35,7 @@ from tokenizer import Tokenizer
 # ----- Ids and text ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BYTE_LEVEL)
 def test_byte_level_as_transformers(byte_level: dict[str, Path], kind: str) -> None:
     """Fails if a part of tokenizer.json is ignored: pre-tokenizer, normalizer, post-processor or added tokens. Fails
@@ -45,6 +46,7 @@ def test_byte_level_as_transformers(byte_level: dict[str, Path], kind: str) -> N
     assert (ours.vocab_size, ours.bos_id) == (len(oracle), oracle.bos_token_id)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{}, {"legacy": True}, {"add_prefix_space": False}, {"add_eos_token": True}, {"add_bos_token": False}]
 )
@@ -69,6 +71,7 @@ def test_sentencepiece_as_sentencepiece(spm_folder: Path) -> None:
     assert compared > 100
 
 
+@pytest.mark.slow
 def test_llama_2_tokenizer_json(spm_folder: Path, tmp_path: Path) -> None:
     """Fails if the normalizer of an old tokenizer.json is obeyed where transformers' LlamaTokenizer overrides it: every
     segment after a special token would get a space, as after "<s>" in every Llama-2 prompt "<s>[INST]"."""
@@ -155,6 +158,7 @@ def test_llama_3_names_of_the_folder(tiktoken_folder: Path, tmp_path: Path) -> N
     assert (ours.vocab_size, ours.stop_ids) == (bos + 256, {bos + 9})
 
 
+@pytest.mark.slow
 @settings(max_examples=500, deadline=None)
 @given(text=st.text(st.sampled_from("abe \n'1.") | st.characters(exclude_categories=["Cs"], exclude_characters="<▁")))
 def test_any_text(loaded: dict[str, Tokenizer], meta: tiktoken.Encoding, text: str) -> None:

@@ -44,6 +44,7 @@ def test_tensors(tmp_path: Path) -> None:
     assert torch.equal(read_tensors(tmp_path / "x.safetensors")[0]["t2"], wanted["t2"])
 
 
+@pytest.mark.slow
 def test_pages_go_with_their_tensor(tmp_path: Path) -> None:
     """Fails if pages of tensors that are gone stay in memory while another tensor of the file lives, or if giving them
     back changes that one."""
@@ -63,6 +64,7 @@ def test_pages_go_with_their_tensor(tmp_path: Path) -> None:
     assert resident(file) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", [None, "int8"])
 def test_a_loaded_file_is_not_resident(quantize: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if the weights of a file that were converted or quantised stay in memory, afterwards or until the last one

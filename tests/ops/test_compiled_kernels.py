@@ -67,6 +67,7 @@ def test_what_decides_unseen_is_refused(tmp_path: Path) -> None:
         key(tmp_path, KERNEL.replace("STEP = tl.constexpr(3)", "class STEP:\n    value = 3"))
 
 
+@pytest.mark.slow
 def test_the_record_is_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if this Triton makes other code of a kernel than the one that wrote the record and says to be the same, if
     the record was not written anew after a change of that kernel, or if a kernel that is not in it is not compiled."""

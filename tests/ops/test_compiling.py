@@ -94,6 +94,7 @@ def test_compiled_once_and_not_launched(gpu: Gpu, tmp_path) -> None:
     assert len(gpu.loaded) == 3 and sorted(tmp_path.glob("*/*.cubin")) == cubins
 
 
+@pytest.mark.slow
 def test_one_launcher_at_a_time(gpu: Gpu) -> None:
     """Fails if two threads make the launcher of the same signature together, or if those of different signatures wait
     for one another."""

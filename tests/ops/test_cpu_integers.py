@@ -41,6 +41,7 @@ def test_rows_alone(mode: str) -> None:
     assert torch.equal(together, torch.cat([linear(rows, weight) for rows in x.split(7)]))
 
 
+@pytest.mark.slow
 def test_packed_once() -> None:
     """Fails if a weight is packed at every call, or if what was packed outlives the weight."""
     gc.collect()

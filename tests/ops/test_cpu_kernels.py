@@ -160,6 +160,7 @@ def test_norm() -> None:
     torch.testing.assert_close(cpu_kernels.rms_norm(x, g, 1e-2), F.rms_norm(x, (80,), g, 1e-2), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_threads() -> None:
     """Fails if a unit is done twice or never where threads share the work, or if their number changes the result."""
     code = f"""

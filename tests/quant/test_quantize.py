@@ -181,6 +181,7 @@ def test_gptq_is_the_plain_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all((data[0] != d).float().mean() < 0.01 for d in data[1:])  # fp32 rounding decides ties
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode, group", FORMATS)
 @pytest.mark.parametrize("tied", [False, True])
 def test_file(mode: str, group: int, tied: bool, tmp_path: Path, tokenizer) -> None:

@@ -44,6 +44,7 @@ def settings(tmp_path: Path, **changes) -> argparse.Namespace:
     return argparse.Namespace(**values | changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [{}, {"markov_rank": 0, "head_layers": 1}, {"block_size": 2, "draft_vocab": V},
                                   {"head_layers": 3, "mlp": 20}])
 def test_rows_are_what_drafting_computes(case: dict, tmp_path: Path) -> None:
@@ -109,6 +110,7 @@ def test_learns(learnable: tuple[Llama, Tensor], tmp_path: Path) -> None:
     assert sum(map(len, cycles)) / len(cycles) > 2
 
 
+@pytest.mark.slow
 def test_anchors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if anchors lie where no answer follows although there are others, at the first token, or so late that the
     block reaches beyond the dialogue; or if there are more or fewer than --anchors."""

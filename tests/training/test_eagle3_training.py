@@ -109,6 +109,7 @@ STEPS = {"plain": {}, "one step": {"unroll": 1}, "seven steps": {"unroll": 7, "s
          "init, unsorted ids": {"head": {"ids": IDS[::-1], "num_attention_heads": 2, "num_key_value_heads": 1}}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", STEPS)
 def test_unrolled_is_what_drafting_does(case: str, tmp_path: Path) -> None:
     """Fails if the head is trained on other positions, keys, tokens, norms or taps than it drafts with, if a layer sees
@@ -419,6 +420,7 @@ def test_batches_that_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         memory.fit_batch(made)
 
 
+@pytest.mark.slow
 def test_dialogues_that_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """Fails if the cache that is allocated is larger than what was counted, or dialogues get lost where fewer are
     written at a time."""
@@ -441,6 +443,7 @@ def test_dialogues_that_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_quantised_target(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a target in int8 has other features, taps or logits than its weights allow, or cannot be trained on."""

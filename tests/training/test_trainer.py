@@ -71,6 +71,7 @@ def assert_as_rendered(row: list[int], asked: list[list[int]], answers: list[lis
 # ----- Dialogues -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_template_stands_around_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a template token is missing, doubled or taken from the model; if an answer's end is not learned, or a
     user turn is learned; if turns never end, or end one token too late."""
@@ -147,6 +148,7 @@ def test_sample() -> None:
     assert (drawn[expected == 0] == 0).all() and drawn[2, 3] > 0.005
 
 
+@pytest.mark.slow
 def test_script_on_the_demo_tokenizer(demo: Path) -> None:
     """Fails if, with a real tokenizer, the template's pieces are cut off by one token, its system prompt is lost, an
     opener merges with the token before it, or a turn has the temperature of another kind."""
