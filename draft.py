@@ -25,7 +25,7 @@ from model import Layer, Llama, rope_table
 from ops.attention import TreeMask, causal_mask, tree_mask
 from ops.embed_rope import embed
 from ops.linear import linear
-from quant.linear import drafting_rows, quantize_linears, rows_of, stack
+from quant.linear import drafting_rows, in_kernel_order, quantize_linears, rows_of, stack
 from tree import MAX_NODES, Candidates, Level, State, Tree, root_token, start_tree
 
 
@@ -166,7 +166,7 @@ class BoundHead:
                 for_embedding, self.fc = head.of_embedding, head.fc.weight
             self.fc_of_token = F.linear(target.embed.weight, for_embedding, head.fc.bias)  # [V, C]
             # The lm_head's rows of a draft vocabulary are a copy, and fc's rows may lie below them.
-            self.lm_head_and_fc = None if self.ids is None else stack(self.lm_head, self.fc)
+            self.lm_head_and_fc = None if self.ids is None else in_kernel_order(stack(self.lm_head, self.fc))
         if self.lm_head_and_fc is not None:
             count = len(self.ids)
             self.lm_head = rows_of(self.lm_head_and_fc, slice(count))

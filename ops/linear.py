@@ -135,8 +135,7 @@ def linear_triton(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = N
         M, width, K, columns, num_slots, D=D, KV_HEADS=kv_heads, GATED=gated,
         EVEN_K=columns % BK == 0 and K == weight.shape[1], BM=BM, BN=BN, BK=BK, SK=SK, STAGES=stages, AHEAD=ahead,
         UNROLL=unroll, PLANES=planes, GROUP=group, GROUPS=groups, ZEROS=has_zeros, INTERPRET=INTERPRET,
-        num_warps=warps,
-        **pdl_options(x.device))
+        num_warps=warps, **pdl_options(x.device))
     return out
 
 

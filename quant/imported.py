@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ops.quantized import Quantized, dequantize, in_rows, pack
+from ops.quantized import Quantized, dequantize, pack
 from quant.linear import GROUPS, ROWS, layout, quantize_weight, rows_of, same_kind, stack
 
 
@@ -161,7 +161,7 @@ def read_stacked(pieces: list[Foreign], like: Quantized) -> Read:
         if not (kept and is_exact(source, weight)):
             sums += measure(source, weight)
         whole = weight if whole is None else stack(whole, weight)
-    return Read(in_rows(whole), *sums.tolist())  # `stack` may have left it in the order of a CPU's kernels
+    return Read(whole, *sums.tolist())
 
 
 def round_to_int8(source: Affine | Rows | Numbers, shape: tuple[int, int]) -> Quantized:

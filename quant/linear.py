@@ -98,11 +98,17 @@ def stack(above: Tensor | Quantized, below: Tensor | Quantized) -> Tensor | Quan
         return torch.cat((above, below))
     if isinstance(above, Quantized) and isinstance(below, Quantized) and same_kind(above, below):
         scale = torch.cat((above.scale, below.scale), int(above.group > 0))
-        both = above._replace(data=torch.cat((in_rows(above).data, in_rows(below).data)), scale=scale)
-        if both.data.device.type == "cpu" and cpu_kernels.takes_weight(both):
-            to_tiles(both.data)  # now, before rows of it are taken, so that they share them
-        return both
+        return above._replace(data=torch.cat((in_rows(above).data, in_rows(below).data)), scale=scale)
     return None
+
+
+def in_kernel_order(weight: Tensor | Quantized | None) -> Tensor | Quantized | None:
+    """A weight that rows will be taken of, in the order in which a CPU's kernels read it, if they do. They would order
+    it at its first product anyway; ordered before, it shares its memory with the rows that are taken."""
+    on_cpu = isinstance(weight, Quantized) and weight.data.device.type == "cpu"  # first: for a GPU, none is compiled
+    if on_cpu and cpu_kernels.takes_weight(weight):
+        to_tiles(weight.data)
+    return weight
 
 
 def same_kind(one: Quantized, other: Quantized) -> bool:

@@ -16,7 +16,7 @@ from ops import attention, cpu_kernels, embed_rope
 from ops.cpu_integers import PACKED
 from ops.linear import linear, linear_torch
 from ops.quantized import Quantized, dequantize, rotate
-from quant.linear import QuantizedLinear, quantize_weight, rows_of, stack
+from quant.linear import QuantizedLinear, in_kernel_order, quantize_weight, rows_of, stack
 from tree import build_tree
 
 
@@ -114,7 +114,7 @@ def test_kept_once(mode: str) -> None:
 def test_rows_of_two_in_one() -> None:
     """Fails if rows of a weight that was made of two are copied when the kernel reads them: an EAGLE head drafts with
     its lm_head and fc, with both in one and with each."""
-    both = stack(*(quantize_weight(torch.randn(N, 32), "int8") for N in (128, 64)))
+    both = in_kernel_order(stack(*(quantize_weight(torch.randn(N, 32), "int8") for N in (128, 64))))
     parts = both, rows_of(both, slice(128)), rows_of(both, slice(128, None))
     x = torch.randn(2, 32)
     y, *rest = (linear(x, part) for part in parts)
