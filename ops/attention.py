@@ -86,8 +86,11 @@ def attention_config(T: int, G: int, K: int, D: int, dtype: torch.dtype, sms: in
         BM, BN, warps, stages = 128, 64, 8, 2
     splits = sms // (K * -(-rows // BM)) if T <= 128 else 1
     most = 8  # since merging reads what every split wrote
-    if hopper and splits >= 8 and BM == 16 and BN == 64:  # few heads: many splits of a block or two. With less shared
-        most, stages = 16, 1  # memory each, programs of the next kernels fit beside them, and fetch their weights
+    if hopper and splits >= 8 and BN == 64:  # few heads: many splits of a block or two. With less shared memory each,
+        if BM == 16:  # programs of the next kernels fit beside them, and fetch their weights
+            most, stages = 16, 1
+        elif BM == 64:  # with fewer programs than this the splits of a long context are long, and need their stages
+            most, stages = 12, 1 if splits > 16 else stages
     return BM, BN, min(max(splits, 1), most), warps, stages
 
 

@@ -15,12 +15,12 @@ pytestmark = not_interpreted
 
 SMS = {86: (82, 84), 89: (76, 128), 90: (114, 132)}  # 3090, A40; 4080, 4090; H100 PCIe, SXM
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-LLAMA2, LLAMA3, SMOL, QWEN = (32, 32, 128), (32, 8, 128), (9, 3, 64), (28, 4, 128)  # H, K, D
+LLAMA2, LLAMA3, SMOL, QWEN, CODER = (32, 32, 128), (32, 8, 128), (9, 3, 64), (28, 4, 128), (12, 2, 128)  # H, K, D
 ODD = (32, 32, 80)
 CASES = [  # T, (H, K, D), words of bits, dtype; each tile with the largest heads that it is used for
     (1, LLAMA2, 0, "bf16"), (10, LLAMA2, 1, "bf16"), (60, LLAMA2, 2, "bf16"), (512, LLAMA2, 0, "bf16"),
     (32, LLAMA2, 0, "bf16"), (60, QWEN, 1, "bf16"), (10, SMOL, 1, "bf16"), (60, ODD, 1, "bf16"),
-    (10, LLAMA2, 1, "fp32"), (60, LLAMA2, 1, "fp32")]
+    (32, CODER, 1, "bf16"), (10, LLAMA2, 1, "fp32"), (60, LLAMA2, 1, "fp32")]
 
 
 def compile_checked(kernel, arch: int, types: dict[str, str], warps: int, stages: int = 3, **constants) -> Compiled:
@@ -98,7 +98,7 @@ def test_no_other_config_is_ever_returned():
         capability = divmod(arch, 10)
         tested = {tile(T, *shape, dtype, SMS[arch][1], capability) for T, shape, _, dtype in CASES}
         for T in (*range(1, 65), 128, 512):
-            for shape in (LLAMA2, LLAMA3, SMOL, QWEN, ODD, (64, 8, 128), (40, 40, 128), (71, 1, 64)):
+            for shape in (LLAMA2, LLAMA3, SMOL, QWEN, CODER, ODD, (64, 8, 128), (40, 40, 128), (71, 1, 64)):
                 for sms in SMS[arch]:
                     for dtype in ("bf16", "fp32"):
                         assert tile(T, *shape, dtype, sms, capability) in tested
