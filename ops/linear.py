@@ -13,8 +13,8 @@ If N is too small to occupy the GPU, several programs split K. Each stores its f
 finishes last adds all of them up in a fixed order: the bits do not depend on which one that is. With more than 16 rows
 the norm gets a kernel of its own: x * g has to pass through registers, and every product would wait for it.
 
-Weights of 8 or 4 bits go through the same kernel, with the loops of ops/quantized.py (its docstring says where the bits
-of int4 lie). ops/tiling.py chooses the sizes of the blocks.
+Weights of 8 or 4 bits go through the same kernel, with the loops of ops/integer_product.py. ops/tiling.py chooses the
+sizes of the blocks.
 
 Letters: M rows of x, K inputs, N rows of the weights; width = N or, gated, N / 2 outputs; D head dim, S cache slots.
 """
@@ -27,8 +27,9 @@ from torch import Tensor
 from ops import cpu_integers, cpu_kernels
 from ops.device import INTERPRET, device_limits, pdl_options, tl, triton, wait_for_previous
 from ops.embed_rope import rope_store
+from ops.integer_product import multiply_int4, multiply_int8
 from ops.integer_rows import quantize_triton
-from ops.quantized import Quantized, integer_linear, multiply_int4, multiply_int8
+from ops.quantized import Quantized, integer_linear
 from ops.tiling import Tiling, integer_config, linear_config
 
 MAX_ROWS = 128  # beyond, a matrix product is no longer bound by memory and cuBLAS is the better choice

@@ -114,6 +114,8 @@ def integer_config(M: int, N: int, columns: int, planes: int, group: int, sms: i
         BM = 16 if M <= 16 else 32 if M <= 32 else 64
     rows = planes * BM  # what tensor cores multiply
     tiles = -(-N // 64)
+    if group == 32:
+        return many_groups(BM, rows, tiles, columns, sms, hopper)
     crowded = rows == 128 and group and not hopper  # four warps would not have enough registers
     BN = 128 if crowded else 64
     warps = 8 if crowded else 4
@@ -126,12 +128,30 @@ def integer_config(M: int, N: int, columns: int, planes: int, group: int, sms: i
         BK = max(64, group) if crowded else 128
         SK = -(-2 * sms // tiles) if tiles < sms else 1
         stages = 4 if rows < 64 else 3
-    if group == 32:  # a loop of eight groups takes the compiler minutes
-        BK = min(BK, 128)
     while columns % BK and BK > max(64, group):
         BK //= 2
     SK = max(1, min(SK, columns // BK // 4, 64))
     return Tiling(BM, BN, BK, SK, warps, stages, ahead=max(1, (256 if group else 1024) // BK))
+
+
+def many_groups(BM: int, rows: int, tiles: int, columns: int, sms: int, hopper: bool) -> Tiling:
+    """The Tiling for int4 in groups of 32. The loop waits for the tensor cores after every group, so several programs
+    have to share a multiprocessor. `rows`: what tensor cores multiply; tiles: of 64 rows of the weights.
+
+    Not measured: splits are chosen by a count of the blocks that a multiprocessor gets through one after the other,
+    where starting and ending a program is worth two of them.
+    """
+    BN, warps = (128, 8) if rows == 128 and not hopper else (64, 4)
+    tiles = -(-tiles * 64 // BN)
+    BK = 128 if rows <= 32 else 64
+    blocks = columns // BK
+    resident = sms * (2 if not hopper else 4 if rows <= 16 else 3)
+
+    def length(SK: int) -> int:
+        return -(-tiles * SK // resident) * (-(-blocks // SK) + 2)
+    SK = min(range(1, min(16 if rows <= 32 else 6, blocks) + 1), key=length)  # a sum of many rows is long
+    stages = 3 if rows == 128 or rows == 32 and not hopper else 4
+    return Tiling(BM, BN, BK, SK, warps, min(stages, -(-blocks // SK) + 1), ahead=256 // BK)
 
 
 def hopper_int4(rows: int, tiles: int, sms: int) -> tuple[int, int, int]:

@@ -41,6 +41,7 @@ SHAPES = {  # [N, K] of wqkv, wo, w13, w2, lm_head (and EAGLE's fc)
     "SmolLM2": [(960, 576), (576, 576), (3072, 576), (576, 1536), (49152, 576)],
 }
 SPLITS = 6  # the most whose sums are added up by unrolled code, among the tilings of these shapes
+FEW_ROWS, SPLITS_OF_FEW = 16, 16  # the same for up to so many rows
 
 
 def cards(group: str, archs: Iterable[int] = CARDS) -> list:
@@ -171,10 +172,11 @@ def compile_linear(tiling: Tiling, even: bool, arch: int, options: bool, norm: b
     integers). zeros: scales and zeros are fp16.
 
     options: with a bias, gated and, without a norm, with a residual: what is normed is never what is added to it. Any
-    number of splits but one is compiled as SPLITS, so that cards with other numbers share the code.
+    number of splits but one is compiled as the most, so that cards with other numbers share the code.
     """
-    assert tiling.SK <= SPLITS or tiling.BM > 64
-    constants = {"BM": tiling.BM, "BN": tiling.BN, "BK": tiling.BK, "SK": SPLITS if tiling.SK > 1 else 1,
+    splits = SPLITS_OF_FEW if tiling.BM <= FEW_ROWS else SPLITS
+    assert tiling.SK <= splits or tiling.BM > 64
+    constants = {"BM": tiling.BM, "BN": tiling.BN, "BK": tiling.BK, "SK": splits if tiling.SK > 1 else 1,
                  "STAGES": tiling.stages, "AHEAD": tiling.ahead if arch >= 90 else 0, "UNROLL": tiling.unroll,
                  "PDL": arch >= 90, "EVEN_K": even, "GATED": options and not heads, "D": 128 if heads else 2,
                  "KV_HEADS": 8 if heads else 0, "PLANES": planes, "GROUP": group,
