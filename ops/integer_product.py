@@ -1,5 +1,5 @@
 """The loops of ops/linear.py's kernel for integer weights: tensor cores multiply integers, and each group of columns of
-int4 is scaled by itself. ops/quantized.py says what the integers mean.
+int4 is scaled by itself. One row of x is multiplied as it is. ops/quantized.py says what the integers mean.
 
 Letters as in ops/linear.py; BM rows of x, of BN rows of the weights, in blocks of BK columns (of int4: bytes).
 """
@@ -93,16 +93,21 @@ def multiply_int4(x_ptr, sums_ptr, w_rows, row, scale_ptr, M, N, K, half, first,
 def add_group(acc, dot, word, sums_ptr, M, OFFSETS: tl.constexpr, ZEROS: tl.constexpr, BM: tl.constexpr):
     """acc fp32 [BN, BM] plus one group's product `dot`, scaled, and with OFFSETS its offset times its sums of x. word
     int32 [BN], see `scale_of`; sums fp32 [M]."""
-    scale = scale_of(word, ZEROS)[:, None]
     if OFFSETS:
         m = tl.arange(0, BM)
         sums = tl.load(sums_ptr + m, mask=m < M, other=0.0)[None, :]
-        if ZEROS:
-            return acc + (dot + zero_of(word)[:, None] * sums) * scale
-        else:
-            return acc + dot * scale + offset_of(word, ZEROS)[:, None] * sums
+        return acc + scaled(dot, word[:, None], sums, ZEROS)
     else:
-        return acc + dot * scale
+        return acc + dot * scale_of(word, ZEROS)[:, None]
+
+
+@triton.jit
+def scaled(dot, word, sums, ZEROS: tl.constexpr):
+    """Products of 16 q and x, scaled, with the offsets times the sums of x. word int32, see `scale_of`."""
+    if ZEROS:
+        return (dot + zero_of(word) * sums) * scale_of(word, ZEROS)
+    else:
+        return dot * scale_of(word, ZEROS) + offset_of(word, ZEROS) * sums
 
 
 @triton.jit
@@ -149,3 +154,83 @@ def combine_planes(dot, HIGH: tl.constexpr, PLANES: tl.constexpr, BM: tl.constex
         high, low = tl.split(dot.reshape(BN, 2, BM).permute(0, 2, 1))
         dot = high * HIGH + low
     return dot.to(tl.float32)
+
+
+# ----- One row -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def multiply_row(x_ptr, w_rows, row, scale_ptr, norm_ptr, N, K, columns, first, last, EVEN_K: tl.constexpr,
+                 GROUP: tl.constexpr, ZEROS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+                 UNROLL: tl.constexpr, INTERPRET: tl.constexpr):
+    """w @ (norm * x) of one row x [K] over columns (of int4: bytes) first to last: fp32 [BN, 1], and the sum of squares
+    of x [1]. Pointers: as in `multiply_int8` and `multiply_int4`, but x and norm [K] are not integers.
+
+    One row needs no tensor cores, so nothing has to be made of x. A thread takes 8 columns of x side by side, one load
+    of 16 bytes, and so 8 bytes of w: where the two differ, Triton moves x between threads. For int4 it adds up the 8
+    products, which are of one group, before it scales them.
+    """
+    acc = tl.zeros((BN, BK // 8 if GROUP else BK), dtype=tl.float32)
+    squares = tl.zeros((1, BK), dtype=tl.float32)
+    for start in tl.range(first, last, BK, num_stages=STAGES, loop_unroll_factor=UNROLL):
+        k = start + tl.arange(0, BK)[None, :]
+        inside = (k < columns) | EVEN_K
+        eights = tl.max_contiguous(tl.multiple_of(k, [1, 8]), [1, 8])
+        w = tl.load(w_rows + eights, mask=inside, other=0, eviction_policy="evict_first")
+        x, square = load_row(x_ptr, norm_ptr, k, inside & (k < K) | EVEN_K)
+        squares += square
+        if GROUP:
+            y, square = load_row(x_ptr, norm_ptr, columns + k, inside & (columns + k < K) | EVEN_K)
+            squares += square
+            low, high = unpack_int4(w, INTERPRET)
+            acc = add_eights(acc, low, x, start, columns, 0, row, scale_ptr, N, EVEN_K, GROUP, ZEROS, BK, INTERPRET)
+            acc = add_eights(acc, high, y, start, columns, columns, row, scale_ptr, N, EVEN_K, GROUP, ZEROS, BK,
+                             INTERPRET)
+        else:
+            acc += as_fp32(w, INTERPRET) * x
+    total = tl.sum(acc, 1)
+    if not GROUP:
+        total *= tl.load(scale_ptr + row)
+    return total[:, None], tl.sum(squares, 1)
+
+
+@triton.jit
+def load_row(x_ptr, norm_ptr, k, inside):
+    """norm * x at the columns k [1, BK], fp32, and the squares of x."""
+    x = tl.load(x_ptr + k, mask=inside, other=0.0).to(tl.float32)
+    square = x * x
+    if norm_ptr is not None:
+        x *= tl.load(norm_ptr + k, mask=inside, other=0.0).to(tl.float32)
+    return x, square
+
+
+@triton.jit
+def add_eights(acc, q, x, start, columns, before, row, scale_ptr, N, EVEN_K: tl.constexpr, GROUP: tl.constexpr,
+               ZEROS: tl.constexpr, BK: tl.constexpr, INTERPRET: tl.constexpr):
+    """acc fp32 [BN, BK / 8] plus the products of 16 q int8 [BN, BK] and x [1, BK], scaled, and the offsets, 8 columns a
+    sum: the columns from `before` + start on. The rest as in `multiply_row`."""
+    byte = start + 8 * tl.arange(0, BK // 8)[None, :]
+    word = tl.load(scale_ptr + (before + byte) // GROUP * N + row[:, None], mask=(byte < columns) | EVEN_K, other=0)
+    return acc + scaled(sums_of_8(as_fp32(q, INTERPRET) * x), word, sums_of_8(x), ZEROS)
+
+
+@triton.jit
+def sums_of_8(x):
+    """The sums of 8 columns side by side: [any, columns / 8] of x [any, columns]."""
+    return tl.sum(x.reshape(x.shape[0], x.shape[1] // 8, 8), 2)
+
+
+@triton.jit
+def as_fp32(q, INTERPRET: tl.constexpr):
+    """int8 as fp32: the bits of q + 128 below those of 2^23 are the number 2^23 + 128 + q. Two instructions a number; a
+    conversion takes as long as three."""
+    if INTERPRET:
+        return q.to(tl.float32)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 a, b, c, d; xor.b32 d, $4, 0x80808080;"
+            " prmt.b32 a, d, 0x4B000000, 0x7440; prmt.b32 b, d, 0x4B000000, 0x7441;"
+            " prmt.b32 c, d, 0x4B000000, 0x7442; prmt.b32 d, d, 0x4B000000, 0x7443;"
+            " add.f32 $0, a, 0fCB000080; add.f32 $1, b, 0fCB000080;"
+            " add.f32 $2, c, 0fCB000080; add.f32 $3, d, 0fCB000080; }",
+            "=f,=f,=f,=f,r", [q], dtype=tl.float32, is_pure=True, pack=4)

@@ -6,6 +6,8 @@ shared memory (sm_86, sm_89) get smaller blocks; there two programs share a mult
 import math
 from typing import NamedTuple
 
+SMALL = 2**25  # bytes: by integer weights of up to so many, one row of x is multiplied without being made integers
+
 
 class Tiling(NamedTuple):
     BM: int  # rows of x, padded, at most 128; 1: multiply and add instead of using tensor cores
@@ -72,6 +74,13 @@ def one_row(N: int, K: int) -> Tiling:
     return Tiling(1, 4, 256, 1, 1, 1, ahead=1)
 
 
+def one_integer_row(N: int, columns: int) -> Tiling:
+    """The Tiling for one row of x and integer weights of N rows of `columns` bytes: 256 bytes of four rows a warp, and
+    enough warps to keep the memory busy. Not measured."""
+    warps = 4 if N <= 8192 and columns >= 1024 else 2
+    return Tiling(1, 4, 256 * warps, 1, warps, 1, ahead=1, unroll=min(3, -(-columns // (256 * warps))))
+
+
 def many_rows(N: int, columns: int, w_bytes: int, x_bytes: int, group: int, sms: int, capability: tuple[int, int]
               ) -> Tiling:
     """The Tiling for 65 to 128 rows of x, of x_bytes an element (two planes: 2), and weights of w_bytes an element (of
@@ -107,6 +116,8 @@ def integer_config(M: int, N: int, columns: int, planes: int, group: int, sms: i
     ops.quantized.Quantized. Hopper's tensor cores want at least 16 rows, all planes together."""
     if M > 64:
         return many_rows(N, columns, 1, planes, group, sms, capability)
+    if M == 1 and planes == 2 and N * columns <= SMALL:
+        return one_integer_row(N, columns)
     hopper = capability >= (9, 0)
     if M <= 8:
         BM = 8 if planes == 2 else 16
