@@ -20,6 +20,24 @@ def unpack_int4(packed, INTERPRET: tl.constexpr):
 
 
 @triton.jit
+def multiply_integers(x_ptr, sums_ptr, w_rows, row, scale_ptr, norm_ptr, M, N, K, columns, first, last,
+                      EVEN_K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, ZEROS: tl.constexpr,
+                      PLANES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+                      UNROLL: tl.constexpr, INTERPRET: tl.constexpr):
+    """The loop for these weights and rows: the sums fp32 [BN, BM] and, where x is not made of integers, the sum of
+    squares of x [1]. The parameters are those of the functions below."""
+    if BM == 1:
+        return multiply_row(x_ptr, w_rows, row, scale_ptr, norm_ptr, N, K, columns, first, last, EVEN_K, GROUP, ZEROS,
+                            BN, BK, STAGES, UNROLL, INTERPRET)
+    elif GROUP:
+        return multiply_int4(x_ptr, sums_ptr, w_rows, row, scale_ptr, M, N, K, columns, first, last, EVEN_K, GROUP,
+                             GROUPS, ZEROS, PLANES, BM, BN, BK, STAGES, INTERPRET), None
+    else:
+        scales = scale_ptr + row
+        return multiply_int8(x_ptr, w_rows, scales, M, K, first, last, EVEN_K, PLANES, BM, BN, BK, STAGES), None
+
+
+@triton.jit
 def multiply_int8(x_ptr, w_rows, scales, M, K, first, last, EVEN_K: tl.constexpr, PLANES: tl.constexpr,
                   BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr):
     """w @ x.T over columns first to last, times the scales of w: fp32 [BN, BM]. One product takes all planes of x, BM

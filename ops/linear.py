@@ -27,7 +27,7 @@ from torch import Tensor
 from ops import cpu_integers, cpu_kernels
 from ops.device import INTERPRET, device_limits, pdl_options, tl, triton, wait_for_previous
 from ops.embed_rope import rope_store
-from ops.integer_product import multiply_int4, multiply_int8, multiply_row
+from ops.integer_product import multiply_integers
 from ops.integer_rows import quantize_triton
 from ops.quantized import Quantized, integer_linear
 from ops.tiling import Tiling, integer_config, linear_config
@@ -209,15 +209,10 @@ def linear_kernel(
         if AHEAD:
             prefetch(w_rows, first, columns, AHEAD * BK, 64 if w_scale_ptr is None else 128)
         tl.extra.cuda.gdc_wait()
-    if BM == 1 and w_scale_ptr is not None:
-        acc, squares = multiply_row(x_ptr, w_rows, row, w_scale_ptr, norm_ptr, width * HALVES, K, columns, first, last,
-                                    EVEN_K, GROUP, ZEROS, BN, BK, STAGES, UNROLL, INTERPRET)
-    elif GROUP:
-        acc, squares = multiply_int4(x_ptr, sums_ptr, w_rows, row, w_scale_ptr, M, width * HALVES, K, columns, first,
-                                     last, EVEN_K, GROUP, GROUPS, ZEROS, PLANES, BM, BN, BK, STAGES, INTERPRET), None
-    elif PLANES:
-        acc, squares = multiply_int8(x_ptr, w_rows, w_scale_ptr + row, M, K, first, last, EVEN_K, PLANES, BM, BN, BK,
-                                     STAGES), None
+    if w_scale_ptr is not None:
+        acc, squares = multiply_integers(
+            x_ptr, sums_ptr, w_rows, row, w_scale_ptr, norm_ptr, M, width * HALVES, K, columns, first, last, EVEN_K,
+            GROUP, GROUPS, ZEROS, PLANES, BM, BN, BK, STAGES, UNROLL, INTERPRET)
     else:
         acc, squares = multiply(x_ptr, w_rows, norm_ptr, M, K, first, last, EVEN_K, BM, BN, BK, STAGES, UNROLL)
     m, n = tl.arange(0, BM)[None, :], (tile * (BN // HALVES) + tl.arange(0, BN // HALVES))[:, None]
