@@ -98,22 +98,22 @@ def multiply_int4(x_ptr, sums_ptr, w_rows, row, scale_ptr, M, N, K, half, first,
                 x_low = tl.load(x_rows + M * K + k, mask=live & ((k < K) & inside | EVEN_K), other=0)
                 y_low = tl.load(x_rows + M * K + half + k, mask=live & ((half + k < K) | EVEN_K), other=0)
             low, high = unpack_int4(w, INTERPRET)
+            there = inside & (tl.arange(0, BM) < M)
             word = tl.load(scale_ptr + g * N + row, mask=inside, other=0)
-            acc = add_group(acc, multiply_group(low, x, x_low, PLANES, BM, BN), word, sums_ptr + g * M, M, INSIDE,
-                            ZEROS, BM)
+            dot = multiply_group(low, x, x_low, PLANES, BM, BN)
+            acc = add_group(acc, dot, word, sums_ptr + g * M, there, INSIDE, ZEROS, BM)
             word = tl.load(scale_ptr + h * N + row, mask=inside, other=0)
-            acc = add_group(acc, multiply_group(high, y, y_low, PLANES, BM, BN), word, sums_ptr + h * M, M, INSIDE,
-                            ZEROS, BM)
+            dot = multiply_group(high, y, y_low, PLANES, BM, BN)
+            acc = add_group(acc, dot, word, sums_ptr + h * M, there, INSIDE, ZEROS, BM)
     return acc
 
 
 @triton.jit
-def add_group(acc, dot, word, sums_ptr, M, OFFSETS: tl.constexpr, ZEROS: tl.constexpr, BM: tl.constexpr):
+def add_group(acc, dot, word, sums_ptr, there, OFFSETS: tl.constexpr, ZEROS: tl.constexpr, BM: tl.constexpr):
     """acc fp32 [BN, BM] plus one group's product `dot`, scaled, and with OFFSETS its offset times its sums of x. word
-    int32 [BN], see `scale_of`; sums fp32 [M]."""
+    int32 [BN], see `scale_of`; sums fp32 [M]; there [BM]: which of them there are, none past the last group."""
     if OFFSETS:
-        m = tl.arange(0, BM)
-        sums = tl.load(sums_ptr + m, mask=m < M, other=0.0)[None, :]
+        sums = tl.load(sums_ptr + tl.arange(0, BM), mask=there, other=0.0)[None, :]
         return acc + scaled(dot, word[:, None], sums, ZEROS)
     else:
         return acc + dot * scale_of(word, ZEROS)[:, None]

@@ -124,13 +124,22 @@ def test_rows_are_quantized_one_by_one():
         assert quantize_rows(x[1:2], planes)[0].equal(q[1:2])
 
 
+@cache
+def quantized_once(x: Tensor, weight: Quantized, norm: None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """quantize_triton, with something that nobody may read behind the sums."""
+    out, scale, sums = quantize_triton(x, weight, norm)
+    if sums is not None:
+        sums = torch.cat((sums, torch.full_like(sums, torch.nan)))[:len(sums)]
+    return out, scale, sums
+
+
 def check(M: int, N: int, K: int, mode: str, *configs: Tiling | None) -> list[Tensor]:
     """What the kernel gives with each config, compared with float64. x is quantised once for all of them."""
     weight = weights(N, K, mode)
     x, q = integral(M, K, weight)
     wanted, found = q @ dequantize(weight, torch.float64)[:, :K].T, []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ops.linear.quantize_triton", cache(quantize_triton))
+        patch.setattr("ops.linear.quantize_triton", quantized_once)
         for config in configs:
             out = linear_triton(x, weight, config=config)
             error = ((out.double() - wanted).abs() / (1 + wanted.abs())).max().item()
