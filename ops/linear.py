@@ -13,8 +13,8 @@ If N is too small to occupy the GPU, several programs split K. Each stores its f
 finishes last adds all of them up in a fixed order: the bits do not depend on which one that is. With more than 16 rows
 the norm gets a kernel of its own: x * g has to pass through registers, and every product would wait for it.
 
-Weights of 8 or 4 bits go through the same kernel, with the loops of ops/quantized.py (its docstring says where the bits
-of int4 lie). ops/tiling.py chooses the sizes of the blocks.
+Weights of 8 or 4 bits go through the same kernel, with the loops of ops/integer_product.py. ops/tiling.py chooses the
+sizes of the blocks.
 
 Letters: M rows of x, K inputs, N rows of the weights; width = N or, gated, N / 2 outputs; D head dim, S cache slots.
 """
@@ -27,8 +27,9 @@ from torch import Tensor
 from ops import cpu_integers, cpu_kernels
 from ops.device import INTERPRET, device_limits, pdl_options, tl, triton, wait_for_previous
 from ops.embed_rope import rope_store
+from ops.integer_product import multiply_integers
 from ops.integer_rows import quantize_triton
-from ops.quantized import Quantized, integer_linear, multiply_int4, multiply_int8
+from ops.quantized import Quantized, integer_linear
 from ops.tiling import Tiling, integer_config, linear_config
 
 MAX_ROWS = 128  # beyond, a matrix product is no longer bound by memory and cuBLAS is the better choice
@@ -100,9 +101,11 @@ def linear_triton(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = N
     integers = isinstance(weight, Quantized)
     data, w_scale, group, planes, *_ = weight if integers else (weight, None, 0, 0)
     columns = data.shape[1]  # of int4: bytes, two weights each
-    if config is None:
-        limits = device_limits(x.device)
-        config = integer_config(M, N, columns, planes, group, *limits) if integers else linear_config(M, N, K, *limits)
+    if config is None and integers:
+        rows = M if weight.order is None else max(M, 2)  # only where integers are made of x its columns are sorted
+        config = integer_config(rows, N, columns, planes, group, *device_limits(x.device))
+    elif config is None:
+        config = linear_config(M, N, K, *device_limits(x.device))
     BM, BN, BK, SK, warps, stages, ahead, unroll = config
     tiles = triton.cdiv(N, BN)
     width = N // 2 if gated or heads else N
@@ -115,7 +118,9 @@ def linear_triton(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = N
     out = x.new_empty(M, N - 2 * kv_heads * D if heads else width, dtype=dtype)
     norm_weight, eps = norm or (None, 0.0)
     x_scale = sums = None
-    if integers:  # x is normed while it is quantised
+    if integers and BM == 1:  # x is multiplied as it is
+        planes = 0
+    elif integers:  # x is normed while it is quantised
         x, x_scale, sums = quantize_triton(x, weight, norm)
         norm_weight = None
     elif norm_weight is not None and M > NORM_ROWS:
@@ -202,14 +207,12 @@ def linear_kernel(
     if PDL:  # as wait_for_previous; but weights depend on no kernel, so they may be fetched before the wait
         tl.extra.cuda.gdc_launch_dependents()
         if AHEAD:
-            prefetch(w_rows, first, columns, AHEAD * BK, 128 if PLANES else 64)
+            prefetch(w_rows, first, columns, AHEAD * BK, 64 if w_scale_ptr is None else 128)
         tl.extra.cuda.gdc_wait()
-    if GROUP:
-        acc, squares = multiply_int4(x_ptr, sums_ptr, w_rows, row, w_scale_ptr, M, width * HALVES, K, columns, first,
-                                     last, EVEN_K, GROUP, GROUPS, ZEROS, PLANES, BM, BN, BK, STAGES, INTERPRET), None
-    elif PLANES:
-        acc, squares = multiply_int8(x_ptr, w_rows, w_scale_ptr + row, M, K, first, last, EVEN_K, PLANES, BM, BN, BK,
-                                     STAGES), None
+    if w_scale_ptr is not None:
+        acc, squares = multiply_integers(
+            x_ptr, sums_ptr, w_rows, row, w_scale_ptr, norm_ptr, M, width * HALVES, K, columns, first, last, EVEN_K,
+            GROUP, GROUPS, ZEROS, PLANES, BM, BN, BK, STAGES, UNROLL, INTERPRET)
     else:
         acc, squares = multiply(x_ptr, w_rows, norm_ptr, M, K, first, last, EVEN_K, BM, BN, BK, STAGES, UNROLL)
     m, n = tl.arange(0, BM)[None, :], (tile * (BN // HALVES) + tl.arange(0, BN // HALVES))[:, None]

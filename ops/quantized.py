@@ -4,7 +4,8 @@ If weights were converted to floating point before they are multiplied, verifyin
 the conversion. So nothing is converted: each row of x becomes integers and one scale, and tensor cores multiply
 integers by integers, twice as fast and, with int32 sums, exactly. An activation of 16 bits is two planes of 8 bits,
 x = scale * (256 * high + low), and the planes are simply twice as many rows of x. This is more precise than bf16 except
-where a value is below 1/256 of its row's largest.
+where a value is below 1/256 of its row's largest. (A single row waits for memory, and there making integers of it would
+take longer than converting the weights, unless they are large: ops/integer_product.multiply_row.)
 
     int8      w[n, k] = scale[n] * q[n, k]                         two planes: activations lose next to nothing
     int8dyn   the same, of the rotated weights                     one plane, of the rotated x
@@ -25,8 +26,8 @@ row lie side by side. A weight that they have read stays in that order (`to_tile
 Rotated means: each block of 16 columns was multiplied by a Hadamard matrix. That leaves w @ x.T as it is, and it
 spreads an outlier over its block, which 8 bits per activation need (QuaRot, arXiv 2404.00456).
 
-This file holds the format, its PyTorch twin, and the loops that ops/linear.py's kernel runs for it. ops/integer_rows.py
-makes integers of x, ops/tiling.py cuts the work, quant/ chooses the integers of the weights.
+This file holds the format and its PyTorch twin. ops/integer_rows.py makes integers of x, ops/integer_product.py has the
+loops that ops/linear.py's kernel runs, ops/tiling.py cuts the work, quant/ chooses the integers of the weights.
 """
 import math
 from typing import NamedTuple
@@ -203,129 +204,12 @@ def scale_of(word, ZEROS: tl.constexpr):
 def offset_of(word, ZEROS: tl.constexpr):
     """The offset, fp32, in the high half of a word; with ZEROS it is minus the scale times the zero there."""
     if ZEROS:
-        return (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * scale_of(word, True) * -16
+        return zero_of(word) * scale_of(word, True)
     else:
         return (word & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def unpack_int4(packed, INTERPRET: tl.constexpr):
-    """int8 -> 16 times the low four bits and 16 times the high four bits, as signed numbers, int8 each: masking out the
-    other half of a byte leaves just that. One instruction does it for four bytes."""
-    if INTERPRET:
-        return packed << 4, packed & -16
-    else:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 a; shl.b32 a, $2, 4; and.b32 $0, a, 0xF0F0F0F0; and.b32 $1, $2, 0xF0F0F0F0; }",
-            "=r,=r,r", [packed], dtype=(tl.int8, tl.int8), is_pure=True, pack=4)
-
-
-@triton.jit
-def multiply_int8(x_ptr, w_rows, scales, M, K, first, last, EVEN_K: tl.constexpr, PLANES: tl.constexpr,
-                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr):
-    """w @ x.T over columns first to last, times the scales of w: fp32 [BN, BM]. One product takes all planes of x, BM
-    rows of each.
-
-    Pointers: x int8 [PLANES, M, K]; w_rows [BN, 1] to the first column of each row, int8; scales [BN], fp32.
-    """
-    r = tl.arange(0, PLANES * BM)[:, None]
-    live, x_rows = r % BM < M, x_ptr + (r // BM * M + r % BM).to(tl.int64) * K
-    acc = tl.zeros((BN, PLANES * BM), dtype=tl.int32)
-    for start in tl.range(first, last, BK, num_stages=STAGES):
-        k = (start + tl.arange(0, BK))[None, :]
-        inside = (k < K) | EVEN_K  # folds to no mask at all
-        w = tl.load(w_rows + k, mask=inside, other=0, eviction_policy="evict_first")
-        x = tl.load(x_rows + k, mask=inside & live, other=0)
-        acc = tl.dot(w, x.trans(), acc, out_dtype=tl.int32)
-    return combine_planes(acc, 256.0, PLANES, BM, BN) * tl.load(scales)[:, None]
-
-
-@triton.jit
-def multiply_int4(x_ptr, sums_ptr, w_rows, row, scale_ptr, M, N, K, half, first, last, EVEN_K: tl.constexpr,
-                  GROUP: tl.constexpr, GROUPS: tl.constexpr, ZEROS: tl.constexpr, PLANES: tl.constexpr,
-                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-                  INTERPRET: tl.constexpr):
-    """w @ x.T over bytes first to last of each row, two columns a byte, with scales and offsets: fp32 [BN, BM]. The
-    program that starts at byte 0 adds the offsets of all columns.
-
-    Pointers: x int8 [PLANES, M, K], sums fp32 [groups, M], w_rows [BN, 1] to the first byte of each row, int8; scale
-    int32 [groups, N], see `scale_of`. row [BN]: the rows' numbers. half: bytes of a row. GROUPS: `groups` rounded up to
-    a power of two.
-    """
-    APART: tl.constexpr = PLANES * BM > 128  # one plane after the other: registers do not hold a product of 256 rows
-    STEP: tl.constexpr = min(BK, GROUP)
-    r, b = tl.arange(0, BM if APART else PLANES * BM)[:, None], tl.arange(0, STEP)[None, :]
-    live, x_rows = r % BM < M, x_ptr + (r // BM * M + r % BM).to(tl.int64) * K
-    groups, acc = half * 2 // GROUP, tl.zeros((BN, BM), dtype=tl.float32)
-    if (APART or GROUP == 32 or ZEROS) and GROUPS > 32:
-        # A few groups at a time, and no address kept over the loop below: registers again
-        FEW: tl.constexpr = 16 if GROUP == 64 and BM <= 16 else 32
-        for top in tl.range(0, groups, FEW, num_stages=1, disable_licm=True):
-            acc = multiply_offsets(sums_ptr, scale_ptr, row, M, N, top, groups, first == 0, acc, FEW, ZEROS, BM,
-                                   INTERPRET)
-    else:
-        acc = multiply_offsets(sums_ptr, scale_ptr, row, M, N, 0, groups, first == 0, acc, GROUPS, ZEROS, BM, INTERPRET)
-    for start in tl.range(first, last, BK, num_stages=STAGES):
-        for part in tl.static_range(0, BK, STEP):
-            at = start + part
-            k, g, h = at + b, at // GROUP, (at + half) // GROUP
-            inside = (at < half) | EVEN_K
-            w = tl.load(w_rows + k, mask=inside, other=0, eviction_policy="evict_first")
-            x = tl.load(x_rows + k, mask=live & ((k < K) & inside | EVEN_K), other=0)
-            y = tl.load(x_rows + half + k, mask=live & ((half + k < K) | EVEN_K), other=0)
-            x_low, y_low = None, None
-            if APART:  # x and y are the high planes
-                x_low = tl.load(x_rows + M * K + k, mask=live & ((k < K) & inside | EVEN_K), other=0)
-                y_low = tl.load(x_rows + M * K + half + k, mask=live & ((half + k < K) | EVEN_K), other=0)
-            low, high = unpack_int4(w, INTERPRET)
-            scale = scale_of(tl.load(scale_ptr + g * N + row, mask=inside, other=0), ZEROS)
-            acc += multiply_group(low, x, x_low, PLANES, BM, BN) * scale[:, None]
-            scale = scale_of(tl.load(scale_ptr + h * N + row, mask=inside, other=0), ZEROS)
-            acc += multiply_group(high, y, y_low, PLANES, BM, BN) * scale[:, None]
-    return acc
-
-
-@triton.jit
-def multiply_group(w, x, x_low, PLANES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """w [BN, columns] times x, columns of one group: fp32 [BN, BM]. x holds all planes, or with x_low the high one."""
-    dot = tl.dot(w, x.trans(), out_dtype=tl.int32)
-    if x_low is None:
-        return combine_planes(dot, 256, PLANES, BM, BN)
-    else:
-        return tl.dot(w, x_low.trans(), dot * 256, out_dtype=tl.int32).to(tl.float32)
-
-
-@triton.jit
-def multiply_offsets(sums_ptr, scale_ptr, row, M, N, top, groups, wanted, acc, GROUPS: tl.constexpr,
-                     ZEROS: tl.constexpr, BM: tl.constexpr, INTERPRET: tl.constexpr):
-    """acc fp32 [BN, BM] and, if `wanted`, the offset of each group times the group's sum of x, over GROUPS groups from
-    `top` on; there are `groups` of them in all.
-
-    Tensor cores multiply bf16, so a sum goes in as two bf16 numbers, which hold 16 of its 22 bits. So does an offset
-    with ZEROS: the product of an fp16 scale and a whole zero has 15. Pointers: see `multiply_int4`.
-    """
-    g, m = top + tl.arange(0, GROUPS), tl.arange(0, BM)
-    word = tl.load(scale_ptr + g[None, :] * N + row[:, None], mask=(g < groups)[None, :] & wanted, other=0)
-    offset = offset_of(word, ZEROS)
-    sums = tl.load(sums_ptr + g[:, None] * M + m[None, :], mask=(g < groups)[:, None] & (m < M)[None, :] & wanted,
-                   other=0.0)
-    if INTERPRET:
-        return tl.dot(offset, sums, acc, input_precision="ieee")
-    else:
-        high, large = sums.to(tl.bfloat16), offset.to(tl.bfloat16)
-        low = (sums - high.to(tl.float32)).to(tl.bfloat16)
-        acc = tl.dot(large, low, tl.dot(large, high, acc))
-        if ZEROS:
-            small = (offset - large.to(tl.float32)).to(tl.bfloat16)
-            acc = tl.dot(small, high, acc)
-        return acc
-
-
-@triton.jit
-def combine_planes(dot, HIGH: tl.constexpr, PLANES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """The products of all planes, int32 [BN, PLANES * BM], as those of x: HIGH * high + low, fp32 [BN, BM]. The type of
-    HIGH is the type of that sum: the integer 256 where it fits (one group), else 256.0."""
-    if PLANES == 2:
-        high, low = tl.split(dot.reshape(BN, 2, BM).permute(0, 2, 1))
-        dot = high * HIGH + low
-    return dot.to(tl.float32)
+def zero_of(word):
+    """What is added to 16 q, fp32: -16 times the zero, fp16, in the high half of a word."""
+    return (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * -16

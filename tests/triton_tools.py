@@ -41,6 +41,7 @@ SHAPES = {  # [N, K] of wqkv, wo, w13, w2, lm_head (and EAGLE's fc)
     "SmolLM2": [(960, 576), (576, 576), (3072, 576), (576, 1536), (49152, 576)],
 }
 SPLITS = 6  # the most whose sums are added up by unrolled code, among the tilings of these shapes
+FEW_ROWS, SPLITS_OF_FEW = 16, 16  # the same for up to so many rows
 
 
 def cards(group: str, archs: Iterable[int] = CARDS) -> list:
@@ -171,16 +172,19 @@ def compile_linear(tiling: Tiling, even: bool, arch: int, options: bool, norm: b
     integers). zeros: scales and zeros are fp16.
 
     options: with a bias, gated and, without a norm, with a residual: what is normed is never what is added to it. Any
-    number of splits but one is compiled as SPLITS, so that cards with other numbers share the code.
+    number of splits but one is compiled as the most, so that cards with other numbers share the code.
     """
-    assert tiling.SK <= SPLITS or tiling.BM > 64
-    constants = {"BM": tiling.BM, "BN": tiling.BN, "BK": tiling.BK, "SK": SPLITS if tiling.SK > 1 else 1,
+    splits = SPLITS_OF_FEW if tiling.BM <= FEW_ROWS else SPLITS
+    assert tiling.SK <= splits or tiling.BM > 64
+    direct = planes > 0 and tiling.BM == 1  # one row of x, not made integers
+    constants = {"BM": tiling.BM, "BN": tiling.BN, "BK": tiling.BK, "SK": splits if tiling.SK > 1 else 1,
                  "STAGES": tiling.stages, "AHEAD": tiling.ahead if arch >= 90 else 0, "UNROLL": tiling.unroll,
                  "PDL": arch >= 90, "EVEN_K": even, "GATED": options and not heads, "D": 128 if heads else 2,
-                 "KV_HEADS": 8 if heads else 0, "PLANES": planes, "GROUP": group,
+                 "KV_HEADS": 8 if heads else 0, "PLANES": 0 if direct else planes, "GROUP": group,
                  "GROUPS": 8192 // group if group else 0, "ZEROS": zeros, "INTERPRET": False}
-    absent = [] if group else ["sums_ptr"]
-    absent += [] if planes else ["x_scale_ptr", "w_scale_ptr"]
+    absent = [] if group and not direct else ["sums_ptr"]
+    absent += [] if planes and not direct else ["x_scale_ptr"]
+    absent += [] if planes else ["w_scale_ptr"]
     absent += [] if norm else ["norm_ptr"]
     absent += [] if options else ["bias_ptr"]
     absent += [] if options and not norm and not heads else ["res_ptr"]
@@ -191,6 +195,6 @@ def compile_linear(tiling: Tiling, even: bool, arch: int, options: bool, norm: b
     types |= dict.fromkeys(("partial_ptr", "x_scale_ptr", "sums_ptr"), "*fp32")
     types |= {"count_ptr": "*i32", "slot_ptr": "*i64", "w_scale_ptr": "*i32" if group else "*fp32"}
     if planes:
-        types |= {"x_ptr": "*i8", "w_ptr": "*i8"}
+        types |= {"w_ptr": "*i8"} if direct else {"x_ptr": "*i8", "w_ptr": "*i8"}
     return compile_ahead(linear_kernel, arch, types, constants | dict.fromkeys(absent), tiling.warps,
                          divisible=("width", "K", "columns"), loop=loop)

@@ -1,0 +1,254 @@
+"""The loops of ops/linear.py's kernel for integer weights: tensor cores multiply integers, and each group of columns of
+int4 is scaled by itself. One row of x is multiplied as it is. ops/quantized.py says what the integers mean.
+
+Letters as in ops/linear.py; BM rows of x, of BN rows of the weights, in blocks of BK columns (of int4: bytes).
+"""
+from ops.device import tl, triton
+from ops.quantized import offset_of, scale_of, zero_of
+
+
+@triton.jit
+def unpack_int4(packed, INTERPRET: tl.constexpr):
+    """int8 -> 16 times the low four bits and 16 times the high four bits, as signed numbers, int8 each: masking out the
+    other half of a byte leaves just that. One instruction does it for four bytes."""
+    if INTERPRET:
+        return packed << 4, packed & -16
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 a; shl.b32 a, $2, 4; and.b32 $0, a, 0xF0F0F0F0; and.b32 $1, $2, 0xF0F0F0F0; }",
+            "=r,=r,r", [packed], dtype=(tl.int8, tl.int8), is_pure=True, pack=4)
+
+
+@triton.jit
+def multiply_integers(x_ptr, sums_ptr, w_rows, row, scale_ptr, norm_ptr, M, N, K, columns, first, last,
+                      EVEN_K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, ZEROS: tl.constexpr,
+                      PLANES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+                      UNROLL: tl.constexpr, INTERPRET: tl.constexpr):
+    """The loop for these weights and rows: the sums fp32 [BN, BM] and, where x is not made of integers, the sum of
+    squares of x [1]. The parameters are those of the functions below."""
+    if BM == 1:
+        return multiply_row(x_ptr, w_rows, row, scale_ptr, norm_ptr, N, K, columns, first, last, EVEN_K, GROUP, ZEROS,
+                            BN, BK, STAGES, UNROLL, INTERPRET)
+    elif GROUP:
+        return multiply_int4(x_ptr, sums_ptr, w_rows, row, scale_ptr, M, N, K, columns, first, last, EVEN_K, GROUP,
+                             GROUPS, ZEROS, PLANES, BM, BN, BK, STAGES, INTERPRET), None
+    else:
+        scales = scale_ptr + row
+        return multiply_int8(x_ptr, w_rows, scales, M, K, first, last, EVEN_K, PLANES, BM, BN, BK, STAGES), None
+
+
+@triton.jit
+def multiply_int8(x_ptr, w_rows, scales, M, K, first, last, EVEN_K: tl.constexpr, PLANES: tl.constexpr,
+                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr):
+    """w @ x.T over columns first to last, times the scales of w: fp32 [BN, BM]. One product takes all planes of x, BM
+    rows of each.
+
+    Pointers: x int8 [PLANES, M, K]; w_rows [BN, 1] to the first column of each row, int8; scales [BN], fp32.
+    """
+    r = tl.arange(0, PLANES * BM)[:, None]
+    live, x_rows = r % BM < M, x_ptr + (r // BM * M + r % BM).to(tl.int64) * K
+    acc = tl.zeros((BN, PLANES * BM), dtype=tl.int32)
+    for start in tl.range(first, last, BK, num_stages=STAGES):
+        k = (start + tl.arange(0, BK))[None, :]
+        inside = (k < K) | EVEN_K  # folds to no mask at all
+        w = tl.load(w_rows + k, mask=inside, other=0, eviction_policy="evict_first")
+        x = tl.load(x_rows + k, mask=inside & live, other=0)
+        acc = tl.dot(w, x.trans(), acc, out_dtype=tl.int32)
+    return combine_planes(acc, 256.0, PLANES, BM, BN) * tl.load(scales)[:, None]
+
+
+@triton.jit
+def multiply_int4(x_ptr, sums_ptr, w_rows, row, scale_ptr, M, N, K, half, first, last, EVEN_K: tl.constexpr,
+                  GROUP: tl.constexpr, GROUPS: tl.constexpr, ZEROS: tl.constexpr, PLANES: tl.constexpr,
+                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+                  INTERPRET: tl.constexpr):
+    """w @ x.T over bytes first to last of each row, two columns a byte, with scales and offsets: fp32 [BN, BM].
+
+    The program that starts at byte 0 adds the offsets of all columns before its loop, on the tensor cores. Groups of 32
+    are so many that the others would wait for it: there each program adds those of its columns, INSIDE the loop.
+
+    Pointers: x int8 [PLANES, M, K], sums fp32 [groups, M], w_rows [BN, 1] to the first byte of each row, int8; scale
+    int32 [groups, N], see `scale_of`. row [BN]: the rows' numbers. half: bytes of a row. GROUPS: `groups` rounded up to
+    a power of two.
+    """
+    APART: tl.constexpr = PLANES * BM > 128  # one plane after the other: registers do not hold a product of 256 rows
+    STEP: tl.constexpr = min(BK, GROUP)
+    r, b = tl.arange(0, BM if APART else PLANES * BM)[:, None], tl.arange(0, STEP)[None, :]
+    live, x_rows = r % BM < M, x_ptr + (r // BM * M + r % BM).to(tl.int64) * K
+    groups, acc = half * 2 // GROUP, tl.zeros((BN, BM), dtype=tl.float32)
+    INSIDE: tl.constexpr = GROUP == 32 and not APART
+    if not INSIDE and (APART or ZEROS) and GROUPS > 32:
+        # A few groups at a time, and no address kept over the loop below: registers again
+        FEW: tl.constexpr = 16 if GROUP == 64 and BM <= 16 else 32
+        for top in tl.range(0, groups, FEW, num_stages=1, disable_licm=True):
+            acc = multiply_offsets(sums_ptr, scale_ptr, row, M, N, top, groups, first == 0, acc, FEW, ZEROS, BM,
+                                   INTERPRET)
+    elif not INSIDE:
+        acc = multiply_offsets(sums_ptr, scale_ptr, row, M, N, 0, groups, first == 0, acc, GROUPS, ZEROS, BM, INTERPRET)
+    for start in tl.range(first, last, BK, num_stages=STAGES):
+        for part in tl.static_range(0, BK, STEP):
+            at = start + part
+            k, g, h = at + b, at // GROUP, (at + half) // GROUP
+            inside = (at < half) | EVEN_K
+            w = tl.load(w_rows + k, mask=inside, other=0, eviction_policy="evict_first")
+            x = tl.load(x_rows + k, mask=live & ((k < K) & inside | EVEN_K), other=0)
+            y = tl.load(x_rows + half + k, mask=live & ((half + k < K) | EVEN_K), other=0)
+            x_low, y_low = None, None
+            if APART:  # x and y are the high planes
+                x_low = tl.load(x_rows + M * K + k, mask=live & ((k < K) & inside | EVEN_K), other=0)
+                y_low = tl.load(x_rows + M * K + half + k, mask=live & ((half + k < K) | EVEN_K), other=0)
+            low, high = unpack_int4(w, INTERPRET)
+            word = tl.load(scale_ptr + g * N + row, mask=inside, other=0)
+            acc = add_group(acc, multiply_group(low, x, x_low, PLANES, BM, BN), word, sums_ptr + g * M, M, INSIDE,
+                            ZEROS, BM)
+            word = tl.load(scale_ptr + h * N + row, mask=inside, other=0)
+            acc = add_group(acc, multiply_group(high, y, y_low, PLANES, BM, BN), word, sums_ptr + h * M, M, INSIDE,
+                            ZEROS, BM)
+    return acc
+
+
+@triton.jit
+def add_group(acc, dot, word, sums_ptr, M, OFFSETS: tl.constexpr, ZEROS: tl.constexpr, BM: tl.constexpr):
+    """acc fp32 [BN, BM] plus one group's product `dot`, scaled, and with OFFSETS its offset times its sums of x. word
+    int32 [BN], see `scale_of`; sums fp32 [M]."""
+    if OFFSETS:
+        m = tl.arange(0, BM)
+        sums = tl.load(sums_ptr + m, mask=m < M, other=0.0)[None, :]
+        return acc + scaled(dot, word[:, None], sums, ZEROS)
+    else:
+        return acc + dot * scale_of(word, ZEROS)[:, None]
+
+
+@triton.jit
+def scaled(dot, word, sums, ZEROS: tl.constexpr):
+    """Products of 16 q and x, scaled, with the offsets times the sums of x. word int32, see `scale_of`."""
+    if ZEROS:
+        return (dot + zero_of(word) * sums) * scale_of(word, ZEROS)
+    else:
+        return dot * scale_of(word, ZEROS) + offset_of(word, ZEROS) * sums
+
+
+@triton.jit
+def multiply_group(w, x, x_low, PLANES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """w [BN, columns] times x, columns of one group: fp32 [BN, BM]. x holds all planes, or with x_low the high one."""
+    dot = tl.dot(w, x.trans(), out_dtype=tl.int32)
+    if x_low is None:
+        return combine_planes(dot, 256, PLANES, BM, BN)
+    else:
+        return tl.dot(w, x_low.trans(), dot * 256, out_dtype=tl.int32).to(tl.float32)
+
+
+@triton.jit
+def multiply_offsets(sums_ptr, scale_ptr, row, M, N, top, groups, wanted, acc, GROUPS: tl.constexpr,
+                     ZEROS: tl.constexpr, BM: tl.constexpr, INTERPRET: tl.constexpr):
+    """acc fp32 [BN, BM] and, if `wanted`, the offset of each group times the group's sum of x, over GROUPS groups from
+    `top` on; there are `groups` of them in all.
+
+    Tensor cores multiply bf16, so a sum goes in as two bf16 numbers, which hold 16 of its 22 bits. So does an offset
+    with ZEROS: the product of an fp16 scale and a whole zero has 15. Pointers: see `multiply_int4`.
+    """
+    g, m = top + tl.arange(0, GROUPS), tl.arange(0, BM)
+    word = tl.load(scale_ptr + g[None, :] * N + row[:, None], mask=(g < groups)[None, :] & wanted, other=0)
+    offset = offset_of(word, ZEROS)
+    sums = tl.load(sums_ptr + g[:, None] * M + m[None, :], mask=(g < groups)[:, None] & (m < M)[None, :] & wanted,
+                   other=0.0)
+    if INTERPRET:
+        return tl.dot(offset, sums, acc, input_precision="ieee")
+    else:
+        high, large = sums.to(tl.bfloat16), offset.to(tl.bfloat16)
+        low = (sums - high.to(tl.float32)).to(tl.bfloat16)
+        acc = tl.dot(large, low, tl.dot(large, high, acc))
+        if ZEROS:
+            small = (offset - large.to(tl.float32)).to(tl.bfloat16)
+            acc = tl.dot(small, high, acc)
+        return acc
+
+
+@triton.jit
+def combine_planes(dot, HIGH: tl.constexpr, PLANES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """The products of all planes, int32 [BN, PLANES * BM], as those of x: HIGH * high + low, fp32 [BN, BM]. The type of
+    HIGH is the type of that sum: the integer 256 where it fits (one group), else 256.0."""
+    if PLANES == 2:
+        high, low = tl.split(dot.reshape(BN, 2, BM).permute(0, 2, 1))
+        dot = high * HIGH + low
+    return dot.to(tl.float32)
+
+
+# ----- One row -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def multiply_row(x_ptr, w_rows, row, scale_ptr, norm_ptr, N, K, columns, first, last, EVEN_K: tl.constexpr,
+                 GROUP: tl.constexpr, ZEROS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+                 UNROLL: tl.constexpr, INTERPRET: tl.constexpr):
+    """w @ (norm * x) of one row x [K] over columns (of int4: bytes) first to last: fp32 [BN, 1], and the sum of squares
+    of x [1]. Pointers: as in `multiply_int8` and `multiply_int4`, but x and norm [K] are not integers.
+
+    One row needs no tensor cores, so nothing has to be made of x. A thread takes 8 columns of x side by side, one load
+    of 16 bytes, and so 8 bytes of w: where the two differ, Triton moves x between threads. For int4 it adds up the 8
+    products, which are of one group, before it scales them.
+    """
+    acc = tl.zeros((BN, BK // 8 if GROUP else BK), dtype=tl.float32)
+    squares = tl.zeros((1, BK), dtype=tl.float32)
+    for start in tl.range(first, last, BK, num_stages=STAGES, loop_unroll_factor=UNROLL):
+        k = start + tl.arange(0, BK)[None, :]
+        inside = (k < columns) | EVEN_K
+        eights = tl.max_contiguous(tl.multiple_of(k, [1, 8]), [1, 8])
+        w = tl.load(w_rows + eights, mask=inside, other=0, eviction_policy="evict_first")
+        x, square = load_row(x_ptr, norm_ptr, k, inside & (k < K) | EVEN_K)
+        squares += square
+        if GROUP:
+            y, square = load_row(x_ptr, norm_ptr, columns + k, inside & (columns + k < K) | EVEN_K)
+            squares += square
+            low, high = unpack_int4(w, INTERPRET)
+            acc = add_eights(acc, low, x, start, columns, 0, row, scale_ptr, N, EVEN_K, GROUP, ZEROS, BK, INTERPRET)
+            acc = add_eights(acc, high, y, start, columns, columns, row, scale_ptr, N, EVEN_K, GROUP, ZEROS, BK,
+                             INTERPRET)
+        else:
+            acc += as_fp32(w, INTERPRET) * x
+    total = tl.sum(acc, 1)
+    if not GROUP:
+        total *= tl.load(scale_ptr + row)
+    return total[:, None], tl.sum(squares, 1)
+
+
+@triton.jit
+def load_row(x_ptr, norm_ptr, k, inside):
+    """norm * x at the columns k [1, BK], fp32, and the squares of x."""
+    x = tl.load(x_ptr + k, mask=inside, other=0.0).to(tl.float32)
+    square = x * x
+    if norm_ptr is not None:
+        x *= tl.load(norm_ptr + k, mask=inside, other=0.0).to(tl.float32)
+    return x, square
+
+
+@triton.jit
+def add_eights(acc, q, x, start, columns, before, row, scale_ptr, N, EVEN_K: tl.constexpr, GROUP: tl.constexpr,
+               ZEROS: tl.constexpr, BK: tl.constexpr, INTERPRET: tl.constexpr):
+    """acc fp32 [BN, BK / 8] plus the products of 16 q int8 [BN, BK] and x [1, BK], scaled, and the offsets, 8 columns a
+    sum: the columns from `before` + start on. The rest as in `multiply_row`."""
+    byte = start + 8 * tl.arange(0, BK // 8)[None, :]
+    word = tl.load(scale_ptr + (before + byte) // GROUP * N + row[:, None], mask=(byte < columns) | EVEN_K, other=0)
+    return acc + scaled(sums_of_8(as_fp32(q, INTERPRET) * x), word, sums_of_8(x), ZEROS)
+
+
+@triton.jit
+def sums_of_8(x):
+    """The sums of 8 columns side by side: [any, columns / 8] of x [any, columns]."""
+    return tl.sum(x.reshape(x.shape[0], x.shape[1] // 8, 8), 2)
+
+
+@triton.jit
+def as_fp32(q, INTERPRET: tl.constexpr):
+    """int8 as fp32: the bits of q + 128 below those of 2^23 are the number 2^23 + 128 + q. Two instructions a number; a
+    conversion takes as long as three."""
+    if INTERPRET:
+        return q.to(tl.float32)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 a, b, c, d; xor.b32 d, $4, 0x80808080;"
+            " prmt.b32 a, d, 0x4B000000, 0x7440; prmt.b32 b, d, 0x4B000000, 0x7441;"
+            " prmt.b32 c, d, 0x4B000000, 0x7442; prmt.b32 d, d, 0x4B000000, 0x7443;"
+            " add.f32 $0, a, 0fCB000080; add.f32 $1, b, 0fCB000080;"
+            " add.f32 $2, c, 0fCB000080; add.f32 $3, d, 0fCB000080; }",
+            "=f,=f,=f,=f,r", [q], dtype=tl.float32, is_pure=True, pack=4)
