@@ -58,11 +58,12 @@ def generate(engine: Engine, ids: list[int], max_new_tokens: int, sampling: Samp
     ends the answer by returning True. reuse: see Engine.generate.
     """
     stream = tokenizer.stream(stops)
+    pieces: list[str] = []  # decoding all tokens at the end would keep a server's last event waiting
 
     def take(new: list[int]) -> bool:
         if view:
             view.push(new)
-        text = stream.push(new) if show or stops or push else ""
+        pieces.append(text := stream.push(new))
         if show:
             print(text, end="", flush=True)
         left = bool(push and push(text))
@@ -87,7 +88,7 @@ def generate(engine: Engine, ids: list[int], max_new_tokens: int, sampling: Samp
         stop = "length" if len(tokens) == max_new_tokens else "context"
     depths = range(1, engine.drafter.max_depth + 1)
     result = {
-        "method": method, "text": tokenizer.decode(tokens, stops), "tokens": tokens,
+        "method": method, "text": "".join(pieces) + rest, "tokens": tokens,
         "prompt_tokens": len(ids), "new_tokens": len(tokens), "cycles": len(gained), "gained": gained,
         "mean_gained": sum(gained) / len(gained) if gained else 0.0,
         "accept_by_depth": [sum(g > depth for g in gained) / max(len(gained), 1) for depth in depths],

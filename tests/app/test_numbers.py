@@ -82,6 +82,23 @@ def test_answer(tokenizer: Tokenizer, clock) -> None:
     assert report(result | {"method": "vanilla"}) == "vanilla: 3.8 tokens/s (16 tokens, 4.00 s); prompt of 3 in 2.50 s"
 
 
+@pytest.mark.parametrize("stops", [(), ("never", "big")])
+def test_every_token_is_decoded_once(stops: tuple[str, ...], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+                                     ) -> None:
+    """Fails if the text is decoded again when it is complete, for which a server's last event would wait, or if it is
+    not what was shown piece by piece: characters may be cut by a cycle's end, or by the text's."""
+    cycles = [b"H", b"\xc3", b"\xa9", b"l\xe2\x82", b"\xac big", b" w\xf0\x9f"]
+    decoded: list[int] = []
+    pushed: list[str] = []
+    right = tokenizer.decode(list(b"".join(cycles)), stops)
+    token_bytes = tokenizer.token_bytes
+    monkeypatch.setattr(tokenizer, "token_bytes", lambda i: decoded.append(i) or token_bytes(i))
+    result = generate(Engine(cycles), [1], 99, Sampling(), tokenizer, stops=stops, push=pushed.append)
+    assert decoded == result["tokens"] and result["text"] == "".join(pushed) == right
+    assert right == ("Hél€ " if stops else "Hél€ big w\ufffd")
+    assert generate(Engine(cycles), [1], 99, Sampling(), tokenizer, stops=stops)["text"] == right, "nobody looks on"
+
+
 def test_one_token(tokenizer: Tokenizer, clock) -> None:
     """Fails if an answer that prefill alone wrote divides by no cycles, or has a speed."""
     clock(answer)
