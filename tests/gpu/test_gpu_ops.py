@@ -68,16 +68,22 @@ def test_linear(M: int, N: int, K: int) -> None:
         assert error(outs[0], linear.linear_torch(*doubles)) < 1e-2
 
 
-@pytest.mark.parametrize("group, planes, rotated", [(0, 2, False), (0, 1, True), (128, 2, False), (64, 2, False)])
+@pytest.mark.parametrize("group, planes, rotated, zeros", [
+    (0, 2, False, False), (0, 1, True, False), (128, 2, False, False), (64, 2, False, False), (32, 2, False, False),
+    (128, 2, False, True), (32, 2, False, True)])
 @pytest.mark.parametrize("N, K", [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (5120, 13824),
-                                  (6144, 4096), (4096, 14336), (32000, 4096), (960, 576), (576, 1536), (1000, 832)])
-def test_integer_linear(N: int, K: int, group: int, planes: int, rotated: bool) -> None:
+                                  (6144, 4096), (4096, 14336), (32000, 4096), (960, 576), (576, 1536), (1000, 832),
+                                  (2048, 1536), (17920, 1536), (1536, 8960)])
+def test_integer_linear(N: int, K: int, group: int, planes: int, rotated: bool, zeros: bool) -> None:
     """Fails if int8, int8dyn or int4 products are not those of the dequantised weights and the quantised activations in
     float64: a wrong layout of operands in registers, a wrong group or plane. Five runs must give the same bits."""
     torch.manual_seed(N + K)
     if group:
         data = pack(torch.randint(-8, 8, (N, K), device="cuda"))
-        weight = Quantized(data, randn(data.shape[1] * 2 // group, N, 2) * 1e-3, group, planes)
+        scale = randn(data.shape[1] * 2 // group, N, 2) * 1e-3
+        if zeros:
+            scale = torch.stack((scale[..., 0], torch.randint_like(scale[..., 0], -8, 8)), -1).half()
+        weight = Quantized(data, scale, group, planes)
     else:
         data = torch.randint(-127, 128, (N, K), device="cuda", dtype=torch.int8)
         weight = Quantized(data, torch.rand(N, device="cuda") * 1e-3, 0, planes, rotated)
