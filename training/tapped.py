@@ -35,9 +35,10 @@ def rows_of(target: Llama, ids: Tensor | None) -> Tensor:
 def evened(x: Tensor) -> Tensor:
     """Factors [C] that bring every channel of x [T, C] to a typical size of 1. A few channels of a residual stream are
     a hundred times larger than the others: unscaled, every step of training would turn the head by them. Medians, since
-    the first token of a text is as exceptional. Small channels are enlarged ten times at most."""
+    the first token of a text is as exceptional. Small channels are enlarged ten times at most. Channels of zeros, most
+    of a model that benchmarks/widen.py made, do not count for what is typical."""
     size = x.float().abs().median(0).values
-    return 1 / size.clamp(min=0.1 * size.median())
+    return 1 / size.clamp(min=0.1 * size[size > 0].median())
 
 
 def sample_hidden(target: Llama, data: Tensor, taps: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from helpers import Letters, marked, read, tiny_command
 from torch import Tensor
 
 import train
+from benchmarks.widen import FIELDS, widen_model
 from draft import Eagle2
 from drafters.eagle3 import PLAIN, Eagle3Head
 from drafters.heads import load_head
@@ -32,6 +33,7 @@ from training import dialogues, eagle3, memory, trainer
 from training.dialogues import Script, unmark, write_dialogues
 from training.eagle3 import Eagle3Trainer, choose_taps, fc_inputs, frequent_tokens
 from training.steps import unrolled
+from training.tapped import evened
 from training.trainer import Trainer, prepare
 from tree import State
 
@@ -198,6 +200,18 @@ def test_new_head(norms: bool | None, tmp_path: Path) -> None:
     assert 0.5 < read.abs().flatten(0, 1).median(0).values.median() < 2 and read.abs().max() < 100
     assert made.module.lm_head.weight.dtype == torch.float32
     assert torch.equal(made.module.lm_head.weight, model.lm_head.weight[head.vocab])
+
+
+def test_channels_of_zeros(tmp_path: Path) -> None:
+    """Fails if a target whose channels are zeros for the most part makes an infinite scale, and so a loss that is no
+    number. Channels of zeros change no other one's scale."""
+    shape = dict(zip(FIELDS, (V, 80, 128, 8, 12, 3, 16)))  # 47 of 80 channels are zeros
+    model = widen_model(tiny.target(dtype=torch.float32, num_hidden_layers=8, rms_norm_eps=0.05), shape)
+    made = Eagle3Trainer(model, settings(tmp_path), marked(8, 32).int())
+    assert made.train_step(marked(8, 32))[0].isfinite()
+    assert all(p.isfinite().all() for p in made.module.parameters())
+    x = torch.randn(9, 33)
+    assert torch.equal(evened(F.pad(x, (0, 40)))[:33], evened(x))
 
 
 def test_shapes(tmp_path: Path) -> None:
