@@ -23,7 +23,7 @@ from formats.eagle import folder_of
 from formats.weights import read_tensors
 from model import Llama
 from ops import cpu_integers, cpu_kernels
-from ops.quantized import Quantized
+from ops.quantized import AT_ONCE, Quantized
 from quant.linear import ROWS, QuantizedLinear, prepare_linears, quantize_linears, stored_mode
 
 OVERHEAD = 0.5e9  # cuBLAS, CUDA graphs, the activations of a chunk of the prompt
@@ -128,8 +128,8 @@ def empty_drafter(args: argparse.Namespace, model: Llama, max_seq_len: int, mode
 
 
 def passing(cfg: Config, dtype: torch.dtype, mode: str | None) -> int:
-    """What a prefill needs for a while: the widest matrix of a quantised model, dequantised, and OVERHEAD."""
-    return int(OVERHEAD) + (widest(cfg, dtype) if mode else 0)
+    """What a prefill needs for a while: weights of a quantised model in floating point, and OVERHEAD."""
+    return int(OVERHEAD) + (dequantized(cfg, dtype) if mode else 0)
 
 
 def loading(cfg: Config, dtype: torch.dtype, mode: str | None) -> int:
@@ -138,6 +138,11 @@ def loading(cfg: Config, dtype: torch.dtype, mode: str | None) -> int:
     deepest = max(cfg.intermediate_size, cfg.num_heads * cfg.head_dim, cfg.hidden_size)
     copies = 6 if mode == "int4" else 4
     return copies * 4 * ROWS * deepest + widest(cfg, dtype) if mode else 0
+
+
+def dequantized(cfg: Config, dtype: torch.dtype) -> int:
+    """Bytes of the weights of a quantised model that are in floating point at the same time."""
+    return min(widest(cfg, dtype), AT_ONCE * dtype.itemsize)
 
 
 def widest(cfg: Config, dtype: torch.dtype) -> int:

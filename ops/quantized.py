@@ -40,6 +40,7 @@ from ops.device import tl, triton
 
 ROTATION = 16  # columns that are rotated together; K is a multiple of it
 TILE = 16  # rows
+AT_ONCE = 32 * 2**20  # weights that a product of many rows makes floating point at a time
 
 
 class Quantized(NamedTuple):
@@ -117,13 +118,15 @@ def dequantize_torch(weight: Quantized, dtype: torch.dtype) -> Tensor:
 
 
 def dequantize_triton(weight: Quantized, dtype: torch.dtype) -> Tensor:
-    """By a kernel, for prefills: it makes no other copy of the weights than the result."""
+    """By a kernel, for prefills: it makes no other copy of the weights than the result. Scales may be a view of some
+    columns of a larger weight's."""
     N, K = weight.shape
     columns = weight.data.shape[1]
     out = torch.empty(N, K, dtype=dtype, device=weight.data.device)
     scale = weight.scale.view(torch.int32) if weight.group else weight.scale  # scale and offset are one word
     has_zeros = weight.scale.dtype == torch.float16
-    dequantize_kernel[N, triton.cdiv(columns, 1024)](weight.data, scale, out, N, columns, weight.group, has_zeros, 1024)
+    dequantize_kernel[N, triton.cdiv(columns, 1024)](
+        weight.data, scale, out, scale.stride(0), columns, weight.group, has_zeros, 1024)
     return out
 
 
@@ -146,7 +149,15 @@ def quantize_rows(x: Tensor, planes: int, rotated: bool = False) -> tuple[Tensor
     x = rotate(x) if rotated else x.float()
     limit = 127.0 if planes == 1 else 32512.0  # 32512 = 127 * 256
     top = x.abs().amax(-1, keepdim=True)
-    return torch.floor(x * (limit / top.clamp(min=1e-30)) + 0.5), top / limit
+    return (x * (limit / top.clamp(min=1e-30))).add_(0.5).floor_(), top / limit
+
+
+def row_parts(N: int, K: int) -> list[slice]:
+    """The rows of a weight [N, K] in as few equal parts of at most AT_ONCE weights as possible; each but the last is of
+    a multiple of 64 rows, since cuBLAS's products are made of tiles."""
+    most = max(1, AT_ONCE // K // 64) * 64
+    step = -(-N // (-(-N // most) * 64)) * 64
+    return [slice(first, first + step) for first in range(0, N, step)]
 
 
 def integer_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> Tensor:
@@ -155,13 +166,21 @@ def integer_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> 
     With one plane, x is quantised as in the kernel. With two planes it is not: there the kernel's integers are as good
     as x itself.
     """
+    if weight.planes == 2 and weight.order is not None:  # cheaper than sorting the weights
+        x, weight = x[..., weight.order], weight._replace(order=None)
+    parts = row_parts(*weight.shape)
+    if len(parts) > 1:  # what is in memory for a while here, a CUDA graph keeps for good
+        weight, y = in_rows(weight), x.new_empty(*x.shape[:-1], weight.shape[0])
+        for rows in parts:
+            scale = weight.scale[:, rows] if weight.group else weight.scale[rows]
+            part = weight._replace(data=weight.data[rows], scale=scale)
+            y[..., rows] = integer_linear(x, part, None if bias is None else bias[rows])
+        return y
     if weight.planes == 2:
-        if weight.order is not None:  # cheaper than sorting the weights
-            x, weight = x[..., weight.order], weight._replace(order=None)
         return F.linear(x, dequantize(weight, x.dtype)[:, :x.shape[-1]], bias)
     q, scale = quantize_rows(x, 1, weight.rotated)
-    q, w = (t.to(x.dtype).div_(128) for t in (q, unpack(weight)))  # exact in any dtype, and the sums fit fp16
-    y = F.linear(q, w).float() * (128 * 128 * scale) * weight.scale
+    q = q.to(x.dtype).div_(128)  # exact in any dtype, and the sums fit fp16
+    y = F.linear(q, unpack(weight).to(x.dtype).div_(128)).float().mul_(128 * 128 * scale).mul_(weight.scale)
     return (y if bias is None else y + bias).to(x.dtype)
 
 

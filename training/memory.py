@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from app.memory import OVERHEAD, free_bytes, total_bytes, widest
+from app.memory import OVERHEAD, dequantized, free_bytes, total_bytes
 from model import Llama
 from quant.linear import is_quantized
 
@@ -51,10 +51,10 @@ def training_need(trainer, batch: int) -> Need:
 
 
 def target_passing(model: Llama, tokens: int) -> int:
-    """Bytes that a layer of the target takes for a while: hidden states, gate, up, a quantised matrix made dense."""
+    """Bytes that a layer of the target takes for a while: hidden states, gate, up, quantised weights made dense."""
     cfg = model.cfg
     layer = 2 * tokens * (4 * cfg.hidden_size + 3 * cfg.intermediate_size)
-    return layer + (widest(cfg, torch.bfloat16) if is_quantized(model) else 0)
+    return layer + (dequantized(cfg, torch.bfloat16) if is_quantized(model) else 0)
 
 
 def generating_need(model: Llama, length: int, batch: int) -> int:

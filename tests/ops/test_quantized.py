@@ -21,11 +21,13 @@ from triton_tools import (
     not_interpreted,
 )
 
+from ops import quantized
 from ops.device import triton
 from ops.embed_rope import rope_store_torch
 from ops.integer_rows import quantize_kernel, quantize_triton
 from ops.linear import linear_torch, linear_triton
 from ops.quantized import (
+    AT_ONCE,
     Quantized,
     dequantize,
     dequantize_torch,
@@ -35,6 +37,7 @@ from ops.quantized import (
     pack,
     quantize_rows,
     rotate,
+    row_parts,
     unpack,
 )
 from ops.tiling import Tiling, integer_config
@@ -111,6 +114,32 @@ def test_twin(mode: str):
     q, scale = quantize_rows(x, 1, weight.rotated)
     inputs = (q * scale).double() if weight.planes == 1 else x.double()
     torch.testing.assert_close(integer_linear(x, weight, bias), (inputs @ full.T + bias).float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_some_rows_at_a_time(mode: str, monkeypatch: pytest.MonkeyPatch):
+    """Fails if a weight that is multiplied some rows at a time gives another product: rows of another part, their
+    scales or biases, a short last part. Or if more than AT_ONCE weights are in floating point together."""
+    weight, bias = weights(330, 192, mode), torch.randn(330)
+    x, made = torch.randn(2, 3, 192), []
+    wanted = integer_linear(x, weight, bias)
+    for name in ("dequantize", "unpack"):
+        original = getattr(quantized, name)
+        monkeypatch.setattr(quantized, name, lambda w, *dtype, original=original: made.append(w.shape) or original(
+            w, *dtype))
+    monkeypatch.setattr(quantized, "AT_ONCE", 150 * weight.shape[1])  # two tiles of 64 rows
+    torch.testing.assert_close(integer_linear(x, weight, bias), wanted, rtol=1e-5, atol=1e-5)
+    assert {rows for rows, _ in made} == {128, 74}
+
+
+@pytest.mark.parametrize("N, K", [(27648, 5120), (5120, 13824), (22016, 4096), (4096, 4096), (13100, 5120), (130, 2**25)])
+def test_parts_of_rows(N: int, K: int):
+    """Fails if parts leave rows out, are of other than whole tiles, are larger than AT_ONCE allows, or are more than
+    that takes."""
+    rows = [range(N)[part] for part in row_parts(N, K)]
+    assert [n for part in rows for n in part] == list(range(N))
+    assert all(len(part) == len(rows[0]) and len(part) % 64 == 0 for part in rows[:-1])
+    assert K > AT_ONCE // 64 or len(rows[0]) * K <= AT_ONCE and len(rows) == -(-N // (AT_ONCE // K // 64 * 64))
 
 
 def test_rows_are_quantized_one_by_one():
@@ -259,10 +288,14 @@ def test_quantize() -> None:
 @interpreted
 def test_dequantize_by_the_kernel() -> None:
     """Fails if the kernel's weights differ from the twin's in one bit: in either half of a byte, any group, or a last
-    block that is not full."""
+    block that is not full; or if scales that are a view are read as if they were not."""
     for mode, dtype in itertools.product(MODES, (torch.float32, torch.float16)):
         weight = weights(5, 2304, mode)
-        assert dequantize_triton(weight, dtype).equal(dequantize_torch(weight, dtype)), (mode, dtype)
+        full = dequantize_torch(weight, dtype)
+        assert dequantize_triton(weight, dtype).equal(full), (mode, dtype)
+        scale = weight.scale[:, 2:4] if weight.group else weight.scale[2:4]
+        some = weight._replace(data=weight.data[2:4], scale=scale)
+        assert dequantize_triton(some, dtype).equal(full[2:4]), (mode, dtype)
 
 
 @pytest.mark.slow
