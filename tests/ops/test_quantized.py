@@ -132,7 +132,8 @@ def test_some_rows_at_a_time(mode: str, monkeypatch: pytest.MonkeyPatch):
     assert {rows for rows, _ in made} == {128, 74}
 
 
-@pytest.mark.parametrize("N, K", [(27648, 5120), (5120, 13824), (22016, 4096), (4096, 4096), (13100, 5120), (130, 2**25)])
+@pytest.mark.parametrize("N, K", [(27648, 5120), (5120, 13824), (22016, 4096), (4096, 4096), (13100, 5120),
+                                  (130, 2**25)])
 def test_parts_of_rows(N: int, K: int):
     """Fails if parts leave rows out, are of other than whole tiles, are larger than AT_ONCE allows, or are more than
     that takes."""
