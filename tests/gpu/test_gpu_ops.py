@@ -89,6 +89,9 @@ def test_integer_linear(N: int, K: int, group: int, planes: int, rotated: bool, 
         weight = Quantized(data, torch.rand(N, device="cuda") * 1e-3, 0, planes, rotated)
     full = dequantize(weight, torch.float32)[:, :K].double()
     assert full.equal(quantized.dequantize_torch(weight, torch.float32)[:, :K].double())
+    prompt = randn(200, K)  # so many rows are a prefill's, which takes some rows of a large weight at a time
+    q, scale = quantize_rows(prompt, planes, rotated)
+    assert error(linear.linear(prompt, weight), (q.double() * scale) @ full.T) < 1e-2
     for M in (1, 2, 7, 10, 16, 24, 32, 48, 60, 64, 65, 100, 128):
         x, norm = randn(M, K), (randn(K) * 0.1 + 1, 1e-5)
         q, scale = quantize_rows(x, planes, rotated)
