@@ -86,10 +86,13 @@ def attention_config(T: int, G: int, K: int, D: int, dtype: torch.dtype, sms: in
         BM, BN, warps, stages = 128, 64, 8, 2
     splits = sms // (K * -(-rows // BM)) if T <= 128 else 1
     most = 8  # since merging reads what every split wrote
-    if hopper and splits >= 8 and BN == 64:  # few heads: many splits of a block or two. With less shared memory each,
-        if BM == 16:  # programs of the next kernels fit beside them, and fetch their weights
+    # Few heads: many splits of a block or two, with one stage. They need less shared memory, so programs of the next
+    # kernels fit beside them and fetch their weights. Where 16 splits or fewer fit, those of a long context are long,
+    # and large tiles keep their stages.
+    if hopper and splits >= 8 and BN == 64:
+        if BM == 16:
             most, stages = 16, 1
-        elif BM == 64:  # with fewer programs than this the splits of a long context are long, and need their stages
+        elif BM == 64:
             most, stages = 12, 1 if splits > 16 else stages
     return BM, BN, min(max(splits, 1), most), warps, stages
 

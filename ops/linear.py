@@ -102,7 +102,7 @@ def linear_triton(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = N
     data, w_scale, group, planes, *_ = weight if integers else (weight, None, 0, 0)
     columns = data.shape[1]  # of int4: bytes, two weights each
     if config is None and integers:
-        rows = M if weight.order is None else max(M, 2)  # only where integers are made of x its columns are sorted
+        rows = M if weight.order is None else max(M, 2)  # x is sorted where integers are made of it
         config = integer_config(rows, N, columns, planes, group, *device_limits(x.device))
     elif config is None:
         config = linear_config(M, N, K, *device_limits(x.device))

@@ -166,21 +166,30 @@ def integer_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> 
     With one plane, x is quantised as in the kernel. With two planes it is not: there the kernel's integers are as good
     as x itself.
     """
-    if weight.planes == 2 and weight.order is not None:  # cheaper than sorting the weights
+    x_scale = None
+    if weight.planes == 1:
+        q, x_scale = quantize_rows(x, 1, weight.rotated)
+        x, x_scale = q.to(x.dtype).div_(128), 128 * 128 * x_scale  # exact in any dtype, and the sums fit fp16
+        del q
+    elif weight.order is not None:  # cheaper than sorting the weights
         x, weight = x[..., weight.order], weight._replace(order=None)
     parts = row_parts(*weight.shape)
-    if len(parts) > 1:  # what is in memory for a while here, a CUDA graph keeps for good
-        weight, y = in_rows(weight), x.new_empty(*x.shape[:-1], weight.shape[0])
-        for rows in parts:
-            scale = weight.scale[:, rows] if weight.group else weight.scale[rows]
-            part = weight._replace(data=weight.data[rows], scale=scale)
-            y[..., rows] = integer_linear(x, part, None if bias is None else bias[rows])
-        return y
-    if weight.planes == 2:
+    if len(parts) == 1:
+        return multiply_dense(x, x_scale, weight, bias)
+    weight, y = in_rows(weight), x.new_empty(*x.shape[:-1], weight.shape[0])
+    for rows in parts:  # what is in memory for a while here, a CUDA graph keeps for good
+        scale = weight.scale[:, rows] if weight.group else weight.scale[rows]
+        part = weight._replace(data=weight.data[rows], scale=scale)
+        y[..., rows] = multiply_dense(x, x_scale, part, None if bias is None else bias[rows])
+    return y
+
+
+def multiply_dense(x: Tensor, x_scale: Tensor | None, weight: Quantized, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias, with all these weights in floating point at once. With x_scale [..., 1], x [..., K] holds
+    integers / 128; they are multiplied by the weights' integers / 128, and x_scale makes up for both."""
+    if x_scale is None:
         return F.linear(x, dequantize(weight, x.dtype)[:, :x.shape[-1]], bias)
-    q, scale = quantize_rows(x, 1, weight.rotated)
-    q = q.to(x.dtype).div_(128)  # exact in any dtype, and the sums fit fp16
-    y = F.linear(q, unpack(weight).to(x.dtype).div_(128)).float().mul_(128 * 128 * scale).mul_(weight.scale)
+    y = F.linear(x, unpack(weight).to(x.dtype).div_(128)).float().mul_(x_scale).mul_(weight.scale)
     return (y if bias is None else y + bias).to(x.dtype)
 
 
