@@ -24,17 +24,18 @@ def multiply_integers(x_ptr, sums_ptr, w_rows, row, scale_ptr, norm_ptr, M, N, K
                       EVEN_K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, ZEROS: tl.constexpr,
                       PLANES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
                       UNROLL: tl.constexpr, INTERPRET: tl.constexpr):
-    """The loop for these weights and rows: the sums fp32 [BN, BM] and, where x is not made of integers, the sum of
-    squares of x [1]. The parameters are those of the functions below."""
+    """The loop for these weights and rows: the sums fp32 [BN, BM] and the sums of squares of x [BM], which are 0 where
+    x is made of integers (Triton 3.6 cannot return None here). The parameters are those of the functions below."""
+    squares = tl.zeros((BM,), dtype=tl.float32)
     if BM == 1:
-        return multiply_row(x_ptr, w_rows, row, scale_ptr, norm_ptr, N, K, columns, first, last, EVEN_K, GROUP, ZEROS,
-                            BN, BK, STAGES, UNROLL, INTERPRET)
+        acc, squares = multiply_row(x_ptr, w_rows, row, scale_ptr, norm_ptr, N, K, columns, first, last, EVEN_K, GROUP,
+                                    ZEROS, BN, BK, STAGES, UNROLL, INTERPRET)
     elif GROUP:
-        return multiply_int4(x_ptr, sums_ptr, w_rows, row, scale_ptr, M, N, K, columns, first, last, EVEN_K, GROUP,
-                             GROUPS, ZEROS, PLANES, BM, BN, BK, STAGES, INTERPRET), None
+        acc = multiply_int4(x_ptr, sums_ptr, w_rows, row, scale_ptr, M, N, K, columns, first, last, EVEN_K, GROUP,
+                            GROUPS, ZEROS, PLANES, BM, BN, BK, STAGES, INTERPRET)
     else:
-        scales = scale_ptr + row
-        return multiply_int8(x_ptr, w_rows, scales, M, K, first, last, EVEN_K, PLANES, BM, BN, BK, STAGES), None
+        acc = multiply_int8(x_ptr, w_rows, scale_ptr + row, M, K, first, last, EVEN_K, PLANES, BM, BN, BK, STAGES)
+    return acc, squares
 
 
 @triton.jit
@@ -184,16 +185,16 @@ def multiply_row(x_ptr, w_rows, row, scale_ptr, norm_ptr, N, K, columns, first, 
     """w @ (norm * x) of one row x [K] over columns (of int4: bytes) first to last: fp32 [BN, 1], and the sum of squares
     of x [1]. Pointers: as in `multiply_int8` and `multiply_int4`, but x and norm [K] are not integers.
 
-    One row needs no tensor cores, so nothing has to be made of x. A thread takes 8 columns of x side by side, one load
-    of 16 bytes, and so 8 bytes of w: where the two differ, Triton moves x between threads. For int4 it adds up the 8
-    products, which are of one group, before it scales them.
+    A thread takes 8 columns of x side by side, one load of 16 bytes, and makes integers of them in registers, for all
+    of its rows of w. So no kernel has to do that before, and 8 columns share a scale: they lose less than a whole row
+    would. One row needs no tensor cores: an instruction multiplies and adds four pairs of bytes (dp4a, sm_61 and later).
     """
-    acc = tl.zeros((BN, BK // 8 if GROUP else BK), dtype=tl.float32)
+    acc = tl.zeros((BN, BK // 8), dtype=tl.float32)
     squares = tl.zeros((1, BK), dtype=tl.float32)
     for start in tl.range(first, last, BK, num_stages=STAGES, loop_unroll_factor=UNROLL):
         k = start + tl.arange(0, BK)[None, :]
         inside = (k < columns) | EVEN_K
-        eights = tl.max_contiguous(tl.multiple_of(k, [1, 8]), [1, 8])
+        eights = tl.max_contiguous(tl.multiple_of(k, [1, 8]), [1, 8])  # not 16 of w: Triton would move x between threads
         w = tl.load(w_rows + eights, mask=inside, other=0, eviction_policy="evict_first")
         x, square = load_row(x_ptr, norm_ptr, k, inside & (k < K) | EVEN_K)
         squares += square
@@ -201,11 +202,11 @@ def multiply_row(x_ptr, w_rows, row, scale_ptr, norm_ptr, N, K, columns, first, 
             y, square = load_row(x_ptr, norm_ptr, columns + k, inside & (columns + k < K) | EVEN_K)
             squares += square
             low, high = unpack_int4(w, INTERPRET)
-            acc = add_eights(acc, low, x, start, columns, 0, row, scale_ptr, N, EVEN_K, GROUP, ZEROS, BK, INTERPRET)
-            acc = add_eights(acc, high, y, start, columns, columns, row, scale_ptr, N, EVEN_K, GROUP, ZEROS, BK,
-                             INTERPRET)
+            acc = add_half(acc, low, x, start, columns, 0, row, scale_ptr, N, GROUP, ZEROS, BK, INTERPRET)
+            acc = add_half(acc, high, y, start, columns, columns, row, scale_ptr, N, GROUP, ZEROS, BK, INTERPRET)
         else:
-            acc += as_fp32(w, INTERPRET) * x
+            upper, lower, x_scale = integers_of(x, BK, INTERPRET)
+            acc += sums_of_products(w, upper, lower, INTERPRET).to(tl.float32) * x_scale
     total = tl.sum(acc, 1)
     if not GROUP:
         total *= tl.load(scale_ptr + row)
@@ -223,32 +224,53 @@ def load_row(x_ptr, norm_ptr, k, inside):
 
 
 @triton.jit
-def add_eights(acc, q, x, start, columns, before, row, scale_ptr, N, EVEN_K: tl.constexpr, GROUP: tl.constexpr,
-               ZEROS: tl.constexpr, BK: tl.constexpr, INTERPRET: tl.constexpr):
-    """acc fp32 [BN, BK / 8] plus the products of 16 q int8 [BN, BK] and x [1, BK], scaled, and the offsets, 8 columns a
-    sum: the columns from `before` + start on. The rest as in `multiply_row`."""
-    byte = start + 8 * tl.arange(0, BK // 8)[None, :]
-    word = tl.load(scale_ptr + (before + byte) // GROUP * N + row[:, None], mask=(byte < columns) | EVEN_K, other=0)
-    return acc + scaled(sums_of_8(as_fp32(q, INTERPRET) * x), word, sums_of_8(x), ZEROS)
-
-
-@triton.jit
-def sums_of_8(x):
-    """The sums of 8 columns side by side: [any, columns / 8] of x [any, columns]."""
-    return tl.sum(x.reshape(x.shape[0], x.shape[1] // 8, 8), 2)
-
-
-@triton.jit
-def as_fp32(q, INTERPRET: tl.constexpr):
-    """int8 as fp32: the bits of q + 128 below those of 2^23 are the number 2^23 + 128 + q. Two instructions a number; a
-    conversion takes as long as three."""
+def integers_of(x, BK: tl.constexpr, INTERPRET: tl.constexpr):
+    """x fp32 [1, BK] as x_scale * (256 * upper + lower): int8 [1, BK] both, the bits of `lower` without a sign, and
+    x_scale fp32 [1, BK / 8]. It is the power of two with which the integers have 15 bits, or 16 with the sign."""
+    eights = x.reshape(1, BK // 8, 8)
+    exponent = (tl.maximum(tl.max(tl.abs(eights), 2), 1e-30).to(tl.int32, bitcast=True) & 0x7F800000) - (127 << 23)
+    x_scale = (exponent + (127 - 13 << 23)).to(tl.float32, bitcast=True)
+    inverse = ((127 + 13 << 23) - exponent).to(tl.float32, bitcast=True)
+    q = (eights * inverse[:, :, None]).reshape(1, BK)
     if INTERPRET:
-        return q.to(tl.float32)
-    else:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 a, b, c, d; xor.b32 d, $4, 0x80808080;"
-            " prmt.b32 a, d, 0x4B000000, 0x7440; prmt.b32 b, d, 0x4B000000, 0x7441;"
-            " prmt.b32 c, d, 0x4B000000, 0x7442; prmt.b32 d, d, 0x4B000000, 0x7443;"
-            " add.f32 $0, a, 0fCB000080; add.f32 $1, b, 0fCB000080;"
-            " add.f32 $2, c, 0fCB000080; add.f32 $3, d, 0fCB000080; }",
-            "=f,=f,=f,=f,r", [q], dtype=tl.float32, is_pure=True, pack=4)
+        q = tl.floor(q + 0.5).to(tl.int32)
+        upper, lower = (q >> 8).to(tl.int8), q.to(tl.int8)
+    else:  # the low 16 bits of q + 1.5 * 2^23 are the integer; its bytes are gathered from four numbers
+        upper, lower = tl.inline_asm_elementwise(
+            "{ .reg .b32 a, b, c, d;"
+            " add.f32 a, $2, 0f4B400000; add.f32 b, $3, 0f4B400000; add.f32 c, $4, 0f4B400000; add.f32 d, $5, 0f4B400000;"
+            " prmt.b32 a, a, b, 0x5140; prmt.b32 c, c, d, 0x5140;"
+            " prmt.b32 $0, a, c, 0x7632; prmt.b32 $1, a, c, 0x5410; }",
+            "=r,=r,f,f,f,f", [q], dtype=(tl.int8, tl.int8), is_pure=True, pack=4)
+    return upper, lower, x_scale
+
+
+@triton.jit
+def add_half(acc, q, x, start, columns, before, row, scale_ptr, N, GROUP: tl.constexpr, ZEROS: tl.constexpr,
+             BK: tl.constexpr, INTERPRET: tl.constexpr):
+    """acc fp32 [BN, BK / 8] plus the products of 16 q int8 [BN, BK] and x [1, BK], scaled, and the offsets: the columns
+    from `before` + start on. The rest as in `multiply_row`."""
+    upper, lower, x_scale = integers_of(x, BK, INTERPRET)
+    dot = sums_of_products(q, upper, lower, INTERPRET).to(tl.float32)
+    sums = sums_of_products(tl.full((1, BK), 1, tl.int8), upper, lower, INTERPRET).to(tl.float32)
+    byte = tl.minimum(start + 8 * tl.arange(0, BK // 8)[None, :], columns - 1)
+    words = scale_ptr + (before + byte) // GROUP * N + row[:, None]
+    if INTERPRET:
+        word = tl.load(words)
+    else:  # Triton 3.6 would load them by other threads than those that need them
+        word = tl.inline_asm_elementwise("ld.global.nc.b32 $0, [$1];", "=r,l", [words], dtype=tl.int32, is_pure=True, pack=1)
+    return acc + scaled(dot, word, sums, ZEROS) * x_scale
+
+
+@triton.jit
+def sums_of_products(w, upper, lower, INTERPRET: tl.constexpr):
+    """w * (256 * upper + lower), int8 [any, BK], added up over 8 columns each: int32 [any, BK / 8]."""
+    if INTERPRET:
+        products = w.to(tl.int32) * (upper.to(tl.int32) * 256 + (lower.to(tl.int32) & 255))
+    else:  # the sum of a thread's 8 columns in the place of the first
+        products = tl.inline_asm_elementwise(
+            "{ .reg .b32 a; dp4a.s32.s32 a, $8, $10, 0; dp4a.s32.s32 a, $9, $11, a; shl.b32 a, a, 8;"
+            " dp4a.s32.u32 a, $8, $12, a; dp4a.s32.u32 $0, $9, $13, a;"
+            " mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; mov.b32 $4, 0; mov.b32 $5, 0; mov.b32 $6, 0; mov.b32 $7, 0; }",
+            "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r,r,r", [w, upper, lower], dtype=tl.int32, is_pure=True, pack=8)
+    return tl.sum(products.reshape(products.shape[0], products.shape[1] // 8, 8), 2)
