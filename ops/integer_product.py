@@ -1,5 +1,5 @@
 """The loops of ops/linear.py's kernel for integer weights: tensor cores multiply integers, and each group of columns of
-int4 is scaled by itself. One row of x is multiplied as it is. ops/quantized.py says what the integers mean.
+int4 is scaled by itself. One row of x becomes integers within its loop. ops/quantized.py says what the integers mean.
 
 Letters as in ops/linear.py; BM rows of x, of BN rows of the weights, in blocks of BK columns (of int4: bytes).
 """
@@ -66,7 +66,8 @@ def multiply_int4(x_ptr, sums_ptr, w_rows, row, scale_ptr, M, N, K, half, first,
     """w @ x.T over bytes first to last of each row, two columns a byte, with scales and offsets: fp32 [BN, BM].
 
     The program that starts at byte 0 adds the offsets of all columns before its loop, on the tensor cores. Groups of 32
-    are so many that the others would wait for it: there each program adds those of its columns, INSIDE the loop.
+    are so many that the others would wait for it: there each program adds those of its columns, INSIDE the loop, unless
+    x has so many rows that this takes longer.
 
     Pointers: x int8 [PLANES, M, K], sums fp32 [groups, M], w_rows [BN, 1] to the first byte of each row, int8; scale
     int32 [groups, N], see `scale_of`. row [BN]: the rows' numbers. half: bytes of a row. GROUPS: `groups` rounded up to
@@ -77,8 +78,8 @@ def multiply_int4(x_ptr, sums_ptr, w_rows, row, scale_ptr, M, N, K, half, first,
     r, b = tl.arange(0, BM if APART else PLANES * BM)[:, None], tl.arange(0, STEP)[None, :]
     live, x_rows = r % BM < M, x_ptr + (r // BM * M + r % BM).to(tl.int64) * K
     groups, acc = half * 2 // GROUP, tl.zeros((BN, BM), dtype=tl.float32)
-    INSIDE: tl.constexpr = GROUP == 32 and not APART
-    if not INSIDE and (APART or ZEROS) and GROUPS > 32:
+    INSIDE: tl.constexpr = GROUP == 32 and BM <= 32
+    if not INSIDE and (APART or ZEROS or GROUP == 32) and GROUPS > 32:
         # A few groups at a time, and no address kept over the loop below: registers again
         FEW: tl.constexpr = 16 if GROUP == 64 and BM <= 16 else 32
         for top in tl.range(0, groups, FEW, num_stages=1, disable_licm=True):
@@ -185,28 +186,37 @@ def multiply_row(x_ptr, w_rows, row, scale_ptr, norm_ptr, N, K, columns, first, 
     """w @ (norm * x) of one row x [K] over columns (of int4: bytes) first to last: fp32 [BN, 1], and the sum of squares
     of x [1]. Pointers: as in `multiply_int8` and `multiply_int4`, but x and norm [K] are not integers.
 
-    A thread takes 8 columns of x side by side, one load of 16 bytes, and makes integers of them in registers, for all
-    of its rows of w. So no kernel has to do that before, and 8 columns share a scale: they lose less than a whole row
-    would. One row needs no tensor cores: an instruction multiplies and adds four pairs of bytes (dp4a, sm_61 and later).
+    A thread takes 16 columns side by side and makes integers of their x in registers, for all of its rows of w. So no
+    kernel has to do that before, and only 16 columns share a scale: they lose less than a whole row would. One row
+    needs no tensor cores: an instruction multiplies and adds four pairs of bytes (dp4a, sm_61 and later).
+
+    Two tensors [.., BK / 2] hold the first 8 of each 16 columns, and the other 8: a thread loads 16 bytes at once, 8
+    columns of x. If it took 16 bytes of w at once, Triton would move x between threads.
     """
-    acc = tl.zeros((BN, BK // 8), dtype=tl.float32)
-    squares = tl.zeros((1, BK), dtype=tl.float32)
+    acc = tl.zeros((BN, BK // 16), dtype=tl.float32)
+    squares = tl.zeros((1, BK // 2), dtype=tl.float32)
+    i = tl.arange(0, BK // 2)[None, :]
     for start in tl.range(first, last, BK, num_stages=STAGES, loop_unroll_factor=UNROLL):
-        k = start + tl.arange(0, BK)[None, :]
+        k = start + i // 8 * 16 + i % 8
         inside = (k < columns) | EVEN_K
-        eights = tl.max_contiguous(tl.multiple_of(k, [1, 8]), [1, 8])  # not 16 of w: Triton would move x between threads
-        w = tl.load(w_rows + eights, mask=inside, other=0, eviction_policy="evict_first")
-        x, square = load_row(x_ptr, norm_ptr, k, inside & (k < K) | EVEN_K)
+        eights = tl.max_contiguous(tl.multiple_of(k, [1, 8]), [1, 8])
+        w1 = tl.load(w_rows + eights, mask=inside, other=0, eviction_policy="evict_first")
+        w2 = tl.load(w_rows + eights + 8, mask=inside, other=0, eviction_policy="evict_first")
+        x, x_scale, square = load_integers(x_ptr, norm_ptr, k, inside & (k < K) | EVEN_K, INTERPRET)
         squares += square
         if GROUP:
-            y, square = load_row(x_ptr, norm_ptr, columns + k, inside & (columns + k < K) | EVEN_K)
+            low1, high1 = unpack_int4(w1, INTERPRET)
+            low2, high2 = unpack_int4(w2, INTERPRET)
+            byte = tl.minimum(start + 16 * tl.arange(0, BK // 16)[None, :], columns - 1)
+            words = scale_ptr + row[:, None] + byte // GROUP * N
+            acc += sums_of_group(low1, low2, x, words, ZEROS, INTERPRET) * x_scale
+            inside = inside & (columns + k < K) | EVEN_K
+            x, x_scale, square = load_integers(x_ptr, norm_ptr, columns + k, inside, INTERPRET)
             squares += square
-            low, high = unpack_int4(w, INTERPRET)
-            acc = add_half(acc, low, x, start, columns, 0, row, scale_ptr, N, GROUP, ZEROS, BK, INTERPRET)
-            acc = add_half(acc, high, y, start, columns, columns, row, scale_ptr, N, GROUP, ZEROS, BK, INTERPRET)
+            words = scale_ptr + row[:, None] + (columns + byte) // GROUP * N
+            acc += sums_of_group(high1, high2, x, words, ZEROS, INTERPRET) * x_scale
         else:
-            upper, lower, x_scale = integers_of(x, BK, INTERPRET)
-            acc += sums_of_products(w, upper, lower, INTERPRET).to(tl.float32) * x_scale
+            acc += sums_of_products(w1, w2, x, INTERPRET).to(tl.float32) * x_scale
     total = tl.sum(acc, 1)
     if not GROUP:
         total *= tl.load(scale_ptr + row)
@@ -214,63 +224,83 @@ def multiply_row(x_ptr, w_rows, row, scale_ptr, norm_ptr, N, K, columns, first, 
 
 
 @triton.jit
-def load_row(x_ptr, norm_ptr, k, inside):
-    """norm * x at the columns k [1, BK], fp32, and the squares of x."""
-    x = tl.load(x_ptr + k, mask=inside, other=0.0).to(tl.float32)
-    square = x * x
+def load_integers(x_ptr, norm_ptr, k, inside, INTERPRET: tl.constexpr):
+    """norm * x at 16 columns from each k [1, BK / 2] on, as x_scale * (256 * high + low): the bytes int8 [1, BK / 2],
+    (high, low) of the first 8 columns and (high, low) of the others, low ones without a sign; x_scale fp32 [1, BK /
+    16], the power of two with which the integers have 15 bits, or 16 with the sign. And the squares of x [1, BK / 2],
+    added in pairs."""
+    x1, x2 = load_pair(x_ptr, k, inside)
+    squares = x1 * x1 + x2 * x2
     if norm_ptr is not None:
-        x *= tl.load(norm_ptr + k, mask=inside, other=0.0).to(tl.float32)
-    return x, square
+        norm1, norm2 = load_pair(norm_ptr, k, inside)
+        x1, x2 = x1 * norm1, x2 * norm2
+    top = tl.maximum(tl.max(in_eights(tl.abs(x1)), 2), tl.max(in_eights(tl.abs(x2)), 2))
+    exponent = (tl.maximum(top, 1e-30).to(tl.int32, bitcast=True) & 0x7F800000) - (127 << 23)
+    x_scale = (exponent + (127 - 13 << 23)).to(tl.float32, bitcast=True)
+    inverse = ((127 + 13 << 23) - exponent).to(tl.float32, bitcast=True)[:, :, None]
+    high1, low1 = bytes_of((in_eights(x1) * inverse).reshape(x1.shape), INTERPRET)
+    high2, low2 = bytes_of((in_eights(x2) * inverse).reshape(x1.shape), INTERPRET)
+    return (high1, low1, high2, low2), x_scale, squares
 
 
 @triton.jit
-def integers_of(x, BK: tl.constexpr, INTERPRET: tl.constexpr):
-    """x fp32 [1, BK] as x_scale * (256 * upper + lower): int8 [1, BK] both, the bits of `lower` without a sign, and
-    x_scale fp32 [1, BK / 8]. It is the power of two with which the integers have 15 bits, or 16 with the sign."""
-    eights = x.reshape(1, BK // 8, 8)
-    exponent = (tl.maximum(tl.max(tl.abs(eights), 2), 1e-30).to(tl.int32, bitcast=True) & 0x7F800000) - (127 << 23)
-    x_scale = (exponent + (127 - 13 << 23)).to(tl.float32, bitcast=True)
-    inverse = ((127 + 13 << 23) - exponent).to(tl.float32, bitcast=True)
-    q = (eights * inverse[:, :, None]).reshape(1, BK)
+def load_pair(ptr, k, inside):
+    """8 columns from each k [1, BK / 2] on, and the 8 after them: fp32."""
+    eights = tl.max_contiguous(tl.multiple_of(k, [1, 8]), [1, 8])
+    one = tl.load(ptr + eights, mask=inside, other=0.0).to(tl.float32)
+    return one, tl.load(ptr + eights + 8, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def in_eights(x):
+    """[any, columns] as [any, columns / 8, 8]."""
+    return x.reshape(x.shape[0], x.shape[1] // 8, 8)
+
+
+@triton.jit
+def bytes_of(q, INTERPRET: tl.constexpr):
+    """The high and the low byte of each number of q fp32, rounded to 16 bits."""
     if INTERPRET:
         q = tl.floor(q + 0.5).to(tl.int32)
-        upper, lower = (q >> 8).to(tl.int8), q.to(tl.int8)
-    else:  # the low 16 bits of q + 1.5 * 2^23 are the integer; its bytes are gathered from four numbers
-        upper, lower = tl.inline_asm_elementwise(
-            "{ .reg .b32 a, b, c, d;"
-            " add.f32 a, $2, 0f4B400000; add.f32 b, $3, 0f4B400000; add.f32 c, $4, 0f4B400000; add.f32 d, $5, 0f4B400000;"
+        return (q >> 8).to(tl.int8), q.to(tl.int8)
+    else:  # the low 16 bits of q + 1.5 * 2^23 are the integer; those of four numbers are sorted into two words
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 a, b, c, d; add.f32 a, $2, 0f4B400000; add.f32 b, $3, 0f4B400000;"
+            " add.f32 c, $4, 0f4B400000; add.f32 d, $5, 0f4B400000;"
             " prmt.b32 a, a, b, 0x5140; prmt.b32 c, c, d, 0x5140;"
             " prmt.b32 $0, a, c, 0x7632; prmt.b32 $1, a, c, 0x5410; }",
             "=r,=r,f,f,f,f", [q], dtype=(tl.int8, tl.int8), is_pure=True, pack=4)
-    return upper, lower, x_scale
 
 
 @triton.jit
-def add_half(acc, q, x, start, columns, before, row, scale_ptr, N, GROUP: tl.constexpr, ZEROS: tl.constexpr,
-             BK: tl.constexpr, INTERPRET: tl.constexpr):
-    """acc fp32 [BN, BK / 8] plus the products of 16 q int8 [BN, BK] and x [1, BK], scaled, and the offsets: the columns
-    from `before` + start on. The rest as in `multiply_row`."""
-    upper, lower, x_scale = integers_of(x, BK, INTERPRET)
-    dot = sums_of_products(q, upper, lower, INTERPRET).to(tl.float32)
-    sums = sums_of_products(tl.full((1, BK), 1, tl.int8), upper, lower, INTERPRET).to(tl.float32)
-    byte = tl.minimum(start + 8 * tl.arange(0, BK // 8)[None, :], columns - 1)
-    words = scale_ptr + (before + byte) // GROUP * N + row[:, None]
+def sums_of_group(q1, q2, x, words, ZEROS: tl.constexpr, INTERPRET: tl.constexpr):
+    """16 q, int8 [BN, BK / 2] both, times x of `load_integers`, added up over 16 columns each, scaled, with the offset:
+    fp32 [BN, BK / 16]. words: pointers to scales and offsets, see `scale_of`."""
+    dot = sums_of_products(q1, q2, x, INTERPRET).to(tl.float32)
+    ones = tl.full(x[0].shape, 1, tl.int8)
+    sums = sums_of_products(ones, ones, x, INTERPRET).to(tl.float32)
     if INTERPRET:
         word = tl.load(words)
     else:  # Triton 3.6 would load them by other threads than those that need them
-        word = tl.inline_asm_elementwise("ld.global.nc.b32 $0, [$1];", "=r,l", [words], dtype=tl.int32, is_pure=True, pack=1)
-    return acc + scaled(dot, word, sums, ZEROS) * x_scale
+        word = tl.inline_asm_elementwise("ld.global.nc.b32 $0, [$1];", "=r,l", [words], dtype=tl.int32, is_pure=True,
+                                         pack=1)
+    return scaled(dot, word, sums, ZEROS)
 
 
 @triton.jit
-def sums_of_products(w, upper, lower, INTERPRET: tl.constexpr):
-    """w * (256 * upper + lower), int8 [any, BK], added up over 8 columns each: int32 [any, BK / 8]."""
+def sums_of_products(w1, w2, x, INTERPRET: tl.constexpr):
+    """w, int8 [any, BK / 2] both, times x of `load_integers`, added up over 16 columns each: int32 [any, BK / 16]."""
+    high1, low1, high2, low2 = x
     if INTERPRET:
-        products = w.to(tl.int32) * (upper.to(tl.int32) * 256 + (lower.to(tl.int32) & 255))
-    else:  # the sum of a thread's 8 columns in the place of the first
+        products = w1.to(tl.int32) * (high1.to(tl.int32) * 256 + (low1.to(tl.int32) & 255))
+        products += w2.to(tl.int32) * (high2.to(tl.int32) * 256 + (low2.to(tl.int32) & 255))
+    else:  # the sum of a thread's 16 columns in the place of the first, then seven zeros
         products = tl.inline_asm_elementwise(
-            "{ .reg .b32 a; dp4a.s32.s32 a, $8, $10, 0; dp4a.s32.s32 a, $9, $11, a; shl.b32 a, a, 8;"
-            " dp4a.s32.u32 a, $8, $12, a; dp4a.s32.u32 $0, $9, $13, a;"
-            " mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; mov.b32 $4, 0; mov.b32 $5, 0; mov.b32 $6, 0; mov.b32 $7, 0; }",
-            "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r,r,r", [w, upper, lower], dtype=tl.int32, is_pure=True, pack=8)
-    return tl.sum(products.reshape(products.shape[0], products.shape[1] // 8, 8), 2)
+            "{ .reg .b32 a; dp4a.s32.s32 a, $8, $12, 0; dp4a.s32.s32 a, $9, $13, a;"
+            " dp4a.s32.s32 a, $10, $16, a; dp4a.s32.s32 a, $11, $17, a; shl.b32 a, a, 8;"
+            " dp4a.s32.u32 a, $8, $14, a; dp4a.s32.u32 a, $9, $15, a;"
+            " dp4a.s32.u32 a, $10, $18, a; dp4a.s32.u32 $0, $11, $19, a; mov.b32 $1, 0; mov.b32 $2, 0;"
+            " mov.b32 $3, 0; mov.b32 $4, 0; mov.b32 $5, 0; mov.b32 $6, 0; mov.b32 $7, 0; }",
+            "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r,r,r", [w1, w2, high1, low1, high2, low2], dtype=tl.int32,
+            is_pure=True, pack=8)
+    return tl.sum(in_eights(products), 2)

@@ -4,8 +4,9 @@ If weights were converted to floating point before they are multiplied, verifyin
 the conversion. So nothing is converted: each row of x becomes integers and one scale, and tensor cores multiply
 integers by integers, twice as fast and, with int32 sums, exactly. An activation of 16 bits is two planes of 8 bits,
 x = scale * (256 * high + low), and the planes are simply twice as many rows of x. This is more precise than bf16 except
-where a value is below 1/256 of its row's largest. (A single row waits for memory, and there making integers of it would
-take longer than converting the weights, unless they are large: ops/integer_product.multiply_row.)
+where a value is below 1/256 of its row's largest. A single row needs no tensor cores. It becomes integers of 16 bits
+where it is multiplied, 16 columns by themselves, so that no kernel has to do that before it (multiply_row in
+ops/integer_product.py), unless the weights are very large.
 
     int8      w[n, k] = scale[n] * q[n, k]                         two planes: activations lose next to nothing
     int8dyn   the same, of the rotated weights                     one plane, of the rotated x

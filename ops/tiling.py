@@ -6,8 +6,6 @@ shared memory (sm_86, sm_89) get smaller blocks; there two programs share a mult
 import math
 from typing import NamedTuple
 
-SMALL = 2**25  # bytes: by integer weights of up to so many, one row of x is multiplied without being made integers
-
 
 class Tiling(NamedTuple):
     BM: int  # rows of x, padded, at most 128; 1: multiply and add instead of using tensor cores
@@ -74,11 +72,19 @@ def one_row(N: int, K: int) -> Tiling:
     return Tiling(1, 4, 256, 1, 1, 1, ahead=1)
 
 
+def takes_integer_row(N: int, columns: int, group: int) -> bool:
+    """Whether one row of x is best multiplied by integer weights without tensor cores, by multiply_row in
+    ops/integer_product.py. These win where not all tiles of a large weight fit on the GPU at once; an lm_head has so
+    many tiles that it does not matter. Measured on an H200 (docs/experiments.md)."""
+    weights = N * columns * (2 if group else 1)
+    return N >= 2**15 or weights <= (2**25 if columns >= 8192 else 2**26)
+
+
 def one_integer_row(N: int, columns: int) -> Tiling:
-    """The Tiling for one row of x and integer weights of N rows of `columns` bytes: 256 bytes of four rows a warp, and
-    enough warps to keep the memory busy. Not measured."""
-    warps = 4 if N <= 8192 and columns >= 1024 else 2
-    return Tiling(1, 4, 256 * warps, 1, warps, 1, ahead=1, unroll=min(3, -(-columns // (256 * warps))))
+    """The Tiling for that: 512 bytes of each row a warp, so that its threads lie side by side, and where there are few
+    rows several warps for the same ones."""
+    BN, warps = (8, 1) if N >= 8192 or columns <= 512 else (4, 2 if columns < 4096 else 4)
+    return Tiling(1, BN, 512 * warps, 1, warps, 1, ahead=1, unroll=min(2, -(-columns // (512 * warps))))
 
 
 def many_rows(N: int, columns: int, w_bytes: int, x_bytes: int, group: int, sms: int, capability: tuple[int, int]
@@ -116,7 +122,7 @@ def integer_config(M: int, N: int, columns: int, planes: int, group: int, sms: i
     ops.quantized.Quantized. Hopper's tensor cores want at least 16 rows, all planes together."""
     if M > 64:
         return many_rows(N, columns, 1, planes, group, sms, capability)
-    if M == 1 and planes == 2 and N * columns <= SMALL:
+    if M == 1 and planes == 2 and takes_integer_row(N, columns, group):
         return one_integer_row(N, columns)
     hopper = capability >= (9, 0)
     if M <= 8:
@@ -125,7 +131,7 @@ def integer_config(M: int, N: int, columns: int, planes: int, group: int, sms: i
         BM = 16 if M <= 16 else 32 if M <= 32 else 64
     rows = planes * BM  # what tensor cores multiply
     tiles = -(-N // 64)
-    if group == 32:
+    if group == 32 and BM <= 32:
         return many_groups(BM, rows, tiles, columns, sms, hopper)
     crowded = rows == 128 and group and not hopper  # four warps would not have enough registers
     BN = 128 if crowded else 64
@@ -139,6 +145,8 @@ def integer_config(M: int, N: int, columns: int, planes: int, group: int, sms: i
         BK = max(64, group) if crowded else 128
         SK = -(-2 * sms // tiles) if tiles < sms else 1
         stages = 4 if rows < 64 else 3
+    if group == 32:  # a loop of eight groups takes the compiler minutes
+        BK = min(BK, 128)
     while columns % BK and BK > max(64, group):
         BK //= 2
     SK = max(1, min(SK, columns // BK // 4, 64))
@@ -146,14 +154,13 @@ def integer_config(M: int, N: int, columns: int, planes: int, group: int, sms: i
 
 
 def many_groups(BM: int, rows: int, tiles: int, columns: int, sms: int, hopper: bool) -> Tiling:
-    """The Tiling for int4 in groups of 32. The loop waits for the tensor cores after every group, so several programs
-    have to share a multiprocessor. `rows`: what tensor cores multiply; tiles: of 64 rows of the weights.
+    """The Tiling for int4 in groups of 32 and up to 32 rows of x. The loop waits for the tensor cores after every
+    group, so several programs have to share a multiprocessor. `rows`: what tensor cores multiply; tiles: of 64 rows of
+    the weights.
 
-    Not measured: splits are chosen by a count of the blocks that a multiprocessor gets through one after the other,
-    where starting and ending a program is worth two of them.
+    Splits are chosen by a count of the blocks that a multiprocessor gets through one after the other, where starting
+    and ending a program is worth two of them.
     """
-    BN, warps = (128, 8) if rows == 128 and not hopper else (64, 4)
-    tiles = -(-tiles * 64 // BN)
     BK = 128 if rows <= 32 else 64
     blocks = columns // BK
     resident = sms * (2 if not hopper else 4 if rows <= 16 else 3)
@@ -161,8 +168,8 @@ def many_groups(BM: int, rows: int, tiles: int, columns: int, sms: int, hopper: 
     def length(SK: int) -> int:
         return -(-tiles * SK // resident) * (-(-blocks // SK) + 2)
     SK = min(range(1, min(16 if rows <= 32 else 6, blocks) + 1), key=length)  # a sum of many rows is long
-    stages = 3 if rows == 128 or rows == 32 and not hopper else 4
-    return Tiling(BM, BN, BK, SK, warps, min(stages, -(-blocks // SK) + 1), ahead=256 // BK)
+    stages = 3 if rows == 32 and not hopper else 4
+    return Tiling(BM, 64, BK, SK, 4, min(stages, -(-blocks // SK) + 1), ahead=256 // BK)
 
 
 def hopper_int4(rows: int, tiles: int, sms: int) -> tuple[int, int, int]:

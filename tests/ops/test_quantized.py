@@ -63,7 +63,7 @@ def weights(N: int, K: int, mode: str) -> Quantized:
 def integral(M: int, K: int, weight: Quantized) -> tuple[Tensor, Tensor]:
     """x [M, K] that the kernel quantises without rounding, and in float64 what it multiplies the weights by: x, or the
     rotated x if weights are rotated. Rows are integers times a scale of their own; the last of several is zero. One row
-    is made of 14 bits and the sign, so that eight columns by themselves are not rounded either."""
+    is made of 14 bits and the sign, so that 16 columns by themselves are not rounded either."""
     limit, g = 127 if weight.planes == 1 else 32512 if M > 1 else 8128, torch.Generator().manual_seed(M)
     q = torch.randint(-limit, limit + 1, (M, K), generator=g).double()
     q[:, K // 2] = limit
@@ -226,18 +226,18 @@ def test_options(mode: str) -> None:
 @interpreted
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "int8dyn"])
 def test_one_row(mode: str) -> None:
-    """Fails if one row, whose columns become integers eight by eight, gets wrong sums: a K that ends within a block or
-    within one of int4's halves, splits, norm, gate, residual, or pairs of a head's halves; if eight columns of 0 are
-    not 0, or if a large column takes precision from others than the seven beside it."""
+    """Fails if one row, whose columns become integers 16 by 16, gets wrong sums: a K that ends within a block or
+    within one of int4's halves, splits, norm, gate, residual, or pairs of a head's halves; if 16 columns of 0 are
+    not 0, or if a large column takes precision from others than the 15 beside it."""
     def rounded(x: Tensor) -> Tensor:
-        eights = x.unflatten(1, (-1, 8))
-        size = eights.abs().amax(2, keepdim=True).clamp(min=1e-30).log2().floor().exp2() / 8192
-        return ((eights / size).round() * size).flatten(1)
+        parts = x.unflatten(1, (-1, 16))
+        size = parts.abs().amax(2, keepdim=True).clamp(min=1e-30).log2().floor().exp2() / 8192
+        return ((parts / size).round() * size).flatten(1)
     for K, SK, (norm, gated) in itertools.product((576, 1280), (1, 2), ((False, False), (True, True))):
         weight, g = weights(44, K, mode)._replace(order=None), torch.Generator().manual_seed(K)
         x, bias, scale = torch.randn(1, K, generator=g), torch.randn(44, generator=g), torch.rand(K, generator=g)
         residual = None if norm else torch.randn(1, 44, generator=g)
-        x[:, 40:48], x[:, 100] = 0, 1000
+        x[:, 48:64], x[:, 100] = 0, 1000
         out = linear_triton(x, weight, bias, (scale, 0.1) if norm else None, residual, gated,
                             config=Tiling(1, 4, 256, SK, 2, 1, 1, 2))
         if norm:
@@ -340,15 +340,19 @@ def test_config(arch: int) -> None:
 @pytest.mark.parametrize("arch", cards("quantized"))
 def test_compiles(arch: int) -> None:
     """Fails if a tiling spills, wants too much shared memory, or reads its weights in pieces of less than 16 bytes a
-    thread; or if its loop has more instructions a weight than the limit: then memory is no longer the slower part
-    (BENCHMARKS.md), which happens where weights are converted. The largest tilings; on sm_90 every third, on
-    cards that share the code of sm_86 every second one."""
+    thread (of one row, in others than of 8: each thread adds up 8 columns side by side, or threads exchange columns
+    through shared memory); or if its loop has more instructions a weight than the limit: then memory is no longer the
+    slower part (BENCHMARKS.md), which happens where weights are converted. The largest tilings; on sm_90 every third,
+    on cards that share the code of sm_86 every second one."""
     pytest.importorskip("triton")
     for planes, group, zeros, c, even in largest(tilings(arch))[::{86: 1, 90: 3}.get(arch, 2)]:
         limited = even and c.BK >= 128 and c.BM > 1  # by instructions
         made = compile_linear(c, even, arch, True, c.BM == 1, planes=planes, group=group, zeros=zeros, loop=limited)
         assert_fits(made, arch, c, spilled=112 if arch == 80 else 0)  # an A100's int4 at 60 rows
-        assert re.search(r"cp\.async\.cg|ld\.global\S*\.v4\.b32", made.ptx), f"{c} does not read 16 bytes a thread"
+        if c.BM == 1:
+            assert {*re.findall(r"evict_first\S*?((?:\.v\d)?\.b\d+)", made.ptx)} == {".v2.b32"} and made.shared < 512, c
+        else:
+            assert re.search(r"cp\.async\.cg|ld\.global\S*\.v4\.b32", made.ptx), f"{c} does not read 16 bytes a thread"
         if not limited:
             continue
         cost = made.loop / (c.BN * c.BK * (2 if group else 1) / (32 * c.warps))
