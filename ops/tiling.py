@@ -1,4 +1,5 @@
-"""How ops/linear.py's kernel cuts a linear layer into blocks, measured on an H100 (BENCHMARKS.md).
+"""How ops/linear.py's kernel cuts a linear layer into blocks, measured on an H100 (BENCHMARKS.md) and an H200. For
+another card, `python -m benchmarks.tilings` searches.
 
 The aim: enough programs at once, and enough of their weights in flight, that memory never idles. Cards with 99 KB of
 shared memory (sm_86, sm_89) get smaller blocks; there two programs share a multiprocessor.

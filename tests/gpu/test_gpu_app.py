@@ -12,12 +12,26 @@ import torch
 import generate
 from app import memory, trace
 from app.options import Engine, load_engine
+from benchmarks import tilings
+from draft import Vanilla
 from drafters.methods import METHODS
 from model import load_model
 from quant.linear import MODES
 from sampling import Sampling
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+@pytest.mark.parametrize("quantize, rows", [(None, 1), ("int8", 16), ("int4", 1)])
+def test_tilings(demo, quantize: str | None, rows: int, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Fails if a product of the model is not searched, if no tiling but today's can be timed, or if one that cannot run
+    ends the search."""
+    monkeypatch.setattr(tilings, "neighbours", lambda t: [t._replace(stages=t.stages + 1), t._replace(BN=2**14)])
+    monkeypatch.setattr(tilings, "LEAST", 1.0)
+    engine = Engine(load_model(demo, "cuda", torch.bfloat16, quantize), Vanilla("cuda"), 700, frozenset())
+    tilings.search_all(engine, rows, 500)
+    shown = capsys.readouterr().out
+    assert [f" {name}, 2 tilings" in shown for name in ("wqkv", "wo", "w13", "w2", "lm_head")] == [True] * 5, shown
 
 
 @pytest.mark.parametrize("which", [0, 2, 6])
