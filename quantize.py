@@ -34,7 +34,7 @@ from formats.weights import FORMAT, read_tensors, write_file
 from formats.writing import locked, replace_files
 from model import Layer, Llama, layer_ropes, load_model, rope_table
 from ops.linear import linear
-from ops.quantized import Quantized
+from ops.quantized import Quantized, in_rows
 from quant.calibration import corrected_weight
 from quant.linear import GROUPS, MODES, QuantizedLinear, mode_of, quantize_linears, quantize_weight, stored_mode
 from tokenizer import Tokenizer
@@ -93,7 +93,7 @@ def write_quantized(path: Path, tensors: dict[str, Tensor], like: dict[str, Tens
                 yield tensors[name]
             elif name.endswith(".data"):
                 weight = next(weights)
-                yield weight.data
+                yield in_rows(weight).data  # a CPU's kernels have put it into their own order
             else:  # .scale follows its .data
                 yield weight.scale
 

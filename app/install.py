@@ -30,7 +30,7 @@ from formats.eagle3 import open_eagle3
 from formats.eagle3_config import MEASURED
 from formats.hub import FILES
 from formats.tokenizer_files import TOKENIZERS
-from formats.weights import read_tensors
+from formats.weights import read_metadata
 from formats.writing import QUANTIZED, replace_files
 from model import Llama, load_model
 from ops.device import gpu_problem
@@ -86,15 +86,15 @@ def add_head(head: Path, out: Path) -> None:
 
 
 def measure(head: Path, checkpoint: Path, doubts: dict[str, tuple]) -> dict:
-    """Let the head guess what the target writes, on a GPU if there is one. On a CPU the target has int8 weights, a
-    quarter of fp32's bytes. Returns the values of the fields that are in doubt. Says on stderr what was found;
-    ValueError where it is needed and cannot be."""
+    """Let the head guess what the target writes, on a GPU if there is one. On a CPU the target has quantised weights,
+    its own or int8, and computes in fp32, for which there are kernels. Returns the values of the fields that are in
+    doubt. Says on stderr what was found; ValueError where it is needed and cannot be."""
     device, dtype = placement(argparse.Namespace(
         device="cpu" if gpu_problem(None) else None, dtype=None, quantize=None, checkpoint=Path()))
     file = checkpoint / "model.safetensors"
     mode = None
-    if device == "cpu" and not stored_mode(file, read_tensors(file)[1], None)[0]:
-        mode, dtype = "int8", torch.float32
+    if device == "cpu":
+        mode, dtype = None if stored_mode(file, read_metadata(file), None)[0] else "int8", torch.float32
     obstacle = why_not_measured(checkpoint, device, dtype, mode)
     if obstacle:
         if doubts:

@@ -13,7 +13,7 @@ from app.streams import as_utf8
 from drafters.methods import BASELINE, METHODS, OPTIONS, make_drafter, method_of_head
 from formats.config import Config
 from formats.eagle import folder_of
-from formats.writing import QUANTIZED
+from formats.weights import read_metadata
 from model import load_model
 from ops.device import gpu_problem, has_cuda
 from ops.startup import part
@@ -125,11 +125,15 @@ def placement(args: argparse.Namespace) -> tuple[str, torch.dtype]:
         raise ValueError(problem)
     device = args.device or ("cuda" if has_cuda() else "cpu")
     # bf16 halves the bytes, but a CPU without instructions for it (x86: AVX512-BF16 or AMX) emulates it slowly.
-    # With int8 weights our kernels compute in fp32 there, and then a row's results do not depend on the other rows.
-    integers = args.quantize or args.checkpoint.match(QUANTIZED)
-    fast = device == "cuda" or not integers and (
+    # With quantised weights our kernels compute in fp32 there, and then a row's results do not depend on the others.
+    fast = device == "cuda" or not (args.quantize or is_quantized_file(args.checkpoint)) and (
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return device, DTYPES[args.dtype or ("bfloat16" if fast else "float32")]
+
+
+def is_quantized_file(checkpoint: Path) -> bool:
+    """Whether the file of a checkpoint, or model.safetensors in its folder, holds quantised weights."""
+    return "mode" in read_metadata(checkpoint / "model.safetensors" if checkpoint.is_dir() else checkpoint)
 
 
 def context(args: argparse.Namespace, cfg: Config) -> int:

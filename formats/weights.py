@@ -50,6 +50,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                          ) from None
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a .safetensors file; {} where it cannot be read, of which loading the file will say why."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            return f.metadata() or {}
+    except Exception:  # safetensors raises types of its own
+        return {}
+
+
 def map_tensors(path: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a safetensors file, of the dtypes and shapes of `like`. When the memory of one is freed, its pages
     are given back. Otherwise they would count as this process's until the last tensor of the file is gone."""

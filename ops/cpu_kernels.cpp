@@ -1,5 +1,5 @@
-// The kernels of decoding on a CPU: a linear layer with int8 weights, tree attention, and for other weights RoPE and
-// the norm. ops/cpu_kernels.py compiles this file and calls it; ops/linear.py, ops/attention.py and ops/embed_rope.py
+// The kernels of decoding on a CPU: a linear layer with int8 or int4 weights, tree attention, and for other weights RoPE
+// and the norm. ops/cpu_kernels.py compiles this file and calls it; ops/linear.py, ops/attention.py and ops/embed_rope.py
 // hold the same functions in PyTorch, which define them.
 //
 // One call does what takes PyTorch 20 to 70 small steps, and at batch 1 those steps cost more than the products.
@@ -21,9 +21,10 @@ extern "C" void set_threads(int count) { pool.threads = count < pool.started ? p
 
 // ----- Linear ------------------------------------------------------------------------------------------------------
 
-constexpr int TILE = 16;  // outputs whose weights lie interleaved: packed [N / 16][K / 2][16][2]
-constexpr float LIMIT = 8127;  // 14 bits: the largest integer that a value of x becomes
+constexpr int TILE = 16;  // outputs whose weights lie interleaved: [N / 16][columns / 2][16][2], of int4 two in a byte
 constexpr int64_t BLOCK = 2048;  // columns whose products 32 bits can add up: 2048 * 8127 * 127 < 2^31
+constexpr float LIMIT = 8127;  // 14 bits: the largest integer that a value of x becomes
+constexpr float LIMIT_INT4 = 32512;  // 16 bits; 32 bits add up at most 128 products
 
 struct Linear {
     int64_t T, K, N;
@@ -31,7 +32,10 @@ struct Linear {
     float eps;
     int rotated;
     const int8_t* packed;
-    const float *scale, *bias, *residual;
+    const void* scale;  // float [N], or of int4 two numbers of 16 bits [columns / group, N, 2]: see ops/quantized.py
+    int64_t group, columns;  // of int4: columns of a group, and K filled up to whole groups; else 0 and K
+    int zeros;  // of int4: scales and zeros in fp16, not scales and offsets in bf16
+    const float *bias, *residual;
     int gated;
     const float* rope;
     const int64_t* slots;
@@ -40,6 +44,7 @@ struct Linear {
     float* out;
     int16_t* integers;  // [T, K]
     float* steps;  // [T]: what 1 of a row's integers is worth
+    int32_t* sums;  // [T, columns / group]: of int4, the integers of each group added up
 };
 
 // Each block of 16 columns times the Hadamard matrix: see ops/quantized.py.
@@ -75,12 +80,18 @@ void quantize_row(const Linear& a, int64_t t) {
     }
     Floats tops = {};
     for (int64_t k = 0; k < a.K; k += LANES) tops = larger(tops, larger(load(x + k), -load(x + k)));
-    float top = std::max(largest(tops), 1e-30f);
+    float top = std::max(largest(tops), 1e-30f), limit = a.group ? LIMIT_INT4 : LIMIT;
+    int16_t* integers = a.integers + t * a.K;
     for (int64_t k = 0; k < a.K; k += LANES) {
-        Floats digits = rounded(load(x + k) * (LIMIT / top));
-        *(Halves*)(a.integers + t * a.K + k) = __builtin_convertvector(__builtin_convertvector(digits, Words), Halves);
+        Floats digits = rounded(load(x + k) * (limit / top));
+        *(Halves*)(integers + k) = __builtin_convertvector(__builtin_convertvector(digits, Words), Halves);
     }
-    a.steps[t] *= top / LIMIT;
+    a.steps[t] *= top / limit;
+    for (int64_t first = 0; a.group && first < a.K; first += a.group) {
+        int32_t sum = 0;
+        for (int64_t k = first; k < std::min(first + a.group, a.K); k++) sum += integers[k];
+        a.sums[t * (a.columns / a.group) + first / a.group] = sum;
+    }
 }
 
 // Sums of ROWS rows of integers and TILES tiles of weights, as fp32, to out [ROWS, stride].
@@ -90,7 +101,7 @@ void multiply(const int16_t* x, const int8_t* w, int64_t K, float* out, int64_t 
         int64_t last = std::min(first + BLOCK, K);
         Sums acc[ROWS][TILES];
         for (int m = 0; m < ROWS; m++)
-            for (int t = 0; t < TILES; t++) acc[m][t] = zero();
+            for (int t = 0; t < TILES; t++) acc[m][t] = all_of(0);
         for (int64_t k = first; k < last; k += 2) {
             Weights weights[TILES];
             for (int t = 0; t < TILES; t++) weights[t] = widen(w + (t * K + k) * TILE);
@@ -100,35 +111,80 @@ void multiply(const int16_t* x, const int8_t* w, int64_t K, float* out, int64_t 
             }
         }
         for (int m = 0; m < ROWS; m++)
-            for (int t = 0; t < TILES; t++) {
-                float part[TILE], *to = out + m * stride + t * TILE;
-                to_floats(acc[m][t], part);
-                for (int i = 0; i < TILE; i++) to[i] = first ? to[i] + part[i] : part[i];
+            for (int i = 0; i < TILES * TILE; i += LANES) {
+                float* to = out + m * stride + i;
+                Floats part = floats_of(acc[m][i / TILE], i % TILE);
+                store(to, first ? load(to) + part : part);
             }
     }
 }
 
+// The same of int4 weights, scaled: rows m to m + ROWS, outputs n to n + TILES * TILE, to out [ROWS, stride]. q + 8 is
+// what is stored, so a group's sum of integers begins at -8 times the sum of x.
+template <int ROWS, int TILES> void multiply_int4(const Linear& a, int64_t m, int64_t n, float* out, int64_t stride) {
+    const int16_t* x = a.integers + m * a.K;
+    const int32_t* sums = a.sums + m * (a.columns / a.group);
+    const int8_t* w = a.packed + n * (a.columns / 2);
+    for (int64_t first = 0; first < a.K; first += a.group) {
+        int64_t last = std::min(first + a.group, a.K), g = first / a.group;
+        Sums acc[ROWS][TILES];
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++)
+            for (int t = 0; t < TILES; t++) acc[r][t] = all_of(-8 * sums[r * (a.columns / a.group) + g]);
+        for (int64_t k = first; k < last; k += 2) {
+            Weights weights[TILES];
+            for (int t = 0; t < TILES; t++) weights[t] = widen_nibbles(w + (t * a.columns + k) / 2 * TILE);
+            for (int r = 0; r < ROWS; r++) {
+                Pair pair = broadcast(x + r * a.K + k);
+                for (int t = 0; t < TILES; t++) add_products(acc[r][t], weights[t], pair);
+            }
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < TILES * TILE; i += LANES) {
+            Words word = *(const Words*)((const int32_t*)a.scale + g * a.N + n + i);
+            Floats scale = a.zeros ? of_halves(word) : as_floats(word << 16) * 16;
+            Floats offset = a.zeros ? of_halves(word >> 16) * -scale : as_floats(word & (int32_t)0xffff0000);
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++) {
+                float* to = out + r * stride + i;
+                Floats part = scale * floats_of(acc[r][i / TILE], i % TILE);
+                part += offset * (float)sums[r * (a.columns / a.group) + g];
+                store(to, first ? load(to) + part : part);
+            }
+        }
+    }
+}
+
+// Outputs n to n + TILES * TILE of rows m to m + ROWS, as sums of integers or, of int4, scaled.
+template <int ROWS, int TILES> void multiply_any(const Linear& a, int64_t m, int64_t n, float* out, int64_t stride) {
+    if (a.group)
+        multiply_int4<ROWS, TILES>(a, m, n, out, stride);
+    else
+        multiply<ROWS, TILES>(a.integers + m * a.K, a.packed + n * a.K, a.K, out, stride);
+}
+
 // The same for 1 to MOST_ROWS rows and an even number of tiles. Few rows take more tiles at a time: an addition has to
 // wait for the one before it, and others fill the gap.
-template <int ROWS> void multiply_tiles(int rows, const int16_t* x, const int8_t* w, int64_t K, int tiles, float* out,
-                                        int64_t stride) {
+template <int ROWS>
+void multiply_tiles(const Linear& a, int64_t m, int rows, int64_t n, int tiles, float* out, int64_t stride) {
     if (rows < ROWS) {
-        if constexpr (ROWS > 1) multiply_tiles<ROWS / 2>(rows, x, w, K, tiles, out, stride);
+        if constexpr (ROWS > 1) multiply_tiles<ROWS / 2>(a, m, rows, n, tiles, out, stride);
         return;
     }
     constexpr int WIDE = ROWS <= 2 ? 4 : 2;
     int t = 0;
-    for (; t + WIDE <= tiles; t += WIDE) multiply<ROWS, WIDE>(x, w + t * K * TILE, K, out + t * TILE, stride);
-    for (; t < tiles; t += 2) multiply<ROWS, 2>(x, w + t * K * TILE, K, out + t * TILE, stride);
-    if (rows > ROWS) multiply_tiles<ROWS>(rows - ROWS, x + ROWS * K, w, K, tiles, out + ROWS * stride, stride);
+    for (; t + WIDE <= tiles; t += WIDE) multiply_any<ROWS, WIDE>(a, m, n + t * TILE, out + t * TILE, stride);
+    for (; t < tiles; t += 2) multiply_any<ROWS, 2>(a, m, n + t * TILE, out + t * TILE, stride);
+    if (rows > ROWS) multiply_tiles<ROWS>(a, m + ROWS, rows - ROWS, n, tiles, out + ROWS * stride, stride);
 }
 
 // Outputs n to n + count of rows m to m + rows: y [rows, stride].
 void outputs(const Linear& a, int64_t m, int rows, int64_t n, int count, float* y, int64_t stride) {
-    multiply_tiles<MOST_ROWS>(rows, a.integers + m * a.K, a.packed + n * a.K, a.K, count / TILE, y, stride);
+    multiply_tiles<MOST_ROWS>(a, m, rows, n, count / TILE, y, stride);
     for (int r = 0; r < rows; r++)
         for (int i = 0; i < count; i += LANES) {
-            Floats value = load(y + r * stride + i) * (a.steps[m + r] * load(a.scale + n + i));
+            Floats step = Floats{} + a.steps[m + r];
+            Floats value = load(y + r * stride + i) * (a.group ? step : step * load((const float*)a.scale + n + i));
             store(y + r * stride + i, a.bias ? value + load(a.bias + n + i) : value);
         }
 }
@@ -173,15 +229,17 @@ extern "C" void rms_norm(int64_t T, int64_t K, const float* x, const float* norm
 
 // See `linear` in ops/linear.py. N is a multiple of 64, K of 16, D of 32 and at most 256.
 extern "C" void linear(int64_t T, int64_t K, int64_t N, const float* x, const float* norm, float eps, int rotated,
-                       const int8_t* packed, const float* scale, const float* bias, const float* residual, int gated,
-                       const float* rope, const int64_t* slots, float* kv, int64_t S, int64_t D, int64_t kv_heads,
-                       float* out) {
+                       const int8_t* packed, const void* scale, int64_t group, int64_t columns, int zeros,
+                       const float* bias, const float* residual, int gated, const float* rope, const int64_t* slots,
+                       float* kv, int64_t S, int64_t D, int64_t kv_heads, float* out) {
     thread_local std::vector<int16_t> integers;
     thread_local std::vector<float> steps;
+    thread_local std::vector<int32_t> sums;
     integers.resize(T * K);
     steps.resize(T);
-    Linear a{T, K, N, x, norm, eps, rotated, packed, scale, bias, residual, gated, rope, slots, kv, S, D, kv_heads, out,
-             integers.data(), steps.data()};
+    sums.resize(group ? T * (columns / group) : 0);
+    Linear a{T, K, N, x, norm, eps, rotated, packed, scale, group, columns, zeros, bias, residual, gated, rope, slots,
+             kv, S, D, kv_heads, out, integers.data(), steps.data(), sums.data()};
     if (T * K < 16384)
         for (int64_t t = 0; t < T; t++) quantize_row(a, t);
     else

@@ -4,7 +4,7 @@ A decoding step of PyTorch on a CPU is some thousand small operations, which cos
 Here a linear layer with all that is fused into it is one call, as on a GPU, and so is attention. Compiling takes a few
 seconds; the result is kept in ~/.cache/eagle2. Without a C++ compiler, PyTorch does the same, several times slower.
 
-The results of a row do not depend on the other rows, nor on the threads, to the bit: with int8 weights and fp32
+The results of a row do not depend on the other rows, nor on the threads, to the bit: with quantised weights and fp32
 activations, verification chooses exactly what plain decoding does.
 """
 import ctypes
@@ -39,8 +39,9 @@ def library() -> ctypes.CDLL | None:
         print(f"slower than it could be: there are no compiled kernels for this CPU ({said}); they need g++ 11 or "
               "later, and are kept in ~/.cache/eagle2", file=sys.stderr)
         return None
-    lib.linear.argtypes = (INT, INT, INT, POINTER, POINTER, FLOAT, ctypes.c_int, POINTER, POINTER, POINTER, POINTER,
-                           ctypes.c_int, POINTER, POINTER, POINTER, INT, INT, INT, POINTER)
+    lib.linear.argtypes = (INT, INT, INT, POINTER, POINTER, FLOAT, ctypes.c_int, POINTER, POINTER, INT, INT,
+                           ctypes.c_int, POINTER, POINTER, ctypes.c_int, POINTER, POINTER, POINTER, INT, INT, INT,
+                           POINTER)
     lib.attention.argtypes = (INT, INT, INT, INT, INT, POINTER, POINTER, ctypes.c_int, POINTER, POINTER, INT, INT,
                               POINTER)
     lib.rope_store.argtypes = (INT, INT, POINTER, POINTER, POINTER, POINTER, INT, INT, INT, POINTER)
@@ -75,9 +76,8 @@ def takes_linear(x: Tensor, weight: object, *others: Tensor | None) -> bool:
 
 
 def takes_weight(weight: object) -> bool:
-    """Whether `linear` takes this weight: int8, of sizes that vectors divide."""
-    return (type(weight) is Quantized and not weight.group and weight.shape[0] % 64 == weight.shape[1] % 16 == 0
-            and library() is not None)
+    """Whether `linear` takes this weight: int8 or int4, of sizes that vectors divide."""
+    return (type(weight) is Quantized and weight.shape[0] % 64 == weight.shape[1] % 16 == 0 and library() is not None)
 
 
 def takes_heads(kv: Tensor) -> bool:
@@ -100,19 +100,23 @@ def takes_attention(q: Tensor) -> bool:
 def linear(x: Tensor, weight: Quantized, bias: Tensor | None = None, norm: tuple[Tensor, float] | None = None,
            residual: Tensor | None = None, gated: bool = False, heads: tuple[Tensor, Tensor, Tensor] | None = None
            ) -> Tensor:
-    """`linear` of ops/linear.py by the kernel, which rounds x to 14 bits."""
-    N, K = weight.shape
-    x = x.contiguous()
+    """`linear` of ops/linear.py by the kernel, which rounds x to 14 bits, for int4 to 16."""
+    N, columns = weight.shape
+    norm_weight, eps = norm or (None, 0.0)
+    if weight.order is not None:
+        x, norm_weight = x[..., weight.order], None if norm is None else norm_weight[weight.order]
+    x, scale = x.contiguous(), weight.scale.contiguous()
+    K = x.shape[-1]
     T = x.numel() // K
     rope, slots, kv = heads or (None, None, None)
     kv_heads, S, D = kv.shape[1:] if heads else (0, 0, 0)
     out = x.new_empty(*x.shape[:-1], N // 2 if gated else N - 2 * kv_heads * D)
-    norm_weight, eps = norm or (None, 0.0)
     residual = None if residual is None else residual.contiguous()
     slots = None if slots is None else slots.contiguous()
     library().linear(T, K, N, x.data_ptr(), address(norm_weight), eps, weight.rotated,
-                     to_tiles(weight.data).data_ptr(), weight.scale.data_ptr(), address(bias), address(residual), gated,
-                     address(rope), address(slots), address(kv), S, D, kv_heads, out.data_ptr())
+                     to_tiles(weight).data_ptr(), scale.data_ptr(), weight.group, columns,
+                     scale.dtype == torch.float16, address(bias), address(residual), gated, address(rope),
+                     address(slots), address(kv), S, D, kv_heads, out.data_ptr())
     return out
 
 

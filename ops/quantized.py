@@ -20,9 +20,9 @@ Bits of int4 (`pack`): K is filled up with zeros to a multiple of 256. Byte k of
 four bits and q of column k + K / 2 in its high four bits. Others may have sorted the columns before they made groups
 (GPTQ's act-order). Then `order` says which column of x each column multiplies.
 
-The kernels for a CPU (ops/cpu_kernels.py) read int8 in another order: tiles of 16 rows, in which two columns of each
-row lie side by side. A weight that they have read stays in that order (`to_tiles`), so that memory holds it once.
-`unpack` and `in_rows` give the rows again.
+The kernels for a CPU (ops/cpu_kernels.py) read the integers in another order: tiles of 16 rows, in which two columns of
+each row lie side by side; of int4 they share a byte, as q + 8. A weight that they have read stays in that order
+(`to_tiles`), so that memory holds it once. `unpack` and `in_rows` give the rows again.
 
 Rotated means: each block of 16 columns was multiplied by a Hadamard matrix. That leaves w @ x.T as it is, and it
 spreads an outlier over its block, which 8 bits per activation need (QuaRot, arXiv 2404.00456).
@@ -46,7 +46,7 @@ AT_ONCE = 32 * 2**20  # weights that a product of many rows makes floating point
 
 class Quantized(NamedTuple):
     """Weights [N, K] as integers. For int4, K is the number of columns after filling up."""
-    data: Tensor  # int8 [N, K], for int4 [N, K / 2], in tiles [N / 16, K / 2, 16, 2]
+    data: Tensor  # int8 [N, K], in tiles [N / 16, K / 2, 16, 2]; for int4 [N, K / 2], in tiles [N / 16, K / 2, 16, 1]
     scale: Tensor  # fp32 [N], or for int4 scale and offset (bf16) or scale and zero (fp16) [K / group, N, 2]
     group: int  # columns that share a scale and an offset; 0: the whole row, without an offset
     planes: int  # how many planes of 8 bits an activation has: 1 or 2
@@ -57,8 +57,8 @@ class Quantized(NamedTuple):
     def shape(self) -> tuple[int, int]:
         """N and K."""
         if self.data.dim() == 4:
-            tiles, pairs, rows, columns = self.data.shape
-            return tiles * rows, pairs * columns
+            tiles, pairs, rows, _ = self.data.shape
+            return tiles * rows, pairs * 2
         return len(self.data), self.data.shape[1] * (2 if self.group else 1)
 
 
@@ -70,20 +70,24 @@ def pack(q: Tensor) -> Tensor:
 
 def unpack(weight: Quantized) -> Tensor:
     """The integers, int8 [N, K]."""
+    data = in_rows(weight).data
     if not weight.group:
-        return in_rows(weight).data
-    low = weight.data << 4 >> 4  # shifting back extends the sign
-    high = weight.data >> 4
-    return torch.cat((low, high), 1)
+        return data
+    return torch.cat((data << 4 >> 4, data >> 4), 1)  # shifting back extends the sign
 
 
-def to_tiles(data: Tensor) -> Tensor:
-    """`data` int8 [N, K], N a multiple of 16 and K of 2, in tiles [N / 16, K / 2, 16, 2]. The tensor itself becomes so:
-    its rows are freed, unless a view of them is left, and all weights that share the tensor have the tiles."""
+def to_tiles(weight: Quantized) -> Tensor:
+    """`data` in tiles, of a weight with a multiple of 16 rows. The tensor itself becomes so: its rows are freed, unless
+    a view of them is left, and all weights that share the tensor have the tiles."""
+    data, (N, K) = weight.data, weight.shape
     if data.dim() == 2:
-        N, K = data.shape
-        pairs = data.contiguous().view(torch.int16).view(N // TILE, TILE, K // 2)
-        tiles = pairs.transpose(1, 2).contiguous().view(torch.int8).view(N // TILE, K // 2, TILE, 2)
+        if weight.group:
+            twos = data.contiguous().view(torch.int16)  # bytes side by side: two columns, and two of the other half
+            pairs = torch.cat((twos & 15 | twos >> 4 & 240, twos >> 4 & 15 | twos >> 8 & 240), 1).bitwise_xor_(0x88)
+            pairs = pairs.to(torch.uint8).view(N // TILE, TILE, K // 2)
+        else:
+            pairs = data.contiguous().view(torch.int16).view(N // TILE, TILE, K // 2)
+        tiles = pairs.transpose(1, 2).contiguous().view(N // TILE, K // 2, TILE, 1).view(torch.int8)
         with torch.inference_mode():  # a tensor that was made in this mode is changed in no other
             data.set_(tiles)
     return data
@@ -94,8 +98,11 @@ def in_rows(weight: Quantized) -> Quantized:
     if weight.data.dim() == 2:
         return weight
     N, K = weight.shape
-    tiles = weight.data.view(torch.int16).view(N // TILE, K // 2, TILE)
-    return weight._replace(data=tiles.transpose(1, 2).reshape(N, K // 2).view(torch.int8))
+    tiles = weight.data.view(torch.int8 if weight.group else torch.int16).view(N // TILE, K // 2, TILE)
+    pairs = tiles.transpose(1, 2).reshape(N, K // 2)
+    if not weight.group:
+        return weight._replace(data=pairs.view(torch.int8))
+    return weight._replace(data=pack(torch.stack((pairs & 15, pairs >> 4 & 15), 2).flatten(1).sub_(8)))
 
 
 def dequantize(weight: Quantized, dtype: torch.dtype) -> Tensor:

@@ -83,11 +83,11 @@ def rows_of(weight: Tensor | Quantized, rows: Tensor | slice) -> Tensor | Quanti
     """The given rows (outputs) of a weight: ids or a slice."""
     if not isinstance(weight, Quantized):
         return weight[rows]
+    scale = weight.scale[:, rows].contiguous() if weight.group else weight.scale[rows]  # int4: [groups, N, 2]
     if weight.data.dim() == 4 and isinstance(rows, slice):
         first, last, step = rows.indices(weight.shape[0])
         if first % TILE == last % TILE == 0 and step == 1:  # whole tiles: no copy
-            return weight._replace(data=weight.data[first // TILE:last // TILE], scale=weight.scale[rows])
-    scale = weight.scale[:, rows].contiguous() if weight.group else weight.scale[rows]  # int4: [groups, N, 2]
+            return weight._replace(data=weight.data[first // TILE:last // TILE], scale=scale)
     return weight._replace(data=in_rows(weight).data[rows], scale=scale)
 
 
@@ -107,7 +107,7 @@ def in_kernel_order(weight: Tensor | Quantized | None) -> Tensor | Quantized | N
     it at its first product anyway; ordered before, it shares its memory with the rows that are taken."""
     on_cpu = isinstance(weight, Quantized) and weight.data.device.type == "cpu"  # first: for a GPU, none is compiled
     if on_cpu and cpu_kernels.takes_weight(weight):
-        to_tiles(weight.data)
+        to_tiles(weight)
     return weight
 
 

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from conftest import ROOT
+from safetensors.torch import save_file
 
 from app.answer import setting
 from app.options import placement
@@ -16,14 +17,20 @@ from engine import Engine
 from quant.linear import quantize_linears
 
 
-@pytest.mark.parametrize("quantize, checkpoint, dtype, expected", [
-    ("int8", "org/name", None, torch.float32), (None, "org/name/model-int8.safetensors", None, torch.float32),
-    (None, "org/name", None, torch.bfloat16), ("int8", "org/name", "bfloat16", torch.bfloat16)])
-def test_dtype(quantize: str | None, checkpoint: str, dtype: str | None, expected: torch.dtype, monkeypatch) -> None:
-    """Fails if a CPU that is fast at bfloat16 takes it with integers, which then lose their kernels and their
-    exactness; or if it does not take it otherwise, or not where it is asked for."""
+@pytest.mark.parametrize("quantize, stored, dtype, expected", [
+    ("int8", None, None, torch.float32), (None, "int8", None, torch.float32), (None, "imported", None, torch.float32),
+    (None, None, None, torch.bfloat16), ("int8", None, "bfloat16", torch.bfloat16),
+    (None, "no file", None, torch.bfloat16)])
+@pytest.mark.parametrize("name", ["model.safetensors", "model-int8.safetensors"])
+def test_dtype(quantize: str | None, stored: str | None, dtype: str | None, expected: torch.dtype, name: str,
+               tmp_path: Path, monkeypatch) -> None:
+    """Fails if a CPU that is fast at bfloat16 takes it with integers, of a file too, which then lose their kernels and
+    their exactness; or if it does not take it otherwise, or not where it is asked for."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    args = argparse.Namespace(device="cpu", dtype=dtype, quantize=quantize, checkpoint=Path(checkpoint))
+    if stored != "no file":
+        save_file({"w": torch.zeros(1)}, tmp_path / name, {"mode": stored} if stored else {"format": "pt"})
+    checkpoint = tmp_path if name == "model.safetensors" else tmp_path / name
+    args = argparse.Namespace(device="cpu", dtype=dtype, quantize=quantize, checkpoint=checkpoint)
     assert placement(args) == ("cpu", expected)
 
 

@@ -15,8 +15,8 @@ from app.memory import total_bytes
 from ops import attention, cpu_kernels, embed_rope
 from ops.cpu_integers import PACKED
 from ops.linear import linear, linear_torch
-from ops.quantized import Quantized, dequantize, rotate
-from quant.linear import QuantizedLinear, in_kernel_order, quantize_weight, rows_of, stack
+from ops.quantized import Quantized, dequantize, pack, rotate
+from quant.linear import QuantizedLinear, in_kernel_order, layout, quantize_weight, rows_of, stack
 from tree import build_tree
 
 
@@ -29,13 +29,30 @@ def seeded_without_gradients():
         yield
 
 
+INT4 = ["int4, 128", "int4, 64", "int4, 32", "zeros, 128", "zeros, 32, sorted"]
+
+
+def make_weight(N: int, K: int, mode: str) -> Quantized:
+    """Random weights. zeros: with fp16 scales and zeros, as others publish int4; sorted: the columns have an order."""
+    if mode not in INT4:
+        return quantize_weight(torch.randn(N, K), mode)
+    kind, group, *rest = mode.split(", ")
+    if kind == "int4":
+        return quantize_weight(torch.randn(N, K), "int4", int(group), shrink=(1,))
+    weight = layout(N, K, "int4", int(group), "cpu", zeros=True)
+    weight.data.copy_(pack(torch.randint(-8, 8, (N, K))))
+    weight.scale[..., 0], weight.scale[..., 1] = torch.rand(weight.scale.shape[:2]) * 1e-3, 5
+    weight.scale[0, :, 0], weight.scale[-1, :, 1] = 3e-6, -8  # subnormal in fp16
+    return weight._replace(order=torch.randperm(K).int() if rest else None)
+
+
 def wanted(x: Tensor, weight: Quantized, bias: Tensor | None, norm: tuple | None, residual: Tensor | None, gated: bool
            ) -> Tensor:
     """`linear` in float64, from the weights that the integers stand for."""
     x = x.double()
     if norm:
         x = F.rms_norm(x, x.shape[-1:], norm[0].double(), norm[1])
-    full = dequantize(weight, torch.float64)
+    full = dequantize(weight, torch.float64)[:, :x.shape[-1]]
     y = (rotate(x).double() if weight.rotated else x) @ full.T + (0 if bias is None else bias)
     if gated:
         gate, up = y.chunk(2, -1)
@@ -43,14 +60,15 @@ def wanted(x: Tensor, weight: Quantized, bias: Tensor | None, norm: tuple | None
     return y if residual is None else residual + y
 
 
-@pytest.mark.parametrize("mode", ["int8", "int8dyn"])
+@pytest.mark.parametrize("mode", ["int8", "int8dyn", *INT4])
 @pytest.mark.parametrize("N, K", [(64, 16), (192, 576), (64, 4112)])
 def test_linear(mode: str, N: int, K: int) -> None:
     """Fails if a sum overflows (the first weights and rows are as large as they can be), a tile, a column beyond 2,048,
-    a scale or a part of the formula gets lost, a zero row is anything but the bias, or a row's result depends on the
-    others, to the last bit: verification would choose other tokens than plain decoding."""
-    weight, bias, g = quantize_weight(torch.randn(N, K), mode), torch.randn(N), torch.rand(K) + 0.5
-    weight.data[:4] = torch.tensor([127, -127, 127, -127], dtype=torch.int8)[:, None]
+    a scale, an offset or a part of the formula gets lost, a zero row is anything but the bias, or a row's result
+    depends on the others, to the last bit: verification would choose other tokens than plain decoding."""
+    weight, bias, g = make_weight(N, K, mode), torch.randn(N), torch.rand(K) + 0.5
+    weight.data[:4] = torch.tensor([0x77, -0x78, 0x77, -0x78] if mode in INT4 else [127, -127, 127, -127],
+                                   dtype=torch.int8)[:, None]
     for rows in (1, 2, 3, 7, 16, 21):
         x = torch.randn(rows, K) * torch.tensor([1, 30, 1e-3])[torch.arange(rows) % 3, None]
         x[0], x[rows // 2] = 1, 0
@@ -83,27 +101,27 @@ def test_heads(D: int) -> None:
     assert weight.data not in PACKED
 
 
-@pytest.mark.parametrize("mode", ["int8", "int8dyn"])
+@pytest.mark.parametrize("mode", ["int8", "int8dyn", *INT4])
 def test_kept_once(mode: str) -> None:
     """Fails if a weight is in memory twice once the kernel has read it, or if something that reads the integers
     afterwards reads others: its shape, its values, rows of it, two in one, a file, a move."""
-    layer = QuantizedLinear(quantize_weight(torch.randn(192, 48), mode))
+    layer = QuantizedLinear(make_weight(192, 48, mode))
     before = dequantize(layer.weight, torch.float64)
-    rows = weakref.ref(layer.data.untyped_storage())
+    rows, size = weakref.ref(layer.data.untyped_storage()), total_bytes(layer)
     state = {name: t.clone() for name, t in layer.state_dict().items()}
     x = torch.randn(3, 48)
     assert rows() is not None
     y = linear(x, layer.weight)
-    assert layer.data.dim() == 4 and total_bytes(layer) == 192 * 48 + 192 * 4, "the kernel did not read it"
+    assert layer.data.dim() == 4 and total_bytes(layer) == size, "the kernel did not read it"
     gc.collect()
     assert rows() is None
     weight = layer.weight
-    assert weight.shape == (192, 48) and torch.equal(linear(x, weight), y)
+    assert weight.shape == (192, 256 if mode in INT4 else 48) and torch.equal(linear(x, weight), y)
     assert torch.equal(dequantize(weight, torch.float64), before)
     for part in (slice(64, 128), slice(128, None), slice(3, 67), slice(None, None, 3), torch.tensor([5, 191, 0])):
         assert torch.equal(dequantize(rows_of(weight, part), torch.float64), before[part])
     assert rows_of(weight, slice(64, 128)).data.untyped_storage().data_ptr() == weight.data.untyped_storage().data_ptr()
-    below = quantize_weight(torch.randn(64, 48), mode)
+    below = make_weight(64, 48, mode)._replace(order=weight.order)
     both = stack(weight, below)
     assert torch.equal(dequantize(both, torch.float64), torch.cat((before, dequantize(below, torch.float64))))
     assert (linear_torch(x, weight) - y).norm() < 0.05 * y.norm()
