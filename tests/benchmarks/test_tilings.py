@@ -4,9 +4,12 @@ import math
 import pytest
 import tiny
 import torch
+from torch import Tensor
 
 from benchmarks import tilings
 from benchmarks.tilings import neighbours, products_of, search
+from draft import Vanilla
+from engine import Engine
 from ops import linear
 from ops.tiling import Tiling
 from quant.linear import quantize_linears
@@ -66,3 +69,38 @@ def test_products():
     with torch.no_grad():
         quantize_linears(model, "int4")
     assert products_of(model)[2 * cfg.intermediate_size, 128].count("w13") == cfg.num_layers
+
+
+def test_search_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Fails if a product is not searched, if what was found for one is not kept for those after it, if a tiling that
+    cannot run, or that gives other features or logits, is counted, or if the table names another tiling than the fastest. PyTorch
+    stands for the kernel here, and asks for a tiling as the kernel does."""
+    asked, times = {}, {}
+
+    def linear_torch(x: Tensor, weight: Tensor, *args, **kwargs) -> Tensor:
+        tiling = linear.linear_config(x.numel() // x.shape[-1], *weight.shape, 82, (8, 6))
+        asked[tuple(weight.shape)] = tiling
+        if tiling.warps == 1:
+            raise RuntimeError("out of resources")
+        return original(x, weight, *args, **kwargs) + 1000 * (tiling.ahead == 7)
+
+    def timed(function, device, unroll: int, rounds: int, calls: int) -> float:
+        function()
+        return 1 + sum(abs(t.stages - 3) for t in asked.values() if t.ahead != 7)
+
+    original = linear.linear_torch
+    first = Tiling(16, 64, 64, 1, 4, 5)
+    monkeypatch.setattr(linear, "linear_torch", linear_torch)
+    monkeypatch.setattr(linear, "linear_config", lambda *_: first)
+    monkeypatch.setattr(tilings, "compile_kernels", lambda *jobs: [job() for job in jobs])
+    monkeypatch.setattr(tilings, "timed", timed)
+    monkeypatch.setattr(tilings, "neighbours", lambda t: [
+        t._replace(stages=t.stages - 1), t._replace(warps=1), t._replace(ahead=7)])
+    engine = Engine(tiny.target(), Vanilla(), 300)
+    monkeypatch.setattr(engine, "compile", lambda rows: times.update(rows=rows))
+    tilings.search_all(engine, 10, 100)
+    shown = capsys.readouterr().out
+    rows = [line for line in shown.splitlines() if line.startswith("|")][2:]
+    assert times == {"rows": (10,)} and len(products_of(engine.model)) * 3 == len(rows), shown
+    assert all("stages 3" in row for row in rows[::3]) and "warps 1" not in shown and "ahead 7" not in shown
+    assert all(tiling.stages == 3 for product, tiling in asked.items()), "the last verification has all that was found"
