@@ -73,8 +73,8 @@ def test_products():
 
 def test_search_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """Fails if a product is not searched, if what was found for one is not kept for those after it, if a tiling that
-    cannot run, or that gives other features or logits, is counted, or if the table names another tiling than the fastest. PyTorch
-    stands for the kernel here, and asks for a tiling as the kernel does."""
+    cannot run, or that gives other features or logits, is counted, or if the table names another tiling than the
+    fastest. PyTorch stands for the kernel here, and asks for a tiling as the kernel does."""
     asked, times = {}, {}
 
     def linear_torch(x: Tensor, weight: Tensor, *args, **kwargs) -> Tensor:
