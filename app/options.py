@@ -17,7 +17,7 @@ from formats.weights import read_metadata
 from model import load_model
 from ops.device import gpu_problem, has_cuda
 from ops.startup import part
-from quant.linear import GROUPS, MODES
+from quant.linear import GROUPS, MODES, is_quantized
 from tokenizer import Tokenizer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -178,6 +178,9 @@ def load_engine(args: argparse.Namespace, kind: type[Engine] = Engine) -> Engine
         tokenizer = pool.submit(Tokenizer, folder_of(args.checkpoint), args.chat_template)
         with part("model"):
             model = load_model(args.checkpoint, device, dtype, args.quantize, args.group or 128)
+    if device == "cpu" and dtype != torch.float32 and is_quantized(model):
+        print(f"{args.checkpoint}: slower than it could be: for quantised weights a CPU has kernels in float32 only, "
+              "which is the default", file=sys.stderr)
     with part("tokenizer"):
         tokenizer = tokenizer.result()
     if args.chat_template and tokenizer.template_error:

@@ -11,9 +11,8 @@ from conftest import ROOT
 from safetensors.torch import save_file
 
 from app.answer import setting
-from app.options import placement
+from app.options import Engine, placement
 from draft import Vanilla
-from engine import Engine
 from quant.linear import quantize_linears
 
 
@@ -32,6 +31,14 @@ def test_dtype(quantize: str | None, stored: str | None, dtype: str | None, expe
     checkpoint = tmp_path if name == "model.safetensors" else tmp_path / name
     args = argparse.Namespace(device="cpu", dtype=dtype, quantize=quantize, checkpoint=checkpoint)
     assert placement(args) == ("cpu", expected)
+
+
+@pytest.mark.parametrize("quantize, dtype, warned", [("int4", "bfloat16", True), ("int4", None, False),
+                                                     (None, "bfloat16", False)])
+def test_slow_dtype(quantize: str | None, dtype: str | None, warned: bool, tmp_path: Path, capsys) -> None:
+    """Fails if nobody is told that the dtype that was asked for leaves quantised weights without kernels."""
+    Engine.load(tiny.save_everything(tmp_path), device="cpu", quantize=quantize, dtype=dtype)
+    assert ("float32 only" in capsys.readouterr().err) == warned
 
 
 def test_setting() -> None:
