@@ -15,10 +15,11 @@ from collections.abc import Callable
 from app.streams import finish_stdout, prepare_streams
 from ops.startup import end_of_imports, wake_gpu
 
-# torch reads these. Threads that wait sleep (docs/benchmarking.md), and the GPU's memory gets no holes (not tried under
-# WSL).
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ and "microsoft" not in os.uname().release:  # its older name
+# torch reads these variables.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads sleep (docs/benchmarking.md)
+# No holes in the GPU's memory (docs/quantization.md); not tried under WSL. What the user set is kept, by its older name
+# too.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ and "microsoft" not in os.uname().release:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 

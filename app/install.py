@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from app.memory import free_bytes, stored_model, total_bytes
-from app.options import placement
+from app.options import is_quantized_file, placement
 from draft import EagleHead
 from drafters.block import BlockHead
 from drafters.eagle3 import Eagle3Head
@@ -30,11 +30,9 @@ from formats.eagle3 import open_eagle3
 from formats.eagle3_config import MEASURED
 from formats.hub import FILES
 from formats.tokenizer_files import TOKENIZERS
-from formats.weights import read_metadata
 from formats.writing import QUANTIZED, replace_files
 from model import Llama, load_model
 from ops.device import gpu_problem
-from quant.linear import stored_mode
 from tokenizer import Tokenizer
 
 HEAD_FILES = {"config.json", "model.safetensors", "pytorch_model.bin", VOCAB, CURVE, MEASURED}
@@ -91,10 +89,9 @@ def measure(head: Path, checkpoint: Path, doubts: dict[str, tuple]) -> dict:
     doubt. Says on stderr what was found; ValueError where it is needed and cannot be."""
     device, dtype = placement(argparse.Namespace(
         device="cpu" if gpu_problem(None) else None, dtype=None, quantize=None, checkpoint=Path()))
-    file = checkpoint / "model.safetensors"
     mode = None
     if device == "cpu":
-        mode, dtype = None if stored_mode(file, read_metadata(file), None)[0] else "int8", torch.float32
+        mode, dtype = None if is_quantized_file(checkpoint) else "int8", torch.float32
     obstacle = why_not_measured(checkpoint, device, dtype, mode)
     if obstacle:
         if doubts:

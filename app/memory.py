@@ -20,7 +20,7 @@ from drafters.methods import make_drafter
 from engine import SPARE
 from formats.config import Config
 from formats.eagle import folder_of
-from formats.weights import read_tensors
+from formats.weights import read_metadata, read_tensors
 from model import Llama
 from ops import cpu_integers, cpu_kernels
 from ops.quantized import AT_ONCE, Quantized
@@ -155,7 +155,7 @@ def plan(args: argparse.Namespace, dtype: torch.dtype, max_seq_len: int, mode: s
     folder = folder_of(args.checkpoint)
     cfg = Config.load(folder)
     file = args.checkpoint if args.checkpoint.is_file() else folder / "model.safetensors"
-    stored, _ = stored_mode(file, read_tensors(file)[1], None)
+    stored, _ = stored_mode(file, read_metadata(file), None)
     model = stored_model(file, dtype, mode, args.group or 128)
     on_load = None if stored else mode
     drafter = empty_drafter(args, model, max_seq_len, on_load)

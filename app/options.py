@@ -126,8 +126,8 @@ def placement(args: argparse.Namespace) -> tuple[str, torch.dtype]:
     device = args.device or ("cuda" if has_cuda() else "cpu")
     # bf16 halves the bytes, but a CPU without instructions for it (x86: AVX512-BF16 or AMX) emulates it slowly.
     # With quantised weights our kernels compute in fp32 there, and then a row's results do not depend on the others.
-    fast = device == "cuda" or not (args.quantize or is_quantized_file(args.checkpoint)) and (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    fast = device == "cuda" or has_bf16 and not (args.quantize or is_quantized_file(args.checkpoint))
     return device, DTYPES[args.dtype or ("bfloat16" if fast else "float32")]
 
 

@@ -106,27 +106,24 @@ def products_of(model: Llama) -> dict[Product, list[str]]:
     return names
 
 
-def measurer(engine: Engine, rows: int, length: int, choice: dict[Product, Tiling]
+def measurer(engine: Engine, verify: Callable[[], tuple[Tensor, Tensor]], choice: dict[Product, Tiling]
              ) -> Callable[[Product, list[Tiling]], dict[Tiling, float]]:
-    """A function that times tilings of one product, milliseconds of verifying `rows` nodes after a text of `length`
-    tokens; all other products have those of `choice`, which may change between calls. It leaves tilings out that do not
-    compile, that do not fit on the GPU, or with which features or logits come out wrong."""
-    engine.compile(rows=(rows,))
-    engine.freeze(length)
-    verify = partial(engine.verify, engine.state.length - 1, engine.chain(rows))
+    """A function that times tilings of one product, milliseconds of `verify`; all other products have those of
+    `choice`, which may change between calls. It leaves tilings out that do not compile, that do not fit on the GPU, or
+    with which features or logits come out wrong."""
+    def outputs() -> tuple[Tensor, Tensor]:
+        features = verify()[0]
+        return features.float(), linear.linear(features, engine.model.lm_head.weight, dtype=torch.float32)
 
-    def verify_with(product: Product, tiling: Tiling) -> Tensor:
+    def with_tiling(product: Product, tiling: Tiling, function: Callable[[], tuple]) -> tuple:
         with tilings(choice | {product: tiling}):
-            return verify()[0]
-
-    def outputs(product: Product, tiling: Tiling) -> tuple[Tensor, Tensor]:
-        features = verify_with(product, tiling)
-        with tilings(choice | {product: tiling}):
-            return features.float(), linear.linear(features, engine.model.lm_head.weight, dtype=torch.float32)
+            return function()
 
     def quietly(product: Product, tiling: Tiling) -> None:
         with suppress(AssertionError):  # of what a tiling can be
-            verify_with(product, tiling)
+            with_tiling(product, tiling, verify)
+
+    wanted = outputs()
 
     def measure(product: Product, candidates: list[Tiling]) -> dict[Tiling, float]:
         times = {}
@@ -134,13 +131,10 @@ def measurer(engine: Engine, rows: int, length: int, choice: dict[Product, Tilin
             compile_kernels(*(partial(quietly, product, t) for t in candidates))
         for tiling in candidates:
             with suppress(Exception):
-                found = outputs(product, tiling)
+                found = with_tiling(product, tiling, outputs)
                 if all((a - b).norm() < WRONG * b.norm() for a, b in zip(found, wanted)):  # false for what is no number
-                    times[tiling] = timed(partial(verify_with, product, tiling), engine.device, 1, 3, 10)
+                    times[tiling] = timed(partial(with_tiling, product, tiling, verify), engine.device, 1, 3, 10)
         return times
-
-    features = verify()[0]
-    wanted = features.float(), linear.linear(features, engine.model.lm_head.weight, dtype=torch.float32)
     return measure
 
 
@@ -149,12 +143,15 @@ def measurer(engine: Engine, rows: int, length: int, choice: dict[Product, Tilin
 
 @torch.inference_mode()
 def search_all(engine: Engine, rows: int, length: int) -> None:
-    """Search for each product of the model in turn, and print what was found."""
-    choice, found = {}, {}
-    measure = measurer(engine, rows, length, choice)
+    """Search for each product of the model in turn, in verifications of `rows` nodes after a text of `length` tokens,
+    and print what was found."""
+    engine.compile(rows=(rows,))
+    engine.freeze(length)
+    verify = partial(engine.verify, engine.state.length - 1, engine.chain(rows))
+    choice, found, lines = {}, {}, []
     with tilings({}, found):
-        engine.verify(engine.state.length - 1, engine.chain(rows))
-    lines = []
+        verify()
+    measure = measurer(engine, verify, choice)
     for product, names in products_of(engine.model).items():
         if product not in found:  # the kernel does not take it
             continue

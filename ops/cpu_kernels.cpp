@@ -24,7 +24,7 @@ extern "C" void set_threads(int count) { pool.threads = count < pool.started ? p
 constexpr int TILE = 16;  // outputs whose weights lie interleaved: [N / 16][columns / 2][16][2], of int4 two in a byte
 constexpr int64_t BLOCK = 2048;  // columns whose products 32 bits can add up: 2048 * 8127 * 127 < 2^31
 constexpr float LIMIT = 8127;  // 14 bits: the largest integer that a value of x becomes
-constexpr float LIMIT_INT4 = 32512;  // 16 bits; 32 bits add up at most 128 products
+constexpr float LIMIT_INT4 = 32512;  // 16 bits: 32 bits can add up the products of a group, at most 128
 
 struct Linear {
     int64_t T, K, N;
@@ -87,10 +87,11 @@ void quantize_row(const Linear& a, int64_t t) {
         *(Halves*)(integers + k) = __builtin_convertvector(__builtin_convertvector(digits, Words), Halves);
     }
     a.steps[t] *= top / limit;
+    int32_t* sums = a.sums + (a.group ? t * (a.columns / a.group) : 0);
     for (int64_t first = 0; a.group && first < a.K; first += a.group) {
         int32_t sum = 0;
         for (int64_t k = first; k < std::min(first + a.group, a.K); k++) sum += integers[k];
-        a.sums[t * (a.columns / a.group) + first / a.group] = sum;
+        sums[first / a.group] = sum;
     }
 }
 
@@ -122,15 +123,16 @@ void multiply(const int16_t* x, const int8_t* w, int64_t K, float* out, int64_t 
 // The same of int4 weights, scaled: rows m to m + ROWS, outputs n to n + TILES * TILE, to out [ROWS, stride]. q + 8 is
 // what is stored, so a group's sum of integers begins at -8 times the sum of x.
 template <int ROWS, int TILES> void multiply_int4(const Linear& a, int64_t m, int64_t n, float* out, int64_t stride) {
+    const int64_t groups = a.columns / a.group;
     const int16_t* x = a.integers + m * a.K;
-    const int32_t* sums = a.sums + m * (a.columns / a.group);
+    const int32_t* sums = a.sums + m * groups;
     const int8_t* w = a.packed + n * (a.columns / 2);
     for (int64_t first = 0; first < a.K; first += a.group) {
         int64_t last = std::min(first + a.group, a.K), g = first / a.group;
         Sums acc[ROWS][TILES];
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++)
-            for (int t = 0; t < TILES; t++) acc[r][t] = all_of(-8 * sums[r * (a.columns / a.group) + g]);
+            for (int t = 0; t < TILES; t++) acc[r][t] = all_of(-8 * sums[r * groups + g]);
         for (int64_t k = first; k < last; k += 2) {
             Weights weights[TILES];
             for (int t = 0; t < TILES; t++) weights[t] = widen_nibbles(w + (t * a.columns + k) / 2 * TILE);
@@ -148,7 +150,7 @@ template <int ROWS, int TILES> void multiply_int4(const Linear& a, int64_t m, in
             for (int r = 0; r < ROWS; r++) {
                 float* to = out + r * stride + i;
                 Floats part = scale * floats_of(acc[r][i / TILE], i % TILE);
-                part += offset * (float)sums[r * (a.columns / a.group) + g];
+                part += offset * (float)sums[r * groups + g];
                 store(to, first ? load(to) + part : part);
             }
         }

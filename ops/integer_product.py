@@ -24,8 +24,8 @@ def multiply_integers(x_ptr, sums_ptr, w_rows, row, scale_ptr, norm_ptr, M, N, K
                       EVEN_K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, ZEROS: tl.constexpr,
                       PLANES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
                       UNROLL: tl.constexpr, INTERPRET: tl.constexpr):
-    """The loop for these weights and rows: the sums fp32 [BN, BM] and the sums of squares of x [BM], which are 0 where
-    x is made of integers (Triton 3.6 cannot return None here). The parameters are those of the functions below."""
+    """The loop for these weights and rows: the sums fp32 [BN, BM], and the sums of squares of x [BM], which are 0 where
+    x comes as integers (Triton 3.6 cannot return None here). The parameters are those of the functions below."""
     squares = tl.zeros((BM,), dtype=tl.float32)
     if BM == 1:
         acc, squares = multiply_row(x_ptr, w_rows, row, scale_ptr, norm_ptr, N, K, columns, first, last, EVEN_K, GROUP,
@@ -197,11 +197,10 @@ def multiply_row(x_ptr, w_rows, row, scale_ptr, norm_ptr, N, K, columns, first, 
     squares = tl.zeros((1, BK // 2), dtype=tl.float32)
     i = tl.arange(0, BK // 2)[None, :]
     for start in tl.range(first, last, BK, num_stages=STAGES, loop_unroll_factor=UNROLL):
-        k = start + i // 8 * 16 + i % 8
+        k = tl.max_contiguous(tl.multiple_of(start + i // 8 * 16 + i % 8, [1, 8]), [1, 8])
         inside = (k < columns) | EVEN_K
-        eights = tl.max_contiguous(tl.multiple_of(k, [1, 8]), [1, 8])
-        w1 = tl.load(w_rows + eights, mask=inside, other=0, eviction_policy="evict_first")
-        w2 = tl.load(w_rows + eights + 8, mask=inside, other=0, eviction_policy="evict_first")
+        w1 = tl.load(w_rows + k, mask=inside, other=0, eviction_policy="evict_first")
+        w2 = tl.load(w_rows + k + 8, mask=inside, other=0, eviction_policy="evict_first")
         x, x_scale, square = load_integers(x_ptr, norm_ptr, k, inside & (k < K) | EVEN_K, INTERPRET)
         squares += square
         if GROUP:
@@ -246,9 +245,8 @@ def load_integers(x_ptr, norm_ptr, k, inside, INTERPRET: tl.constexpr):
 @triton.jit
 def load_pair(ptr, k, inside):
     """8 columns from each k [1, BK / 2] on, and the 8 after them: fp32."""
-    eights = tl.max_contiguous(tl.multiple_of(k, [1, 8]), [1, 8])
-    one = tl.load(ptr + eights, mask=inside, other=0.0).to(tl.float32)
-    return one, tl.load(ptr + eights + 8, mask=inside, other=0.0).to(tl.float32)
+    one = tl.load(ptr + k, mask=inside, other=0.0).to(tl.float32)
+    return one, tl.load(ptr + k + 8, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -102,7 +102,7 @@ def linear_triton(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = N
     data, w_scale, group, planes, *_ = weight if integers else (weight, None, 0, 0)
     columns = data.shape[1]  # of int4: bytes, two weights each
     if config is None and integers:
-        rows = M if weight.order is None else max(M, 2)  # x is sorted where integers are made of it
+        rows = M if weight.order is None else max(M, 2)  # one row would not be sorted: quantize_triton does that
         config = integer_config(rows, N, columns, planes, group, *device_limits(x.device))
     elif config is None:
         config = linear_config(M, N, K, *device_limits(x.device))
@@ -118,7 +118,7 @@ def linear_triton(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = N
     out = x.new_empty(M, N - 2 * kv_heads * D if heads else width, dtype=dtype)
     norm_weight, eps = norm or (None, 0.0)
     x_scale = sums = None
-    if integers and BM == 1:  # x is multiplied as it is
+    if integers and BM == 1:  # the kernel makes integers of x
         planes = 0
     elif integers:  # x is normed while it is quantised
         x, x_scale, sums = quantize_triton(x, weight, norm)

@@ -176,7 +176,7 @@ def compile_linear(tiling: Tiling, even: bool, arch: int, options: bool, norm: b
     """
     splits = SPLITS_OF_FEW if tiling.BM <= FEW_ROWS else SPLITS
     assert tiling.SK <= splits or tiling.BM > 64
-    direct = planes > 0 and tiling.BM == 1  # one row of x, not made integers
+    direct = planes > 0 and tiling.BM == 1  # one row of x, which the kernel makes integers of
     constants = {"BM": tiling.BM, "BN": tiling.BN, "BK": tiling.BK, "SK": splits if tiling.SK > 1 else 1,
                  "STAGES": tiling.stages, "AHEAD": tiling.ahead if arch >= 90 else 0, "UNROLL": tiling.unroll,
                  "PDL": arch >= 90, "EVEN_K": even, "GATED": options and not heads, "D": 128 if heads else 2,

@@ -340,10 +340,10 @@ def test_config(arch: int) -> None:
 @pytest.mark.parametrize("arch", cards("quantized"))
 def test_compiles(arch: int) -> None:
     """Fails if a tiling spills, wants too much shared memory, or reads its weights in pieces of less than 16 bytes a
-    thread (of one row, in others than of 8: each thread adds up 8 columns side by side, or threads exchange columns
-    through shared memory); or if its loop has more instructions a weight than the limit: then memory is no longer the
-    slower part (BENCHMARKS.md), which happens where weights are converted. The largest tilings; on sm_90 every third,
-    on cards that share the code of sm_86 every second one."""
+    thread; or if its loop has more instructions a weight than the limit: then memory is no longer the slower part
+    (BENCHMARKS.md), which happens where weights are converted. For one row of x, fails if a thread reads other pieces
+    than of 8 bytes, the columns that it adds up, or if threads exchange columns through shared memory. The largest
+    tilings; on sm_90 every third, on cards that share the code of sm_86 every second one."""
     pytest.importorskip("triton")
     for planes, group, zeros, c, even in largest(tilings(arch))[::{86: 1, 90: 3}.get(arch, 2)]:
         limited = even and c.BK >= 128 and c.BM > 1  # by instructions
