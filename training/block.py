@@ -189,8 +189,8 @@ class BlockTrainer(TappedTrainer):
             features, taps = self.model.forward_with_taps(tokens, positions, taps=self.taps)
             # A random number below 1, plus 1 where the token after the anchor belongs to an answer. An anchor needs
             # context, so that the first is token 1.
-            priority = torch.rand_like(features[:, 1:self.rows(tokens), 0].float())
-            priority += of_answer[:, 2:self.rows(tokens) + 1]
+            end = tokens.shape[1] - self.ahead - 1
+            priority = torch.rand_like(features[:, 1:end, 0].float()) + of_answer[:, 2:end + 1]
             anchors = 1 + priority.topk(self.anchors, 1).indices
         return self.block_losses(tokens, of_answer, features, taps, anchors)
 

@@ -40,10 +40,11 @@ def choose_taps(num_layers: int) -> tuple[int, int, int]:
 
 
 def new_config(target: Config, args: argparse.Namespace) -> Eagle3Config:
-    """What --head_layers, --mlp, --norms and --draft_vocab ask for; other sizes are the target's. The first layer reads
-    embedding and feature, further ones are ordinary layers, as vLLM and SGLang expect."""
+    """What --head_layers, --mlp, --kv_heads, --norms and --draft_vocab ask for; other sizes are the target's. The first
+    layer reads embedding and feature, further ones are ordinary layers, as vLLM and SGLang expect."""
     count = args.head_layers or 1
-    layer = target.plain(num_layers=count, intermediate_size=args.mlp or target.intermediate_size)
+    layer = target.plain(num_layers=count, intermediate_size=args.mlp or target.intermediate_size,
+                         num_kv_heads=args.kv_heads or target.num_kv_heads)
     return Eagle3Config(
         layer, target.hidden_size, target.num_layers, choose_taps(target.num_layers), (True,) + (False,) * (count - 1),
         args.draft_vocab or min(DRAFT_VOCAB, target.vocab_size), norm_before_residual=False,
@@ -162,7 +163,7 @@ def distill3(head: Eagle3Head, taken: Tensor, feature: Tensor, target_rows: Tens
 
 class Eagle3Trainer(TappedTrainer):
     """Trains an Eagle3Head."""
-    own_options = ("head_layers", "norms", "mlp", "share_lm_head", "init")
+    own_options = ("head_layers", "norms", "mlp", "kv_heads", "share_lm_head", "init")
 
     def __init__(self, model: Llama, args: argparse.Namespace, data: Tensor, held_out: Tensor | None = None) -> None:
         super().__init__(model, args, data, held_out)
@@ -175,10 +176,14 @@ class Eagle3Trainer(TappedTrainer):
         TappedTrainer.check(args, target)
         if args.init is None:
             choose_taps(target.num_layers)
+            if args.kv_heads and (args.kv_heads < 1 or target.num_heads % args.kv_heads):
+                raise ValueError(f"--kv_heads {args.kv_heads}: each has to serve as many of the {target.num_heads} "
+                                 "query heads")
             return
         found = open_eagle3(args.init, target)
         cfg = found.config
         own = {"head_layers": cfg.layer.num_layers, "mlp": cfg.layer.intermediate_size,
+               "kv_heads": cfg.layer.num_kv_heads,
                "norms": cfg.norm_output and "fc_norms.0.weight" in found.tensors,
                "share_lm_head": "lm_head.weight" not in found.tensors, "draft_vocab": cfg.draft_vocab_size}
         for name, value in own.items():

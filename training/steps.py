@@ -47,14 +47,14 @@ def unrolled_attention(layer: Layer, x: Tensor, rope: Tensor, keys: list[Tensor]
     groups = layer.num_heads // layer.num_kv_heads
     keys.append(k.repeat_interleave(groups, 1))
     values.append(v.repeat_interleave(groups, 1))
-    rows = q.shape[2]
-    causal = torch.ones(rows, rows, dtype=torch.bool, device=q.device).tril()
-    scores = [(q @ keys[0].transpose(-1, -2)).masked_fill(~causal, -torch.inf)]
-    scores += [(q * key).sum(-1, keepdim=True) for key in keys[1:]]
-    weights = (torch.cat(scores, -1).float() * layer.head_dim**-0.5).softmax(-1).to(v.dtype)
-    y = weights[..., :rows] @ values[0]
-    for j, value in enumerate(values[1:]):
-        y = y + weights[..., rows + j, None] * value
+    causal = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
+    first = (q @ keys[0].transpose(-1, -2)).masked_fill(~causal, -torch.inf).float() * layer.head_dim**-0.5
+    later = [(q * key).sum(-1, keepdim=True).float() * layer.head_dim**-0.5 for key in keys[1:]]
+    # Scores of all entries side by side would be one matrix of odd width: the products behind them would be slower.
+    total = torch.cat((first.logsumexp(-1, keepdim=True), *later), -1).logsumexp(-1, keepdim=True)
+    y = (first - total).exp().to(v.dtype) @ values[0]
+    for scores, value in zip(later, values[1:]):
+        y = y + (scores - total).exp().to(v.dtype) * value
     return y.transpose(1, 2).flatten(2)
 
 

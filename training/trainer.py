@@ -102,8 +102,10 @@ class Trainer:
         save_head(self.module.cfg, self.module.state_dict(), self.args.out)
 
     def rows(self, tokens: Tensor) -> int:
-        """How many positions of each dialogue, the first ones, have a target for every prediction. tokens [B, S]."""
-        return tokens.shape[1] - self.ahead - 1
+        """How many positions of each dialogue, the first ones, are learned from: those that have a target for every
+        prediction, in whole eights, for which matrix products are fastest. tokens [B, S]."""
+        rows = tokens.shape[1] - self.ahead - 1
+        return rows - rows % 8 if rows > 64 else rows
 
     def train_step(self, marked: Tensor) -> tuple[Tensor, Tensor]:
         """Take one step on marked tokens [B, S]. Returns what `predict` returns."""

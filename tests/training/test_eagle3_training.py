@@ -46,7 +46,8 @@ FC_NORMS = (*PLAIN, *(f"fc_norms.{i}.weight" for i in range(3)))
 def settings(tmp_path: Path, **changes) -> argparse.Namespace:
     values = {"length": 32, "batch": 8, "unroll": 4, "decay": 0.8, "places": 128, "lr": 0.05, "steps": 80,
               "minutes": math.inf, "out": tmp_path / "head", "held_out": 0, "draft_vocab": 12, "head_layers": None,
-              "norms": None, "mlp": None, "share_lm_head": None, "init": None, "regression": 0.0, "openers": None}
+              "norms": None, "mlp": None, "kv_heads": None, "share_lm_head": None, "init": None, "regression": 0.0,
+              "openers": None}
     return argparse.Namespace(**values | changes)
 
 
@@ -104,6 +105,7 @@ def drafted(head: Eagle3Head, model: Llama, ids: list[int], place: int, depth: i
 
 STEPS = {"plain": {}, "one step": {"unroll": 1}, "seven steps": {"unroll": 7, "shape": {"num_key_value_heads": 1}},
          "norms": {"norms": True}, "two layers": {"head_layers": 2, "unroll": 3}, "all tokens": {"draft_vocab": V},
+         "key heads": {"kv_heads": 4, "head_layers": 2},
          "norms, two layers": {"norms": True, "head_layers": 2, "mlp": 20}, "shared": {"share_lm_head": True},
          "init, normed residual": {"head": {"norm_before_residual": True, "wide": (True, True), "norm_output": True}},
          "init, shared": {"head": {"names": ("fc.weight", "norm.weight")}},
@@ -337,6 +339,7 @@ def test_init_goes_on(learnable: tuple[Llama, Tensor], tmp_path: Path) -> None:
 @pytest.mark.parametrize("option, value, says", [
     ("draft_vocab", 14, "--draft_vocab 14: the head in .* has 12"), ("head_layers", 2, "--head_layers 2: .* has 1"),
     ("norms", True, "--norms True: .* has False"), ("mlp", 20, "--mlp 20: .* has 48"),
+    ("kv_heads", 4, "--kv_heads 4: .* has 2"),
     ("share_lm_head", True, "--share_lm_head True: .* has False"),
     ("draft_vocab", 25, "--draft_vocab takes 10 to 24"), ("draft_vocab", 9, "--draft_vocab takes 10 to 24")])
 def test_init_does_not_fit(option: str, value: int, says: str, tmp_path: Path) -> None:
@@ -582,6 +585,7 @@ def test_interrupted(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     (["--kind", "eagle3", "--regression", "0.1"], "--regression is no option of --kind eagle3"),
     (["--norms"], "--norms is no option of --kind eagle"), (["--init", "x"], "--init is no option of --kind eagle"),
     (["--mlp", "8"], "--mlp is no option of --kind eagle"),
+    (["--kind", "eagle3", "--kv_heads", "3"], "--kv_heads 3: each has to serve as many of the 4 query heads"),
     (["--kind", "eagle3", "--init", "nowhere"], "nowhere: no draft head there")])
 def test_refused_before_anything_is_written(words: list[str], says: str, command, tmp_path: Path) -> None:
     """Fails if an option is ignored, or refused only after the dialogues were written."""
@@ -637,4 +641,4 @@ def test_eagle_is_unrolled_as_before() -> None:
     rope = rope_table(head.cfg, 5).double()
     x, features = torch.randn(2, 1, 5, 32, dtype=torch.float64)
     found = unrolled(head, x, features, rope, [], [])
-    assert torch.allclose(found, head(head.fc(torch.cat((x, features), -1)), rope), atol=1e-6)
+    assert torch.allclose(found, head(head.fc(torch.cat((x, features), -1)), rope), atol=1e-5)
