@@ -64,8 +64,8 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--head_layers", type=int, choices=range(1, 6), metavar="N", help="eagle3, block: layers of the "
                    "head (default: 1 and 2)")
     p.add_argument("--mlp", type=int, metavar="N", help="eagle3, block: width of its MLP (default: the model's)")
-    p.add_argument("--kv_heads", type=int, metavar="N", help="eagle3: key/value heads of its layers (default: the "
-                   "model's)")
+    p.add_argument("--kv_heads", type=int, metavar="N", help="eagle3, block: key/value heads of its layers "
+                   "(default: the model's)")
     p.add_argument("--block_size", type=int, choices=range(2, 17), metavar="N", help="block: levels that are drafted "
                    "(default: 8)")
     p.add_argument("--markov_rank", type=int, metavar="N", help="block: rank of its Markov head (default: 128; 0: "

@@ -25,7 +25,7 @@ from model import Layer, Llama, apply_rope
 from tokenizer import Tokenizer
 from training.dialogues import Script, unmark
 from training.steps import compile_on_gpu, soft_cross_entropy
-from training.tapped import DRAFT_VOCAB, TappedTrainer, evened, frequent_tokens, sample_hidden
+from training.tapped import DRAFT_VOCAB, TappedTrainer, check_key_heads, evened, frequent_tokens, sample_hidden
 
 LAYERS = 2  # where --head_layers does not say how many
 BLOCK = 8  # the same for --block_size
@@ -98,7 +98,8 @@ def new_config(target: Config, args: argparse.Namespace, mask_token: int) -> Blo
     """What the options ask for; other sizes are the target's. The layers are Qwen3's, as in all published heads."""
     count = args.head_layers or LAYERS
     taps = sorted({i + 1 for i in usual_outputs(min(TAPS, target.num_layers), target.num_layers)})  # few: of few layers
-    layer = target.plain(num_layers=count, intermediate_size=args.mlp or target.intermediate_size, qk_norm=True)
+    layer = target.plain(num_layers=count, intermediate_size=args.mlp or target.intermediate_size, qk_norm=True,
+                         num_kv_heads=args.kv_heads or target.num_kv_heads)
     rank = RANK if args.markov_rank is None else args.markov_rank
     return BlockConfig(
         layer, target.hidden_size, target.num_layers, tuple(taps),
@@ -134,11 +135,12 @@ def initialise(head: BlockHead, target: Llama) -> None:
 
 class BlockTrainer(TappedTrainer):
     """Trains a BlockHead."""
-    own_options = ("head_layers", "mlp", "block_size", "markov_rank", "anchors")
+    own_options = ("head_layers", "mlp", "kv_heads", "block_size", "markov_rank", "anchors")
 
     @staticmethod
     def check(args: argparse.Namespace, target: Config) -> None:
         TappedTrainer.check(args, target)
+        check_key_heads(args, target)
         if args.length < 2 * (args.block_size or BLOCK) + 2:
             raise ValueError(f"--length {args.length} leaves no room for a block behind some context")
         if args.anchors is not None and args.anchors < 1:

@@ -24,7 +24,15 @@ from formats.eagle3 import open_eagle3, save_eagle3
 from formats.eagle3_config import Eagle3Config, usual_taps
 from model import Llama
 from training.steps import compile_on_gpu, soft_cross_entropy, unrolled_attention
-from training.tapped import DRAFT_VOCAB, TappedTrainer, evened, frequent_tokens, rows_of, sample_hidden
+from training.tapped import (
+    DRAFT_VOCAB,
+    TappedTrainer,
+    check_key_heads,
+    evened,
+    frequent_tokens,
+    rows_of,
+    sample_hidden,
+)
 
 OWN_SCORE = 8.0  # of a new head's rows with themselves: exp(8) outweighs some hundred rows of score 0
 
@@ -176,9 +184,7 @@ class Eagle3Trainer(TappedTrainer):
         TappedTrainer.check(args, target)
         if args.init is None:
             choose_taps(target.num_layers)
-            if args.kv_heads and (args.kv_heads < 1 or target.num_heads % args.kv_heads):
-                raise ValueError(f"--kv_heads {args.kv_heads}: each has to serve as many of the {target.num_heads} "
-                                 "query heads")
+            check_key_heads(args, target)
             return
         found = open_eagle3(args.init, target)
         cfg = found.config

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from formats.config import Config
 from model import Llama
 from training.dialogues import unmark
 from training.trainer import Trainer
@@ -49,6 +50,12 @@ def sample_hidden(target: Llama, data: Tensor, taps: tuple[int, ...]) -> tuple[T
     with torch.compiler.set_stance("force_eager"):  # this shape comes once
         found = target.forward_with_taps(tokens, torch.arange(tokens.shape[1], device=device), taps=taps)
     return target.embed(tokens).flatten(0, 1).float(), found[1].flatten(0, 1).float()
+
+
+def check_key_heads(args: argparse.Namespace, target: Config) -> None:
+    """Raise ValueError for --kv_heads that the target's query heads cannot share evenly."""
+    if args.kv_heads is not None and (args.kv_heads < 1 or target.num_heads % args.kv_heads):
+        raise ValueError(f"--kv_heads {args.kv_heads}: each has to serve as many of the {target.num_heads} query heads")
 
 
 class TappedTrainer(Trainer):

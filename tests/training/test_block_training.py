@@ -40,13 +40,13 @@ def letters(monkeypatch: pytest.MonkeyPatch) -> None:
 def settings(tmp_path: Path, **changes) -> argparse.Namespace:
     values = {"length": 32, "batch": 8, "unroll": 4, "decay": 0.8, "anchors": 8, "lr": 0.05, "steps": 200,
               "minutes": math.inf, "out": tmp_path / "head", "held_out": 0, "draft_vocab": 12, "head_layers": None,
-              "mlp": None, "block_size": 4, "markov_rank": 6, "checkpoint": tmp_path}
+              "mlp": None, "kv_heads": None, "block_size": 4, "markov_rank": 6, "checkpoint": tmp_path}
     return argparse.Namespace(**values | changes)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [{}, {"markov_rank": 0, "head_layers": 1}, {"block_size": 2, "draft_vocab": V},
-                                  {"head_layers": 3, "mlp": 20}])
+                                  {"head_layers": 3, "mlp": 20, "kv_heads": 4}])
 def test_rows_are_what_drafting_computes(case: dict, tmp_path: Path) -> None:
     """Fails if a row is trained at another place, on other context or other rows than it drafts with, or if the Markov
     head is given another token. Recomputes the loss in plain Python: fails if it is of other tokens, is not
