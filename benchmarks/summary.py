@@ -1,7 +1,7 @@
 """The tables of BENCHMARKS.md, made from the JSON files in benchmarks/results/.
 
     python -m benchmarks.summary                                        # print all tables
-    python -m benchmarks.summary --add out.json cycle-llama-2-7b-bf16   # keep what was just measured
+    python -m benchmarks.summary --add out.json cycle-llama-2-7b-bf16   # keep one; benchmarks/everything.py keeps all
     python -m benchmarks.summary --write                                # rewrite the tables in BENCHMARKS.md
 
 The files to add are written by `python -m benchmarks.cycle --json FILE` and `python bench.py --json FILE`. All results
@@ -15,14 +15,15 @@ from pathlib import Path
 
 from app.command import fail, run_command
 from benchmarks.report import table
-from benchmarks.result_files import DAMAGED, NAMES, SHAPES, Results, add, problems, read_results
+from benchmarks.result_files import CODER, DAMAGED, NAMES, SHAPES, Results, add, problems, read_results
 from formats.writing import write_text
 
 PAGE = Path(__file__).parent.parent / "BENCHMARKS.md"
 README = PAGE.with_name("README.md")
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NUMBER = re.compile(r"(<!-- number: (\w+) -->).*?(<!-- end -->)")  # in README: "7b_vanilla" is of QUOTED["7b"]
-QUOTED = {"7b": "cycle-llama-2-7b-bf16", "7b_int8dyn": "cycle-llama-2-7b-int8dyn", "demo": "cycle-demo-mt-bench"}
+QUOTED = {"7b": "cycle-llama-2-7b-bf16", "7b_int8dyn": "cycle-llama-2-7b-int8dyn", "demo": "cycle-demo-mt-bench",
+          "coder": "methods-coder-bf16", "coder_int8": "methods-coder-int8"}
 MISSING = "not measured at this commit yet\n"
 
 
@@ -91,8 +92,13 @@ def temperatures(results: Results) -> list[tuple[dict, float, list[dict]]]:
             for result in results.values() for t in dict.fromkeys(e["temperature"] for e in result["measured"])]
 
 
+def title(result: dict, results: Results) -> str:
+    """Which model and weights a table is of, where a block has tables of several."""
+    return f"{result['note']}\n\n" if len(results) > 1 else ""
+
+
 def methods_table(results: Results) -> str:
-    """Speed by category: a table for each temperature."""
+    """Speed by category: a table for each temperature, with its model where there are several."""
     tables = []
     for result, t, entries in temperatures(results):
         base = entries[0]
@@ -108,18 +114,20 @@ def methods_table(results: Results) -> str:
                          "own draw" if entry["same"] is None else f"{entry['same']} of {result['num_prompts']}",
                          "" if entry["largest_gap"] is None else f"{entry['largest_gap']:.2f}",
                          f"{entry['distinct4']:.0%}"))
-        tables.append(table(*rows))
+        tables.append(title(result, results) + table(*rows))
     return "\n".join(tables)
 
 
 def split_table(results: Results) -> str:
-    """Where a cycle of each method spends its time: a table for each temperature."""
+    """Where a cycle of each method spends its time: a table for each temperature, as in methods_table."""
     parts = ("draft", "verify", "other", "cycle")
-    return "\n".join(
-        table((f"temperature {t:g}", *(f"{part}, ms" for part in parts), "in the runs, ms"), *(
-            (entry["method"], *(f"{entry['split_ms'][part]:.3f}" for part in parts), f"{entry['cycle_ms']:.3f}")
-            for entry in entries if entry["split_ms"]))
-        for _, t, entries in temperatures(results))
+    tables = []
+    for result, t, entries in temperatures(results):
+        rows = [(entry["method"], *(f"{entry['split_ms'][part]:.3f}" for part in parts), f"{entry['cycle_ms']:.3f}")
+                for entry in entries if entry["split_ms"]]
+        header = (f"temperature {t:g}", *(f"{part}, ms" for part in parts), "in the runs, ms")
+        tables.append(title(result, results) + table(header, *rows))
+    return "\n".join(tables)
 
 
 def commands_table(results: Results) -> str:
@@ -134,6 +142,7 @@ BLOCKS: dict[str, tuple[Callable[[Results], str], tuple[str, ...]]] = {
     "rows": (rows_table, SHAPES), "methods": (methods_table, ("methods-llama-2-7b",)),
     "methods-cycle": (split_table, ("methods-llama-2-7b",)), "demo": (summary_table, ("cycle-demo-mt-bench",)),
     "demo-methods": (methods_table, ("methods-demo",)), "demo-methods-cycle": (split_table, ("methods-demo",)),
+    "coder": (methods_table, CODER), "coder-cycle": (split_table, CODER),
     "commands": (commands_table, NAMES)}
 
 
@@ -151,15 +160,20 @@ def write(page: str, results: Results) -> str:
 
 
 def quote(name: str, results: Results) -> str | None:
-    """A number for README, of the first context that was measured; None if it was not."""
+    """A number for README, greedy and of the first context that was measured; None if it was not."""
     key, _, what = name.rpartition("_")
     first = next(iter(results.values()), None)
     if name == "device":
         return first and f"one {first['environment']['device']}"
-    if QUOTED[key] not in results:
+    if (result := results.get(QUOTED[key])) is None:
         return None
-    speed = {method: s["tokens_per_sec"] for method, s in results[QUOTED[key]]["contexts"][0]["speed"].items()}
-    return f"{speed['eagle2'] / speed['vanilla']:.2f}" if what == "speedup" else f"{speed[what]:.0f}"
+    if "contexts" in result:
+        speed = {method: found["tokens_per_sec"] for method, found in result["contexts"][0]["speed"].items()}
+    else:
+        speed = {entry["method"]: entry["tokens_per_sec"]["median"] for entry in result["measured"]
+                 if entry["temperature"] == 0}
+    drafting = "eagle3" if "eagle3" in speed else "eagle2"
+    return f"{speed[drafting] / speed['vanilla']:.2f}" if what == "speedup" else f"{speed[what]:.0f}"
 
 
 def write_numbers(readme: str, results: Results) -> str:

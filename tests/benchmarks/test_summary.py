@@ -144,6 +144,22 @@ def test_tables(results: Results) -> None:
     assert render("demo", results) == MISSING
 
 
+def test_several_in_a_block(raw: dict[str, dict]) -> None:
+    """Fails if nobody can tell which table is of which weights, or if README is given another method's speed."""
+    entry = strip(raw[METHODS] | {"note": "Coder, bfloat16."})
+    results = {"methods-coder-bf16": entry, "methods-coder-int8": entry | {"note": "Coder, int8."}}
+    lines = render("coder", results).splitlines()
+    assert [line for line in lines if line.startswith("Coder")] == 2 * ["Coder, bfloat16."] + 2 * ["Coder, int8."]
+    assert render("coder-cycle", results).count("Coder, int8.\n\n| temperature 0 ") == 1
+    assert "Coder" not in render("coder", {"methods-coder-bf16": entry})
+    vanilla, eagle2 = (next(e["tokens_per_sec"]["median"] for e in entry["measured"] if e["method"] == method)
+                       for method in ("vanilla", "eagle2"))
+    assert entry["measured"][0]["temperature"] == 0
+    assert [summary.quote(f"coder_{what}", results) for what in ("vanilla", "eagle2", "speedup")] == [
+        f"{vanilla:.0f}", f"{eagle2:.0f}", f"{eagle2 / vanilla:.2f}"]
+    assert summary.quote("7b_vanilla", results) is None
+
+
 def test_a_changed_number_is_noticed(results: Results) -> None:
     """Fails if a page with one other digit, or without one block, passes for what the results give."""
     page = "".join(f"words\n<!-- table: {name} -->\n<!-- end -->\n" for name in BLOCKS)
