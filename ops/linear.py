@@ -54,11 +54,18 @@ def linear(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None, no
             return cpu_kernels.linear(x, weight, bias, norm, residual, gated, heads)
         return rope_store(cpu_kernels.linear(x, weight, bias, norm), *heads).flatten(1)
     rows, K = x.numel() // x.shape[-1], x.shape[-1]
-    if not x.is_cuda or rows > MAX_ROWS or K % 16 or x.dtype not in (torch.bfloat16, torch.float16):
+    if (not x.is_cuda or rows > MAX_ROWS or K % 16 or x.dtype not in (torch.bfloat16, torch.float16)
+            or wants_gradients(x, weight, bias, residual, *(norm or ()))):
         y = linear_torch(x, weight, bias, norm, residual, gated, fast=True)
         return y.to(dtype or y.dtype) if heads is None else rope_store(y, *heads).flatten(1)
     flat = None if residual is None else residual.reshape(rows, -1)
     return linear_triton(x.reshape(rows, K), weight, bias, norm, flat, gated, heads, dtype).view(*x.shape[:-1], -1)
+
+
+def wants_gradients(*tensors: object) -> bool:
+    """Whether autograd follows one of these. Our kernels have no backward pass, and autograd would not say so: what is
+    before them would get no gradient."""
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
 def linear_torch(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None,
@@ -145,10 +152,10 @@ def linear_triton(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = N
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """F.rms_norm of x [..., K]; by a kernel: on a GPU the one that `linear` uses for its own norms."""
+    """F.rms_norm of x [..., K]; by a kernel, unless it is trained: on a GPU the one of `linear` for its own norms."""
     if cpu_kernels.takes_rows(x) and weight.dtype == torch.float32:
         return cpu_kernels.rms_norm(x, weight, eps)
-    if not x.is_cuda:
+    if not x.is_cuda or wants_gradients(x, weight):
         return F.rms_norm(x, weight.shape, weight, eps)
     return norm_triton(x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
 

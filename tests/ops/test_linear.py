@@ -23,7 +23,17 @@ from triton_tools import (
 )
 
 from ops.embed_rope import rope_store_torch
-from ops.linear import MAX_ROWS, MAX_TILES, NORM_ROWS, counters, linear, linear_config, linear_torch, linear_triton
+from ops.linear import (
+    MAX_ROWS,
+    MAX_TILES,
+    NORM_ROWS,
+    counters,
+    linear,
+    linear_config,
+    linear_torch,
+    linear_triton,
+    rms_norm,
+)
 from ops.tiling import Tiling
 
 
@@ -186,6 +196,38 @@ def test_cpu_uses_the_twin() -> None:
     """Fails if a CPU tensor is sent to the kernel."""
     args = problem(9, 50, 80, torch.bfloat16)
     assert linear(*args).equal(linear_torch(*args))
+
+
+class OnGPU(Tensor):
+    """A tensor that says it is on a GPU."""
+    is_cuda = True
+
+
+@pytest.mark.parametrize("rows", [3, MAX_ROWS + 1])
+@pytest.mark.parametrize("trained", ["x", "norm"])
+def test_what_is_trained_gets_gradients(rows: int, trained: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a kernel, which has no backward pass, computes what autograd follows: training would go on, and what is
+    before it would never be trained."""
+    class ReachedKernel(Exception):
+        pass
+
+    def kernel(*args, **kwargs) -> None:
+        raise ReachedKernel
+
+    monkeypatch.setattr("ops.linear.linear_triton", kernel)
+    monkeypatch.setattr("ops.linear.norm_triton", kernel)
+    w = torch.randn(48, 32).bfloat16()
+    given = {"x": torch.randn(rows, 32).bfloat16(), "norm": (1 + torch.rand(32)).bfloat16()}
+    twin = {name: t.double() for name, t in given.items()}
+    leaf, wanted = (tensors[trained].requires_grad_(True) for tensors in (given, twin))
+    x, norm = given["x"].as_subclass(OnGPU), (given["norm"], 1e-5)
+    linear(x, w, norm=norm, gated=True).sum().backward()
+    linear_torch(twin["x"], w.double(), norm=(twin["norm"], 1e-5), gated=True).sum().backward()
+    assert (leaf.grad - wanted.grad).norm() < 0.02 * wanted.grad.norm()
+    assert rms_norm(x, *norm).requires_grad
+    for call in (lambda: linear(x, w, norm=norm), lambda: rms_norm(x, *norm)):
+        with torch.no_grad(), pytest.raises(ReachedKernel):
+            call()
 
 
 def tilings(arch: int) -> list[tuple[Tiling, bool]]:
