@@ -54,7 +54,8 @@ def neighbours(t: Tiling) -> list[Tiling]:
                t._replace(warps=t.warps * 2), t._replace(warps=t.warps // 2),
                t._replace(BK=t.BK * 2, warps=t.warps * 2), t._replace(BK=t.BK // 2, warps=t.warps // 2)]
     changed += [t._replace(**{name: getattr(t, name) + step})
-                for name in ("SK", "stages", "ahead", "unroll") for step in (-1, 1, 3)]
+                for name in ("SK", "stages", "unroll") for step in (-1, 1, 3)]
+    changed += [t._replace(ahead=ahead) for ahead in {t.ahead * 2, t.ahead // 2, 1} - {t.ahead}]  # powers of two, or 0
     return [c for c in changed if c.BN >= (1 if c.BM == 1 else 16) and c.BK >= 32 and 1 <= c.SK <= 64
             and c.warps in (1, 2, 4, 8) and 1 <= c.stages <= 12 and 0 <= c.ahead <= 16 and 1 <= c.unroll <= 8]
 

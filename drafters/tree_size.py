@@ -185,7 +185,7 @@ def read_curve(head: Path) -> list[list[float]]:
         sound = ([nodes, topk] == [[*NODES[:len(rows)]], TOPK] and 1 <= len(rows[0]) <= LEVELS
                  and [len(row) for row in rows] == [len(rows[0])] * len(nodes)
                  and all(1 <= x <= nodes[-1] for row in rows for x in row))
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         sound = False
     if not sound:
         raise ValueError(f"{path}: damaged; {again} again")

@@ -1,11 +1,12 @@
 """Tree attention: the rows of a tree against one layer's static cache, each row with a mask of its own.
 
 A decoding step is one captured CUDA graph, so grids are static, and what changes from step to step (above all the used
-length of the cache) is read from device memory. Sums have a fixed order: the same input gives the same bits. No program
-needs more than the 99 KB of shared memory that sm_86 has.
+length of the cache) is read from device memory. Sums have a fixed order: the same input gives the same bits. A
+program needs at most 99 KB of shared memory on Ampere and Ada, and up to 224 KB on Hopper.
 
 Every kernel in ops/ has a twin in plain PyTorch, which says what the kernel computes. The tests hold the two together,
-and the twin is what runs on a CPU: the public function picks one by the device of its first argument.
+and the public function picks one by the device of its first argument. On a CPU the twin runs or, for a few functions, a
+kernel in C++ (ops/cpu_kernels.py).
 
 Shapes as in model.py: T tokens, H query heads, K key/value heads, G = H / K, D head dim, S cache slots.
 """
@@ -69,7 +70,8 @@ def attention_config(T: int, G: int, K: int, D: int, dtype: torch.dtype, sms: in
     num_warps, num_stages).
 
     BN and num_stages are as large as shared memory, and registers without spilling, allow. One program per
-    multiprocessor was fastest on an H100 (BENCHMARKS.md). More than 128 tokens are a prefill: one split is enough.
+    multiprocessor was fastest on an H100 (docs/experiments.md). More than 128 tokens are a prefill, for which one split
+    is enough.
     """
     rows = T * G
     hopper = capability >= (9, 0)
@@ -84,6 +86,11 @@ def attention_config(T: int, G: int, K: int, D: int, dtype: torch.dtype, sms: in
         BM, BN, warps, stages = (64, 32, 4, 2) if D in (64, 128) else (64, 64, 8, 2)
     else:  # arithmetic dominates: a larger tile uses each block of keys for more rows
         BM, BN, warps, stages = 128, 64, 8, 2
+    if D > 128 and dtype != torch.float32:  # wide heads: less shared memory, and registers of more warps
+        if not hopper:
+            BM, BN, stages = min(BM, 64), 64 if BM <= 32 else 32, 2
+        elif BM == 64:
+            warps, stages = 8, 2
     splits = sms // (K * -(-rows // BM)) if T <= 128 else 1
     most = 8  # since merging reads what every split wrote
     # Few heads: many splits of a block or two, with one stage. They need less shared memory, so programs of the next

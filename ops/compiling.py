@@ -1,6 +1,6 @@
 """Compiling kernels before they are needed, all at once.
 
-Triton compiles a kernel when it is first launched, which takes half a second to seconds, and then goes on. A cycle
+Triton compiles a kernel at its first launch. The program waits for that, half a second to some seconds. A cycle
 launches some fifty different kernels. So they are collected first, by running what launches them without launching
 anything, and then compiled together: the compiler spends most of its time outside of Python's lock.
 """
@@ -29,7 +29,7 @@ def compile_kernels(*jobs: Callable[[], object]) -> None:
         for job in jobs:
             job()
     with Loader(os.cpu_count()) as loader:
-        # An error that the mode does not ignore would leave it on: it is raised below.
+        # With ignore_errors=False, a failed kernel would leave the mode switched on. The futures below raise the error.
         with triton.AsyncCompileMode(loader, ignore_errors=True):
             for kernel, args, options in calls:
                 kernel.run(*args, grid=None, warmup=True, **dict(options))

@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ops.quantized import Quantized, in_rows, rotate
 
-HIGHEST = 63  # of a digit: base 128, from -64
+HIGHEST = 63  # the largest integer of 7 bits. With two planes, x is 128 * high + low, both from -64 to 63
 PACKED = WeakTensorKeyDictionary()  # the integers of a weight -> the same in FBGEMM's order of memory
 
 
@@ -40,12 +40,12 @@ def integer_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> 
     rows = (rotate(x) if weight.rotated else x.float()).reshape(-1, x.shape[-1])
     limit = HIGHEST * (129 if weight.planes == 2 else 1)  # 63 * 128 + 63
     top = rows.abs().amax(-1, keepdim=True)
-    digits = torch.floor(rows * (limit / top.clamp(min=1e-30)) + 0.5)
+    integers = torch.floor(rows * (limit / top.clamp(min=1e-30)) + 0.5)
     if weight.planes == 2:
-        high = torch.floor((digits + 64) / 128)
-        digits = torch.cat((high, digits - 128 * high))
+        high = torch.floor((integers + 64) / 128)
+        integers = torch.cat((high, integers - 128 * high))
     # FBGEMM adds 64 to make the integers unsigned
-    y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(digits, 1.0, 64, packed(weight))
+    y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(integers, 1.0, 64, packed(weight))
     if weight.planes == 2:
         high, low = y.chunk(2)
         y = 128 * high + low

@@ -35,7 +35,8 @@ def library() -> ctypes.CDLL | None:
     try:
         lib = ctypes.CDLL(str(compiled()))
     except (OSError, subprocess.CalledProcessError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip().partition("\n")[0]
+        lines = (getattr(error, "stderr", None) or str(error) or repr(error)).strip().splitlines()
+        said = next((line for line in lines if "error" in line), lines[0])
         print(f"slower than it could be: there are no compiled kernels for this CPU ({said}); they need g++ 11 or "
               "later, and are kept in ~/.cache/eagle2", file=sys.stderr)
         return None

@@ -7,7 +7,7 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__AVX512F__)
+#if defined(__AVX512BW__)
 constexpr int LANES = 16;  // of fp32
 #else
 constexpr int LANES = 8;

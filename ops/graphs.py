@@ -1,7 +1,7 @@
 """CUDA graphs: capturing them, and timing what they replay.
 
 A graph launches the few hundred kernels of a cycle with one call. The kernels in it are the project's own:
-torch.compile (Inductor) was measured beside them and took 12 % longer a layer (BENCHMARKS.md).
+torch.compile (Inductor) was measured beside them and took 12 % longer a layer (docs/experiments.md).
 """
 import time
 from collections.abc import Callable
@@ -57,6 +57,7 @@ def timed(function: Callable[[], object], device: torch.device, unroll: int = 10
         unroll = 1
     replay = capture(function, unroll) if cuda else function
     replay()
+    assert calls % unroll == 0, "a round is whole graphs"
     return median(elapsed(replay, calls // unroll, device) for _ in range(rounds)) / calls
 
 

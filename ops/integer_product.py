@@ -226,8 +226,7 @@ def multiply_row(x_ptr, w_rows, row, scale_ptr, norm_ptr, N, K, columns, first, 
 def load_integers(x_ptr, norm_ptr, k, inside, INTERPRET: tl.constexpr):
     """norm * x at 16 columns from each k [1, BK / 2] on, as x_scale * (256 * high + low): the bytes int8 [1, BK / 2],
     (high, low) of the first 8 columns and (high, low) of the others, low ones without a sign; x_scale fp32 [1, BK /
-    16], the power of two with which the integers have 15 bits, or 16 with the sign. And the squares of x [1, BK / 2],
-    added in pairs."""
+    16], the power of two with which the integers are at most 2^14. And the squares of x [1, BK / 2], added in pairs."""
     x1, x2 = load_pair(x_ptr, k, inside)
     squares = x1 * x1 + x2 * x2
     if norm_ptr is not None:
@@ -236,6 +235,7 @@ def load_integers(x_ptr, norm_ptr, k, inside, INTERPRET: tl.constexpr):
     top = tl.maximum(tl.max(in_eights(tl.abs(x1)), 2), tl.max(in_eights(tl.abs(x2)), 2))
     exponent = (tl.maximum(top, 1e-30).to(tl.int32, bitcast=True) & 0x7F800000) - (127 << 23)
     x_scale = (exponent + (127 - 13 << 23)).to(tl.float32, bitcast=True)
+    x_scale = tl.where(top < float("inf"), x_scale, float("nan"))  # the integers of an infinite x would be 0
     inverse = ((127 + 13 << 23) - exponent).to(tl.float32, bitcast=True)[:, :, None]
     high1, low1 = bytes_of((in_eights(x1) * inverse).reshape(x1.shape), INTERPRET)
     high2, low2 = bytes_of((in_eights(x2) * inverse).reshape(x1.shape), INTERPRET)

@@ -44,7 +44,7 @@ def linear(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None, no
 
     x [..., K], weight [N, K], bias [N], norm (weight [K], eps), residual [..., width].
     gated: the first N / 2 rows of the weights are the gate's, the others up's, and f is silu(gate) * up.
-    heads (rope [2, M, D], slots [M], kv [2, K, S, D]), with x [M, K]: the outputs are queries, keys and values.
+    heads (rope [2, M, D], slots [M], kv [2, KV_HEADS, S, D]), with x [M, K]: the outputs are queries, keys and values.
     ops.embed_rope.rope_store says what becomes of them: rotated queries [M, H * D] are returned, keys and values are
     stored in kv.
     dtype: of the output, by default x's. fp32 keeps the kernel's sums as they are: bf16 logits near 20 are 0.125 apart.
@@ -119,7 +119,7 @@ def linear_triton(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = N
     rope, slots, kv = heads or (None, None, None)
     kv_heads, num_slots, D = kv.shape[1:] if heads else (0, 0, 2)
     assert kv is None or (kv.is_contiguous() and rope.is_contiguous() and not gated)
-    assert M <= BM and data.is_contiguous() and (SK == 1 or tiles <= MAX_TILES)
+    assert M <= BM and data.is_contiguous() and (SK == 1 or tiles <= MAX_TILES) and SK <= triton.cdiv(columns, BK)
     x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
     out = x.new_empty(M, N - 2 * kv_heads * D if heads else width, dtype=dtype)

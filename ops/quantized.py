@@ -6,7 +6,7 @@ integers by integers, twice as fast and, with int32 sums, exactly. An activation
 x = scale * (256 * high + low), and the planes are simply twice as many rows of x. This is more precise than bf16 except
 where a value is below 1/256 of its row's largest. A single row needs no tensor cores. It becomes integers of 16 bits
 where it is multiplied, 16 columns by themselves, so that no kernel has to do that before it (multiply_row in
-ops/integer_product.py), unless the weights are very large.
+ops/integer_product.py), except by large weights of fewer than 32,768 rows (takes_integer_row in ops/tiling.py).
 
     int8      w[n, k] = scale[n] * q[n, k]                         two planes: activations lose next to nothing
     int8dyn   the same, of the rotated weights                     one plane, of the rotated x
@@ -106,7 +106,8 @@ def in_rows(weight: Quantized) -> Quantized:
 
 
 def dequantize(weight: Quantized, dtype: torch.dtype) -> Tensor:
-    """The weights [N, K], in the order of the columns of x; each is rounded once."""
+    """The weights [N, K], in the order of the columns of x; each is rounded once. Rotated weights stay rotated, and
+    multiply `rotate(x)`."""
     stored = (dequantize_triton if weight.data.is_cuda else dequantize_torch)(weight, dtype)
     if weight.order is None:
         return stored
@@ -185,7 +186,7 @@ def integer_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> 
     if len(parts) == 1:
         return multiply_dense(x, x_scale, weight, bias)
     weight, y = in_rows(weight), x.new_empty(*x.shape[:-1], weight.shape[0])
-    for rows in parts:  # what is in memory for a while here, a CUDA graph keeps for good
+    for rows in parts:  # in parts, since a CUDA graph keeps the memory of its temporary tensors for good
         scale = weight.scale[:, rows] if weight.group else weight.scale[rows]
         part = weight._replace(data=weight.data[rows], scale=scale)
         y[..., rows] = multiply_dense(x, x_scale, part, None if bias is None else bias[rows])

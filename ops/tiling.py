@@ -75,8 +75,8 @@ def one_row(N: int, K: int) -> Tiling:
 
 def takes_integer_row(N: int, columns: int, group: int) -> bool:
     """Whether one row of x is best multiplied by integer weights without tensor cores, by multiply_row in
-    ops/integer_product.py. These win where not all tiles of a large weight fit on the GPU at once; an lm_head has so
-    many tiles that it does not matter. Measured on an H200 (docs/experiments.md)."""
+    ops/integer_product.py. Tensor cores win where a weight is so large that not all of its tiles fit on the GPU at
+    once. An lm_head has so many tiles that this does not matter. Measured on an H200 (docs/experiments.md)."""
     weights = N * columns * (2 if group else 1)
     return N >= 2**15 or weights <= (2**25 if columns >= 8192 else 2**26)
 
@@ -93,8 +93,9 @@ def many_rows(N: int, columns: int, w_bytes: int, x_bytes: int, group: int, sms:
     """The Tiling for 65 to 128 rows of x, of x_bytes an element (two planes: 2), and weights of w_bytes an element (of
     int4: `columns` of them, and group > 0). Not measured: it fits registers and shared memory.
 
-    Every tile reads all of x again, from L2, as many bytes as of weights or up to four times as many. So tiles are as
-    large as registers allow, and a sum of 64 KB is split among no more programs than make up nearly whole waves.
+    Every tile reads all of x again from L2: one to four times as many bytes as of weights. So tiles are as large as
+    registers allow. Every split stores a sum of up to 64 KB (128 x 128 fp32). So there are only as many splits as fill
+    the waves of programs nearly whole.
     """
     hopper = capability >= (9, 0)
     BN, tiles = 128, -(-N // 128)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from formats.hf import LazyTensor
-from quant.imported import Foreign, read_stacked, stacked_layout
+from quant.imported import Foreign, read_stacked, relative_error, stacked_layout
 from quant.linear import ROWS
 from quant.published import describe
 
@@ -18,8 +18,8 @@ EMBEDDING = "embed"
 
 
 def plain_dtype(norm: LazyTensor) -> torch.dtype:
-    """The dtype for what is not quantised: float16 where the last norm is, so that nothing is lost; else bfloat16. (A
-    family may have its embedding multiplied, in fp32.)"""
+    """The dtype for what is not quantised: float16 where the last norm is, so that nothing is lost; else bfloat16. (Not
+    the embedding's: some families' is multiplied on conversion, and is fp32 then.)"""
     return torch.float16 if norm.read().dtype == torch.float16 else torch.bfloat16
 
 
@@ -79,6 +79,6 @@ class Conversion:
     def summary(self) -> list[str]:
         """Lines for people: what became what, and by how much it moved."""
         return [f"{kind}: {count} {'matrix' if count == 1 else 'matrices'}, "
-                + (f"moved by {(moved / total) ** 0.5:.2%}" if moved
+                + (f"moved by {relative_error(moved, total):.2%}" if moved
                    else "rounded" if kind.endswith("float16") else "exactly")
                 for kind, (count, moved, total) in self.kinds.items()]

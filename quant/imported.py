@@ -115,8 +115,12 @@ class Read(NamedTuple):
 
     @property
     def error(self) -> float:
-        """By how much the weights have moved: the root of the mean square, as a part of theirs."""
-        return (self.moved / self.total) ** 0.5 if self.total else 0.0
+        return relative_error(self.moved, self.total)
+
+
+def relative_error(moved: float, total: float) -> float:
+    """By how much weights have moved: the root of the mean square, as a part of theirs."""
+    return (moved / total) ** 0.5 if total else 0.0
 
 
 # ----- From published integers to ours -----------------------------------------------------------------------------

@@ -195,7 +195,7 @@ def prepare_linears(module: nn.Module, tensors: dict[str, Tensor], mode: str | N
     linears by empty QuantizedLinears. In a file of the mode IMPORTED each weight says its own kind: it is integers
     where there is a NAME.data, of four bits where its NAME.scale is of groups.
 
-    Raises ValueError for an order that is none. Shapes are left to formats.weights.fill.
+    Raises ValueError for an order that is not a permutation of the columns. Shapes are left to formats.weights.fill.
     """
     if mode is None:
         return
@@ -214,6 +214,8 @@ def prepare_linears(module: nn.Module, tensors: dict[str, Tensor], mode: str | N
             group = -(-K // 256) * 256 // max(1, len(scale))
             weight = layout(N, K, "int4", group if group in GROUPS else 128, zeros=scale.dtype == torch.float16)
         if order is not None:
+            if not weight.group:
+                raise ValueError(f"{path}.order: only int4 has one; convert the model again")
             if order.dtype != torch.int32 or not torch.equal(order.sort().values, torch.arange(K, dtype=torch.int32)):
                 raise ValueError(f"{path}.order is no order of {K} columns: convert the model again")
             weight = weight._replace(order=order)

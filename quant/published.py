@@ -27,6 +27,11 @@ def nibbles(words: Tensor) -> Tensor:
     return torch.stack((byte & 15, byte >> 4), -1).flatten(-2)
 
 
+def unpack_words(words: Tensor, bits: int) -> Tensor:
+    """The integers of 4 or 8 bits, uint8, of words int32."""
+    return nibbles(words) if bits == 4 else words.contiguous().view(torch.uint8)
+
+
 def signed(u: Tensor) -> Tensor:
     """0 to 15, uint8, as -8 to 7, int8."""
     return u.to(torch.int8) - 8
@@ -89,8 +94,8 @@ def gptq(parts: dict[str, Tensor], v2: bool = False) -> Foreign:
     What the largest stored zero means in version 1, the programs that read it disagree about: ValueError.
     """
     words, scales, zeros, g_idx = (parts.get(end) for end in ("qweight", "scales", "qzeros", "g_idx"))
-    check(zeros is not None and words.dim() == scales.dim() == zeros.dim() == 2 and scales.numel() > 0, "GPTQ", words,
-          scales, zeros)
+    fits = scales is not None and zeros is not None and words.dim() == scales.dim() == zeros.dim() == 2
+    check(fits and scales.numel() > 0, "GPTQ", words, scales, zeros)
     N = scales.shape[1]
     bits = 32 * zeros.shape[1] // N
     fits = words.dtype == zeros.dtype == torch.int32 and words.shape[1] == N and len(zeros) == len(scales)
@@ -99,15 +104,14 @@ def gptq(parts: dict[str, Tensor], v2: bool = False) -> Foreign:
     K = len(words) * 32 // bits
     group = columns_per_group(K, len(scales))
     order = column_order(g_idx, K, group)
-    unpacked = nibbles if bits == 4 else lambda packed: packed.contiguous().view(torch.uint8)
 
     def read() -> Affine | Numbers:
-        stored = unpacked(zeros)
+        stored = unpack_words(zeros, bits)
         if not v2 and (stored == 2**bits - 1).any():
             raise ValueError("a stored zero is the largest number, which readers of GPTQ version 1 understand in two "
                              "ways: look for a version 2")
         zero = stored.float() + (0 if v2 else 1)
-        u = unpacked(words.T)
+        u = unpack_words(words.T, bits)
         if order is not None:
             u = u[:, order]
         if bits == 4:
@@ -136,14 +140,13 @@ def packed_int(parts: dict[str, Tensor]) -> Foreign:
     check(fits and scale.is_floating_point(), "pack-quantized with 4 or 8 bits", words, scale, shape, zeros)
     group = columns_per_group(K, scale.shape[1])
     order = column_order(g_idx, K, group)
-    unpacked = nibbles if bits == 4 else lambda packed: packed.contiguous().view(torch.uint8)
 
     def read() -> Affine | Rows | Numbers:
-        u = unpacked(words)[:, :K]
+        u = unpack_words(words, bits)[:, :K]
         if order is not None:
             u = u[:, order]
         half = 2 ** (bits - 1)
-        zero = torch.zeros(scale.T.shape) if zeros is None else unpacked(zeros.T)[:, :N].float() - half
+        zero = torch.zeros(scale.T.shape) if zeros is None else unpack_words(zeros.T, bits)[:, :N].float() - half
         q = u.to(torch.int8) - 8 if bits == 4 else (u.short() - half).to(torch.int8)
         if bits == 8 and zeros is None and group == K:
             return Rows(q, scale[:, 0].float())
@@ -294,13 +297,13 @@ def halves_apart(byte: Tensor) -> Tensor:
     return torch.cat((byte & 15, byte >> 4), -1)
 
 
-def from_offsets(u: Tensor, scale: Tensor, offset: Tensor, group: int = 32) -> Affine:
-    """w = scale * u + offset with u uint8 [N, K], 0 to 15, and fp32 [N, K / group], as an Affine. Where all weights of
+def from_offsets(u: Tensor, scale: Tensor, offset: Tensor) -> Affine:
+    """w = scale * u + offset with u uint8 [N, K], 0 to 15, and fp32 [N, K / 32], as an Affine. Where all weights of
     a group are the same but for less than fp16 could tell, there is no step: their offset is the scale of q = 1."""
     zero = -8 - offset / scale
     flat = ~(zero.abs() <= LARGEST_ZERO)  # also where the scale is 0
-    q = torch.where(flat.repeat_interleave(group, 1), 1, signed(u))
-    return Affine(q, torch.where(flat, offset, scale).T, torch.where(flat, 0, zero).T, group)
+    q = torch.where(flat.repeat_interleave(32, 1), 1, signed(u))
+    return Affine(q, torch.where(flat, offset, scale).T, torch.where(flat, 0, zero).T, 32)
 
 
 # ----- All of them ---------------------------------------------------------------------------------------------------

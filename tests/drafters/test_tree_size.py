@@ -213,7 +213,8 @@ def test_curve_is_refused(tmp_path: Path) -> None:
         (tmp_path / CURVE).write_text(json.dumps(sound | wrong))
         with pytest.raises(ValueError, match="acceptance.json: damaged"):
             read_curve(tmp_path)
-    for text in ("", "[1, 2", "[]", "null", json.dumps({"nodes": list(NODES)})):
+    for text in ("", "[1, 2", "[]", "null", json.dumps({"nodes": list(NODES)}),
+                 json.dumps(sound | {"nodes": [], "gained": []})):
         (tmp_path / CURVE).write_text(text)
         with pytest.raises(ValueError, match="acceptance.json: damaged"):
             read_curve(tmp_path)

@@ -16,11 +16,12 @@ pytestmark = not_interpreted
 SMS = {86: (82, 84), 89: (76, 128), 90: (114, 132)}  # 3090, A40; 4080, 4090; H100 PCIe, SXM
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LLAMA2, LLAMA3, SMOL, QWEN, CODER = (32, 32, 128), (32, 8, 128), (9, 3, 64), (28, 4, 128), (12, 2, 128)  # H, K, D
-ODD = (32, 32, 80)
+ODD, FALCON = (32, 32, 80), (12, 4, 256)
 CASES = [  # T, (H, K, D), words of bits, dtype; each tile with the largest heads that it is used for
     (1, LLAMA2, 0, "bf16"), (10, LLAMA2, 1, "bf16"), (60, LLAMA2, 2, "bf16"), (512, LLAMA2, 0, "bf16"),
     (32, LLAMA2, 0, "bf16"), (60, QWEN, 1, "bf16"), (10, SMOL, 1, "bf16"), (60, ODD, 1, "bf16"),
-    (32, CODER, 1, "bf16"), (10, LLAMA2, 1, "fp32"), (60, LLAMA2, 1, "fp32")]
+    (32, CODER, 1, "bf16"), (1, FALCON, 1, "bf16"), (10, FALCON, 1, "bf16"), (60, FALCON, 1, "bf16"),
+    (512, FALCON, 0, "bf16"), (10, LLAMA2, 1, "fp32"), (60, LLAMA2, 1, "fp32")]
 
 
 def compile_checked(kernel, arch: int, types: dict[str, str], warps: int, stages: int = 3, **constants) -> Compiled:

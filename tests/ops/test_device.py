@@ -76,6 +76,19 @@ def test_gpu_problem(patches: dict, asked: tuple, words: str | None, gpu: pytest
             assert words in problem and "--device cpu" in problem and "\n" not in problem and "URL" not in problem
 
 
+@pytest.mark.parametrize("found, tilings_of", [
+    ((8, 6), (8, 6)), ((9, 0), (9, 0)), ((10, 0), (10, 0)), ((12, 0), (8, 9)), ((12, 1), (8, 9))])
+def test_limits(found: tuple[int, int], tilings_of: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if desktop Blackwell, with 99 KB of shared memory, gets the tilings of Hopper, which need 227."""
+    props = SimpleNamespace(multi_processor_count=170, major=found[0], minor=found[1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: props)
+    device.device_limits.cache_clear()
+    try:
+        assert device.device_limits(torch.device("cuda")) == (170, tilings_of)
+    finally:
+        device.device_limits.cache_clear()
+
+
 @not_interpreted
 def test_probe_compiles() -> None:
     """Fails if the kernel that tries out Triton does not compile itself."""

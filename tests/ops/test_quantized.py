@@ -228,7 +228,7 @@ def test_options(mode: str) -> None:
 def test_one_row(mode: str) -> None:
     """Fails if one row, whose columns become integers 16 by 16, gets wrong sums: a K that ends within a block or
     within one of int4's halves, splits, norm, gate, residual, or pairs of a head's halves; if 16 columns of 0 are
-    not 0, or if a large column takes precision from others than the 15 beside it."""
+    not 0, if a large column takes precision from others than the 15 beside it, or if an infinite one is lost."""
     def rounded(x: Tensor) -> Tensor:
         parts = x.unflatten(1, (-1, 16))
         size = parts.abs().amax(2, keepdim=True).clamp(min=1e-30).log2().floor().exp2() / 8192
@@ -244,6 +244,9 @@ def test_one_row(mode: str) -> None:
             x, norm_scale = rounded(x * scale), (x.square().mean() + 0.1).rsqrt()
         wanted = linear_torch(x * norm_scale if norm else rounded(x), weight, bias, None, residual, gated)
         torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-4)
+    x, weight = torch.ones(1, 576), weights(44, 576, mode)._replace(order=None)
+    x[0, 5] = float("inf")  # no number comes out, as with more rows
+    assert not linear_triton(x, weight, config=Tiling(1, 4, 256, 1, 2, 1, 1, 2)).isfinite().any()
     weight = weights(5 * 24, 576, mode)._replace(order=None)  # 3 query heads of 24, 1 of keys, 1 of values
     x, angles, kv = torch.randn(1, 576), torch.randn(1, 12).repeat(1, 2), torch.zeros(2, 1, 8, 24)
     heads, wanted = (torch.stack((angles.cos(), angles.sin())), torch.tensor([5])), kv.clone()

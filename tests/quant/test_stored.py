@@ -103,6 +103,7 @@ def test_its_memory_is_known(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "change", "says"), [
     ("layers.0.wqkv.order", lambda t: t.flip(0).clamp(max=5), "layers.0.wqkv.order is no order of 32 columns"),
+    ("layers.0.w13.order", lambda t: torch.arange(32, dtype=torch.int32), "layers.0.w13.order: only int4 has one"),
     ("layers.0.wqkv.order", lambda t: t[:9].contiguous(), "layers.0.wqkv.order is no order of 32 columns"),
     ("layers.0.wqkv.scale", lambda t: t[:3].contiguous(), "layers.0.wqkv.scale is"),
     ("layers.0.wqkv.scale", lambda t: t.float(), "layers.0.wqkv.scale is"),
@@ -116,7 +117,7 @@ def test_damaged_files_are_refused(name: str, change, says: str, tmp_path: Path)
     folder, _ = save_mixed(tmp_path)
     file = folder / "model.safetensors"
     tensors = load_file(file)
-    changed = change(tensors.pop(name))
+    changed = change(tensors.pop(name, None))
     tensors |= {} if changed is None else {name: changed}
     save_file(tensors, file, {"format": FORMAT, "mode": IMPORTED})
     with pytest.raises(ValueError, match=says) as error:
