@@ -119,7 +119,8 @@ def linear_triton(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = N
     rope, slots, kv = heads or (None, None, None)
     kv_heads, num_slots, D = kv.shape[1:] if heads else (0, 0, 2)
     assert kv is None or (kv.is_contiguous() and rope.is_contiguous() and not gated)
-    assert M <= BM and data.is_contiguous() and (SK == 1 or tiles <= MAX_TILES) and SK <= triton.cdiv(columns, BK)
+    assert M <= BM and data.is_contiguous() and (SK == 1 or tiles <= MAX_TILES)
+    assert not group or SK <= triton.cdiv(columns, BK), "an empty split would add the offsets once more"
     x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
     out = x.new_empty(M, N - 2 * kv_heads * D if heads else width, dtype=dtype)
