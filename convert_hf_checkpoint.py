@@ -191,7 +191,9 @@ def work() -> None:
     raise_on_ctrl_c()
     file = source / "model.safetensors"
     if file.is_file() and read_tensors(file)[1].get("format") == FORMAT:
-        out = source  # already converted: only add the head
+        out = source  # only add the head
+        if args.dtype or (args.out and args.out.resolve() != source.resolve()):
+            raise ValueError(f"{source} is converted already: --out and --dtype are for a source that is not")
     else:
         name = name_of(source) if source == Path(args.source) else args.source
         if not (name or args.out):

@@ -45,7 +45,7 @@ class Drafter:
     """
     num_nodes = 1  # nodes of each tree, the root included; at most tree.MAX_NODES
     max_depth = 0  # depth of the deepest node that may be accepted
-    noise_depth: int | None = None  # depth of the deepest node of all, where that is more than max_depth
+    noise_depth: int | None = None  # how deep noise is needed, for any node or draft, where that is beyond max_depth
     has_blocked_nodes = False  # True if some nodes must never be accepted; such a node of token t stores ~t, below 0
     taps: tuple[int, ...] = ()  # it drafts from what enters these layers (Llama.forward_with_taps), not from features
     rejection_sampling = False  # True if the drafter accepts by `choose` instead of by position-keyed noise
@@ -54,8 +54,9 @@ class Drafter:
         """Make room for `slots` cache slots. Engines may share a drafter: keep what is large enough."""
 
     def caches(self) -> tuple[Tensor, ...]:
-        """Tensors that `allocate` may replace, or that drafters may share. CUDA graphs captured with other ones are
-        thrown away; a text does not go on in one that another text was written to since."""
+        """Tensors that `allocate` may replace, or that several drafters share. When one is replaced, the CUDA graphs
+        captured with the old one are thrown away. When another text was written to one, the old text cannot be
+        continued."""
         return ()
 
     def reset(self, state: State) -> None:
@@ -168,9 +169,8 @@ class BoundHead:
             # The lm_head's rows of a draft vocabulary are a copy, and fc's rows may lie below them.
             self.lm_head_and_fc = None if self.ids is None else in_kernel_order(stack(self.lm_head, self.fc))
         if self.lm_head_and_fc is not None:
-            count = len(self.ids)
-            self.lm_head = rows_of(self.lm_head_and_fc, slice(count))
-            self.fc = rows_of(self.lm_head_and_fc, slice(count, None))
+            self.lm_head = rows_of(self.lm_head_and_fc, slice(len(self.ids)))
+            self.fc = rows_of(self.lm_head_and_fc, slice(len(self.ids), None))
 
     def weights(self) -> tuple[tuple, tuple, tuple]:
         """The weights that `enter` reads, that a level reads, and that a level reads too if another one follows."""

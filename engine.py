@@ -10,7 +10,7 @@ One cycle, in the order of the code below:
     choose     the target's next token after every node: argmax, or a sample           Engine.choose
     accept     the longest path on which every node is the target's own choice         tree.accept_commit
     commit     append these tokens and the bonus token; stop ids and the length limit  tree.accept_commit
-    compact    move keys, values, features or taps of the accepted path to the front    tree.compact
+    compact    move the path's keys and values behind the text's, keep its features    tree.compact
 
 Vanilla decoding is the same cycle with a tree of one node. Everything in a cycle has a static shape and lives on the
 device: lengths, positions, masks, the stop test. So on a GPU a cycle is one CUDA graph, whatever the prompt. The host
@@ -65,12 +65,12 @@ class Engine:
 
         # Prefill
         zero = torch.zeros((), dtype=torch.int64, device=device)
-        self.first = zero.clone()  # the first token of the chunk
+        self.first_slot = zero.clone()  # 0-d int64: the slot of the chunk's first token
         self.features = model.embed.weight.new_zeros(min(PREFILL_CHUNK, max_seq_len), model.cfg.hidden_size)
         self.hidden = self.features.repeat(1, len(drafter.taps)) if drafter.taps else self.features
-        self.short = min(SHORT_CHUNK, len(self.features))
-        # Up to this many tokens, short chunks beat a long one, which dequantises first (docs/experiments.md).
-        self.few = (5 if is_quantized(model) else 2) * self.short
+        self.short_rows = min(SHORT_CHUNK, len(self.features))
+        # Up to this many remaining tokens are cheaper in short chunks than in a long one, which dequantises first.
+        self.short_up_to = (5 if is_quantized(model) else 2) * self.short_rows
 
         # The sequence on the device
         rows = drafter.max_depth + 1
@@ -80,7 +80,7 @@ class Engine:
             seed=zero.clone(), sampling=Sampling())
         self.limit = zero + 1  # the longest that the text may become
         self.noise_depth = drafter.noise_depth or drafter.max_depth
-        self.nodes = torch.arange(max(MAX_NODES, self.noise_depth + 1), device=device)
+        self.indices = torch.arange(max(MAX_NODES, self.noise_depth + 1), device=device)  # of nodes, slots, depths
 
         # The host
         self.report = torch.zeros(rows + 2, dtype=torch.int64, device=device)  # see tree.accept_commit
@@ -103,7 +103,7 @@ class Engine:
         processed as a whole: in half precision, cache entries that decoding left are rounded differently, so a text
         would depend on what came before it.
         """
-        self.check(ids)
+        self.check(ids, max_new_tokens)
         start = self.reusable(ids) if reuse else 0
         self.begin_sequence(ids[:start])
         self.state.sampling = sampling
@@ -111,7 +111,7 @@ class Engine:
         cycle = self.captured(self.cycle, "cycle", replace(sampling, seed=0))
         self.prefill(ids, max_new_tokens, sampling, start)
         self.mailbox.send(0)
-        length, sequence = len(ids), self.sequence
+        sequence = self.sequence
         for turn in itertools.count():
             if self.cuda:  # run ahead: after the end a cycle changes nothing
                 cycle()
@@ -124,14 +124,13 @@ class Engine:
             if not self.owns_caches(sequence):
                 raise RuntimeError("a newer generate() ended this one: a model decodes one sequence at a time")
             if not self.cuda:
-                length += count
-                self.state.width = min(round_up(length + SPARE, 128), self.slots)
+                self.state.width = min(round_up(len(self.text) + SPARE, 128), self.slots)
                 cycle()
                 self.mailbox.send(turn + 1)
 
     @torch.inference_mode()
     def cycle(self) -> None:
-        """Draft, verify, accept, commit. Once `state.done`, a cycle changes nothing that counts."""
+        """Draft, verify, accept, commit. Once `state.done`, a cycle commits nothing, see tree.accept_commit."""
         self.draw_noise()
         base = self.state.length - 1  # the slot of the root
         tree = self.drafter.propose(self.state)
@@ -143,13 +142,13 @@ class Engine:
         temperature = self.state.sampling.temperature
         self.state.noise = None
         if temperature:
-            positions = self.state.length + self.nodes[:self.noise_depth + 1]
+            positions = self.state.length + self.indices[:self.noise_depth + 1]
             self.state.noise = temperature * gumbel_noise(self.state.seed, positions, self.model.cfg.vocab_size)
 
     def verify(self, base: Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
         """One forward over all nodes, the root in slot `base` (0-d int64). Returns what the drafter drafts from, their
         features [T, C] or taps [T, k * C], and the target's choice after each, [T] int64."""
-        slots = base + self.nodes[:len(tree.tokens)]  # siblings share a position, never a slot
+        slots = base + self.indices[:len(tree.tokens)]  # siblings share a position, never a slot
         mask = tree_mask(base, tree.ancestors, self.state.width, settled=True)
         tokens = tree.tokens ^ (tree.tokens >> 63) if self.drafter.has_blocked_nodes else tree.tokens  # ~t back to t
         features, hidden = self.model.forward_with_taps(tokens[None], base + tree.depth, slots, mask, self.drafter.taps)
@@ -174,7 +173,7 @@ class Engine:
         return logits
 
     def commit(self, base: Tensor, tree: Tree, hidden: Tensor, next_tokens: Tensor) -> None:
-        """Accept, commit, and move what was accepted to the front of the cache and of the hidden states."""
+        """Accept and commit. Move the path's keys and values behind the text's, its hidden states to `state.hidden`."""
         path = self.accept(tree, next_tokens, self.drafter.max_depth)
         if self.drafter.max_depth:
             self.tree_ops.compact(self.model.kv, base, path, hidden, self.state.hidden)
@@ -185,18 +184,22 @@ class Engine:
 
     # ----- The prompt ----------------------------------------------------------------------------------------------
 
-    def check(self, ids: list[int]) -> None:
-        """ValueError where this prompt cannot be continued."""
+    def check(self, ids: list[int], max_new_tokens: int) -> None:
+        """ValueError where this prompt cannot be continued by so many tokens."""
         if not ids:
             raise ValueError("the prompt is empty: there is nothing to continue")
         if len(ids) >= self.max_seq_len:
             raise ValueError(f"the prompt has {len(ids)} tokens and --max_seq_len {self.max_seq_len} leaves no room "
                              f"for more (the model was made for {self.model.cfg.max_position_embeddings})")
+        if min(ids) < 0 or max(ids) >= self.model.cfg.vocab_size:
+            raise ValueError(f"the prompt has ids that the model lacks: they are 0 to {self.model.cfg.vocab_size - 1}")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
 
     @torch.inference_mode()
     def prefill(self, ids: list[int], max_new_tokens: int, sampling: Sampling, start: int = 0) -> State:
         """Process the prompt from token `start` on and commit the first new token. ValueError where it does not fit."""
-        self.check(ids)
+        self.check(ids, max_new_tokens)
         state, n = self.state, len(ids)
         self.reused = start
         state.sampling = sampling
@@ -207,7 +210,6 @@ class Engine:
         self.drafter.reset(state)
         last = self.prefill_chunks(ids, start)
         self.text = list(ids)
-        state.committed.fill_(0)
         state.done.fill_(False)
         self.commit_first(last)
         return state
@@ -220,23 +222,22 @@ class Engine:
         self.accept(root, self.choose(self.features[row][None], root), 0)
 
     def prefill_chunks(self, ids: list[int], start: int = 0) -> int:
-        """Run the prompt from token `start` on through the model and the drafter. Returns the row of `features`, and of
-        `hidden`, that is the last token's."""
+        """Run model and drafter over the prompt from token `start` on. Returns the last token's row of `features`."""
         rows, n = len(self.features), len(ids)
         self.begin_sequence(ids[:start])
         if not self.cuda:
             for first in range(start, n, rows):
-                self.first.fill_(first)
+                self.first_slot.fill_(first)
                 count = min(rows, round_up(n - first, 16))  # oneDNN keeps kernels of every shape that it ever saw
                 self.prefill_chunk(count, min(round_up(first + count, 128), self.slots))
             return n - 1 - first
-        self.first.zero_()  # capturing executes the chunk, see `compile`
+        self.first_slot.zero_()  # capturing executes the chunk, see `compile`
         chunks = {size: self.captured(partial(self.prefill_chunk, size, self.slots), "chunk", size)
-                  for size in (self.short, rows)}
+                  for size in (self.short_rows, rows)}
         while start < n:  # two shapes serve every prompt
-            size = self.short if n - start <= self.few else rows
+            size = self.short_rows if n - start <= self.short_up_to else rows
             first = min(start, self.slots - size)
-            self.first.fill_(first)
+            self.first_slot.fill_(first)
             chunks[size]()
             start += size
         return n - 1 - first
@@ -244,8 +245,8 @@ class Engine:
     def prefill_chunk(self, rows: int, width: int) -> None:
         """Fill `rows` slots of the caches from `first` on, `features` and `hidden`. What lies past the prompt's end is
         overwritten before anyone reads it, and so is the head's last entry, whose token is not chosen yet."""
-        slots = self.first + torch.arange(rows, device=self.device)
-        mask = causal_mask(self.first, rows, width)
+        slots = self.first_slot + torch.arange(rows, device=self.device)
+        mask = causal_mask(self.first_slot, rows, width)
         tokens, taps = self.state.tokens[slots][None], self.drafter.taps
         features, hidden = self.model.forward_with_taps(tokens, slots, slots, mask, taps)
         self.features[:rows].copy_(features[0])
@@ -269,9 +270,10 @@ class Engine:
         return sequence is self.sequence and all(LAST_WRITTEN.get(cache) is sequence for cache in self.caches())
 
     def reusable(self, ids: list[int]) -> int:
-        """How many tokens of the prompt need not be processed again: the prefix that it shares with the last text, less
-        one (a head's entry needs the next token), and never the last max_depth + 2 of that text: a drafter learns what
-        a cycle committed in the next one, and a cycle that ran ahead or was interrupted writes to no slot before."""
+        """How many tokens of the prompt need not be processed again: the prefix shared with the last text, less one,
+        because a head's entry for token i needs token i + 1. The last max_depth + 2 tokens of that text are always
+        processed again: a drafter processes what was committed one cycle later, and a cycle that ran ahead or was
+        interrupted may have written to their slots, but to none before."""
         if not self.owns_caches(self.sequence):
             return 0
         return max(0, min(first_difference(ids, self.text) - 1, len(self.text) - self.drafter.max_depth - 2))
@@ -291,9 +293,9 @@ class Engine:
         """Compile the kernels of prefill, of a cycle, and of verifying each of these counts of nodes (greedily: a chain
         may be longer than the noise reaches). Ends the text."""
         self.begin_sequence([])
-        self.first.zero_()  # elsewhere a chunk might reach past the caches
+        self.first_slot.zero_()  # elsewhere a chunk might reach past the caches
         self.state.sampling = sampling
-        chunks = (partial(self.prefill_chunk, size, self.slots) for size in (self.short, len(self.features)))
+        chunks = (partial(self.prefill_chunk, size, self.slots) for size in (self.short_rows, len(self.features)))
         trees = (partial(self.verify, self.state.length - 1, self.chain(n)) for n in rows)
         compile_kernels(self.cycle, *chunks, partial(self.commit_first, 0), *trees)
 
@@ -335,7 +337,7 @@ class Engine:
         last = self.prefill_chunks(ids)
         self.state.length.fill_(len(ids))
         self.draw_noise()
-        return self.scores(self.features[last][None], self.nodes[:1]).topk(2).values[0].diff().abs().item()
+        return self.scores(self.features[last][None], self.indices[:1]).topk(2).values[0].diff().abs().item()
 
 
 def first_difference(ids: list[int], others: list[int]) -> int:

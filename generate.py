@@ -68,7 +68,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     text.add_argument("--top_k", type=int, default=0, help="0: off")
     text.add_argument("--top_p", type=float, default=1.0, help="1: off")
     text.add_argument("--min_p", type=float, default=0.0, help="0: off")
-    text.add_argument("--seed", type=int, default=0, help="the same seed gives the same text with any drafter")
+    text.add_argument("--seed", type=int, default=0, help="the same seed gives the same text with any "
+                      "drafter, except --speculate --rejection")
     text.add_argument("--stop", type=as_utf8, action="append", default=[], metavar="TEXT",
                       help="end before this text; repeatable")
     text.add_argument("--system", type=as_utf8, metavar="TEXT", help="with --interactive: the first system message")
@@ -109,6 +110,7 @@ def check_run(args: argparse.Namespace) -> str | None:
     plain = args.method == BASELINE
     trees = args.show_tree or args.tree_html
     for wrong, message in (
+            (args.serve == "", "--serve takes HOST:PORT, such as 127.0.0.1:8000"),
             (args.compare and plain, "--compare needs a method that drafts, such as --eagle2"),
             (trees and plain, "--show_tree and --tree_html need a method that drafts, such as --eagle2"),
             (bool(args.prompt_file) != bool(args.output), "--prompt_file and --output FILE go together"),
@@ -137,7 +139,7 @@ def asked_sampling(args: argparse.Namespace) -> Sampling:
     return Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
 
 
-def slots(args: argparse.Namespace) -> int:
+def max_seq_len(args: argparse.Namespace) -> int:
     return context(args, Config.load(folder_of(args.checkpoint)))
 
 
@@ -149,12 +151,12 @@ def work() -> int | None:
     except RuntimeError as error:
         if not memory.exhausted(error):
             raise
-        return fail(MemoryError(memory.advice(args, *placement(args), slots(args))))
+        return fail(MemoryError(memory.advice(args, *placement(args), max_seq_len(args))))
 
 
 def run(args: argparse.Namespace, sampling: Sampling) -> int | None:
     if args.memory:
-        return print(memory.summary(args, *placement(args), slots(args)))
+        return print(memory.summary(args, *placement(args), max_seq_len(args)))
     if args.prompt_file:
         return batch(args, sampling)
     if args.serve:
@@ -168,7 +170,7 @@ def run(args: argparse.Namespace, sampling: Sampling) -> int | None:
         from app.chat import chat  # here, since prompt_toolkit takes long to import
         return chat(engine, engine.tokenizer, sampling, args.max_new_tokens, args.system, args.stop)
     ids = read_prompt(args, engine.tokenizer)
-    engine.check(ids)
+    engine.check(ids, args.max_new_tokens)
     engine.warm_up(sampling)
     result = answer_and_report(args, engine, ids, sampling)
     if args.tree_html:

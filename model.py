@@ -35,8 +35,8 @@ def rope_table(cfg: Config, length: int, device: torch.device | None = None, con
     longest text, by which LongRoPE chooses its frequencies; None: length."""
     inv_freq, factor = frequencies(cfg.rope_theta, cfg.rotated, cfg.rope_scaling, context or length, device)
     angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * inv_freq  # [length, rotated pairs]
-    still = (0, (cfg.head_dim - cfg.rotated) // 2)  # the other pairs keep cos 1 and sin 0
-    cos, sin = F.pad(angles.cos() * factor, still, value=1.0), F.pad(angles.sin() * factor, still)
+    padding = (0, (cfg.head_dim - cfg.rotated) // 2)  # pairs that are not rotated: cos 1, sin 0
+    cos, sin = F.pad(angles.cos() * factor, padding, value=1.0), F.pad(angles.sin() * factor, padding)
     return torch.stack((cos, sin)).repeat(1, 1, 2)
 
 
@@ -138,7 +138,8 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """The target model and its KV cache. Several engines may share it; one of them writes a sequence at a time."""
+    """The target model and its KV cache. Several engines may share it; one of them writes a sequence at a time. They
+    share the RoPE table too. LongRoPE's depends on max_seq_len, which must be the same for all of them."""
 
     def __init__(self, cfg: Config, *, qkv_bias: bool = False) -> None:
         super().__init__()

@@ -210,7 +210,7 @@ def main() -> None:
         p.error("--group is for int4")
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda, but torch finds no CUDA device")
-    source = {None: args.checkpoint, True: args.checkpoint / "eagle"}.get(args.draft, args.draft)
+    source = {None: args.checkpoint, True: folder_of(args.checkpoint) / "eagle"}.get(args.draft, args.draft)
     with locked(folder_of(source)) if source.exists() else nullcontext():  # its weights stay those that are read
         print(quantize_checkpoint(source, args.mode, args.group or 128, args.device) if args.draft is None
               else quantize_draft(source, args.checkpoint, args.mode, args.group or 128))

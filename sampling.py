@@ -28,7 +28,7 @@ class Sampling:
         for name, fits, range_of_it in (
                 # In fp32 a logit divided by less could overflow, and beside more the logits would vanish.
                 ("temperature", self.temperature == 0 or 1e-6 <= self.temperature <= 1e6, "0, or 0.000001 to 1000000"),
-                ("top_k", self.top_k >= 0, "0 or more"),
+                ("top_k", isinstance(self.top_k, int) and self.top_k >= 0, "a whole number, 0 or more"),
                 ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
                 ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
                 ("seed", isinstance(self.seed, int) and -2**63 <= self.seed < 2**64, "an integer of 64 bits")):
@@ -70,8 +70,7 @@ def perturb(logits: Tensor, noise: Tensor, temperature: float, top_k: int = 0, t
 
 
 def gumbel_noise(seed: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """Gumbel(0, 1) noise that depends on seed, position and token alone: [N, V] fp32. seed 0-d int64, positions [N]
-    int64."""
+    """Gumbel(0, 1) noise of seed (0-d int64), position ([N] int64) and token alone: [N, V] fp32."""
     if positions.is_cuda:
         return tree_kernels.gumbel_noise(seed, positions, vocab_size)
     token = torch.arange(vocab_size, device=positions.device)
@@ -85,8 +84,7 @@ def gumbel_noise(seed: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
 
 
 def mix32(x: Tensor) -> Tensor:
-    """A bijection of 32-bit words, held in int64, that mixes every bit into all others (constants: Chris Wellons'
-    lowbias32)."""
+    """A bijection of 32-bit words, held in int64, that mixes every bit into all others (Chris Wellons' lowbias32)."""
     x = x & 0xFFFFFFFF
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF

@@ -22,8 +22,10 @@ MOST_CHARACTERS = 10**7  # that a chat template may write: more than any model r
 class Tokenizer:
     """The tokenizer of a checkpoint folder. ValueError or OSError names the file that is missing or broken.
 
-    vocab_size: the largest id + 1; the model may have fewer ids. stop_ids: those that the model has of every id that a
-    file calls eos, and of `turn_ends`, the added tokens that the chat template writes after an answer (<|im_end|>).
+    vocab_size: the largest id + 1; the model may have fewer ids. stop_ids: the ids that end a text: every eos of
+    tokenizer_config.json, config.json and generation_config.json, and `turn_ends`, the added tokens that the chat
+    template writes after an answer (<|im_end|>); without ids that the model lacks. after_answer: the first line that
+    the template writes there, "" if none.
 
     chat_template: a file with another template than the folder's. A broken one raises `template_error` when it is used.
     """
@@ -107,8 +109,7 @@ class Tokenizer:
     # ----- Ids to text ---------------------------------------------------------------------------------------------
 
     def decode(self, ids: list[int], stops: Sequence[str] = ()) -> str:
-        """The text of ids, without special tokens, up to the first of `stops`. Bytes that are not UTF-8 become
-        U+FFFD."""
+        """The text of ids, without special tokens, up to the first of `stops`. Broken UTF-8 becomes U+FFFD."""
         stream = self.stream(stops)
         return stream.push(ids) + stream.flush()
 
@@ -181,10 +182,7 @@ class StoppingStream(TextStream):
             self.tokens += len(new)
             found = [(at + len(stop), at) for stop in self.stops if (at := self.held.find(stop)) >= 0]
             self.stopped = bool(found)
-            if found:
-                sure = min(found)[1]
-            else:
-                sure = len(self.held) if at_end else self.sure()
+            sure = min(found)[1] if found else (len(self.held) if at_end else self.sure())
             shown += self.held[:sure]
             self.held = self.held[sure:]
         return shown

@@ -55,8 +55,9 @@ class Level(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """All drafted nodes, level by level, siblings best first: N = k + (levels - 1) k^2. With `retrieved`, the last so
-    many are a chain found in the text, the first of them a copy of the root that is never kept."""
+    """All drafted nodes. EAGLE-2's come level by level, siblings best first: N = k + (levels - 1) k^2. Those of `grid`
+    come depth by depth, best first: N = D n. With `retrieved`, so many more follow: a copy of the root, which is never
+    kept, and below it a chain found in the text."""
     tokens: Tensor  # [N] int64
     scores: Tensor  # [N] fp32, log-probability of the path to each
     parents: Tensor  # [N] int64, indices of candidates; -1 under the root
@@ -72,7 +73,7 @@ def root_token(state: State) -> Tensor:
 
 
 def bit(i: Tensor, words: int) -> Tensor:
-    """Bit i of a row of so many int64, bit i % 64 of word i // 64: [N, words] of i [N] int64."""
+    """For each i of [N] int64, a row of `words` int64 in which one bit is set: bit i % 64 of word i // 64."""
     i = i[:, None]
     return torch.where(i >> 6 == torch.arange(words, device=i.device), torch.ones_like(i) << (i & 63), 0)
 
@@ -115,8 +116,7 @@ def catch_up(state: State, n: int, scratch: Tensor) -> tuple[Tensor, Tensor, Ten
     last feature that counts; `scratch` with the length added.
     """
     positions = state.length - state.committed - 1 + torch.arange(n, device=scratch.device)
-    last_row = (state.committed - 1)[None]
-    return state.tokens[positions + 1], positions, last_row, state.length + scratch
+    return state.tokens[positions + 1], positions, (state.committed - 1)[None], state.length + scratch
 
 
 def start_tree(k: int, levels: int, device: torch.device, retrieved: int = 0) -> tuple[Level, Candidates]:
@@ -235,7 +235,8 @@ def accept(tree: Tree, next_tokens: Tensor, max_depth: int) -> tuple[Tensor, Ten
     """The longest drafted path that the target itself would have written.
 
     next_tokens [T] int64: the target's choice after each node. A node is accepted if every node on its path is what the
-    target chose after that node's parent. Siblings differ, so at most one node of each depth is accepted. Returns
+    target chose after that node's parent. Siblings may be equal (one drafted, one retrieved), so several nodes of a
+    depth may be accepted: the path leads to the deepest one, at a tie the first. Returns
       path [max_depth + 1] int64: the accepted nodes in order, the root first; then the last one repeated
       accepted, 0-d int64: how many drafted tokens were accepted (the root does not count)
       out [max_depth + 1] int64: the tokens to commit, the bonus token last; entries beyond `accepted` repeat it
@@ -257,9 +258,10 @@ def accept_commit(tree: Tree, next_tokens: Tensor, state: State, stop_ids: Tenso
                   report: Tensor) -> Tensor:
     """Accept a path and append its tokens to the text, up to the first of `stop_ids` [any] or the length `limit` (0-d).
 
-    Changes state.tokens, length, committed and done in place; once `done` is set, nothing that counts. Returns the path
-    of `accept`. Fills report [max_depth + 3] int64 for the host: how many tokens were committed, whether the text has
-    ended, and the tokens (only the committed ones count).
+    Changes state.tokens, length, committed and done in place. Once `done` is set, it commits nothing and leaves the
+    text's tokens, length and `committed` as they are; what lies behind the text may change. Returns `accept`'s path.
+    Fills report [max_depth + 3] int64 for the host: how many tokens were committed, whether the text has ended, and the
+    tokens (only the committed ones count).
     """
     path, accepted, out = accept(tree, next_tokens, max_depth)
     steps = torch.arange(len(out), device=out.device)
@@ -276,7 +278,7 @@ def accept_commit(tree: Tree, next_tokens: Tensor, state: State, stop_ids: Tenso
 
 
 def compact(kv: Tensor, base: Tensor, path: Tensor, hidden: Tensor, kept: Tensor) -> None:
-    """Move what was accepted to the front: slots base + path[j] of kv [..., S, D] to base + j, and hidden[path] to
+    """Move what was accepted behind the text: slots base + path[j] of kv [..., S, D] to base + j. Copy hidden[path] to
     kept [max_depth + 1, C]. base 0-d int64, path [max_depth + 1] int64, hidden [T, C]."""
     slots = base + torch.arange(len(path), device=path.device)
     kv.index_copy_(-2, slots, kv.index_select(-2, base + path))  # gathered first: source and destination overlap

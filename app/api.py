@@ -96,7 +96,7 @@ def read_request(raw: bytes, chat: bool, served: Served) -> Asked:
     sampling = read_sampling(fields, served.sampling)
     ids = read_messages(fields, served) if chat else read_prompt(fields, served)
     try:
-        served.engine.check(ids)
+        served.engine.check(ids, max_tokens)
     except ValueError as error:
         raise Refusal(400, str(error), "messages" if chat else "prompt",
                       "context_length_exceeded" if ids else None) from None

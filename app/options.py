@@ -75,7 +75,8 @@ def add_device_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 where the device is fast at it, "
                    "float32 elsewhere, and on a CPU with --quantize")
     p.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
-    p.add_argument("--max_seq_len", type=int, help="cache slots (default: the model's context, at most 4096)")
+    p.add_argument("--max_seq_len", type=int, help="longest text, prompt included, in tokens (default: the model's "
+                   "context, at most 4096)")
 
 
 # ----- Checking them -----------------------------------------------------------------------------------------------
@@ -137,7 +138,7 @@ def is_quantized_file(checkpoint: Path) -> bool:
 
 
 def context(args: argparse.Namespace, cfg: Config) -> int:
-    """How many slots the cache has."""
+    """max_seq_len: the most tokens that a text may have."""
     if args.max_seq_len is not None:
         return args.max_seq_len
     return min(cfg.max_position_embeddings, cfg.context_limit or 4096, 4096)
@@ -203,9 +204,7 @@ def read_prompt(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
         raise ValueError(f"--prompt {args.prompt}: not UTF-8, convert it, for example with iconv ({error})") from None
     if not text.strip():
         raise ValueError("--prompt is empty")
-    if args.raw or not tokenizer.has_chat_template:
-        return tokenizer.encode(text)
-    return tokenizer.chat([{"role": "user", "content": text}])
+    return tokenizer.encode(text) if args.raw else tokenizer.dialogue([text])
 
 
 def explain_template(tokenizer: Tokenizer, args: argparse.Namespace) -> None:

@@ -49,12 +49,7 @@ class Variant(NamedTuple):
 
 def write_answers(model: Llama, tokenizer: Tokenizer, questions: int, new_tokens: int) -> list[Answer]:
     """What the target writes, greedily, after the first of QUESTIONS."""
-    def ids_of(text: str) -> list[int]:
-        if tokenizer.has_chat_template:
-            return tokenizer.chat([{"role": "user", "content": text}])
-        return tokenizer.encode(text)
-
-    prompts = [ids_of(text) for text in QUESTIONS[:questions]]
+    prompts = [tokenizer.dialogue([text]) for text in QUESTIONS[:questions]]
     engine = Engine(model, Vanilla(model.embed.weight.device), max(map(len, prompts)) + new_tokens, tokenizer.stop_ids)
     answers = [Answer(ids + sum(engine.generate(ids, new_tokens), []), len(ids)) for ids in prompts]
     model.free_cache()

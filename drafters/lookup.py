@@ -54,7 +54,8 @@ class Retrieval:
         tensors each time, and these may be parts of larger ones.
 
         tokens [length + 1] int64: the newest token, then the chain; where there is nothing to propose, ~0, which is
-        never accepted. scores [length] fp32: the log-probability of the chain up to each token; without a match, -inf.
+        never accepted. scores [length] fp32: the log-probability of the chain up to each token; -inf where there is no
+        token.
         """
         if tokens.is_cuda:
             self.write_triton(state, tokens, scores)
@@ -83,7 +84,7 @@ class Retrieval:
         chain = torch.where(found, text[source.clamp(max=len(text) - 1)], ~0)
         tokens.copy_(torch.cat((text[n - 1][None], chain)))
         if scores is not None:
-            scores.copy_(self.scores[best_match])
+            scores.copy_(torch.where(found, self.scores[best_match], -math.inf))
 
     def write_triton(self, state: State, tokens: Tensor, scores: Tensor | None) -> None:
         retrieve_kernel[1,](state.tokens, state.length, tokens, scores, self.scores, self.length, self.max_match,
@@ -121,7 +122,8 @@ def retrieve_kernel(text, length, tokens, scores, table, K: tl.constexpr, MAX_MA
     tl.store(tokens, tl.load(text + n - 1))
     tl.store(tokens + 1 + k, tl.load(text + source, mask=found, other=-1), mask=k < K)
     if scores is not None:
-        tl.store(scores + k, tl.load(table + tl.maximum(best_match, 0) * K + k, mask=k < K), mask=k < K)
+        log_p = tl.load(table + tl.maximum(best_match, 0) * K + k, mask=k < K)
+        tl.store(scores + k, tl.where(found, log_p, -float("inf")), mask=k < K)
 
 
 class Lookup(Drafter):

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from draft import Drafter, tree_ops
 from drafters.lookup import Retrieval
+from engine import SPARE
 from formats.config import Config
 from formats.weights import fill, read_tensors
 from model import Llama, load_model
@@ -115,7 +116,7 @@ class Speculate(Drafter):
 
     def allocate(self, slots: int) -> None:
         if self.draft.kv is None or self.draft.kv.shape[4] < slots:
-            self.draft.allocate_cache(slots)
+            self.draft.allocate_cache(slots - SPARE, SPARE)  # what the model allows depends on the longest text
         if len(self.text) < slots + 1:
             self.text = self.text.new_zeros(slots + 1)
 

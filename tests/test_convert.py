@@ -312,6 +312,20 @@ def test_command_line_errors(tmp_path, monkeypatch, capsys):
     assert "gguf" in capsys.readouterr().out
 
 
+def test_converted_already(tmp_path, monkeypatch, capsys):
+    """Fails if --out or --dtype is ignored in silence, because the source is a folder that needs no conversion."""
+    hf_folder(tmp_path / "hf")
+    folder = tmp_path / "out"
+    assert run(monkeypatch, tmp_path / "hf", "--out", folder) == 0
+    capsys.readouterr()
+    for words in (("--out", tmp_path / "other"), ("--dtype", "float32"), ("--out", folder, "--dtype", "bfloat16")):
+        assert run(monkeypatch, folder, *words) == 2
+        error = capsys.readouterr().err
+        assert error == f"error: {folder} is converted already: --out and --dtype are for a source that is not\n"
+    assert not (tmp_path / "other").exists()
+    assert run(monkeypatch, folder, "--out", tmp_path / "hf/../out") == 0
+
+
 # ----- Draft heads ---------------------------------------------------------------------------------------------------
 
 

@@ -75,7 +75,7 @@ def test_a_long_chunk_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
         ids = tiny.prompt(length, length)
         engine = as_on_a_gpu(Engine(model, Vanilla(), 100))
         text = write(engine, ids, 100 - length)
-        assert int(engine.first) == {80: 72, 81: 45, 99: 45}[length]  # 80: two short chunks do
+        assert int(engine.first_slot) == {80: 72, 81: 45, 99: 45}[length]  # 80: two short chunks do
         assert text == vanilla(model, ids, 100 - length)
 
 

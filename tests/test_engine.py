@@ -327,6 +327,28 @@ def test_prompts_that_do_not_fit() -> None:
     assert len(write(engine, [1] * 15, 5)) == 1
 
 
+@pytest.mark.parametrize("count", [0, -1])
+def test_no_new_tokens(count: int) -> None:
+    """Fails if a text that may not grow is begun: it would give nothing again and again, or tokens of the last one."""
+    engine = Engine(tiny.target(), Vanilla(), 64)
+    text = write(engine, [1, 2, 3], 5)
+    message = f"max_new_tokens must be at least 1, not {count}"
+    with pytest.raises(ValueError, match=message):
+        next(engine.generate([1, 2, 3], count))
+    with pytest.raises(ValueError, match=message):
+        engine.prefill([1, 2, 3], count, GREEDY)
+    assert engine.text == [1, 2, 3, *text]
+
+
+@pytest.mark.parametrize("token", [24, -1])
+def test_ids_that_the_model_lacks(token: int) -> None:
+    """Fails if an id outside the vocabulary reaches the embedding, which a GPU reads unchecked."""
+    engine = Engine(tiny.target(), Vanilla(), 64)
+    with pytest.raises(ValueError, match="ids that the model lacks: they are 0 to 23"):
+        next(engine.generate([1, token, 3], 5))
+    assert len(write(engine, [0, 23], 5)) == 5
+
+
 # ----- The distribution ------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ SEEDS = (0, 1, -1, 2**32, -2**32, 2**63 - 1, -2**63, 2**63 - 2)
     *(({"temperature": t}, "temperature") for t in (nan, inf, -inf, -1, -0.5, 1e-38, 9e-7, 1.1e6, 1e38, 1e300)),
     *(({"temperature": 1, "top_p": p}, "top_p") for p in (nan, inf, 0, -0.1, 1.0001)),
     *(({"temperature": 1, "min_p": p}, "min_p") for p in (nan, inf, -1e-9, 1.0001)),
-    ({"temperature": 1, "top_k": -1}, "top_k"), ({"temperature": 1, "top_k": nan}, "top_k"),
+    *(({"temperature": 1, "top_k": k}, "top_k") for k in (-1, 1.5, 2.0, nan, None)),
     *(({"seed": seed}, "seed") for seed in (2**64, -2**63 - 1, 1.5, nan, None))])
 def test_refused(values: dict, name: str) -> None:
     """Fails if a number that cannot be honoured is accepted, or if the error does not say which one it is."""

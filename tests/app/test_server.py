@@ -400,7 +400,8 @@ def test_keys_from_files(tmp_path: Path) -> None:
     (("--serve", "--show_tree", "--eagle2"), "--show_tree"), (("--serve", "--json"), "single --prompt"),
     (("--serve", "--system", "x"), "--system is for"), (("--serve", "--prompt", "x"), "not allowed with"),
     (("--serve", "8.8.8.8.8:1"), "--serve 8.8.8.8.8:1"), (("--serve", "0.0.0.0:0"), "give --api_key"),
-    (("--serve", "0.0.0.0:0", "--api_key", ""), "--api_key should be")])
+    (("--serve", "0.0.0.0:0", "--api_key", ""), "--api_key should be"),
+    (("--serve", ""), "--serve takes HOST:PORT"), (("--serve", "", "--api_key", "x"), "--serve takes HOST:PORT")])
 def test_command_line(words: tuple[str, ...], said: str, folder: Path, call) -> None:
     """Fails if an option that does not fit is ignored, or a wrong one ends in more than one line."""
     code, out, err = call("--checkpoint", folder, "--device", "cpu", *words)

@@ -7,6 +7,7 @@ import torch
 from triton_tools import assert_fits, compile_ahead, interpreted, not_interpreted
 
 from draft import Eagle2, Vanilla
+from drafters.block import Block
 from drafters.lookup import CONFIDENCE, RULES, Lookup, Retrieval, retrieve_kernel
 from engine import Engine
 from sampling import Sampling
@@ -69,9 +70,9 @@ def test_chain(rule: str) -> None:
         retrieval.write(state_of(text, 128), tokens, scores)
         chain, match = plain(text, length, rule)
         assert tokens.tolist() == [text[-1], *chain], (text, length)
-        odds = 1.0 if match else 0.0
+        odds = 1.0
         for i, score in enumerate(scores.exp().tolist()):
-            odds *= CONFIDENCE[min(match + i, len(CONFIDENCE)) - 1]
+            odds *= CONFIDENCE[min(match + i, len(CONFIDENCE)) - 1] if chain[i] >= 0 else 0.0
             assert score == pytest.approx(odds, rel=1e-4)
         seen.add(match)
     assert len(seen) == RULES[rule] + 1, "not all lengths of a match have occurred"
@@ -127,11 +128,33 @@ def test_text_is_vanillas(seed: int) -> None:
     ids = tiny.prompt(seed, 4 + 3 * seed)
     shapes = [(8, 3, 3), (2, 1, 1), (64, 8, 10), (20, 2, 5)]
     drafters = [Lookup(length=1 + 3 * seed, rule=list(RULES)[seed % 3])] + [
-        Eagle2(head, model, *shape, Retrieval(3 + seed)) for shape in shapes]
+        Eagle2(head, model, *shape, Retrieval(3 + seed, list(RULES)[i % 3])) for i, shape in enumerate(shapes)]
     for how in SAMPLINGS:
         wanted = sum(Engine(model, Vanilla(), 90, frozenset([3])).generate(ids, 100, how), [])
         for drafter in drafters:
             assert sum(Engine(model, drafter, 90, frozenset([3])).generate(ids, 100, how), []) == wanted
+
+
+@pytest.mark.parametrize("kind", ["eagle2", "block", "markov"])
+def test_a_chain_that_is_cut_short(kind: str) -> None:
+    """Fails if a node without a token is verified where a chain ends before its length, as the rule hf lets it: its
+    token is none of the model's."""
+    model, head = tiny.pair(3, 0.3)
+    retrieval = Retrieval(10, "hf")
+    if kind == "eagle2":
+        drafter = Eagle2(head, model, 60, 6, 10, retrieval)
+    else:
+        block = tiny.block(model, markov="vanilla" if kind == "markov" else None)
+        drafter = Block(block, model, 60, 10, retrieval=retrieval)
+    ids = [1, 2, 3, 4] * 2 + [1, 2]
+    engine = Engine(model, drafter, 90)
+    state = engine.prefill(ids, 60, Sampling())
+    trees = []
+    while not state.done:
+        trees.append(drafter.propose(state).tokens)
+        engine.cycle()
+    assert all((tokens >= 0).all() for tokens in trees) and len(trees) > 3
+    assert state.tokens[:70].tolist() == ids + sum(Engine(model, Vanilla(), 90).generate(ids, 60), [])
 
 
 def test_a_text_that_repeats_itself_is_drafted_in_full() -> None:

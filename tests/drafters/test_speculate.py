@@ -60,6 +60,17 @@ def test_a_draft_model_that_knows_gains_everything(length: int) -> None:
             assert [len(cycle) for cycle in cycles] == [1] + [length + 1] * 6
 
 
+def test_spare_slots_are_not_context() -> None:
+    """Fails if the spare slots of the draft model's cache count as text. A sliding window as long as the context would
+    be refused, and LongRoPE would take its frequencies for long texts, with which the drafts are bad."""
+    longrope = {"rope_type": "longrope", "original_max_position_embeddings": 64, "factor": 4.0,
+                "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+    for changes in ({"model_type": "mistral", "sliding_window": 64}, {"rope_scaling": longrope}):
+        model, same = (tiny.target(3, **changes) for _ in range(2))
+        cycles = list(Engine(model, Speculate(same, model, 4), 64).generate(tiny.prompt(0, 7), 1 + 6 * 5))
+        assert [len(cycle) for cycle in cycles] == [1] + [5] * 6, changes
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", SAMPLINGS)
 def test_chain_is_what_the_draft_model_writes(how: Sampling) -> None:

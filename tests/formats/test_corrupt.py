@@ -51,7 +51,7 @@ def attempt(folder: Path, *method: str) -> str:
             engine = options.load_engine(args)
             tokenizer = engine.tokenizer
             ids = generate.read_prompt(args, tokenizer)
-            engine.check(ids)
+            engine.check(ids, 4)
         except (ValueError, OSError) as error:
             assert str(error), repr(error)
             return str(error)

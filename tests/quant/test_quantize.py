@@ -442,6 +442,17 @@ def test_nothing_is_left_behind(folder: Path, monkeypatch: pytest.MonkeyPatch, t
     assert not path.exists(), "the model that it was made from is gone"
 
 
+def test_head_of_a_model_file(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Fails if --draft does not find the head of a checkpoint that is given by its model file."""
+    for checkpoint in (folder, folder / "model.safetensors"):
+        monkeypatch.setattr(sys, "argv", ["quantize.py", "--checkpoint", str(checkpoint), "--mode", "int8", "--draft",
+                                          "--device", "cpu"])
+        quantize.main()
+        path = folder / "eagle/model-int8.safetensors"
+        assert capsys.readouterr().out == f"{path}\n"
+        path.unlink()
+
+
 @pytest.mark.parametrize("quantize", [None, "int8dyn"])
 def test_old_device(folder: Path, monkeypatch: pytest.MonkeyPatch, quantize: str | None) -> None:
     """Fails if a GPU that is too old for the kernels is noticed only by the compiler, after everything is loaded."""
