@@ -611,10 +611,10 @@ def test_out_of_memory(command, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*_: object) -> None:
             raise RuntimeError(text)
         return fail
-    monkeypatch.setattr(train, "learn", broken("CUDA out of memory. Tried to allocate 2 GiB"))
+    monkeypatch.setattr(train, "write_and_train", broken("CUDA out of memory. Tried to allocate 2 GiB"))
     with pytest.raises(ValueError, match="^out of memory: use a --batch below 4, or a --generate_batch below 10$"):
         command()
-    monkeypatch.setattr(train, "learn", broken("shapes"))
+    monkeypatch.setattr(train, "write_and_train", broken("shapes"))
     with pytest.raises(RuntimeError, match="shapes"):
         command()
 

@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from helpers import BOS, END, EOS, Letters, exact, marked, read, tiny_command
+from helpers import BOS, END, EOS, USER, Letters, exact, marked, read, tiny_command
 from recorder import Recorder
 from safetensors.torch import load_file
 from torch import Tensor
@@ -425,7 +425,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 def test_command_from_start_to_end(command, capsys: pytest.CaptureFixture) -> None:
     """Fails if a finished run starts over or writes its dialogues again, another head is overwritten, or --steps 0
     trains or refuses to write dialogues where there is a head."""
-    folder = command("--steps", 0)
+    folder = command("--steps", 0, "--eval_prompts", 0)
     assert [p.name for p in (folder / "training").iterdir()] == ["dialogues.bin"] and not (folder / "eagle").exists()
     data = (folder / "training/dialogues.bin").read_bytes()
     assert len(data) == 4 * 48 * 25
@@ -457,11 +457,43 @@ def test_command_from_start_to_end(command, capsys: pytest.CaptureFixture) -> No
 
 @pytest.mark.slow
 def test_held_out_dialogues_are_not_trained_on(command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if the dialogues of the evaluation were trained on."""
+    """Fails if the dialogues of the evaluation were trained on, also where more of them are asked for than are held
+    out."""
     seen = {}
     monkeypatch.setattr(Trainer, "run", lambda self, data, work: (
         seen.update(trained=data.long()), save_head(self.module.cfg, self.module.state_dict(), self.args.out)))
     monkeypatch.setattr(train, "evaluate", lambda model, out, prompts, *rest: seen.update(prompts=prompts) or 1.0)
     monkeypatch.setattr(train, "save_curve", lambda model, out, prompts, stop_ids: seen.update(curve=prompts))
-    rows = read(command("--steps", 3, "--eval_prompts", 10) / "training/dialogues.bin", 48)
+    rows = read(command("--steps", 3, "--eval_prompts", 20) / "training/dialogues.bin", 48)
     assert torch.equal(seen["trained"], rows[10:]) and seen["prompts"] == seen["curve"] == held_out_prompts(rows[:10])
+
+
+@pytest.mark.slow
+def test_questions(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Fails if a file that is no list of questions is noticed only after training, if a line is cut at a character in
+    its text, if a file takes the place of its namesake, or if a model needs a chat template to be asked."""
+    monkeypatch.setattr(Letters, "dialogue", lambda self, texts: [BOS, USER, *map(len, texts), END], raising=False)
+    monkeypatch.setattr(Letters, "chat", None)
+    monkeypatch.setattr(Letters, "has_chat_template", False)
+    files = [tmp_path / name / "asked.jsonl" for name in "ab"]
+    for path in files:
+        path.parent.mkdir()
+        path.write_text('{"question": "Why?"}', encoding="utf-8")
+    for bad in (files[0], tmp_path / "missing.jsonl"):
+        with pytest.raises((ValueError, OSError), match=bad.name):
+            command("--steps", 1, "--questions", bad)
+        assert not (tmp_path / "model/training").exists()
+    files[0].write_text('{"turns": ["two\u2028lines", "more"]}\n' * 3, encoding="utf-8")
+    files[1].write_text('{"turns": ["one"]}\n\n' * 6, encoding="utf-8")
+    command("--steps", 1, "--questions", *files)
+    out = capsys.readouterr().out
+    assert f"tokens per step on 2 {files[0]}: " in out and f"tokens per step on 3 {files[1]}: " in out
+
+
+@pytest.mark.parametrize("words", [[], ["--kind", "eagle3", "--draft_vocab", 12], ["--out", "elsewhere"]])
+def test_nothing_to_evaluate(words: list, command, tmp_path: Path) -> None:
+    """Fails if --steps 0 without a head writes dialogues for nothing, or does not say which head is missing."""
+    folder = words[1] if "--out" in words else tmp_path / "model" / (words[1] if words else "eagle")
+    with pytest.raises(ValueError, match=f"^{folder}: no head to evaluate: name its folder with --out, or its kind"):
+        command("--steps", 0, *words)
+    assert not (tmp_path / "model/training").exists()
