@@ -38,8 +38,10 @@ from formats.writing import locked
 from model import load_model
 from tokenizer import Tokenizer
 from training.block import BlockTrainer
+from training.dialogues import check_answers
 from training.eagle3 import Eagle3Trainer
 from training.evaluation import compare_speeds, evaluate, held_out_prompts, save_curve
+from training.exported import foreign
 from training.memory import fit_batch
 from training.trainer import Trainer, options, prepare
 
@@ -138,15 +140,13 @@ def write_and_train(args: argparse.Namespace) -> tuple[Tokenizer, Tensor]:
     if args.steps and old.exists() and not (args.work / "eagle/state.pt").exists():
         (args.work / "eagle").mkdir(exist_ok=True)
         old.rename(args.work / "eagle/state.pt")
-    if args.steps and (args.out / "config.json").exists() and not (state / "state.pt").exists():
+    if args.steps and foreign(state, args.out):
         raise ValueError(f"{args.out} holds a head already; choose another --out, or move the head away")
     model, tokenizer, data = prepare(args, args.target_quantize)
     if not args.steps:
         return tokenizer, data
     held_out, to_learn = data.tensor_split([args.generate_batch])  # the first batch, with its own seed
-    if not (to_learn >= 0).any():
-        raise ValueError(f"{args.work / 'dialogues.bin'}: no dialogue has an answer to learn from: move the file away, "
-                         "and use a larger --length")
+    check_answers(to_learn, args.work / "dialogues.bin")
     trainer = KINDS[args.kind](model, args, to_learn, held_out)
     trainer.resume(state)
     args.batch = fit_batch(trainer)

@@ -16,6 +16,7 @@ from pathlib import Path
 from app.command import fail, run_command
 from benchmarks.report import table
 from benchmarks.result_files import CODER, DAMAGED, NAMES, SHAPES, Results, add, problems, read_results
+from drafters.methods import WITH_TREES
 from formats.writing import write_text
 
 PAGE = Path(__file__).parent.parent / "BENCHMARKS.md"
@@ -172,7 +173,7 @@ def quote(name: str, results: Results) -> str | None:
     else:
         speed = {entry["method"]: entry["tokens_per_sec"]["median"] for entry in result["measured"]
                  if entry["temperature"] == 0}
-    drafting = "eagle3" if "eagle3" in speed else "eagle2"
+    drafting = next(method for method in WITH_TREES if method in speed)
     return f"{speed[drafting] / speed['vanilla']:.2f}" if what == "speedup" else f"{speed[what]:.0f}"
 
 

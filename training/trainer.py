@@ -24,7 +24,8 @@ from model import Llama, load_model, rope_table
 from ops.quantized import dequantize
 from quant.linear import QuantizedLinear, is_quantized
 from tokenizer import Tokenizer
-from training.dialogues import Script, read_openers, unmark, write_dialogues
+from training.dialogues import Script, check_dialogues, read_openers, unmark, write_dialogues
+from training.exported import exporting
 from training.steps import compile_on_gpu, distill, new_head, unrolled
 
 CURVE = "curve.json"  # beside the state: the agreement on held-out dialogues while the head was trained
@@ -100,6 +101,11 @@ class Trainer:
     def export(self) -> None:
         """Write what is trained in the format in which others load it."""
         save_head(self.module.cfg, self.module.state_dict(), self.args.out)
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where `export` writes."""
+        return (self.args.out,)
 
     def rows(self, tokens: Tensor) -> int:
         """How many positions of each dialogue, the first ones, are learned from: those that have a target for every
@@ -225,21 +231,29 @@ class Trainer:
     def save(self, work: Path) -> None:
         """Write the state of training to the folder `work`, and export what is trained."""
         state = {"step": self.step, "seconds": self.seconds, "head": self.module.state_dict(),
+                 "config": repr(self.module.cfg),
                  "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
         with replace_files(work) as part, open(part / "state.pt", "wb") as file:
             torch.save(state, file)  # by its name, torch.save reports a full disk as a RuntimeError
-        self.export()
+        with exporting(work, *self.folders):
+            self.export()
 
     def resume(self, work: Path) -> None:
-        """Go on from what `save` wrote to this folder, if there is anything."""
+        """Go on from what `save` wrote to this folder, if there is anything, at the learning rates of this run."""
         path = work / "state.pt"
+        config = repr(self.module.cfg)
         if not path.exists():
             return
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
+            if state.get("config", config) != config:
+                raise ValueError("its head has another config")
             self.module.load_state_dict(state["head"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                rates = [group["initial_lr"] for group in optimizer.param_groups]
                 optimizer.load_state_dict(saved)
+                for group, rate in zip(optimizer.param_groups, rates):
+                    group["initial_lr"] = rate
             self.step = state["step"]
             self.seconds = state["seconds"]
             if (work / CURVE).exists():
@@ -319,15 +333,3 @@ def plain_lm_head(model: Llama) -> nn.Linear:
         values = dequantize(model.lm_head.weight, torch.bfloat16)[:, :model.cfg.hidden_size]
         plain.weight = nn.Parameter(values, False)
     return plain
-
-
-def check_dialogues(path: Path, script: Script, length: int) -> None:
-    """Raise ValueError if a file of dialogues was written with another length of rows or for another model, as far as
-    their first tokens tell."""
-    rows = min(path.stat().st_size // (4 * length), 100) if path.exists() else 0
-    if not rows:
-        return
-    first = ~torch.from_file(str(path), size=rows * length, dtype=torch.int32).view(rows, length)[:, 0].long()
-    if not torch.isin(first, script.forced[:max(script.openers, 1), 0].cpu()).all():
-        raise ValueError(f"{path}: its dialogues are of another --length or another model: move it away, or choose "
-                         "another --work")

@@ -320,6 +320,23 @@ def test_stopped_and_resumed(learnable: tuple[Llama, Tensor], tmp_path: Path, mo
             Eagle3Trainer(model, settings(tmp_path, **changes), data).resume(tmp_path / "parts")
 
 
+def test_state_of_another_head(learnable: tuple[Llama, Tensor], tmp_path: Path) -> None:
+    """Fails if the state of one --init is taken for that of another one, whose tensors have the same shapes: the head
+    would be exported with a wrong config."""
+    model, data = learnable
+    paths = [saved_head(model, tmp_path / str(flag), norm_before_residual=flag, taps=(0, 2, 3))
+             for flag in (False, True)]
+    first, second = (Eagle3Trainer(model, settings(tmp_path, init=path, draft_vocab=None), data) for path in paths)
+    first.save(tmp_path / "work")
+    with pytest.raises(ValueError, match="damaged, or of a training with other options .its head has another config"):
+        second.resume(tmp_path / "work")
+    first.resume(tmp_path / "work")
+    state = torch.load(tmp_path / "work/state.pt", weights_only=True)
+    del state["config"]  # as older versions wrote it
+    torch.save(state, tmp_path / "work/state.pt")
+    first.resume(tmp_path / "work")
+
+
 def test_init_goes_on(learnable: tuple[Llama, Tensor], tmp_path: Path) -> None:
     """Fails if a head that training starts from loses its draft vocabulary, or is changed before the first step."""
     model, data = learnable
@@ -510,7 +527,8 @@ def test_command_from_start_to_end(command, capsys: pytest.CaptureFixture, monke
     assert lines[-1].startswith("tokens per step 1.00 -> 1.") and lines[-1].endswith(
         "(2 held-out prompts, a tree of 8 nodes and 4 levels)") and ", tokens/s " in lines[-1]
     assert (folder / "training/dialogues.bin").read_bytes() == data
-    assert {p.name for p in (folder / "training").iterdir()} == {"dialogues.bin", "eagle", "eagle3"}
+    assert {p.name for p in (folder / "training").iterdir()} == {"dialogues.bin", "dialogues.length", "eagle",
+                                                               "eagle3"}
     assert {p.name for p in (folder / "eagle3").iterdir()} == {"model.safetensors", "config.json", "measured.json",
                                                                "acceptance.json"}
     model = load_model(folder)

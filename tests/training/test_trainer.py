@@ -426,7 +426,8 @@ def test_command_from_start_to_end(command, capsys: pytest.CaptureFixture) -> No
     """Fails if a finished run starts over or writes its dialogues again, another head is overwritten, or --steps 0
     trains or refuses to write dialogues where there is a head."""
     folder = command("--steps", 0, "--eval_prompts", 0)
-    assert [p.name for p in (folder / "training").iterdir()] == ["dialogues.bin"] and not (folder / "eagle").exists()
+    assert {p.name for p in (folder / "training").iterdir()} == {"dialogues.bin", "dialogues.length"}
+    assert not (folder / "eagle").exists()
     data = (folder / "training/dialogues.bin").read_bytes()
     assert len(data) == 4 * 48 * 25
     command("--steps", 3)
@@ -441,8 +442,12 @@ def test_command_from_start_to_end(command, capsys: pytest.CaptureFixture) -> No
     with pytest.raises(ValueError, match="eagle holds a head already"):
         command("--steps", 3, "--work", folder / "other")
     assert (folder / "eagle/model.safetensors").read_bytes() == first and not (folder / "other").exists()
-    with pytest.raises(ValueError, match="of another --length or another model"):
-        command("--steps", 0, "--length", 44)
+    for length in (44, 96, 48 * 100):  # 96: two dialogues in a row
+        with pytest.raises(ValueError, match="of another --length or another model"):
+            command("--steps", 0, "--length", length)
+    assert (folder / "training/dialogues.bin").read_bytes() == data
+    (folder / "training/dialogues.length").unlink()  # as older versions left them
+    command("--steps", 0, "--eval_prompts", 0)
     assert (folder / "training/dialogues.bin").read_bytes() == data
     command("--steps", 0, "--work", folder / "other")
     assert (folder / "other/dialogues.bin").read_bytes() == data == (folder / "training/dialogues.bin").read_bytes()
@@ -453,6 +458,40 @@ def test_command_from_start_to_end(command, capsys: pytest.CaptureFixture) -> No
     assert capsys.readouterr().out == "" and not (folder / "eagle/acceptance.json").exists()
     assert len(json.loads((folder / "eagle/draft_vocab.json").read_text())) == 12
     assert (folder / "eagle/model.safetensors").read_bytes() == first
+
+
+@pytest.mark.slow
+def test_a_head_of_others(command, capsys: pytest.CaptureFixture) -> None:
+    """Fails if a resumed training overwrites a head that it did not export, or refuses to go on with its own where the
+    head lies in another folder now, the run was killed while it exported, or an older version wrote the state."""
+    words = ("--eval_prompts", 0, "--steps")
+    folder = command(*words, 1)
+    weights = folder / "eagle/model.safetensors"
+    own = weights.read_bytes()
+    weights.write_bytes(own[:-1] + bytes([own[-1] ^ 1]))
+    with pytest.raises(ValueError, match="eagle holds a head already"):
+        command(*words, 2)
+    assert weights.read_bytes() != own
+    (folder / "eagle").rename(folder / "others")
+    command(*words, 2)
+    (folder / "eagle").rename(folder / "moved")
+    command(*words, 3, "--out", folder / "moved")
+    (folder / "training/eagle/exported").unlink()
+    command(*words, 4, "--out", folder / "others")
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("resuming")] == [
+        f"resuming at step {step}" for step in (1, 2, 3)]
+
+
+def test_resumed_with_another_rate(learnable: tuple[Llama, Tensor], tmp_path: Path) -> None:
+    """Fails if a resumed training keeps the learning rate of the run before, whatever --lr says."""
+    model, data = learnable
+    first, second = (Trainer(model, settings(tmp_path, lr=lr, steps=steps)) for lr, steps in ((0.01, 2), (0.05, 4)))
+    first.run(data, tmp_path / "work")
+    second.resume(tmp_path / "work")
+    share = second.schedule()
+    second.train_step(data[:8].long())
+    rates = [group["lr"] for optimizer in second.optimizers for group in optimizer.param_groups]
+    assert second.step == 2 and rates == pytest.approx([0.05 * share, 0.01 * share])
 
 
 @pytest.mark.slow
