@@ -139,10 +139,10 @@ class BlockTrainer(TappedTrainer):
 
     @staticmethod
     def check(args: argparse.Namespace, target: Config) -> None:
-        TappedTrainer.check(args, target)
-        check_key_heads(args, target)
         if args.length < 2 * (args.block_size or BLOCK) + 2:
             raise ValueError(f"--length {args.length} leaves no room for a block behind some context")
+        TappedTrainer.check(args, target)
+        check_key_heads(args, target)
         if args.anchors is not None and args.anchors < 1:
             raise ValueError("--anchors must be 1 or more")
 

@@ -11,6 +11,7 @@ one, nothing is learned.
 Shapes: B dialogues, R positions, N places, H the head's width, C the target's, k taps, V tokens, Vd draft tokens.
 """
 import argparse
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -187,6 +188,7 @@ class Eagle3Trainer(TappedTrainer):
             check_key_heads(args, target)
             return
         found = open_eagle3(args.init, target)
+        check_trainable(args.init, found.tensors)
         cfg = found.config
         own = {"head_layers": cfg.layer.num_layers, "mlp": cfg.layer.intermediate_size,
                "kv_heads": cfg.layer.num_kv_heads,
@@ -262,9 +264,16 @@ def trainable(path: Path, target: Llama) -> Eagle3Head:
     """The head in this folder with fp32 weights that can be trained. ValueError if it has parts that no head trained
     here has."""
     head = load_head(path, target, 0)
-    odd = {"no fc": head.fc is None, "no last norm": head.norm is None, "quantised weights": head.quantized,
-           "one norm for all taps": head.input_norm is not None, "an embedding of its own": head.embed is not None}
+    check_trainable(path, head.state_dict())
+    return head.float().train().requires_grad_(True)
+
+
+def check_trainable(path: Path, names: Collection[str]) -> None:
+    """Raise ValueError if the head in this folder, whose tensors have these names, has parts that no head trained here
+    has."""
+    odd = {"no fc": not any(name.startswith("fc.") for name in names), "no last norm": "norm.weight" not in names,
+           "quantised weights": any(name.endswith(".data") for name in names),
+           "one norm for all taps": "input_norm.weight" in names, "an embedding of its own": "embed.weight" in names}
     if any(odd.values()):
         raise ValueError(f"{path}: a head that has {' and '.join(what for what in odd if odd[what])} cannot be trained "
                          "on here")
-    return head.float().train().requires_grad_(True)

@@ -41,7 +41,7 @@ from model import Llama, layer_ropes, load_model
 from quant.linear import quantize_linears
 from training.dialogues import check_answers, unmark
 from training.exported import foreign
-from training.trainer import Trainer, options, prepare
+from training.trainer import Trainer, check_ahead, options, prepare
 
 # ----- Training ----------------------------------------------------------------------------------------------------
 
@@ -207,6 +207,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     Config.load(args.checkpoint)  # says so if it is not there, before folders are made
+    check_ahead("heads", args.heads, args.length)
     with locked(args.work), locked(args.medusa), locked(args.draft_model):
         train(args)
 

@@ -74,6 +74,7 @@ class Trainer:
     @staticmethod
     def check(args: argparse.Namespace, target: Config) -> None:
         """Raise ValueError for options that do not fit this target, before anything is written."""
+        check_ahead("unroll", args.unroll, args.length)
         if args.draft_vocab and not 10 <= args.draft_vocab <= target.vocab_size:
             raise ValueError(f"--draft_vocab takes 10 to {target.vocab_size} tokens, which are all that the model has")
 
@@ -298,6 +299,13 @@ def options(description: str) -> argparse.ArgumentParser:
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--eval_prompts", type=int, default=80, help="held-out dialogues to evaluate on; 0: do not evaluate")
     return p
+
+
+def check_ahead(option: str, ahead: int, length: int) -> None:
+    """Raise ValueError if predictions this far ahead leave no position of a dialogue to learn from."""
+    if not 1 <= ahead <= length - 2:
+        raise ValueError(f"--{option} {ahead} does not fit into dialogues of --length {length}: it takes 1 to "
+                         f"{length - 2}")
 
 
 def prepare(args: argparse.Namespace, quantize: str | None = None) -> tuple[Llama, Tokenizer, Tensor]:

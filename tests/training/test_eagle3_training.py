@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +30,7 @@ from drafters.tree_size import read_curve
 from formats.eagle3 import open_eagle3, save_eagle3
 from model import Llama, load_model, rope_table
 from ops.attention import causal_mask
+from quantize import quantize_draft
 from training import dialogues, eagle3, memory, trainer
 from training.dialogues import Script, unmark, write_dialogues
 from training.eagle3 import Eagle3Trainer, choose_taps, fc_inputs, frequent_tokens
@@ -369,7 +371,8 @@ def test_init_does_not_fit(option: str, value: int, says: str, tmp_path: Path) -
 
 
 def test_init_refused(tmp_path: Path) -> None:
-    """Fails if a head of another target or another kind is started from, or one with parts that are not trained."""
+    """Fails if a head of another target or another kind is started from, or one with parts that are not trained, or if
+    the latter is refused only after the dialogues were written."""
     model = tiny.target(dtype=torch.bfloat16, num_hidden_layers=4)
     other = saved_head(tiny.target(dtype=torch.bfloat16, num_hidden_layers=4, vocab_size=25), tmp_path / "other")
     eagle = tiny.save_head(tiny.head(model), tmp_path / "eagle")
@@ -380,8 +383,15 @@ def test_init_refused(tmp_path: Path) -> None:
              "one norm for all taps": (*PLAIN, "input_norm.weight")}
     for says, parts in names.items():
         path = saved_head(model, tmp_path / says, names=parts, taps=(0, 2, 3))
-        with pytest.raises(ValueError, match=f"a head that has {says} cannot be trained on here"):
-            eagle3.trainable(path, model)
+        args = settings(tmp_path, init=path, draft_vocab=None)
+        for refused in (partial(eagle3.trainable, path, model), partial(Eagle3Trainer.check, args, model.cfg)):
+            with pytest.raises(ValueError, match=f"a head that has {says} cannot be trained on here"):
+                refused()
+    small = quantize_draft(saved_head(model, tmp_path / "small", taps=(0, 2, 3)),
+                           tiny.save_target(model, tmp_path / "model"), "int8", 0)
+    args = settings(tmp_path, init=small, draft_vocab=None)
+    with pytest.raises(ValueError, match="a head that has quantised weights cannot be trained on here"):
+        Eagle3Trainer.check(args, model.cfg)
 
 
 # ----- Memory ------------------------------------------------------------------------------------------------------
@@ -603,6 +613,8 @@ def test_interrupted(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     (["--kind", "eagle3", "--regression", "0.1"], "--regression is no option of --kind eagle3"),
     (["--norms"], "--norms is no option of --kind eagle"), (["--init", "x"], "--init is no option of --kind eagle"),
     (["--mlp", "8"], "--mlp is no option of --kind eagle"),
+    (["--length", "5"], "--unroll 4 does not fit into dialogues of --length 5: it takes 1 to 3"),
+    (["--kind", "eagle3", "--unroll", "0"], "--unroll 0 does not fit into dialogues of --length 48: it takes 1 to 46"),
     (["--kind", "eagle3", "--kv_heads", "3"], "--kv_heads 3: each has to serve as many of the 4 query heads"),
     (["--kind", "eagle3", "--init", "nowhere"], "nowhere: no draft head there")])
 def test_refused_before_anything_is_written(words: list[str], says: str, command, tmp_path: Path) -> None:

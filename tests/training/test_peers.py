@@ -287,6 +287,13 @@ def test_command_from_start_to_end(command, capsys: pytest.CaptureFixture) -> No
         command("--steps", 4, "--heads", 2)
 
 
+def test_too_short(command, tmp_path: Path) -> None:
+    """Fails if heads that look beyond all dialogues are trained on nothing."""
+    with pytest.raises(ValueError, match="--heads 47 does not fit into dialogues of --length 48: it takes 1 to 46"):
+        command("--heads", 47)
+    assert not (tmp_path / "model/training").exists()
+
+
 def test_no_answers(command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if training begins, or an evaluation divides, with no answer to learn from."""
     monkeypatch.setattr(dialogues.Script, "step", lambda self, turns, sampled: ~torch.full_like(sampled, 1))
