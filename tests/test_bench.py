@@ -476,10 +476,12 @@ def test_other_engines_share_our_weights(gpt_fast: Path, monkeypatch: pytest.Mon
 def test_models_that_others_lack_are_refused(gpt_fast: Path) -> None:
     """Fails if a model that the other engine computes wrongly is not refused with one clear line."""
     for decoder in (partial(transformers_decoder, cache="dynamic"), partial(gpt_fast_decoder, folder=gpt_fast)):
-        model = tiny.target(model_type="qwen3")
-        model.allocate_cache(64)
-        with pytest.raises(ValueError, match="for Llamas"):
-            decoder(model, frozenset())
+        for changes in ({"model_type": "qwen3"}, {"model_type": "phi3", "partial_rotary_factor": 0.5},
+                        {"model_type": "smollm3", "no_rope_layers": [1, 0]}):
+            model = tiny.target(**changes)
+            model.allocate_cache(64)
+            with pytest.raises(ValueError, match="for Llamas"):
+                decoder(model, frozenset())
     (gpt_fast / "model.py").write_text(STAND_IN.replace("forward(self, tokens, at)", "forward(self, mask, tokens, at)"))
     with pytest.raises(ValueError, match="check out its commit"):
         gpt_fast_decoder(tiny.target(), frozenset(), gpt_fast)

@@ -289,7 +289,8 @@ def options(description: str) -> argparse.ArgumentParser:
                    "evaluate what is there already")
     p.add_argument("--minutes", type=float, default=math.inf, help="end training after this time, if that comes sooner")
     p.add_argument("--length", type=int, default=640, help="tokens of a dialogue")
-    p.add_argument("--batch", type=int, default=32, help="dialogues per training step, fewer if memory is short")
+    p.add_argument("--batch", type=int, default=32, help="dialogues per training step (train.py: fewer if "
+                   "memory is short)")
     p.add_argument("--generate_batch", type=int, default=2048, help="dialogues written at the same time, fewer if "
                    "memory is short; so many are held out")
     p.add_argument("--decay", type=float, default=0.8, help="weight in the loss of each draft step, or position ahead, "

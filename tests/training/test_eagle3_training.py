@@ -30,6 +30,7 @@ from drafters.tree_size import read_curve
 from formats.eagle3 import open_eagle3, save_eagle3
 from model import Llama, load_model, rope_table
 from ops.attention import causal_mask
+from quant.linear import quantize_linears
 from quantize import quantize_draft
 from training import dialogues, eagle3, memory, trainer
 from training.dialogues import Script, unmark, write_dialogues
@@ -447,7 +448,8 @@ def test_what_a_head_takes(tmp_path: Path) -> None:
 
 
 def test_batches_that_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """Fails if a batch is made smaller without need or without a line, or one is tried that does not fit."""
+    """Fails if a batch is made smaller without need or without a line, if one is tried that does not fit, or if an
+    option is advised that changes nothing."""
     model = tiny.target(dtype=torch.bfloat16, num_hidden_layers=4)
     made = Eagle3Trainer(model, settings(tmp_path), marked(8, 32).int())
     need = {batch: sum(memory.training_need(made, batch)) for batch in (1, 2, 4, 8)}
@@ -460,8 +462,16 @@ def test_batches_that_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         assert said[:-1] == ([] if batch == 8 else [
             f"--batch {batch}: 8 would need {need[8] / 1e9:.1f} GB, and {free / 1e9:.1f} GB can be used"])
     monkeypatch.setattr(memory, "free_bytes", lambda device: need[1] - 1)
-    with pytest.raises(ValueError, match=r"^out of memory: --batch 1 needs 0\.0 GB, and 0\.0 GB are free; a smaller"):
+    says = r"^out of memory: --batch 1 needs 0\.0 GB, and 0\.0 GB are free; a smaller --length or --places needs less"
+    with pytest.raises(ValueError, match=f"{says}, and train.py --target_quantize int8 halves the model$"):
         memory.fit_batch(made)
+    made.own_options = ("anchors",)
+    with pytest.raises(ValueError, match="a smaller --length or --anchors needs less"):
+        memory.fit_batch(made)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
+    quantize_linears(model, "int8")
+    with pytest.raises(ValueError, match="--generate_batch 1 needs .* are free; a smaller --length needs less$"):
+        memory.fit_generate_batch(model, 8, 48)
 
 
 @pytest.mark.slow
