@@ -160,8 +160,8 @@ class BlockTrainer(TappedTrainer):
     def ahead(self) -> int:
         return self.module.cfg.block_size
 
-    def work(self, batch: int) -> tuple[int, int, int]:
-        """As Trainer.work: the rows of blocks, those of the context, and the gradients of both."""
+    def kept_rows(self, batch: int) -> tuple[int, int, int]:
+        """As Trainer.kept_rows: the rows of blocks, those of the context, and the gradients of both."""
         rows = batch * self.anchors * self.module.cfg.block_size
         return 2, 2 * (rows + batch * self.args.length), 2 * rows
 

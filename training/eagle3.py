@@ -5,8 +5,8 @@
 The head drafts from taps, the target's residual stream at three depths, and has an lm_head of its own over a draft
 vocabulary: the tokens that the target writes most often in its answers. (With --share_lm_head these are the target's
 rows, which are neither trained nor saved.) The loss is the cross-entropy with the target's distribution over these
-tokens, at every unrolled step (section 3 of the paper, "training-time test"). Where the target's best token is another
-one, nothing is learned.
+tokens, at every unrolled step (section 3 of the paper, "training-time test"). Where the text goes on with another
+token, nothing is learned.
 
 Shapes: B dialogues, R positions, N places, H the head's width, C the target's, k taps, V tokens, Vd draft tokens.
 """
@@ -31,7 +31,7 @@ from training.tapped import (
     check_key_heads,
     evened,
     frequent_tokens,
-    rows_of,
+    lm_head_rows,
     sample_hidden,
 )
 
@@ -94,7 +94,7 @@ def initialise(head: Eagle3Head, target: Llama, embedded: Tensor, inputs: Tensor
     first.mlp_norm.weight.copy_(evened(normed))
     attend_to_own_row(first, embedded * first.embed_norm.weight)
     if head.lm_head is not None:
-        head.lm_head.weight.copy_(rows_of(target, head.vocab))
+        head.lm_head.weight.copy_(lm_head_rows(target, head.vocab))
 
 
 def attend_to_own_row(layer: Eagle3Layer, embedded: Tensor) -> None:

@@ -37,7 +37,7 @@ def training_need(trainer, batch: int) -> Need:
     each head a score and a weight for all positions.
     """
     args, cfg = trainer.args, trainer.layer_config
-    passes, rows, logit_rows = trainer.work(batch)
+    passes, rows, logit_rows = trainer.kept_rows(batch)
     per_position = (7 * cfg.hidden_size + 4 * cfg.num_heads * cfg.head_dim + 3 * cfg.intermediate_size
                     + 2 * cfg.num_heads * args.length)
     parameters = sum(p.numel() for p in trainer.module.parameters())

@@ -1,7 +1,7 @@
 """Training of draft heads by distillation: the loss is the cross-entropy with the target's own distribution.
 
-`Trainer` trains an EAGLE-1/2 head (train.py). training/eagle3.py derives from it for EAGLE-3 heads, training/peers.py
-for Medusa heads and draft models.
+`Trainer` trains an EAGLE-1/2 head (train.py). Trainers that derive from it: training/eagle3.py for EAGLE-3 heads,
+training/block.py for block heads, training/peers.py for Medusa heads and draft models.
 
 Marked tokens (training/dialogues.py): token t of an answer is t, every other token is ~t. All tokens are context, but
 only answers are learned.
@@ -28,12 +28,13 @@ from training.dialogues import Script, check_dialogues, read_openers, unmark, wr
 from training.exported import exporting
 from training.steps import compile_on_gpu, distill, new_head, unrolled
 
-CURVE = "curve.json"  # beside the state: the agreement on held-out dialogues while the head was trained
+AGREEMENTS = "curve.json"  # beside the state: the agreement on held-out dialogues while the head was trained
 BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left"
 
 
 class Trainer:
-    """Trains `module`. Subclasses override what differs: `ahead`, `make_module`, `losses` and `export`.
+    """Trains `module`. Subclasses override what differs: the four fields below, `check`, `layer_config`, `ahead`,
+    `kept_rows`, `make_module`, `predict` or `losses`, `export` and `folders`.
 
     data [dialogues, S] int32, marked: those to train on. held_out [any, S]: a few others, to measure agreement on."""
     own_options: tuple[str, ...] = ("regression",)  # options of train.py that are for this kind of head alone
@@ -88,9 +89,10 @@ class Trainer:
         """How many features ahead the last prediction lies: the draft steps that training unrolls."""
         return self.args.unroll
 
-    def work(self, batch: int) -> tuple[int, int, int]:
-        """What a training step keeps for its backward pass: passes of the module, rows of its layers and rows of logits
-        in all passes. One more than there are is counted: the gradients of the pass that is gone through backwards."""
+    def kept_rows(self, batch: int) -> tuple[int, int, int]:
+        """What a step of `batch` dialogues keeps until its backward pass: how many passes of the module, and in all
+        passes how many rows of its layers and how many rows of logits. One pass more than there are is counted, for the
+        gradients of the pass that the backward pass is in."""
         passes = self.ahead + 1
         rows = batch * (self.args.length - passes)
         return passes, passes * rows, passes * min(self.args.places, rows)
@@ -110,7 +112,7 @@ class Trainer:
 
     def rows(self, tokens: Tensor) -> int:
         """How many positions of each dialogue, the first ones, are learned from: those that have a target for every
-        prediction, in whole eights, for which matrix products are fastest. tokens [B, S]."""
+        prediction. More than 64 are cut to whole eights, for which matrix products are fastest. tokens [B, S]."""
         rows = tokens.shape[1] - self.ahead - 1
         return rows - rows % 8 if rows > 64 else rows
 
@@ -226,7 +228,7 @@ class Trainer:
         self.curve.append({"step": self.step, "seconds": round(self.seconds), "loss": round(loss, 4),
                            "agreement": [round(a, 4) for a in agreement.tolist()]})
         work.mkdir(parents=True, exist_ok=True)
-        write_text(work / CURVE, "[" + ",\n ".join(map(json.dumps, self.curve)) + "]\n")
+        write_text(work / AGREEMENTS, "[" + ",\n ".join(map(json.dumps, self.curve)) + "]\n")
         return agreement
 
     def save(self, work: Path) -> None:
@@ -257,8 +259,8 @@ class Trainer:
                     group["initial_lr"] = rate
             self.step = state["step"]
             self.seconds = state["seconds"]
-            if (work / CURVE).exists():
-                path = work / CURVE
+            if (work / AGREEMENTS).exists():
+                path = work / AGREEMENTS
                 self.curve = [row for row in json.loads(path.read_text()) if row["step"] <= self.step]
         except Exception as error:  # a damaged pickle can raise any exception
             raise ValueError(f"{path}: damaged, or of a training with other options ({first_line(error)}): move it "

@@ -625,7 +625,7 @@ def test_interrupted(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     (["--mlp", "8"], "--mlp is no option of --kind eagle"),
     (["--length", "5"], "--unroll 4 does not fit into dialogues of --length 5: it takes 1 to 3"),
     (["--kind", "eagle3", "--unroll", "0"], "--unroll 0 does not fit into dialogues of --length 48: it takes 1 to 46"),
-    (["--kind", "eagle3", "--kv_heads", "3"], "--kv_heads 3: each has to serve as many of the 4 query heads"),
+    (["--kind", "eagle3", "--kv_heads", "3"], "--kv_heads 3: must divide the model's 4 query heads evenly"),
     (["--kind", "eagle3", "--init", "nowhere"], "nowhere: no draft head there")])
 def test_refused_before_anything_is_written(words: list[str], says: str, command, tmp_path: Path) -> None:
     """Fails if an option is ignored, or refused only after the dialogues were written."""
