@@ -47,6 +47,7 @@ from engine import SPARE
 from formats.questions import read_questions
 from formats.writing import write_text
 from ops.device import peak_gb
+from sampling import Sampling
 from tokenizer import Tokenizer
 
 DEFAULT = ["lookup", "lookahead", "eagle", "eagle2", "eagle2+lookup"]  # need no weights besides the EAGLE head
@@ -133,7 +134,6 @@ def check(args: argparse.Namespace) -> str | None:
     names = [e.name for e in args.endpoint]
     for wrong, message in (
             (args.max_new_tokens < 2 or args.runs < 1, "--max_new_tokens must be 2 or more, --runs 1 or more"),
-            (not all(0 <= t < float("inf") for t in args.temperature), "--temperature must be 0 or more"),
             (wrong_methods := check_methods(args, args.methods), wrong_methods),
             (sharing and args.quantize, "other engines run without --quantize"),
             (others and 0 not in args.temperature, "other engines are greedy: add --temperature 0"),
@@ -143,9 +143,15 @@ def check(args: argparse.Namespace) -> str | None:
             (args.llamacpp and not args.llamacpp.is_file(), f"--llamacpp {args.llamacpp}: there is no such file"),
             (args.gpt_fast and not (args.gpt_fast / "model.py").is_file(), f"--gpt_fast {args.gpt_fast}: no model.py "
              "there; clone github.com/meta-pytorch/gpt-fast and check out 32971d3"),
+            (args.json and args.json.is_dir(), f"--json {args.json}: a folder, where a file should be"),
             (args.json and not args.json.parent.is_dir(), f"--json {args.json}: there is no such folder")):
         if wrong:
             return message
+    try:
+        for temperature in args.temperature:
+            Sampling(temperature)
+    except ValueError as error:
+        return f"--{error}"
     for option, package in (("transformers", "transformers"), ("plots", "matplotlib"), ("llamacpp", "xllamacpp")):
         if getattr(args, option) and not importlib.util.find_spec(package):
             return f"--{option}: {package} is not installed; pip install {package}"
@@ -177,14 +183,13 @@ def main() -> int:
         bench(args, result)
     except KeyboardInterrupt:
         result["interrupted"] = "everything"
+    if args.json and result.get("methods"):  # before anything is printed, which fails where nobody reads
+        write_text(args.json, json.dumps(result) + "\n")
     if result["measured"]:
         print(report(result))
         if old:
             print(compare_results(old, result))
-    if result.get("methods"):
-        if args.json:
-            write_text(args.json, json.dumps(result) + "\n")
-        if args.plots and result["measured"]:
+        if args.plots:
             from benchmarks.plots import draw  # here: nothing else needs matplotlib
             print("pictures:", *draw(result, args.plots))
     if "interrupted" in result:

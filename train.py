@@ -24,7 +24,6 @@ if __name__ == "__main__":
     before_imports()
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -34,12 +33,15 @@ from torch import Tensor
 from app.memory import exhausted
 from formats.config import Config
 from formats.eagle import save_vocab
+from formats.questions import read_questions
 from formats.writing import locked
 from model import load_model
 from tokenizer import Tokenizer
 from training.block import BlockTrainer
+from training.dialogues import check_answers
 from training.eagle3 import Eagle3Trainer
 from training.evaluation import compare_speeds, evaluate, held_out_prompts, save_curve
+from training.exported import foreign
 from training.memory import fit_batch
 from training.trainer import Trainer, options, prepare
 
@@ -50,7 +52,7 @@ TIMED_PROMPTS = 20  # held-out prompts that decoding is timed on
 
 def parse_args() -> argparse.Namespace:
     p = options("Train a draft head by self-distillation.")
-    p.add_argument("--kind", choices=KINDS, default=next(iter(KINDS)), help="eagle: EAGLE-1/2; eagle3: EAGLE-3; "
+    p.add_argument("--kind", choices=KINDS, default="eagle", help="eagle: EAGLE-1/2; eagle3: EAGLE-3; "
                    "block: a head that drafts all levels in one forward")
     p.add_argument("--out", type=Path, help="folder for the head (default: <checkpoint>/<kind>)")
     p.add_argument("--unroll", type=int, default=4, help="eagle, eagle3: draft steps that training unrolls")
@@ -78,7 +80,7 @@ def parse_args() -> argparse.Namespace:
                    "lm_head, which is neither trained nor stored in the head: a smaller file")
     p.add_argument("--init", type=Path, metavar="DIR", help="eagle3: start from this EAGLE-3 head")
     p.add_argument("--questions", type=Path, nargs="*", default=[], metavar="FILE",
-                   help="also evaluate on every second line of these .jsonl files (turns[0])")
+                   help="also evaluate on every second question of these files: JSON lines with \"turns\"")
     args = p.parse_args()
     kind = KINDS[args.kind]
     for name in sorted({name for other in KINDS.values() for name in other.own_options} - {*kind.own_options}):
@@ -105,27 +107,32 @@ def main() -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Write the dialogues, train, and evaluate, each as far as the options ask for it and it is not done yet."""
-    tokenizer, data = learn(args)
-    if args.draft_vocab and KINDS[args.kind].vocab_file:
+    questions = {str(path): read_questions(path)[::2] for path in args.questions}
+    writes_vocab = args.draft_vocab and KINDS[args.kind].vocab_file
+    has_head = (args.out / "config.json").exists()
+    if args.eval_prompts and not (args.steps or writes_vocab or has_head):
+        raise ValueError(f"{args.out}: no head to evaluate: name its folder with --out, or its kind with --kind; "
+                         "without one give --eval_prompts 0")
+    tokenizer, data = write_and_train(args)
+    if writes_vocab:
         save_vocab(data, args.out, args.draft_vocab)
-    if not args.eval_prompts or not (args.out / "config.json").exists():
+    if not args.eval_prompts or not (args.steps or has_head):
         return
     model = load_model(args.checkpoint, args.device, torch.bfloat16, args.target_quantize)
-    own = held_out_prompts(data[:args.eval_prompts])
-    sets = {"held-out dialogues": own}
-    for path in args.questions:
-        turns = [json.loads(line)["turns"][0] for line in path.read_text(encoding="utf-8").splitlines()[::2]]
-        prompts = [tokenizer.chat([{"role": "user", "content": turn}]) for turn in turns]
-        sets[path.name] = [ids for ids in prompts if len(ids) <= LONGEST_QUESTION]
+    held_out = held_out_prompts(data[:min(args.eval_prompts, args.generate_batch)])  # further ones were learned
+    sets = {"held-out dialogues": held_out}
+    for name, asked in questions.items():
+        prompts = [tokenizer.dialogue(question.turns[:1]) for question in asked]
+        sets[name] = [ids for ids in prompts if len(ids) <= LONGEST_QUESTION]
     for name, prompts in sets.items():
         greedy, sampled = [evaluate(model, args.out, prompts, tokenizer.stop_ids, t) for t in (0.0, 1.0)]
         print(f"tokens per step on {len(prompts)} {name}: greedy {greedy:.2f}, T=1 {sampled:.2f}", flush=True)
     save_curve(model, args.out, [ids for prompts in sets.values() for ids in prompts], tokenizer.stop_ids)
-    if own:
-        print(compare_speeds(model, args.out, own[:TIMED_PROMPTS], tokenizer.stop_ids), flush=True)
+    if held_out:
+        print(compare_speeds(model, args.out, held_out[:TIMED_PROMPTS], tokenizer.stop_ids), flush=True)
 
 
-def learn(args: argparse.Namespace) -> tuple[Tokenizer, Tensor]:
+def write_and_train(args: argparse.Namespace) -> tuple[Tokenizer, Tensor]:
     """Write the dialogues and train. Returns the tokenizer and the dialogues [rows, length]; what training needed is
     freed."""
     state = args.work / args.kind
@@ -133,20 +140,18 @@ def learn(args: argparse.Namespace) -> tuple[Tokenizer, Tensor]:
     if args.steps and old.exists() and not (args.work / "eagle/state.pt").exists():
         (args.work / "eagle").mkdir(exist_ok=True)
         old.rename(args.work / "eagle/state.pt")
-    if args.steps and (args.out / "config.json").exists() and not (state / "state.pt").exists():
+    if args.steps and foreign(state, args.out):
         raise ValueError(f"{args.out} holds a head already; choose another --out, or move the head away")
     model, tokenizer, data = prepare(args, args.target_quantize)
     if not args.steps:
         return tokenizer, data
-    held_out, own = data[:args.generate_batch], data[args.generate_batch:]  # the first batch, with its own seed
-    if not (own >= 0).any():
-        raise ValueError(f"{args.work / 'dialogues.bin'}: no dialogue has an answer to learn from: move the file away, "
-                         "and use a larger --length")
-    trainer = KINDS[args.kind](model, args, own, held_out)
+    held_out, to_learn = data.tensor_split([args.generate_batch])  # the first batch, with its own seed
+    check_answers(to_learn, args.work / "dialogues.bin")
+    trainer = KINDS[args.kind](model, args, to_learn, held_out)
     trainer.resume(state)
     args.batch = fit_batch(trainer)
     try:
-        trainer.run(own, state)
+        trainer.run(to_learn, state)
     except KeyboardInterrupt:
         trainer.save(state)
         print(f"stopped at step {trainer.step}: {args.out} is written; the same command goes on with training",

@@ -35,7 +35,7 @@ import torch
 from app.answer import Run, run
 from app.options import DTYPES
 from benchmarks.environment import describe, environment
-from benchmarks.report import table
+from benchmarks.report import parts_rows, table
 from benchmarks.widen import SHAPES
 from benchmarks.workload import (
     Prompt,
@@ -122,6 +122,7 @@ def speed_of(rounds: list[list[Run]]) -> dict[str, float]:
 def measure_context(engines: dict[str, Engine], prompts: list[list[int]], args: argparse.Namespace) -> dict:
     """All numbers of one context, an entry of result["contexts"]. `engines` are vanilla and --method. The keys:
 
+    tree                          [nodes, levels, top-k] of the method
     context, timed_at             tokens of the longest prompt; length of the frozen text
     parts                         see cycle_parts
     sum_ms, cycle_ms, cycle_gb    the parts together; a whole cycle as one graph; GB that it reads
@@ -149,7 +150,9 @@ def measure_context(engines: dict[str, Engine], prompts: list[list[int]], args: 
     cycle_ms = timed(drafting.cycle, drafting.device, 1)
     fast = speed[args.method]
     verify_ms = parts[-2]["ms"]
-    return {"context": max(map(len, prompts)), "timed_at": length,
+    drafter = drafting.drafter
+    return {"tree": [drafter.num_nodes, drafter.max_depth, drafter.topk],
+            "context": max(map(len, prompts)), "timed_at": length,
             "parts": parts, "sum_ms": sum(p["ms"] for p in parts), "cycle_ms": cycle_ms,
             "cycle_gb": sum(p["gb"] for p in parts), "between_ms": fast["cycle_ms"] - cycle_ms,
             "vanilla_ms": vanilla_ms, "vanilla_gb": vanilla_gb, "verify_ratio": verify_ms / vanilla_ms,
@@ -262,21 +265,9 @@ def speed_table(context: dict) -> str:
 
 
 def parts_table(context: dict, read_gb_s: float) -> str:
-    def row(name: str, ms: float, gb: float) -> tuple:
-        if not gb:
-            return name, f"{ms:.3f}", "", "", ""
-        rate = 1e3 * gb / ms
-        return name, f"{ms:.3f}", f"{gb:.2f}", f"{rate:.0f}", f"{rate / read_gb_s:.0%}"
-
-    return table(
-        (f"after {context['timed_at']} tokens", "ms", "GB read", "GB/s", f"of {read_gb_s:.0f} GB/s"),
-        *(row(p["part"], p["ms"], p["gb"]) for p in context["parts"]),
-        row("sum of these", context["sum_ms"], context["cycle_gb"]),
-        row("cycle", context["cycle_ms"], context["cycle_gb"]),
-        row("between two cycles (wall-clock)", context["between_ms"], 0),
-        row("vanilla's cycle", context["vanilla_ms"], context["vanilla_gb"]),
-        ("verify / vanilla", f"{context['verify_ratio']:.2f}", "", "", ""),
-        ("cycle / vanilla", f"{context['cycle_ratio']:.2f}", "", "", ""))
+    return table(*parts_rows(context, read_gb_s),
+                 ("verify / vanilla", f"{context['verify_ratio']:.2f}", "", "", ""),
+                 ("cycle / vanilla", f"{context['cycle_ratio']:.2f}", "", "", ""))
 
 
 def last_table(result: dict) -> str:

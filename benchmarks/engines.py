@@ -26,6 +26,8 @@ def layer_weights(model: Llama) -> list[dict[str, Tensor]]:
     cfg = model.cfg
     if cfg.qk_norm or model.layers[0].wqkv.bias is not None or is_quantized(model):
         raise ValueError("--transformers and --gpt_fast are for Llamas without query norms, biases and quantisation")
+    if cfg.rotary_dim or cfg.nope_layers:
+        raise ValueError("--transformers and --gpt_fast are for Llamas, whose RoPE rotates whole heads in all layers")
     rows = [n * cfg.head_dim for n in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)]
     layers = []
     for layer in model.layers:

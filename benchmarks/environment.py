@@ -20,13 +20,19 @@ def environment(device: torch.device) -> dict[str, str]:
         gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
         values = output("nvidia-smi", "-i", gpu, "--format=csv,noheader", "--query-gpu=" + ",".join(CLOCKS))
         found |= zip(CLOCKS, values.split(", "))
-    folder = str(Path(__file__).parent.parent)
-    commit = output("git", "-C", folder, "rev-parse", "--short", "HEAD") or "unknown"
-    if output("git", "-C", folder, "status", "--porcelain", "--untracked-files=no"):
-        commit += " and uncommitted changes"
     return found | {"torch": torch.__version__, "triton": getattr(triton, "__version__", "absent"),
                     "cuda": torch.version.cuda or "none", "python": platform.python_version(),
-                    "commit": commit, "date": time.strftime("%Y-%m-%d")}
+                    "commit": commit_of(Path(__file__).parent.parent), "date": time.strftime("%Y-%m-%d")}
+
+
+def commit_of(folder: Path) -> str:
+    """The commit of the code in this folder. Measured results are tracked too, but a new one does not change the code.
+    """
+    git = ("git", "-C", str(folder))
+    commit = output(*git, "rev-parse", "--short", "HEAD") or "unknown"
+    if output(*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"):
+        commit += " and uncommitted changes"
+    return commit
 
 
 def output(*command: str) -> str:

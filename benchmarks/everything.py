@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.environment import environment
-from benchmarks.result_files import NAMES, RESULTS, add, read_results
+from benchmarks.result_files import NAMES, RESULTS, add, read_object, read_results
 from ops.device import WITHOUT, gpu_problem
 
 DEMO = "checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -65,13 +65,17 @@ def missing(words: list[str]) -> str | None:
 
 
 def measure(name: str, words: list[str], commit: str | None) -> float:
-    """Run a command and keep its result under this name. Returns the seconds it took. RuntimeError if it fails."""
+    """Run a command and keep its result under this name. Returns the seconds it took. RuntimeError if it fails, or if
+    one of its methods does."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "out.json"
         done = subprocess.run([sys.executable, *words, "--json", str(file)])
         if done.returncode or not file.exists():
             raise RuntimeError(f"{name}: the command ended with exit status {done.returncode}")
+        if failed := read_object(file).get("failed"):  # bench.py goes on without a method that fails
+            reasons = "; ".join(f"{method} failed: {reason}" for method, reason in failed.items())
+            raise RuntimeError(f"{name}: not kept, because {reasons}")
         add(file, name, commit)
     return time.perf_counter() - start
 
@@ -79,7 +83,8 @@ def measure(name: str, words: list[str], commit: str | None) -> float:
 def main() -> int:
     p = argparse.ArgumentParser("python -m benchmarks.everything", description="Measure all that BENCHMARKS.md shows.")
     p.add_argument("--mt_bench", metavar="FILE", help="the file question.jsonl of MT-bench, for the demo model")
-    p.add_argument("--only", nargs="+", choices=NAMES, metavar="NAME", help="these results, also if they are there")
+    p.add_argument("--only", nargs="+", choices=NAMES, metavar="NAME", help="measure only these, even if they were "
+                   "measured already")
     p.add_argument("--commit", help="the commit that is measured, where git does not know it")
     args = p.parse_args()
     if problem := gpu_problem("cuda"):
@@ -91,12 +96,15 @@ def main() -> int:
             if all(result["environment"][key] == here[key] for key in ("device", "torch", "triton", "commit"))]
     lines = []
     failed = False
-    for name, command in commands(args.mt_bench).items():
-        words = shlex.split(command)
+    known = commands(args.mt_bench)
+    for name in NAMES:
+        words = shlex.split(known.get(name, ""))
         if args.only and name not in args.only:
             continue
         if name in same and not args.only:
             lines.append(f"{name}: there already")
+        elif not words:
+            lines.append(f"{name}: left out, it needs --mt_bench FILE")
         elif lacking := missing(words):
             lines.append(f"{name}: left out, there is no {lacking}")
         else:

@@ -1,4 +1,4 @@
-"""The Markdown tables of what bench.py measured, and what changed since an earlier run.
+"""The Markdown tables of what bench.py measured, and what changed since an earlier run; a cycle's parts, too.
 
     python -m benchmarks.report new.json           # the tables of `bench.py ... --json new.json` again
     python -m benchmarks.report new.json old.json  # and what changed since old.json
@@ -25,6 +25,23 @@ def table(*rows: tuple) -> str:
     widths = [max(map(len, column)) for column in zip(*cells)]
     cells.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells) + "\n"
+
+
+def parts_rows(context: dict, read_gb_s: float) -> list[tuple]:
+    """The rows of a table of where the time of a cycle goes, from an entry of what benchmarks/cycle.py measured. The
+    rates are compared with the device's, `read_gb_s`."""
+    def row(name: str, ms: float, gb: float) -> tuple:
+        if not gb:
+            return name, f"{ms:.3f}", "", "", ""
+        rate = 1e3 * gb / ms
+        return name, f"{ms:.3f}", f"{gb:.2f}", f"{rate:.0f}", f"{rate / read_gb_s:.0%}"
+
+    return [(f"after {context['timed_at']} tokens", "ms", "GB read", "GB/s", f"of {read_gb_s:.0f} GB/s"),
+            *(row(part["part"], part["ms"], part["gb"]) for part in context["parts"]),
+            row("sum of these", context["sum_ms"], context["cycle_gb"]),
+            row("cycle", context["cycle_ms"], context["cycle_gb"]),
+            row("between two cycles (wall-clock)", context["between_ms"], 0),
+            row("vanilla's cycle", context["vanilla_ms"], context["vanilla_gb"])]
 
 
 def report(result: dict) -> str:

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from app.command import fail, run_command
-from benchmarks.report import table
+from benchmarks.report import parts_rows, table
 from benchmarks.result_files import CODER, DAMAGED, NAMES, SHAPES, Results, add, problems, read_results
+from drafters.methods import WITH_TREES
 from formats.writing import write_text
 
 PAGE = Path(__file__).parent.parent / "BENCHMARKS.md"
@@ -54,7 +55,10 @@ def summary_table(results: Results) -> str:
 
 
 def tree_size(part: dict) -> str:
-    """Nodes/levels/top-k, from the names of a cycle's parts: "verify, 60 rows", "draft: expansion 1, 10 rows"."""
+    """Nodes/levels/top-k. In older files they are in the names of an EAGLE-2 cycle's parts alone: "verify, 60 rows",
+    "draft: expansion 1, 10 rows"."""
+    if "tree" in part:
+        return "/".join(map(str, part["tree"]))
     rows = [(name, count.split()[0]) for name, _, count in (p["part"].partition(", ") for p in part["parts"]) if count]
     levels = [count for name, count in rows if name.startswith("draft")]
     return f"{dict(rows)['verify']}/{len(levels)}/{levels[-1]}"
@@ -62,24 +66,11 @@ def tree_size(part: dict) -> str:
 
 def parts_table(results: Results) -> str:
     """Where the time of a cycle goes: a table for each context."""
-    def row(name: str, ms: float, gb: float, best: float) -> tuple:
-        rate = 1e3 * gb / ms
-        return (name, f"{ms:.3f}", *((f"{gb:.2f}", f"{rate:.0f}", f"{rate / best:.0%}") if gb else ("", "", "")))
-
-    tables = []
-    for result, part in contexts(results):
-        best = result["read_gb_s"]
-        lines = [*((each["part"], each["ms"], each["gb"]) for each in part["parts"]),
-                 ("sum of these", part["sum_ms"], part["cycle_gb"]), ("cycle", part["cycle_ms"], part["cycle_gb"]),
-                 ("between two cycles (wall-clock)", part["between_ms"], 0),
-                 ("vanilla's cycle", part["vanilla_ms"], part["vanilla_gb"])]
-        tables.append(table((f"after {part['timed_at']} tokens", "ms", "GB read", "GB/s", f"of {best:.0f} GB/s"),
-                            *(row(*line, best) for line in lines)))
-    return "\n".join(tables)
+    return "\n".join(table(*parts_rows(part, result["read_gb_s"])) for result, part in contexts(results))
 
 
 def rows_table(results: Results) -> str:
-    """ms of verifying 1 to 64 rows."""
+    """ms of verifying 1 to 128 rows."""
     timed = [(result, part) for result, part in contexts(results) if part["rows_ms"]]
     return timed and table(("rows verified", "after, tokens", *timed[0][1]["rows_ms"]), *(
         (f"{result['model']} {result['precision']}, ms", part["timed_at"],
@@ -160,11 +151,14 @@ def write(page: str, results: Results) -> str:
 
 
 def quote(name: str, results: Results) -> str | None:
-    """A number for README, greedy and of the first context that was measured; None if it was not."""
+    """A number for README, greedy and of the first context that was measured; None if it was not. ValueError if nothing
+    has this name."""
     key, _, what = name.rpartition("_")
     first = next(iter(results.values()), None)
     if name == "device":
         return first and f"one {first['environment']['device']}"
+    if key not in QUOTED:
+        raise ValueError(f"README.md asks for the number {name}: there are device, and those of {', '.join(QUOTED)}")
     if (result := results.get(QUOTED[key])) is None:
         return None
     if "contexts" in result:
@@ -172,8 +166,12 @@ def quote(name: str, results: Results) -> str | None:
     else:
         speed = {entry["method"]: entry["tokens_per_sec"]["median"] for entry in result["measured"]
                  if entry["temperature"] == 0}
-    drafting = "eagle3" if "eagle3" in speed else "eagle2"
-    return f"{speed[drafting] / speed['vanilla']:.2f}" if what == "speedup" else f"{speed[what]:.0f}"
+    drafting = next(method for method in WITH_TREES if method in speed)
+    if what == "speedup":
+        return f"{speed[drafting] / speed['vanilla']:.2f}"
+    if what not in speed:
+        raise ValueError(f"README.md asks for the number {name}: of {key} there are speedup, {', '.join(speed)}")
+    return f"{speed[what]:.0f}"
 
 
 def write_numbers(readme: str, results: Results) -> str:

@@ -123,6 +123,9 @@ def wide_config(small: Config, shape: dict[str, int]) -> Config:
     if wide.head_dim % small.head_dim or wide.num_heads % wide.num_kv_heads or small.qk_norm:
         raise ValueError(f"a shape with head_dim {wide.head_dim}, {wide.num_heads} heads and {wide.num_kv_heads} "
                          f"key/value heads cannot hold heads of {small.head_dim}, nor any that are normed")
+    if small.rotary_dim and wide.head_dim != small.head_dim:  # the wide heads' frequencies would be others
+        raise ValueError(f"heads of {small.head_dim}, of which {small.rotary_dim} are rotated, do not widen to a shape "
+                         f"with head_dim {wide.head_dim}")
     repeat = -(-small.num_heads * wide.num_kv_heads // (small.num_kv_heads * wide.num_heads))  # see widen_attention
     needs = {"hidden_size": small.hidden_size + 1, "intermediate_size": small.intermediate_size,
              "num_layers": small.num_layers, "num_kv_heads": small.num_kv_heads * repeat}

@@ -41,7 +41,7 @@ from ops.quantized import Quantized
 from quant.linear import drafting_rows, rows_of, stack
 from tree import MAX_NODES, Candidates, State, Tree, empty_candidates, root_token, start_tree
 
-MOST_LEVELS = 16  # that are drafted; each has up to 63 candidates, and tree.rerank chooses from 1,024
+MOST_LEVELS = 16  # that are drafted; each has up to 127 candidates, so tree.rerank chooses from up to 2,032
 MOST_CANDIDATES = 1000  # the same for a tree that is grown level by level
 
 # ----- The head ----------------------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ def right_guesses_of_blocks(head: BlockHead, model: Llama, answers: list[Answer]
         n = len(ids)
         slots = torch.arange(n, device=device)
         bound.remember(model.forward_with_taps(ids[None], slots, taps=head.cfg.taps)[1][0], slots)
-        anchors = torch.arange(answer.start - 1, n - STEPS, device=device)
+        anchors = torch.arange(answer.start - 1, max(answer.start - 1, n - STEPS), device=device)
         x = run_blocks(bound, ids, anchors).unflatten(0, (-1, size))[:, skipped:]
         states = x.new_zeros(len(anchors), head.cfg.markov_rank)
         for step in range(min(STEPS, x.shape[1])):
@@ -146,11 +146,14 @@ def run_blocks(bound: BoundBlock, ids: Tensor, anchors: Tensor) -> Tensor:
 
 def compare(head: Eagle3Head | BlockHead, open_fields: dict[str, tuple], model: Llama, answers: list[Answer]
             ) -> list[Variant]:
-    """How well the head guesses with each combination of the values of `open_fields`, the best first."""
+    """How well the head guesses with each combination of the values of `open_fields`, the best first. As many steps are
+    compared as all have: a short block guesses one token more where its anchor's row guesses too."""
     variants = []
     for values in product(*open_fields.values()):
         fields = dict(zip(open_fields, values))
         variants.append(Variant(fields, right_guesses(with_fields(head, fields), model, answers)))
+    steps = min(len(variant.right) for variant in variants)
+    variants = [variant._replace(right=variant.right[:steps]) for variant in variants]
     return sorted(variants, key=lambda variant: -sum(variant.shares))
 
 

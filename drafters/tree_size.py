@@ -17,6 +17,7 @@ nor on how many nodes are kept in the end. So every smaller tree is a choice amo
 import contextlib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterable
 from functools import partial
@@ -175,7 +176,8 @@ def read_curve(head: Path) -> list[list[float]]:
     further ones; one of fewer sizes of NODES gives fewer rows. FileNotFoundError or ValueError where the file is not
     there or damaged."""
     path = curve_path(head)
-    again = "`train.py --steps 0 --tokens 0` measures it"
+    again = ("`python train.py --checkpoint MODEL_FOLDER --steps 0 --tokens 0 --generate_batch 128 --out "
+             f"{shlex.quote(str(path.parent))}` measures it")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not there, so --draft_tokens auto cannot tell how many tokens a tree gains; "
                                 f"{again}")

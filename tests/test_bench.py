@@ -476,10 +476,12 @@ def test_other_engines_share_our_weights(gpt_fast: Path, monkeypatch: pytest.Mon
 def test_models_that_others_lack_are_refused(gpt_fast: Path) -> None:
     """Fails if a model that the other engine computes wrongly is not refused with one clear line."""
     for decoder in (partial(transformers_decoder, cache="dynamic"), partial(gpt_fast_decoder, folder=gpt_fast)):
-        model = tiny.target(model_type="qwen3")
-        model.allocate_cache(64)
-        with pytest.raises(ValueError, match="for Llamas"):
-            decoder(model, frozenset())
+        for changes in ({"model_type": "qwen3"}, {"model_type": "phi3", "partial_rotary_factor": 0.5},
+                        {"model_type": "smollm3", "no_rope_layers": [1, 0]}):
+            model = tiny.target(**changes)
+            model.allocate_cache(64)
+            with pytest.raises(ValueError, match="for Llamas"):
+                decoder(model, frozenset())
     (gpt_fast / "model.py").write_text(STAND_IN.replace("forward(self, tokens, at)", "forward(self, mask, tokens, at)"))
     with pytest.raises(ValueError, match="check out its commit"):
         gpt_fast_decoder(tiny.target(), frozenset(), gpt_fast)
@@ -494,7 +496,9 @@ def test_models_that_others_lack_are_refused(gpt_fast: Path) -> None:
     (("--max_new_tokens", 1), "2 or more"), (("--runs", 0), "1 or more"),
     (("--gpt_fast", "no/such/clone"), "no model.py"),
     (("--shape", "7b"), "invalid choice"), (("--methods", "eagle,eagle9"), "eagle9 is no method: there are vanilla"),
-    (("--temperature", -1), "0 or more"), (("--transformers", "--temperature", 1), "add --temperature 0"),
+    (("--temperature", -1), "--temperature must be 0, or 0.000001"),
+    (("--temperature", 1e-9), "--temperature must be 0, or 0.000001"), (("--json", "."), "a folder, where a file"),
+    (("--transformers", "--temperature", 1), "add --temperature 0"),
     (("--transformers", "--quantize", "int8"), "without --quantize"), (("--json", "no/such/x.json"), "no such folder"),
     (("--methods", "lookup", "--draft_vocab", 9), "--draft_vocab is for the methods eagle, eagle2")])
 def test_refused(words: tuple, message: str, arguments, capsys) -> None:
@@ -502,6 +506,18 @@ def test_refused(words: tuple, message: str, arguments, capsys) -> None:
     with pytest.raises(SystemExit) as exit:
         arguments(*words)
     assert exit.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_saved_before_printed(arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the results are lost where nobody reads what is printed."""
+    def closed(result: dict) -> str:
+        raise BrokenPipeError
+    monkeypatch.setattr(bench, "bench", lambda args, result: result.update(methods={"vanilla": {}}, measured=[1]))
+    monkeypatch.setattr(bench, "report", closed)
+    arguments("--json", tmp_path / "out.json")
+    with pytest.raises(BrokenPipeError):
+        bench.main()
+    assert json.loads((tmp_path / "out.json").read_text())["measured"] == [1]
 
 
 def test_bad_files(arguments, tmp_path: Path) -> None:

@@ -139,10 +139,10 @@ class BlockTrainer(TappedTrainer):
 
     @staticmethod
     def check(args: argparse.Namespace, target: Config) -> None:
-        TappedTrainer.check(args, target)
-        check_key_heads(args, target)
         if args.length < 2 * (args.block_size or BLOCK) + 2:
             raise ValueError(f"--length {args.length} leaves no room for a block behind some context")
+        TappedTrainer.check(args, target)
+        check_key_heads(args, target)
         if args.anchors is not None and args.anchors < 1:
             raise ValueError("--anchors must be 1 or more")
 
@@ -160,8 +160,8 @@ class BlockTrainer(TappedTrainer):
     def ahead(self) -> int:
         return self.module.cfg.block_size
 
-    def work(self, batch: int) -> tuple[int, int, int]:
-        """As Trainer.work: the rows of blocks, those of the context, and the gradients of both."""
+    def kept_rows(self, batch: int) -> tuple[int, int, int]:
+        """As Trainer.kept_rows: the rows of blocks, those of the context, and the gradients of both."""
         rows = batch * self.anchors * self.module.cfg.block_size
         return 2, 2 * (rows + batch * self.args.length), 2 * rows
 

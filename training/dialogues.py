@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from formats.writing import write_text
 from model import Llama
 from ops.graphs import capture
 from tokenizer import Tokenizer
@@ -155,15 +156,46 @@ def sample(logits: Tensor, temperature: Tensor, answering: Tensor) -> Tensor:
 # ----- Writing them ------------------------------------------------------------------------------------------------
 
 
+def length_path(path: Path) -> Path:
+    """The file beside the dialogues in `path` that says how many tokens each of them has."""
+    return path.with_suffix(".length")
+
+
+def check_dialogues(path: Path, script: Script, length: int) -> None:
+    """Raise ValueError if a file of dialogues was written with another length of rows or for another model, as far as
+    their first tokens tell."""
+    if not path.exists():
+        return
+    known = length_path(path).read_text() if length_path(path).exists() else str(length)  # older versions wrote none
+    fits = known.strip() == str(length)
+    rows = min(path.stat().st_size // (4 * length), 100)
+    if fits and rows:
+        first = ~torch.from_file(str(path), size=rows * length, dtype=torch.int32).view(rows, length)[:, 0].long()
+        fits = bool(torch.isin(first, script.forced[:max(script.openers, 1), 0].cpu()).all())
+    if not fits:
+        raise ValueError(f"{path}: its dialogues are of another --length or another model: move it away, or choose "
+                         "another --work")
+
+
+def check_answers(data: Tensor, path: Path) -> None:
+    """Raise ValueError if no dialogue of data [dialogues, S], marked, from the file `path` has an answer."""
+    if not (data >= 0).any():
+        raise ValueError(f"{path}: no dialogue has an answer to learn from: move the file away, and use a larger "
+                         "--length")
+
+
 @torch.inference_mode()
 def write_dialogues(model: Llama, script: Script, path: Path, rows: int, length: int, batch: int) -> None:
     """Append dialogues to `path` until it holds `rows` rows of `length` marked tokens, int32. Dialogues that are there
-    already are kept. batch: how many are written at the same time, fewer where memory is short."""
+    already are kept. batch: how many are written at the same time, fewer where memory is short. A new file gets another
+    one beside it that says the length, which the file itself does not tell."""
     device = model.embed.weight.device
     bucket = 128  # a forward reads a multiple of this many cache slots, so that few graphs serve all lengths
     done = path.stat().st_size // (4 * length) if path.exists() else 0
     if done >= rows:
         return
+    if not done:
+        write_text(length_path(path), f"{length}\n")
     with path.open("ab") as f:
         f.truncate(done * 4 * length)  # a row that was written in part would shift all that follow
     batch = fit_generate_batch(model, batch, length)

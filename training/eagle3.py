@@ -5,12 +5,13 @@
 The head drafts from taps, the target's residual stream at three depths, and has an lm_head of its own over a draft
 vocabulary: the tokens that the target writes most often in its answers. (With --share_lm_head these are the target's
 rows, which are neither trained nor saved.) The loss is the cross-entropy with the target's distribution over these
-tokens, at every unrolled step (section 3 of the paper, "training-time test"). Where the target's best token is another
-one, nothing is learned.
+tokens, at every unrolled step (section 3 of the paper, "training-time test"). Where the text goes on with another
+token, nothing is learned.
 
 Shapes: B dialogues, R positions, N places, H the head's width, C the target's, k taps, V tokens, Vd draft tokens.
 """
 import argparse
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ from training.tapped import (
     check_key_heads,
     evened,
     frequent_tokens,
-    rows_of,
+    lm_head_rows,
     sample_hidden,
 )
 
@@ -93,7 +94,7 @@ def initialise(head: Eagle3Head, target: Llama, embedded: Tensor, inputs: Tensor
     first.mlp_norm.weight.copy_(evened(normed))
     attend_to_own_row(first, embedded * first.embed_norm.weight)
     if head.lm_head is not None:
-        head.lm_head.weight.copy_(rows_of(target, head.vocab))
+        head.lm_head.weight.copy_(lm_head_rows(target, head.vocab))
 
 
 def attend_to_own_row(layer: Eagle3Layer, embedded: Tensor) -> None:
@@ -187,6 +188,7 @@ class Eagle3Trainer(TappedTrainer):
             check_key_heads(args, target)
             return
         found = open_eagle3(args.init, target)
+        check_trainable(args.init, found.tensors)
         cfg = found.config
         own = {"head_layers": cfg.layer.num_layers, "mlp": cfg.layer.intermediate_size,
                "kv_heads": cfg.layer.num_kv_heads,
@@ -262,9 +264,16 @@ def trainable(path: Path, target: Llama) -> Eagle3Head:
     """The head in this folder with fp32 weights that can be trained. ValueError if it has parts that no head trained
     here has."""
     head = load_head(path, target, 0)
-    odd = {"no fc": head.fc is None, "no last norm": head.norm is None, "quantised weights": head.quantized,
-           "one norm for all taps": head.input_norm is not None, "an embedding of its own": head.embed is not None}
+    check_trainable(path, head.state_dict())
+    return head.float().train().requires_grad_(True)
+
+
+def check_trainable(path: Path, names: Collection[str]) -> None:
+    """Raise ValueError if the head in this folder, whose tensors have these names, has parts that no head trained here
+    has."""
+    odd = {"no fc": not any(name.startswith("fc.") for name in names), "no last norm": "norm.weight" not in names,
+           "quantised weights": any(name.endswith(".data") for name in names),
+           "one norm for all taps": "input_norm.weight" in names, "an embedding of its own": "embed.weight" in names}
     if any(odd.values()):
         raise ValueError(f"{path}: a head that has {' and '.join(what for what in odd if odd[what])} cannot be trained "
                          "on here")
-    return head.float().train().requires_grad_(True)

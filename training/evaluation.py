@@ -23,8 +23,8 @@ from tree import MAX_NODES, Candidates
 
 def evaluate(model: Llama, out: Path, prompts: list[list[int]], stop_ids: frozenset[int], temperature: float,
              new_tokens: int = 128) -> float:
-    """Tokens per step with the head in `out` and the default tree: all tokens committed after prefill, divided by
-    all cycles."""
+    """Tokens per step with the head in `out` and the tree of GPU_TREE, 60/6/10, on any device: all tokens committed
+    after prefill, divided by all cycles."""
     longest = max(map(len, prompts), default=0) + new_tokens
     model.free_cache()
     engine = Engine(model, tree_drafter(load_head(out, model), model, *GPU_TREE), longest, stop_ids)
@@ -79,7 +79,7 @@ def compare_speeds(model: Llama, out: Path, prompts: list[list[int]], stop_ids: 
         steps.append(f"{sum(gained) / max(len(gained), 1):.2f}")
         speeds.append(f"{sum(gained) / sum(answer.decode_s for answer in runs):.0f}")
     return (f"tokens per step {' -> '.join(steps)}, tokens/s {' -> '.join(speeds)} "
-            f"({len(prompts)} held-out prompts, a tree of {tree[0]} nodes and {tree[1]} levels)")
+            f"({len(prompts)} held-out prompts, a tree of {drafter.num_nodes} nodes and {drafter.max_depth} levels)")
 
 
 def held_out_prompts(data: Tensor) -> list[list[int]]:

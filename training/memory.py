@@ -37,7 +37,7 @@ def training_need(trainer, batch: int) -> Need:
     each head a score and a weight for all positions.
     """
     args, cfg = trainer.args, trainer.layer_config
-    passes, rows, logit_rows = trainer.work(batch)
+    passes, rows, logit_rows = trainer.kept_rows(batch)
     per_position = (7 * cfg.hidden_size + 4 * cfg.num_heads * cfg.head_dim + 3 * cfg.intermediate_size
                     + 2 * cfg.num_heads * args.length)
     parameters = sum(p.numel() for p in trainer.module.parameters())
@@ -64,15 +64,18 @@ def generating_need(model: Llama, length: int, batch: int) -> int:
     return total_bytes(model) + target_passing(model, batch) + batch * (cache + 10 * cfg.vocab_size)
 
 
-def fit(option: str, asked: int, need: Callable[[int], int], device: torch.device) -> int:
-    """The option's value, halved until need(value) bytes are free, which a line says. ValueError where none fits."""
+def fit(option: str, asked: int, need: Callable[[int], int], model: Llama, smaller: str) -> int:
+    """The option's value, halved until need(value) bytes are free, which a line says. ValueError where none fits.
+    smaller: the options with which less is needed."""
+    device = model.embed.weight.device
     free = int(USABLE * free_bytes(device.type)) - (int(OVERHEAD) if device.type == "cuda" else 0)
     fitting = asked
     while fitting > 1 and need(fitting) > free:
         fitting //= 2
     if need(fitting) > free:
         raise ValueError(f"out of memory: {option} 1 needs {need(1) / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; "
-                         "a smaller --length or --places needs less, and --target_quantize int8 halves the model")
+                         f"a smaller {smaller} needs less"
+                         + ("" if is_quantized(model) else ", and train.py --target_quantize int8 halves the model"))
     if fitting < asked:
         print(f"{option} {fitting}: {asked} would need {need(asked) / 1e9:.1f} GB, and {free / 1e9:.1f} GB can be used",
               flush=True)
@@ -82,12 +85,13 @@ def fit(option: str, asked: int, need: Callable[[int], int], device: torch.devic
 def fit_generate_batch(model: Llama, asked: int, length: int) -> int:
     """How many dialogues can be written at the same time: `asked`, or what fits."""
     need = partial(generating_need, model, length)
-    return fit("--generate_batch", asked, need, model.embed.weight.device)
+    return fit("--generate_batch", asked, need, model, "--length")
 
 
 def fit_batch(trainer) -> int:
     """How many dialogues a step of this trainer can take: --batch, or what fits. Prints what that needs."""
-    batch = fit("--batch", trainer.args.batch, lambda batch: sum(training_need(trainer, batch)), trainer.device)
+    smaller = "--length or --anchors" if "anchors" in trainer.own_options else "--length or --places"
+    batch = fit("--batch", trainer.args.batch, lambda batch: sum(training_need(trainer, batch)), trainer.model, smaller)
     need = training_need(trainer, batch)
     free = free_bytes(trainer.device.type)
     print(f"memory: about {sum(need) / 1e9:.2f} GB of {free / 1e9:.2f} GB ({need})", flush=True)

@@ -39,8 +39,9 @@ from formats.weights import FORMAT, save_tensors
 from formats.writing import locked, replace_files
 from model import Llama, layer_ropes, load_model
 from quant.linear import quantize_linears
-from training.dialogues import unmark
-from training.trainer import Trainer, options, prepare
+from training.dialogues import check_answers, unmark
+from training.exported import foreign
+from training.trainer import Trainer, check_ahead, options, prepare
 
 # ----- Training ----------------------------------------------------------------------------------------------------
 
@@ -92,6 +93,10 @@ class PeerTrainer(Trainer):
     def ahead(self) -> int:
         """Head k predicts feature p + k + 1, so the last of K heads looks K features ahead."""
         return self.args.heads
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        return self.args.medusa, self.args.draft_model
 
     def make_module(self) -> Peers:
         return Peers(self.model, self.args.heads, self.args.draft_layers)
@@ -202,6 +207,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     Config.load(args.checkpoint)  # says so if it is not there, before folders are made
+    check_ahead("heads", args.heads, args.length)
     with locked(args.work), locked(args.medusa), locked(args.draft_model):
         train(args)
 
@@ -209,16 +215,20 @@ def main() -> None:
 def train(args: argparse.Namespace) -> None:
     """Write the dialogues, train, and evaluate, each as far as the options ask for it and it is not done yet."""
     state = args.work / "peers"  # train.py's own state lies beside it; both use the same dialogues
-    taken = [out for out in (args.medusa, args.draft_model) if (out / "config.json").exists()]
-    if args.steps and taken and not (state / "state.pt").exists():
-        raise ValueError(f"{taken[0]} is there already; choose another folder, or move it away")
+    if args.steps and (taken := foreign(state, args.medusa, args.draft_model)):
+        raise ValueError(f"{taken} is there already; choose another folder, or move it away")
     model, _, data = prepare(args)
+    held_out, to_learn = data.tensor_split([args.generate_batch])  # the first batch, with its own seed
+    held_out = held_out[:args.eval_prompts]
+    for needed, part in ((args.steps, to_learn), (args.eval_prompts, held_out)):
+        if needed:
+            check_answers(part, args.work / "dialogues.bin")
     if args.steps:
         trainer = PeerTrainer(model, args)
         trainer.resume(state)
         print("agreement: of the draft model, then of each Medusa head", flush=True)
         try:
-            trainer.run(data[args.generate_batch:], state)  # the first batch, with its own seed, is held out
+            trainer.run(to_learn, state)
         except KeyboardInterrupt:
             trainer.save(state)
             print(f"stopped at step {trainer.step}: {args.medusa} and {args.draft_model} are written; "
@@ -228,7 +238,7 @@ def train(args: argparse.Namespace) -> None:
         model = load_model(args.checkpoint, args.device, torch.bfloat16)
         draft = load_draft_model(args.draft_model, model)
         heads = load_medusa(args.medusa, model)
-        agreed, overlap = agreement(model, draft, heads, data[:min(args.eval_prompts, args.generate_batch)])
+        agreed, overlap = agreement(model, draft, heads, held_out)
         print(f"agreement on held-out dialogues: draft model {agreed[0]:.3f} (overlap at temperature 1 {overlap:.3f}), "
               "Medusa heads " + " ".join(f"{a:.3f}" for a in agreed[1:]), flush=True)
 

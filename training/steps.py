@@ -50,7 +50,7 @@ def unrolled_attention(layer: Layer, x: Tensor, rope: Tensor, keys: list[Tensor]
     causal = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
     first = (q @ keys[0].transpose(-1, -2)).masked_fill(~causal, -torch.inf).float() * layer.head_dim**-0.5
     later = [(q * key).sum(-1, keepdim=True).float() * layer.head_dim**-0.5 for key in keys[1:]]
-    # Scores of all entries side by side would be one matrix of odd width: the products behind them would be slower.
+    # The later scores stay apart: side by side they would make a matrix of odd width, whose products are slow.
     total = torch.cat((first.logsumexp(-1, keepdim=True), *later), -1).logsumexp(-1, keepdim=True)
     y = (first - total).exp().to(v.dtype) @ values[0]
     for scores, value in zip(later, values[1:]):

@@ -27,7 +27,7 @@ def frequent_tokens(data: Tensor, size: int, vocab_size: int) -> Tensor | None:
     return counts.argsort(descending=True, stable=True)[:size].sort().values
 
 
-def rows_of(target: Llama, ids: Tensor | None) -> Tensor:
+def lm_head_rows(target: Llama, ids: Tensor | None) -> Tensor:
     """The target's lm_head for the tokens `ids`, [Vd, C]."""
     weight = target.lm_head.weight
     return weight if ids is None else weight[ids]
@@ -35,9 +35,9 @@ def rows_of(target: Llama, ids: Tensor | None) -> Tensor:
 
 def evened(x: Tensor) -> Tensor:
     """Factors [C] that bring every channel of x [T, C] to a typical size of 1. A few channels of a residual stream are
-    a hundred times larger than the others: unscaled, every step of training would turn the head by them. Medians, since
-    the first token of a text is as exceptional. Small channels are enlarged ten times at most. Channels of zeros, most
-    of a model that benchmarks/widen.py made, do not count for what is typical."""
+    a hundred times larger than the others: unscaled, they would decide every training step. Medians, since the first
+    token of a text is as exceptional. Small channels are enlarged ten times at most. Channels of zeros, most of a model
+    that benchmarks/widen.py made, do not count for what is typical."""
     size = x.float().abs().median(0).values
     return 1 / size.clamp(min=0.1 * size[size > 0].median())
 
@@ -55,7 +55,7 @@ def sample_hidden(target: Llama, data: Tensor, taps: tuple[int, ...]) -> tuple[T
 def check_key_heads(args: argparse.Namespace, target: Config) -> None:
     """Raise ValueError for --kv_heads that the target's query heads cannot share evenly."""
     if args.kv_heads is not None and (args.kv_heads < 1 or target.num_heads % args.kv_heads):
-        raise ValueError(f"--kv_heads {args.kv_heads}: each has to serve as many of the {target.num_heads} query heads")
+        raise ValueError(f"--kv_heads {args.kv_heads}: must divide the model's {target.num_heads} query heads evenly")
 
 
 class TappedTrainer(Trainer):
@@ -78,7 +78,7 @@ class TappedTrainer(Trainer):
     def use_vocab(self) -> None:
         """Take the draft vocabulary from the head."""
         ids = self.module.vocab
-        self.target_rows = rows_of(self.model, ids)  # [Vd, C]
+        self.target_rows = lm_head_rows(self.model, ids)  # [Vd, C]
         self.drafted = None  # [V] bool, which tokens are drafted; None: all
         if ids is not None:
             self.drafted = torch.zeros(self.model.cfg.vocab_size, dtype=torch.bool, device=self.device)

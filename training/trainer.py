@@ -1,7 +1,7 @@
 """Training of draft heads by distillation: the loss is the cross-entropy with the target's own distribution.
 
-`Trainer` trains an EAGLE-1/2 head (train.py). training/eagle3.py derives from it for EAGLE-3 heads, training/peers.py
-for Medusa heads and draft models.
+`Trainer` trains an EAGLE-1/2 head (train.py). Trainers that derive from it: training/eagle3.py for EAGLE-3 heads,
+training/block.py for block heads, training/peers.py for Medusa heads and draft models.
 
 Marked tokens (training/dialogues.py): token t of an answer is t, every other token is ~t. All tokens are context, but
 only answers are learned.
@@ -24,15 +24,17 @@ from model import Llama, load_model, rope_table
 from ops.quantized import dequantize
 from quant.linear import QuantizedLinear, is_quantized
 from tokenizer import Tokenizer
-from training.dialogues import Script, read_openers, unmark, write_dialogues
+from training.dialogues import Script, check_dialogues, read_openers, unmark, write_dialogues
+from training.exported import exporting
 from training.steps import compile_on_gpu, distill, new_head, unrolled
 
-CURVE = "curve.json"  # beside the state: the agreement on held-out dialogues while the head was trained
+AGREEMENTS = "curve.json"  # beside the state: the agreement on held-out dialogues while the head was trained
 BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left"
 
 
 class Trainer:
-    """Trains `module`. Subclasses override what differs: `ahead`, `make_module`, `losses` and `export`.
+    """Trains `module`. Subclasses override what differs: the four fields below, `check`, `layer_config`, `ahead`,
+    `kept_rows`, `make_module`, `predict` or `losses`, `export` and `folders`.
 
     data [dialogues, S] int32, marked: those to train on. held_out [any, S]: a few others, to measure agreement on."""
     own_options: tuple[str, ...] = ("regression",)  # options of train.py that are for this kind of head alone
@@ -73,6 +75,7 @@ class Trainer:
     @staticmethod
     def check(args: argparse.Namespace, target: Config) -> None:
         """Raise ValueError for options that do not fit this target, before anything is written."""
+        check_ahead("unroll", args.unroll, args.length)
         if args.draft_vocab and not 10 <= args.draft_vocab <= target.vocab_size:
             raise ValueError(f"--draft_vocab takes 10 to {target.vocab_size} tokens, which are all that the model has")
 
@@ -86,9 +89,10 @@ class Trainer:
         """How many features ahead the last prediction lies: the draft steps that training unrolls."""
         return self.args.unroll
 
-    def work(self, batch: int) -> tuple[int, int, int]:
-        """What a training step keeps for its backward pass: passes of the module, rows of its layers and rows of logits
-        in all passes. One more than there are is counted: the gradients of the pass that is gone through backwards."""
+    def kept_rows(self, batch: int) -> tuple[int, int, int]:
+        """What a step of `batch` dialogues keeps until its backward pass: how many passes of the module, and in all
+        passes how many rows of its layers and how many rows of logits. One pass more than there are is counted, for the
+        gradients of the pass that the backward pass is in."""
         passes = self.ahead + 1
         rows = batch * (self.args.length - passes)
         return passes, passes * rows, passes * min(self.args.places, rows)
@@ -101,9 +105,14 @@ class Trainer:
         """Write what is trained in the format in which others load it."""
         save_head(self.module.cfg, self.module.state_dict(), self.args.out)
 
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where `export` writes."""
+        return (self.args.out,)
+
     def rows(self, tokens: Tensor) -> int:
         """How many positions of each dialogue, the first ones, are learned from: those that have a target for every
-        prediction, in whole eights, for which matrix products are fastest. tokens [B, S]."""
+        prediction. More than 64 are cut to whole eights, for which matrix products are fastest. tokens [B, S]."""
         rows = tokens.shape[1] - self.ahead - 1
         return rows - rows % 8 if rows > 64 else rows
 
@@ -219,31 +228,39 @@ class Trainer:
         self.curve.append({"step": self.step, "seconds": round(self.seconds), "loss": round(loss, 4),
                            "agreement": [round(a, 4) for a in agreement.tolist()]})
         work.mkdir(parents=True, exist_ok=True)
-        write_text(work / CURVE, "[" + ",\n ".join(map(json.dumps, self.curve)) + "]\n")
+        write_text(work / AGREEMENTS, "[" + ",\n ".join(map(json.dumps, self.curve)) + "]\n")
         return agreement
 
     def save(self, work: Path) -> None:
         """Write the state of training to the folder `work`, and export what is trained."""
         state = {"step": self.step, "seconds": self.seconds, "head": self.module.state_dict(),
+                 "config": repr(self.module.cfg),
                  "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
         with replace_files(work) as part, open(part / "state.pt", "wb") as file:
             torch.save(state, file)  # by its name, torch.save reports a full disk as a RuntimeError
-        self.export()
+        with exporting(work, *self.folders):
+            self.export()
 
     def resume(self, work: Path) -> None:
-        """Go on from what `save` wrote to this folder, if there is anything."""
+        """Go on from what `save` wrote to this folder, if there is anything, at the learning rates of this run."""
         path = work / "state.pt"
+        config = repr(self.module.cfg)
         if not path.exists():
             return
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
+            if state.get("config", config) != config:
+                raise ValueError("its head has another config")
             self.module.load_state_dict(state["head"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                rates = [group["initial_lr"] for group in optimizer.param_groups]
                 optimizer.load_state_dict(saved)
+                for group, rate in zip(optimizer.param_groups, rates):
+                    group["initial_lr"] = rate
             self.step = state["step"]
             self.seconds = state["seconds"]
-            if (work / CURVE).exists():
-                path = work / CURVE
+            if (work / AGREEMENTS).exists():
+                path = work / AGREEMENTS
                 self.curve = [row for row in json.loads(path.read_text()) if row["step"] <= self.step]
         except Exception as error:  # a damaged pickle can raise any exception
             raise ValueError(f"{path}: damaged, or of a training with other options ({first_line(error)}): move it "
@@ -274,7 +291,8 @@ def options(description: str) -> argparse.ArgumentParser:
                    "evaluate what is there already")
     p.add_argument("--minutes", type=float, default=math.inf, help="end training after this time, if that comes sooner")
     p.add_argument("--length", type=int, default=640, help="tokens of a dialogue")
-    p.add_argument("--batch", type=int, default=32, help="dialogues per training step, fewer if memory is short")
+    p.add_argument("--batch", type=int, default=32, help="dialogues per training step (train.py: fewer if "
+                   "memory is short)")
     p.add_argument("--generate_batch", type=int, default=2048, help="dialogues written at the same time, fewer if "
                    "memory is short; so many are held out")
     p.add_argument("--decay", type=float, default=0.8, help="weight in the loss of each draft step, or position ahead, "
@@ -284,6 +302,13 @@ def options(description: str) -> argparse.ArgumentParser:
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--eval_prompts", type=int, default=80, help="held-out dialogues to evaluate on; 0: do not evaluate")
     return p
+
+
+def check_ahead(option: str, ahead: int, length: int) -> None:
+    """Raise ValueError if predictions this far ahead leave no position of a dialogue to learn from."""
+    if not 1 <= ahead <= length - 2:
+        raise ValueError(f"--{option} {ahead} does not fit into dialogues of --length {length}: it takes 1 to "
+                         f"{length - 2}")
 
 
 def prepare(args: argparse.Namespace, quantize: str | None = None) -> tuple[Llama, Tokenizer, Tensor]:
@@ -319,15 +344,3 @@ def plain_lm_head(model: Llama) -> nn.Linear:
         values = dequantize(model.lm_head.weight, torch.bfloat16)[:, :model.cfg.hidden_size]
         plain.weight = nn.Parameter(values, False)
     return plain
-
-
-def check_dialogues(path: Path, script: Script, length: int) -> None:
-    """Raise ValueError if a file of dialogues was written with another length of rows or for another model, as far as
-    their first tokens tell."""
-    rows = min(path.stat().st_size // (4 * length), 100) if path.exists() else 0
-    if not rows:
-        return
-    first = ~torch.from_file(str(path), size=rows * length, dtype=torch.int32).view(rows, length)[:, 0].long()
-    if not torch.isin(first, script.forced[:max(script.openers, 1), 0].cpu()).all():
-        raise ValueError(f"{path}: its dialogues are of another --length or another model: move it away, or choose "
-                         "another --work")

@@ -10,6 +10,7 @@ import pytest
 
 import bench
 from benchmarks import cycle, everything
+from benchmarks.environment import commit_of
 from benchmarks.result_files import NAMES, read_results
 from benchmarks.result_files import add as add_to
 
@@ -35,14 +36,14 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., in
     monkeypatch.setattr(everything, "RESULTS", results)
     monkeypatch.setattr(everything, "add", lambda file, name, commit: add_to(file, name, commit, results))
 
-    def main(*words: str, fail: str = "nothing", asked: list | None = None) -> int:
+    def main(*words: str, fail: str = "nothing", asked: list | None = None, raw: dict = RAW) -> int:
         def run(command: list[str]) -> subprocess.CompletedProcess:
             text = shlex.join(command)
             if asked is not None:
                 asked.append(text)
             if fail in text:
                 return subprocess.CompletedProcess(command, 3)
-            Path(command[-1]).write_text(json.dumps(RAW))
+            Path(command[-1]).write_text(json.dumps(raw))
             return subprocess.CompletedProcess(command, 0)
 
         monkeypatch.setattr(everything.subprocess, "run", run)
@@ -90,7 +91,38 @@ def test_what_is_missing(program: Callable[..., int], tmp_path: Path, capsys) ->
     assert program() == 0
     out = capsys.readouterr().out
     assert f"methods-coder-bf16: left out, there is no {everything.SMALL_CODER}" in out
+    assert "cycle-demo-mt-bench: left out, it needs --mt_bench FILE" in out
     assert "methods-coder-gguf" in read_results(tmp_path / "results")
+    assert program("--only", "cycle-demo-mt-bench") == 0
+    assert capsys.readouterr().out == "cycle-demo-mt-bench: left out, it needs --mt_bench FILE\n"
+
+
+def test_a_method_that_failed(program: Callable[..., int], tmp_path: Path, capsys) -> None:
+    """Fails if a result that lacks a method, with which bench.py ends as with others, is kept as measured."""
+    assert program("--only", "methods-demo", raw=RAW | {"failed": {"eagle2": "out of memory"}}) == 1
+    assert capsys.readouterr().out == "methods-demo: not kept, because eagle2 failed: out of memory\n"
+    assert not read_results(tmp_path / "results")
+
+
+def test_results_are_no_changes(tmp_path: Path) -> None:
+    """Fails if a new result in benchmarks/results makes the code count as changed, or if a change of the code does not.
+    """
+    results = tmp_path / "benchmarks/results"
+    results.mkdir(parents=True)
+
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True)
+
+    git("init", "--quiet")
+    for file in (tmp_path / "bench.py", results / "a.json"):
+        file.write_text("old")
+    git("add", ".")
+    git("commit", "--quiet", "--message=first")
+    commit = commit_of(tmp_path)
+    (results / "a.json").write_text("new")
+    assert commit_of(tmp_path) == commit != "unknown" and " " not in commit
+    (tmp_path / "bench.py").write_text("new")
+    assert commit_of(tmp_path) == f"{commit} and uncommitted changes"
 
 
 @pytest.mark.parametrize("commit", ["unknown", "abc1234 and uncommitted changes"])

@@ -158,6 +158,19 @@ def test_several_in_a_block(raw: dict[str, dict]) -> None:
     assert [summary.quote(f"coder_{what}", results) for what in ("vanilla", "eagle2", "speedup")] == [
         f"{vanilla:.0f}", f"{eagle2:.0f}", f"{eagle2 / vanilla:.2f}"]
     assert summary.quote("7b_vanilla", results) is None
+    for typo, says in (("coder_vanila", "of coder there are speedup, vanilla"), ("code_vanilla", "and those of 7b")):
+        with pytest.raises(ValueError, match=f"README.md asks for the number {typo}: .*{says}"):
+            summary.quote(typo, results)
+
+
+def test_tree_size(results: Results) -> None:
+    """Fails if a tree is read from the names of parts, which are others for one level or a block head, although the
+    file states it; or if older files have none."""
+    part = results[CYCLES]["contexts"][0]
+    assert part["tree"] == [8, 4, 3] and summary.tree_size(part) == "8/4/3"
+    assert summary.tree_size(part | {"tree": [60, 8, 10]}) == "60/8/10"
+    del part["tree"]
+    assert summary.tree_size(part) == "8/4/3"
 
 
 def test_a_changed_number_is_noticed(results: Results) -> None:

@@ -206,6 +206,18 @@ def test_what_does_not_fit(shape: dict[str, int], kept_ids: list[int] | None, me
         widen_model(tiny.target(), MHA | shape, kept_ids)
 
 
+def test_heads_rotated_in_part() -> None:
+    """Fails if a model whose heads are rotated in part is widened to other frequencies, or refused where its heads stay
+    as they are."""
+    model = tiny.target(model_type="phi3", partial_rotary_factor=0.5)
+    with pytest.raises(ValueError, match="of 8, of which 4 are rotated, do not widen to a shape with head_dim 16"):
+        widen_model(model, MHA)
+    ids = tiny.prompt(3, 60)
+    wide = widen_model(model, TARGETS["same heads"], dtype=torch.float64)
+    features = [tiny.features(model_with_cache(each), ids)[:, :C] for each in (wide, model)]
+    assert_near(*features, 1e-12)
+
+
 def test_biases_of_attention_are_refused():
     """Fails if biases that would be lost are not refused."""
     model = tiny.target()

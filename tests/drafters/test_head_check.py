@@ -140,3 +140,20 @@ def test_variants_of_blocks() -> None:
     best, *others = compare(head, doubts, model, [Answer(ids, 5)])
     assert best.fields == {"anchor_first": False, "causal": True, "taps": (0, 2, 4)} and best.shares[0] == 1
     assert len(others) == 7 and all(is_clear(best, other) for other in others)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_short_blocks_and_answers(size: int) -> None:
+    """Fails if an answer of fewer tokens than are compared ends in a traceback, or if the layouts of a short block, one
+    of which guesses a token more, cannot be compared."""
+    model = tiny.target(2, num_hidden_layers=5)
+    model.allocate_rope(64)
+    head = tiny.block(model, block_size=size, taps=(0, 2, 4))
+    plain = PlainBlock(head.state_dict(), head.cfg, None, model)
+    answers = [Answer(guessed_by(plain, model, tiny.prompt(3, 5), 40), 5)]
+    best, other = compare(head, {"anchor_first": (False, True)}, model, answers)
+    assert best.fields == {"anchor_first": True} and best.shares[0] == 1
+    assert len(best.right) == len(other.right) == size - 1 and is_clear(best, other)
+    short = [Answer(tiny.prompt(seed, 5 + seed), 5) for seed in range(1, 3)]
+    assert [len(right) for right in right_guesses(head, model, short + answers)] == size * [len(best.right[0])]
+    assert [len(right) for right in right_guesses(head, model, short)] == size * [0]

@@ -198,9 +198,11 @@ def test_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_curve_is_refused(tmp_path: Path) -> None:
-    """Fails if a curve of other trees, half a curve, or numbers that no tree can reach are accepted."""
-    with pytest.raises(FileNotFoundError, match="acceptance.json: not there"):
-        read_curve(tmp_path)
+    """Fails if a curve of other trees, half a curve, or numbers that no tree can reach are accepted, or if the command
+    that measures one is not of this head, whatever its kind."""
+    with pytest.raises(FileNotFoundError, match="acceptance.json: not there") as error:
+        read_curve(tmp_path / "a head")
+    assert f"--steps 0 --tokens 0 --generate_batch 128 --out '{tmp_path}/a head'` measures it" in str(error.value)
     sound = {"nodes": list(NODES), "topk": TOPK, "gained": FLAT}
     (tmp_path / CURVE).write_text(json.dumps(sound))
     assert read_curve(tmp_path) == FLAT

@@ -161,6 +161,7 @@ def test_command(command, capsys: pytest.CaptureFixture) -> None:
     folder = command(*words, "--steps", 3)
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith("tokens per step 1.00 -> 1.") and ", tokens/s " in lines[-1]
+    assert lines[-1].endswith("(2 held-out prompts, a tree of 8 nodes and 3 levels)"), "the block's, not the default's"
     assert {p.name for p in (folder / "block").iterdir()} == {"model.safetensors", "config.json", "measured.json",
                                                               "acceptance.json"}
     found = open_block(folder / "block", load_model(folder).cfg)

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +30,8 @@ from drafters.tree_size import read_curve
 from formats.eagle3 import open_eagle3, save_eagle3
 from model import Llama, load_model, rope_table
 from ops.attention import causal_mask
+from quant.linear import quantize_linears
+from quantize import quantize_draft
 from training import dialogues, eagle3, memory, trainer
 from training.dialogues import Script, unmark, write_dialogues
 from training.eagle3 import Eagle3Trainer, choose_taps, fc_inputs, frequent_tokens
@@ -320,6 +323,23 @@ def test_stopped_and_resumed(learnable: tuple[Llama, Tensor], tmp_path: Path, mo
             Eagle3Trainer(model, settings(tmp_path, **changes), data).resume(tmp_path / "parts")
 
 
+def test_state_of_another_head(learnable: tuple[Llama, Tensor], tmp_path: Path) -> None:
+    """Fails if the state of one --init is taken for that of another one, whose tensors have the same shapes: the head
+    would be exported with a wrong config."""
+    model, data = learnable
+    paths = [saved_head(model, tmp_path / str(flag), norm_before_residual=flag, taps=(0, 2, 3))
+             for flag in (False, True)]
+    first, second = (Eagle3Trainer(model, settings(tmp_path, init=path, draft_vocab=None), data) for path in paths)
+    first.save(tmp_path / "work")
+    with pytest.raises(ValueError, match="damaged, or of a training with other options .its head has another config"):
+        second.resume(tmp_path / "work")
+    first.resume(tmp_path / "work")
+    state = torch.load(tmp_path / "work/state.pt", weights_only=True)
+    del state["config"]  # as older versions wrote it
+    torch.save(state, tmp_path / "work/state.pt")
+    first.resume(tmp_path / "work")
+
+
 def test_init_goes_on(learnable: tuple[Llama, Tensor], tmp_path: Path) -> None:
     """Fails if a head that training starts from loses its draft vocabulary, or is changed before the first step."""
     model, data = learnable
@@ -352,7 +372,8 @@ def test_init_does_not_fit(option: str, value: int, says: str, tmp_path: Path) -
 
 
 def test_init_refused(tmp_path: Path) -> None:
-    """Fails if a head of another target or another kind is started from, or one with parts that are not trained."""
+    """Fails if a head of another target or another kind is started from, or one with parts that are not trained, or if
+    the latter is refused only after the dialogues were written."""
     model = tiny.target(dtype=torch.bfloat16, num_hidden_layers=4)
     other = saved_head(tiny.target(dtype=torch.bfloat16, num_hidden_layers=4, vocab_size=25), tmp_path / "other")
     eagle = tiny.save_head(tiny.head(model), tmp_path / "eagle")
@@ -363,8 +384,15 @@ def test_init_refused(tmp_path: Path) -> None:
              "one norm for all taps": (*PLAIN, "input_norm.weight")}
     for says, parts in names.items():
         path = saved_head(model, tmp_path / says, names=parts, taps=(0, 2, 3))
-        with pytest.raises(ValueError, match=f"a head that has {says} cannot be trained on here"):
-            eagle3.trainable(path, model)
+        args = settings(tmp_path, init=path, draft_vocab=None)
+        for refused in (partial(eagle3.trainable, path, model), partial(Eagle3Trainer.check, args, model.cfg)):
+            with pytest.raises(ValueError, match=f"a head that has {says} cannot be trained on here"):
+                refused()
+    small = quantize_draft(saved_head(model, tmp_path / "small", taps=(0, 2, 3)),
+                           tiny.save_target(model, tmp_path / "model"), "int8", 0)
+    args = settings(tmp_path, init=small, draft_vocab=None)
+    with pytest.raises(ValueError, match="a head that has quantised weights cannot be trained on here"):
+        Eagle3Trainer.check(args, model.cfg)
 
 
 # ----- Memory ------------------------------------------------------------------------------------------------------
@@ -420,7 +448,8 @@ def test_what_a_head_takes(tmp_path: Path) -> None:
 
 
 def test_batches_that_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """Fails if a batch is made smaller without need or without a line, or one is tried that does not fit."""
+    """Fails if a batch is made smaller without need or without a line, if one is tried that does not fit, or if an
+    option is advised that changes nothing."""
     model = tiny.target(dtype=torch.bfloat16, num_hidden_layers=4)
     made = Eagle3Trainer(model, settings(tmp_path), marked(8, 32).int())
     need = {batch: sum(memory.training_need(made, batch)) for batch in (1, 2, 4, 8)}
@@ -433,8 +462,16 @@ def test_batches_that_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         assert said[:-1] == ([] if batch == 8 else [
             f"--batch {batch}: 8 would need {need[8] / 1e9:.1f} GB, and {free / 1e9:.1f} GB can be used"])
     monkeypatch.setattr(memory, "free_bytes", lambda device: need[1] - 1)
-    with pytest.raises(ValueError, match=r"^out of memory: --batch 1 needs 0\.0 GB, and 0\.0 GB are free; a smaller"):
+    says = r"^out of memory: --batch 1 needs 0\.0 GB, and 0\.0 GB are free; a smaller --length or --places needs less"
+    with pytest.raises(ValueError, match=f"{says}, and train.py --target_quantize int8 halves the model$"):
         memory.fit_batch(made)
+    made.own_options = ("anchors",)
+    with pytest.raises(ValueError, match="a smaller --length or --anchors needs less"):
+        memory.fit_batch(made)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
+    quantize_linears(model, "int8")
+    with pytest.raises(ValueError, match="--generate_batch 1 needs .* are free; a smaller --length needs less$"):
+        memory.fit_generate_batch(model, 8, 48)
 
 
 @pytest.mark.slow
@@ -510,7 +547,8 @@ def test_command_from_start_to_end(command, capsys: pytest.CaptureFixture, monke
     assert lines[-1].startswith("tokens per step 1.00 -> 1.") and lines[-1].endswith(
         "(2 held-out prompts, a tree of 8 nodes and 4 levels)") and ", tokens/s " in lines[-1]
     assert (folder / "training/dialogues.bin").read_bytes() == data
-    assert {p.name for p in (folder / "training").iterdir()} == {"dialogues.bin", "eagle", "eagle3"}
+    assert {p.name for p in (folder / "training").iterdir()} == {"dialogues.bin", "dialogues.length", "eagle",
+                                                               "eagle3"}
     assert {p.name for p in (folder / "eagle3").iterdir()} == {"model.safetensors", "config.json", "measured.json",
                                                                "acceptance.json"}
     model = load_model(folder)
@@ -585,7 +623,9 @@ def test_interrupted(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     (["--kind", "eagle3", "--regression", "0.1"], "--regression is no option of --kind eagle3"),
     (["--norms"], "--norms is no option of --kind eagle"), (["--init", "x"], "--init is no option of --kind eagle"),
     (["--mlp", "8"], "--mlp is no option of --kind eagle"),
-    (["--kind", "eagle3", "--kv_heads", "3"], "--kv_heads 3: each has to serve as many of the 4 query heads"),
+    (["--length", "5"], "--unroll 4 does not fit into dialogues of --length 5: it takes 1 to 3"),
+    (["--kind", "eagle3", "--unroll", "0"], "--unroll 0 does not fit into dialogues of --length 48: it takes 1 to 46"),
+    (["--kind", "eagle3", "--kv_heads", "3"], "--kv_heads 3: must divide the model's 4 query heads evenly"),
     (["--kind", "eagle3", "--init", "nowhere"], "nowhere: no draft head there")])
 def test_refused_before_anything_is_written(words: list[str], says: str, command, tmp_path: Path) -> None:
     """Fails if an option is ignored, or refused only after the dialogues were written."""
@@ -611,10 +651,10 @@ def test_out_of_memory(command, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*_: object) -> None:
             raise RuntimeError(text)
         return fail
-    monkeypatch.setattr(train, "learn", broken("CUDA out of memory. Tried to allocate 2 GiB"))
+    monkeypatch.setattr(train, "write_and_train", broken("CUDA out of memory. Tried to allocate 2 GiB"))
     with pytest.raises(ValueError, match="^out of memory: use a --batch below 4, or a --generate_batch below 10$"):
         command()
-    monkeypatch.setattr(train, "learn", broken("shapes"))
+    monkeypatch.setattr(train, "write_and_train", broken("shapes"))
     with pytest.raises(RuntimeError, match="shapes"):
         command()
 

@@ -21,6 +21,7 @@ from drafters.medusa import load_medusa
 from drafters.speculate import load_draft_model
 from formats.weights import read_tensors
 from model import Llama, load_model, rope_table
+from training import dialogues
 from training import peers as peers_module
 from training.peers import Peers, PeerTrainer, agreement
 
@@ -262,7 +263,7 @@ def test_command_from_start_to_end(command, capsys: pytest.CaptureFixture) -> No
     folder = command("--steps", 3, "--heads", 2)
     out = capsys.readouterr().out
     assert "resuming" not in out and "held-out dialogues: draft model 1.000" in out  # of two layers, as is the target
-    assert {p.name for p in (folder / "training").iterdir()} == {"dialogues.bin", "peers"}
+    assert {p.name for p in (folder / "training").iterdir()} == {"dialogues.bin", "dialogues.length", "peers"}
     assert {p.name for p in (folder / "draft_model").iterdir()} == {"model.safetensors", "config.json"}
     assert json.loads((folder / "medusa/config.json").read_text())["medusa_num_heads"] == 2
 
@@ -281,6 +282,24 @@ def test_command_from_start_to_end(command, capsys: pytest.CaptureFixture) -> No
     assert not (folder / "other").exists()
     command("--steps", 0)
     assert "held-out" in capsys.readouterr().out and same(first)
+    (folder / "draft_model/model.safetensors").write_bytes(b"of others")
+    with pytest.raises(ValueError, match="draft_model is there already"):
+        command("--steps", 4, "--heads", 2)
+
+
+def test_too_short(command, tmp_path: Path) -> None:
+    """Fails if heads that look beyond all dialogues are trained on nothing."""
+    with pytest.raises(ValueError, match="--heads 47 does not fit into dialogues of --length 48: it takes 1 to 46"):
+        command("--heads", 47)
+    assert not (tmp_path / "model/training").exists()
+
+
+def test_no_answers(command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if training begins, or an evaluation divides, with no answer to learn from."""
+    monkeypatch.setattr(dialogues.Script, "step", lambda self, turns, sampled: ~torch.full_like(sampled, 1))
+    for words in (("--steps", 2), ("--steps", 0)):
+        with pytest.raises(ValueError, match="dialogues.bin: no dialogue has an answer to learn from"):
+            command(*words)
 
 
 @pytest.mark.slow

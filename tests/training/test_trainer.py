@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from helpers import BOS, END, EOS, Letters, exact, marked, read, tiny_command
+from helpers import BOS, END, EOS, USER, Letters, exact, marked, read, tiny_command
 from recorder import Recorder
 from safetensors.torch import load_file
 from torch import Tensor
@@ -425,8 +425,9 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 def test_command_from_start_to_end(command, capsys: pytest.CaptureFixture) -> None:
     """Fails if a finished run starts over or writes its dialogues again, another head is overwritten, or --steps 0
     trains or refuses to write dialogues where there is a head."""
-    folder = command("--steps", 0)
-    assert [p.name for p in (folder / "training").iterdir()] == ["dialogues.bin"] and not (folder / "eagle").exists()
+    folder = command("--steps", 0, "--eval_prompts", 0)
+    assert {p.name for p in (folder / "training").iterdir()} == {"dialogues.bin", "dialogues.length"}
+    assert not (folder / "eagle").exists()
     data = (folder / "training/dialogues.bin").read_bytes()
     assert len(data) == 4 * 48 * 25
     command("--steps", 3)
@@ -441,8 +442,12 @@ def test_command_from_start_to_end(command, capsys: pytest.CaptureFixture) -> No
     with pytest.raises(ValueError, match="eagle holds a head already"):
         command("--steps", 3, "--work", folder / "other")
     assert (folder / "eagle/model.safetensors").read_bytes() == first and not (folder / "other").exists()
-    with pytest.raises(ValueError, match="of another --length or another model"):
-        command("--steps", 0, "--length", 44)
+    for length in (44, 96, 48 * 100):  # 96: two dialogues in a row
+        with pytest.raises(ValueError, match="of another --length or another model"):
+            command("--steps", 0, "--length", length)
+    assert (folder / "training/dialogues.bin").read_bytes() == data
+    (folder / "training/dialogues.length").unlink()  # as older versions left them
+    command("--steps", 0, "--eval_prompts", 0)
     assert (folder / "training/dialogues.bin").read_bytes() == data
     command("--steps", 0, "--work", folder / "other")
     assert (folder / "other/dialogues.bin").read_bytes() == data == (folder / "training/dialogues.bin").read_bytes()
@@ -456,12 +461,78 @@ def test_command_from_start_to_end(command, capsys: pytest.CaptureFixture) -> No
 
 
 @pytest.mark.slow
+def test_a_head_of_others(command, capsys: pytest.CaptureFixture) -> None:
+    """Fails if a resumed training overwrites a head that it did not export, or refuses to go on with its own where the
+    head lies in another folder now, the run was killed while it exported, or an older version wrote the state."""
+    words = ("--eval_prompts", 0, "--steps")
+    folder = command(*words, 1)
+    weights = folder / "eagle/model.safetensors"
+    own = weights.read_bytes()
+    weights.write_bytes(own[:-1] + bytes([own[-1] ^ 1]))
+    with pytest.raises(ValueError, match="eagle holds a head already"):
+        command(*words, 2)
+    assert weights.read_bytes() != own
+    (folder / "eagle").rename(folder / "others")
+    command(*words, 2)
+    (folder / "eagle").rename(folder / "moved")
+    command(*words, 3, "--out", folder / "moved")
+    (folder / "training/eagle/exported").unlink()
+    command(*words, 4, "--out", folder / "others")
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("resuming")] == [
+        f"resuming at step {step}" for step in (1, 2, 3)]
+
+
+def test_resumed_with_another_rate(learnable: tuple[Llama, Tensor], tmp_path: Path) -> None:
+    """Fails if a resumed training keeps the learning rate of the run before, whatever --lr says."""
+    model, data = learnable
+    first, second = (Trainer(model, settings(tmp_path, lr=lr, steps=steps)) for lr, steps in ((0.01, 2), (0.05, 4)))
+    first.run(data, tmp_path / "work")
+    second.resume(tmp_path / "work")
+    share = second.schedule()
+    second.train_step(data[:8].long())
+    rates = [group["lr"] for optimizer in second.optimizers for group in optimizer.param_groups]
+    assert second.step == 2 and rates == pytest.approx([0.05 * share, 0.01 * share])
+
+
+@pytest.mark.slow
 def test_held_out_dialogues_are_not_trained_on(command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if the dialogues of the evaluation were trained on."""
+    """Fails if the dialogues of the evaluation were trained on, also where more of them are asked for than are held
+    out."""
     seen = {}
     monkeypatch.setattr(Trainer, "run", lambda self, data, work: (
         seen.update(trained=data.long()), save_head(self.module.cfg, self.module.state_dict(), self.args.out)))
     monkeypatch.setattr(train, "evaluate", lambda model, out, prompts, *rest: seen.update(prompts=prompts) or 1.0)
     monkeypatch.setattr(train, "save_curve", lambda model, out, prompts, stop_ids: seen.update(curve=prompts))
-    rows = read(command("--steps", 3, "--eval_prompts", 10) / "training/dialogues.bin", 48)
+    rows = read(command("--steps", 3, "--eval_prompts", 20) / "training/dialogues.bin", 48)
     assert torch.equal(seen["trained"], rows[10:]) and seen["prompts"] == seen["curve"] == held_out_prompts(rows[:10])
+
+
+@pytest.mark.slow
+def test_questions(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Fails if a file that is no list of questions is noticed only after training, if a line is cut at a character in
+    its text, if a file takes the place of its namesake, or if a model needs a chat template to be asked."""
+    monkeypatch.setattr(Letters, "dialogue", lambda self, texts: [BOS, USER, *map(len, texts), END], raising=False)
+    monkeypatch.setattr(Letters, "chat", None)
+    monkeypatch.setattr(Letters, "has_chat_template", False)
+    files = [tmp_path / name / "asked.jsonl" for name in "ab"]
+    for path in files:
+        path.parent.mkdir()
+        path.write_text('{"question": "Why?"}', encoding="utf-8")
+    for bad in (files[0], tmp_path / "missing.jsonl"):
+        with pytest.raises((ValueError, OSError), match=bad.name):
+            command("--steps", 1, "--questions", bad)
+        assert not (tmp_path / "model/training").exists()
+    files[0].write_text('{"turns": ["two\u2028lines", "more"]}\n' * 3, encoding="utf-8")
+    files[1].write_text('{"turns": ["one"]}\n\n' * 6, encoding="utf-8")
+    command("--steps", 1, "--questions", *files)
+    out = capsys.readouterr().out
+    assert f"tokens per step on 2 {files[0]}: " in out and f"tokens per step on 3 {files[1]}: " in out
+
+
+@pytest.mark.parametrize("words", [[], ["--kind", "eagle3", "--draft_vocab", 12], ["--out", "elsewhere"]])
+def test_nothing_to_evaluate(words: list, command, tmp_path: Path) -> None:
+    """Fails if --steps 0 without a head writes dialogues for nothing, or does not say which head is missing."""
+    folder = words[1] if "--out" in words else tmp_path / "model" / (words[1] if words else "eagle")
+    with pytest.raises(ValueError, match=f"^{folder}: no head to evaluate: name its folder with --out, or its kind"):
+        command("--steps", 0, *words)
+    assert not (tmp_path / "model/training").exists()
