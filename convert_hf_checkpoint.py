@@ -187,7 +187,7 @@ def work() -> None:
     args = parser.parse_args()
     watch_for_ctrl_c()
     source = fetch(args.source, args.token, is_target=True)
-    head = fetch(args.eagle, args.token, is_target=False) if args.eagle else None
+    head = fetch(args.eagle, args.token, is_target=False) if args.eagle is not None else None
     raise_on_ctrl_c()
     file = source / "model.safetensors"
     if file.is_file() and read_tensors(file)[1].get("format") == FORMAT:

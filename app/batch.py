@@ -247,6 +247,8 @@ def batch(args: argparse.Namespace, sampling: Sampling) -> int:
     done: set[int | str] = set()
     if args.output.exists() and args.output.samefile(args.prompt_file):
         raise ValueError(f"--prompt_file and --output are the same file, {args.output}")
+    if args.output.exists() and not args.output.is_file():
+        raise ValueError(f"--output {args.output}: not a file that a run could go on with, such as a pipe or a device")
     with args.output.open("ab+", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

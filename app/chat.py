@@ -305,7 +305,10 @@ COMMANDS = {
 def path_given(name: str, command: str) -> Path:
     if not name:
         raise ValueError(f"{command} FILE: the name of the file is missing")
-    return Path(name).expanduser()
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:  # ~NAME of a user who does not exist
+        raise ValueError(f"{command} {name}: {error}") from None
 
 
 def chat(engine: Engine, tokenizer: Tokenizer, sampling: Sampling, max_new_tokens: int, system: str | None = None,

@@ -1,4 +1,5 @@
-"""How a command ends: with an exit code and at most one line on stderr, never with a traceback.
+"""How a command ends: with an exit code and one line on stderr about what was wrong (argparse puts the options
+before it), never with a traceback.
 
     2     what the user gave cannot be used, or a file cannot be read or written: ValueError, OSError
     130   Ctrl-C

@@ -5,6 +5,7 @@ import unicodedata
 from pathlib import Path
 from typing import TextIO
 
+from formats.writing import write_text
 from tokenizer import Tokenizer
 
 # Styles of a terminal with 256 colours: Okabe and Ito's colours, as in benchmarks/plots.py
@@ -217,4 +218,4 @@ def write_page(result: dict, path: Path) -> None:
     data = json.dumps(run, separators=(",", ":")).replace("<", "\\u003c")
     template = Path(__file__).with_name("tree_page.html").read_text(encoding="utf-8")
     before, after = template.split("RUN_AS_JSON")
-    path.write_text(before + data + after, encoding="utf-8")
+    write_text(path, before + data + after)

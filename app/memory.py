@@ -6,7 +6,6 @@ up: exact, and right for a new drafter too. For what kernels and graphs need bes
     python generate.py --checkpoint checkpoints/ORG/NAME --eagle2 --quantize int8 --max_seq_len 4096 --memory
 """
 import argparse
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -165,9 +164,11 @@ def plan(args: argparse.Namespace, dtype: torch.dtype, max_seq_len: int, mode: s
 
 
 def free_bytes(device: str) -> int:
-    """What this process could have if it gave back all that it holds."""
+    """Bytes that can still be allocated. On a GPU, also what PyTorch's allocator holds and would use again. On a CPU,
+    also the page cache, which the kernel gives up: after a download nearly all memory is page cache."""
     if device != "cuda":
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return 1024 * int(fields["MemAvailable"].split()[0])
     free, total = torch.cuda.mem_get_info()
     return min(free + torch.cuda.memory_reserved(), int(total * torch.cuda.get_per_process_memory_fraction()))
 
@@ -187,7 +188,7 @@ def advice(args: argparse.Namespace, device: str, dtype: torch.dtype, max_seq_le
         if not fits or ways is not kinds[-1]:
             fits += [f"{flag} ({total / 1e9:.1f} GB)" for flag, total in found if total < min(free, need.total)][:1]
     ways = " fits, as does ".join(fits) + " fits" * (len(fits) == 1)
-    name = args.checkpoint.parent.name if file else args.checkpoint.resolve().name
+    name = folder_of(args.checkpoint).resolve().name
     parts = [f"{need.weights / 1e9:.1f} GB of weights", f"{need.cache / 1e9:.1f} GB of cache for {max_seq_len} slots",
              *([f"{need.drafter / 1e9:.1f} GB for drafting"] if need.drafter else ()),
              f"about {need.passing / 1e9:.1f} GB in passing"]

@@ -109,6 +109,8 @@ def check_engine(args: argparse.Namespace) -> str | None:
     for wrong, message in (
             (args.max_seq_len is not None and not 2 <= args.max_seq_len <= 2**24,  # fp32 counts positions no further
              "--max_seq_len must be 2 to 16777216"),
+            (args.checkpoint.is_file() and args.checkpoint.suffix != ".safetensors", f"--checkpoint {args.checkpoint}: "
+             "should be a folder that convert_hf_checkpoint.py wrote, or a .safetensors file in it"),
             (args.dtype not in (None, *DTYPES), f"--dtype must be one of {', '.join(DTYPES)}"),
             (args.device not in (None, "cuda", "cpu"), "--device must be cuda or cpu")):
         if wrong:

@@ -123,8 +123,8 @@ class Completions:
 
 
 async def read_body(request: Request, most: int) -> bytes:
-    """The body, of at most so many bytes: no prompt that fits into the context is longer. A longer one is read to its
-    end and thrown away, since many clients look for an answer only when they have sent everything."""
+    """The body, of at most so many bytes, enough for a prompt that fills the context. A longer one is read to its end
+    and thrown away, since many clients look for an answer only when they have sent everything."""
     chunks = []
     size = 0
     try:
@@ -137,7 +137,7 @@ async def read_body(request: Request, most: int) -> bytes:
     except TimeoutError:
         raise Refusal(408, f"the request did not arrive within {BODY_S:g} s") from None
     if size > most:
-        raise Refusal(413, f"the body has more than {most} bytes, and so more tokens than the context holds")
+        raise Refusal(413, f"the body has more than {most} bytes, which is the most that this server takes")
     return b"".join(chunks)
 
 
@@ -221,19 +221,19 @@ class Http(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self.expect_headers()
+        self.time_headers()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self.expect_headers()
+        self.time_headers()
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
         if self.timer:
             self.timer.cancel()
 
-    def expect_headers(self) -> None:
-        """They have begun, or the connection has."""
+    def time_headers(self) -> None:
+        """While a request's line and headers are not complete, a timer runs that closes the connection."""
         if self.conn.their_state is not h11.IDLE:
             if self.timer:
                 self.timer.cancel()
@@ -260,7 +260,7 @@ def listen(address: str, key: str | None) -> socket.socket:
     """A socket that is bound to HOST:PORT, or to PORT of this machine. ValueError where that cannot be, or where others
     could reach it without a key."""
     host, _, port = address.rpartition(":")
-    if not (port.isascii() and port.isdigit() and int(port) < 2**16):
+    if not (port.isascii() and port.isdigit() and len(port) < 6 and int(port) < 2**16):
         raise ValueError(f"--serve {address}: should be HOST:PORT, such as 127.0.0.1:8000")
     try:
         family, kind, _, _, where = socket.getaddrinfo(host.strip("[]") or "127.0.0.1", int(port),
@@ -269,8 +269,8 @@ def listen(address: str, key: str | None) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * UNREAD_S))  # connections inherit it
         sock.bind(where)
-    except OSError as error:
-        raise ValueError(f"--serve {address}: {error.strerror}") from None
+    except (OSError, UnicodeError) as error:  # UnicodeError: a name that no host can have
+        raise ValueError(f"--serve {address}: {getattr(error, 'strerror', error)}") from None
     if key is None and not is_this_machine(f"[{where[0]}]" if ":" in where[0] else where[0]):
         sock.close()
         raise ValueError(f"--serve {address}: other machines could use it; give --api_key KEY, or serve on 127.0.0.1")
@@ -297,6 +297,6 @@ def serve(args: argparse.Namespace, sampling: Sampling) -> None:
 def read_key(text: str) -> str:
     """--api_key KEY, or @FILE, which no list of processes shows."""
     key = Path(text[1:]).read_text(encoding="utf-8").strip() if text.startswith("@") else text
-    if not key or not key.isascii() or not key.isprintable():
-        raise ValueError("--api_key should be printable ASCII")
+    if not key or not key.isascii() or not key.isprintable() or key != key.strip():
+        raise ValueError("--api_key should be printable ASCII, without spaces around it, which HTTP takes away")
     return key

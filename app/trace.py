@@ -1,7 +1,7 @@
 """Trace a few cycles with their phases by name, as a Chrome trace for ui.perfetto.dev or chrome://tracing.
 
-    python generate.py --checkpoint checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct --eagle2 --prompt "Why is the sky \\
-        blue?" --profile trace.json.gz
+    python generate.py --checkpoint checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct --eagle2 \\
+        --prompt "Why is the sky blue?" --profile trace.json.gz
 
 A CUDA graph has no phases. So on a GPU, CYCLES cycles are launched from Python, where each phase stands above the
 kernels that it launches: they show what is done. Then CYCLES cycles are replayed as graphs, as in decoding: they show
@@ -25,6 +25,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from engine import Engine
+from formats.writing import write_bytes
 from sampling import Sampling
 
 CYCLES = 5  # of each kind
@@ -115,7 +116,7 @@ def write_trace(engine: Engine, ids: list[int], sampling: Sampling, path: Path) 
         plain = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(plain))
         data = plain.read_bytes()
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    write_bytes(path, gzip.compress(data) if path.suffix == ".gz" else data)
     return (f"{table(means(json.loads(data)['traceEvents']), engine.cuda)}\n"
             "(The profiler slows Python down; `python -m benchmarks.cycle` times the parts without it.)\n"
             f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB): open it at https://ui.perfetto.dev or chrome://tracing")

@@ -14,6 +14,11 @@ its tree into a row of a ring on the device, and the host later reads the row of
     view.finish()                                    # prints the answer, each token coloured by how it came
     write_page({"method": "eagle2", "trees": view.record()}, Path("page.html"))
 """
+from app.command import before_imports, run_command
+
+if __name__ == "__main__":
+    before_imports()
+
 import json
 import math
 import shutil
@@ -24,7 +29,6 @@ from typing import TextIO
 import torch
 from torch import Tensor
 
-from app.command import run_command
 from app.draw_tree import LEGEND, SCORES_LEGEND, answer_text, token_text, tree_lines, wants_colour, write_page
 from draft import Drafter
 from engine import Engine
@@ -211,7 +215,7 @@ def page_of(run: Path, out: Path) -> None:
     try:
         last_line = run.read_text(encoding="utf-8-sig").strip().rpartition("\n")[2]
         write_page(json.loads(last_line), out)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{run}: not what `generate.py --show_tree --json` prints") from None
 
 

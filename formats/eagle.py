@@ -25,8 +25,8 @@ def folder_of(path: Path) -> Path:
 def find_head(checkpoint: Path, name: str = "eagle") -> Path:
     """The draft head that belongs to a checkpoint, which is a folder or a model file in it.
 
-    This is the folder `name` of the checkpoint, eagle/ or eagle3/. For a model file it is the file of the same name
-    there, if there is one: eagle/model-int8.safetensors belongs to model-int8.safetensors.
+    This is the folder `name` of the checkpoint, eagle/, eagle3/ or block/. For a model file it is the file of the same
+    name there, if there is one: eagle/model-int8.safetensors belongs to model-int8.safetensors.
     """
     folder = folder_of(checkpoint) / name
     if checkpoint.is_file():
@@ -76,7 +76,7 @@ def read_config(folder: Path) -> dict:
 
 
 def read_vocab(path: Path, vocab_size: int, limit: int | None) -> Tensor:
-    """The first `limit` ids of a draft_vocab.json (None or 0: all of them), in ascending order: [at least 10] int64.
+    """The first `limit` ids of a draft_vocab.json (None: all of them), in ascending order: [at least 10] int64.
 
     Raises FileNotFoundError, or ValueError if the file is not a list of at least 10 different ids below `vocab_size`,
     or if `limit` is below 10 or above the list's length.
@@ -90,7 +90,7 @@ def read_vocab(path: Path, vocab_size: int, limit: int | None) -> Tensor:
     if not (isinstance(ids, list) and all(type(i) is int and 0 <= i < vocab_size for i in ids)
             and len(ids) == len(set(ids)) >= 10):
         raise ValueError(f"{path}: should be a list of 10 or more different ids below {vocab_size}")
-    if limit and not 10 <= limit <= len(ids):
+    if limit is not None and not 10 <= limit <= len(ids):
         raise ValueError(f"{path} lists {len(ids)} tokens: --draft_vocab takes 10 to {len(ids)}, or 0 for all tokens")
     return torch.tensor(sorted(ids[:limit]))
 

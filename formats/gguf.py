@@ -257,7 +257,7 @@ def gguf_config(metadata: dict, tensors: dict[str, LazyTensor], dtype: torch.dty
         "num_key_value_heads": positive(metadata, f"{arch}.attention.head_count_kv", heads),
         "max_position_embeddings": context,
         "rms_norm_eps": plain_number(eps), **rope, **own_entries(metadata, arch, head_dim, has_biases),
-        "vocab_size": tensors["model.embed_tokens.weight"][0][0],
+        "vocab_size": tensors["model.embed_tokens.weight"].shape[0],
         "torch_dtype": str(dtype).removeprefix("torch."), "bos_token_id": ids.get("bos"), "eos_token_id": ids["eos"],
         "tie_word_embeddings": "lm_head.weight" not in tensors}
 

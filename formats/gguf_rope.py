@@ -88,7 +88,7 @@ def llama3_scaling(divisors: Tensor, theta: float) -> dict:
     """Hugging Face's rope_scaling of Llama 3.1 and 3.2, from what it divides each frequency by [head_dim / 2].
 
     GGUF stores only these divisors, fp32. The factor is the largest of them, and the other three numbers are the same
-    in all releases. Raises ValueError if the four do not give the divisors (model.rope_table has the formula).
+    in all releases. Raises ValueError if the four do not give the divisors (ops/frequencies.py has the formula).
     """
     divisors = divisors.double()
     factor, low, high, context = float(divisors.max()), 1.0, 4.0, 8192

@@ -18,7 +18,8 @@ from pathlib import Path
 
 WEIGHTS = (".safetensors", ".bin", ".pt")  # nothing loads without such a file
 QUANTIZED = "model-int*.safetensors"  # made from the model.safetensors beside it
-SCRATCH = ".part"  # what the names of scratch folders end with; they begin with a dot
+# How the names of scratch files and folders begin and end: what a killed run left is found by both, and removed.
+SCRATCH, PART = ".eagle2-", ".part"
 held: set[tuple[int, int]] = set()  # the folders that this process has locked: device and inode
 
 
@@ -69,8 +70,9 @@ def open_locked(folder: Path) -> int:
             return descriptor
         with suppress(FileNotFoundError):
             if os.path.samestat(status, os.stat(folder)):
-                for left in folder.glob(".*part"):  # by runs that were killed: nobody else writes here now
-                    shutil.rmtree(left, ignore_errors=True)
+                for left in folder.glob(f"{SCRATCH}*{PART}"):  # by runs that were killed: nobody else writes here now
+                    if left.is_dir():  # the files are replace_when_whole's, which takes no lock: they may be in use
+                        shutil.rmtree(left, ignore_errors=True)
                 return descriptor
         os.close(descriptor)
         reason = FileNotFoundError(f"{folder}: removed by another run; try again")
@@ -88,7 +90,7 @@ def replace_files(folder: Path, stale: tuple[str, ...] = ()) -> Iterator[Path]:
     with locked(folder):
         part = None
         try:
-            part = Path(tempfile.mkdtemp(SCRATCH, ".", folder))
+            part = Path(tempfile.mkdtemp(PART, SCRATCH, folder))
             yield part
             plan = steps(part, folder, stale)
             try:
@@ -148,9 +150,11 @@ def carry_out(plan: list[tuple[Path, Path | None]]) -> None:
 def replace_when_whole(path: Path) -> Iterator[Path]:
     """Yield a scratch path beside `path`, and rename it to `path` when the block ends without an error. After an error
     `path` is as it was. The folder must exist."""
-    part = path.with_name(f".{secrets.token_hex(8)}.part")
+    part = path.with_name(f"{SCRATCH}{secrets.token_hex(8)}{PART}")
     try:
         yield part
+        if path.is_file():
+            shutil.copymode(path, part)  # what nobody else may read stays so
         os.replace(part, path)
     except OSError as error:
         if str(error.filename) != str(part):
@@ -160,11 +164,15 @@ def replace_when_whole(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file as a whole. A link stays a link; what is no file, such as /dev/stdout, is written to."""
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file as a whole. A link stays a link; what is no file, such as /dev/stdout, is written to."""
     path = path.resolve()
     if path.exists() and not path.is_file():
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(data)
         return
     with replace_when_whole(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode())

@@ -258,11 +258,11 @@ def test_failed_conversion_keeps_an_earlier_one(tmp_path, monkeypatch):
 def test_killed_run_is_cleaned_up_by_the_next(tmp_path):
     """Fails if files that a killed run left stay for ever, or get mixed with new ones."""
     hf_folder(tmp_path / "hf")
-    (tmp_path / "out/.part").mkdir(parents=True)
-    (tmp_path / "out/.part/merges.txt").write_text("stale")
+    (tmp_path / "out/.eagle2-x.part").mkdir(parents=True)
+    (tmp_path / "out/.eagle2-x.part/merges.txt").write_text("stale")
     (tmp_path / "out/merges.txt").write_text("of another model")
     convert(tmp_path / "hf", tmp_path / "out")
-    assert not (tmp_path / "out/.part").exists() and not (tmp_path / "out/merges.txt").exists()
+    assert not (tmp_path / "out/.eagle2-x.part").exists() and not (tmp_path / "out/merges.txt").exists()
 
 
 def test_weights_are_moved_last(tmp_path, monkeypatch):
@@ -324,6 +324,7 @@ def test_converted_already(tmp_path, monkeypatch, capsys):
         assert error == f"error: {folder} is converted already: --out and --dtype are for a source that is not\n"
     assert not (tmp_path / "other").exists()
     assert run(monkeypatch, folder, "--out", tmp_path / "hf/../out") == 0
+    assert run(monkeypatch, folder, "--eagle", "") == 2  # as where a shell variable is not set
 
 
 # ----- Draft heads ---------------------------------------------------------------------------------------------------
@@ -349,7 +350,7 @@ def test_draft_head_is_copied_as_published(suffix, tmp_path, monkeypatch):
     assert run(monkeypatch, tmp_path / "out", "--eagle", other) == 0
     model = (tmp_path / "out/model.safetensors").stat()
     assert (model.st_ino, model.st_mtime_ns, model.st_size) == before
-    for name in (weights, "acceptance.json"):
+    for name in (weights, "acceptance.json", "draft_vocab.json"):
         assert not (tmp_path / "out/eagle" / name).exists()  # a loader would take the old head's file for the new one's
 
 

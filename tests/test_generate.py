@@ -339,6 +339,14 @@ def test_bad_flags(words: list[str], message: str, call, everything: Path) -> No
     assert all(line.startswith(("usage: ", " ")) for line in usage)
 
 
+def test_a_file_that_is_no_model(call, everything: Path, tmp_path: Path) -> None:
+    """Fails if a file that has to be converted, or a sound config.json, is called damaged."""
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    for file in (tmp_path / "model.gguf", everything / "config.json"):
+        code, _, err = call("--checkpoint", file, "--device", "cpu", "--prompt", "x")
+        assert code == 2 and "should be a folder that convert_hf_checkpoint.py wrote" in err and "damaged" not in err
+
+
 def test_tree_that_fits(call, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if --draft_tokens auto does not refuse a head without a curve in one line, shows its table unasked, is
     measured again in the next run, or drafts another tree than the chosen one."""

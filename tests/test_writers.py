@@ -42,6 +42,14 @@ CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "fcn
 REFUSED = 3
 
 
+class Trained(torch.nn.Linear):
+    """What a Trainer trains, as far as its state is written and read."""
+    cfg = "its config"
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 2)
+
+
 def begin(write: Callable[[], object], before_step: Callable[[], object] = lambda: None) -> int:
     """Fork a child that runs `write`, and `before_step` before each of its changes of the disk. Returns its id. Its
     exit code is 0, REFUSED if another run is writing, or 1 for any other error."""
@@ -123,7 +131,7 @@ def writers(sources: Path) -> dict[str, Writer]:
     target = tiny.target(0, torch.float32)
     heads = [tiny.head(target, seed) for seed in (1, 2)]
     medusa = [MedusaHeads(32, count, vocab_size=24) for count in (1, 2)]
-    state = [SimpleNamespace(step=i, seconds=0.0, module=torch.nn.Linear(2, 2), optimizers=[], export=lambda: None)
+    state = [SimpleNamespace(step=i, seconds=0.0, module=Trained(2), optimizers=[], folders=(), export=lambda: None)
              for i in range(2)]
     peers = [SimpleNamespace(layers=target.layers[:count], norm=target.norm) for count in (1, 2)]
     curves = [{"key": [float(i + 1)] * 9} for i in range(2)]
@@ -198,6 +206,7 @@ def test_killed_before_any_step(writer: Writer, tmp_path: Path) -> None:
     for name in ("whole", "killed"):
         shutil.copytree(tmp_path / "alone0", tmp_path / name)
     before, left = files(tmp_path / "whole"), tmp_path / "left"
+    state_alone = {name: data for name, data in new.items() if name != "exported"}  # see training/exported.py
 
     def copy() -> None:
         shutil.copytree(tmp_path / "whole", left / str(len(os.listdir(left)) + 1))
@@ -219,7 +228,7 @@ def test_killed_before_any_step(writer: Writer, tmp_path: Path) -> None:
         except (ValueError, OSError):
             assert len(new) > 1, "one file is always there"
         else:
-            assert after in (before, without_quantized(before), new), folder.name
+            assert after in (before, without_quantized(before), new, state_alone), folder.name
         writer.write(folder, 1)
         assert files(folder) == new and not (writer.cleans and [*folder.rglob(".*part")]), folder.name
 
@@ -290,8 +299,9 @@ def test_interrupted_between_two_renames(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """Fails if a lock keeps its own process out, lets another in, outlives its process or its folder, or leaves
-    anything behind; or if a file system without locks is passed over in silence, or stops the run."""
+    """Fails if a lock keeps its own process out, lets another in, outlives its process or its folder, leaves anything
+    behind, or removes what no run of ours has left; or if a file system without locks is passed over in silence, or
+    stops the run."""
     folder = tmp_path / "new/folder"
     with locked(folder), locked(folder):
         assert finish(begin(lambda: locked(folder).__enter__())) == REFUSED
@@ -302,6 +312,12 @@ def test_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     with locked(folder):
         pass
     assert [path.name for path in folder.iterdir()] == ["file"]
+    (folder / ".counterpart").mkdir()  # somebody's own
+    (folder / ".eagle2-x.part").mkdir()
+    (folder / ".eagle2-y.part").touch()  # of a file that another run writes at this moment, without a lock
+    with locked(folder):
+        pass
+    assert {path.name for path in folder.iterdir()} == {"file", ".counterpart", ".eagle2-y.part"}
 
     def unsupported(descriptor: int, how: int) -> None:
         raise OSError(95, "Operation not supported")
@@ -342,11 +358,14 @@ def test_quantized_files_never_outlive_their_model(tmp_path: Path) -> None:
 
 
 def test_links_and_devices_stay(tmp_path: Path) -> None:
-    """Fails if a result that is written to a link or to /dev/null puts a file in its place."""
+    """Fails if a result that is written to a link or to /dev/null puts a file in its place, or if a file that nobody
+    else may read becomes readable."""
     (tmp_path / "link").symlink_to(tmp_path / "file")
     for text in ("one", "two"):
         write_text(tmp_path / "link", text)
         assert (tmp_path / "file").read_text() == text and (tmp_path / "link").is_symlink()
+        assert text == "one" or (tmp_path / "file").stat().st_mode & 0o777 == 0o600
+        (tmp_path / "file").chmod(0o600)
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     write_text(tmp_path / "pipe", "three")
@@ -372,8 +391,8 @@ def test_profiles_of_two_runs_are_both_kept(tmp_path: Path, monkeypatch: pytest.
 def test_a_state_of_another_training(tmp_path: Path) -> None:
     """Fails if a damaged state, or that of a training with other options, ends in a traceback or trains on."""
     def trainer(width: int, optimizers: int = 0) -> SimpleNamespace:
-        module = torch.nn.Linear(width, 2)
-        return SimpleNamespace(step=3, seconds=1.0, module=module, export=lambda: None, device="cpu",
+        module = Trained(width)
+        return SimpleNamespace(step=3, seconds=1.0, module=module, folders=(), export=lambda: None, device="cpu",
                                optimizers=[torch.optim.SGD(module.parameters(), 0.1) for _ in range(optimizers)])
 
     Trainer.save(trainer(2), tmp_path)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from formats.writing import write_text
+from formats.writing import replace_files
 
 EXPORTED = "exported"
 
@@ -27,7 +27,8 @@ def exporting(work: Path, *folders: Path) -> Iterator[None]:
     meanwhile leaves a state without that file, which may go on with any head: see `foreign`."""
     (work / EXPORTED).unlink(missing_ok=True)
     yield
-    write_text(work / EXPORTED, "".join(f"{digest}\n" for folder in folders for digest in sorted(digests(folder))))
+    with replace_files(work) as part:
+        (part / EXPORTED).write_text("".join(f"{digest}\n" for folder in folders for digest in sorted(digests(folder))))
 
 
 def foreign(work: Path, *folders: Path) -> Path | None:

@@ -139,7 +139,8 @@ def test_bad_files(prompts: list, message: str, call, tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("more, message", [
     (("--prompt", "x"), "not allowed with"), (("--compare",), "--compare"), (("--json",), "--json"),
     (("--profile", "x"), "--profile"), (("--output", "/no/such/folder/x"), "no such folder"),
-    (("--output", "."), "--output ."), (("--prompt_file", "/no/such/file"), "/no/such/file")])
+    (("--output", "."), "--output ."), (("--output", "/dev/null"), "not a file that a run could go on with"),
+    (("--prompt_file", "/no/such/file"), "/no/such/file")])
 def test_bad_flags(more: tuple, message: str, call, tmp_path: Path) -> None:
     """Fails if a flag is silently ignored, or if a bad path is found only after all the work."""
     code, _, err = call([{"prompt": "x"}], *more)

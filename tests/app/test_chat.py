@@ -272,6 +272,8 @@ def test_save_and_load(make, tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     link.symlink_to(file)
     talk.run(Script(f"/save {other}", f"/save {link}"))
     assert other.read_text() == '{"mine": 1}' and "choose another name" in capsys.readouterr().err
+    talk.run(Script("/save ~no-such-user/x.json", f"/save {link}"))
+    assert "/save ~no-such-user/x.json: " in capsys.readouterr().err
     assert link.is_symlink() and len(read_messages(file)) == 3
 
 

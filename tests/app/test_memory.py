@@ -214,6 +214,14 @@ def test_memory_on_the_command_line(everything: Path, monkeypatch: pytest.Monkey
     assert "not allowed with" in capsys.readouterr().err
 
 
+def test_free_on_a_cpu() -> None:
+    """Fails if the page cache counts as taken: after a download it holds nearly all memory, and the kernel gives it
+    up."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = 1024 * int(fields["MemAvailable"].split()[0])
+    assert abs(memory.free_bytes("cpu") - available) < 0.2 * available
+
+
 # ----- Where memory ends -----------------------------------------------------------------------------------------
 
 

@@ -366,7 +366,8 @@ def test_signals(signal_number: int, code: int, said: str, folder: Path) -> None
 
 @pytest.mark.parametrize("address, said", [
     ("0.0.0.0:0", "other machines could use it"), ("127.0.0.1", "HOST:PORT"), ("localhost:x", "HOST:PORT"),
-    ("127.0.0.1:70000", "HOST:PORT"), ("nobody.invalid:1", "--serve")])
+    ("127.0.0.1:70000", "HOST:PORT"), ("nobody.invalid:1", "--serve"), ("a..b:80", "--serve a..b:80"),
+    ("127.0.0.1:" + 5000 * "1", "HOST:PORT")])
 def test_addresses_refused(address: str, said: str) -> None:
     """Fails if others can reach a server without a key, or a wrong address is not named in one line."""
     with pytest.raises(ValueError, match=said):
@@ -387,10 +388,11 @@ def test_addresses() -> None:
 
 
 def test_keys_from_files(tmp_path: Path) -> None:
-    """Fails if a key cannot be kept out of the list of processes, or an empty one protects nothing."""
+    """Fails if a key cannot be kept out of the list of processes, an empty one protects nothing, or one is taken that
+    no client can send."""
     (tmp_path / "key").write_text("abc\n")
     assert read_key(f"@{tmp_path / 'key'}") == "abc" and read_key("x y") == "x y"
-    for key in ("", "é", "a\nb"):
+    for key in ("", "é", "a\nb", "k ", " "):
         with pytest.raises(ValueError, match="ASCII"):
             read_key(key)
 

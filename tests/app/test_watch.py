@@ -434,7 +434,7 @@ def test_command_line(call, demo: Path, tmp_path: Path) -> None:  # noqa: F811
                              (["--eagle2", "--tree_html", tmp_path], str(tmp_path))):
         code, out, err = call(*words, *options)
         assert code == 2 and message in err and "Traceback" not in err and out == ""
-    for text in ("", "{}", "[1]", "no JSON", json.dumps({"method": "vanilla"})):
+    for text in ("", "{}", "[1]", "no JSON", "[" * 100_000, json.dumps({"method": "vanilla"})):
         saved.write_text(text)
         with pytest.raises(ValueError, match="run.json: not what"):
             watch_module.page_of(saved, again)
