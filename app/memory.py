@@ -201,5 +201,8 @@ def advice(args: argparse.Namespace, device: str, dtype: torch.dtype, max_seq_le
 def summary(args: argparse.Namespace, device: str, dtype: torch.dtype, max_seq_len: int) -> str:
     """One line for --memory."""
     need = plan(args, dtype, max_seq_len, args.quantize, device)
-    parts = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in need._asdict().items())
-    return f"{parts}; {need.total / 1e9:.2f} GB of {free_bytes(device) / 1e9:.2f} GB free"
+    parts = [f"weights {need.weights / 1e9:.2f} GB", f"cache {need.cache / 1e9:.2f} GB",
+             f"drafter {need.drafter / 1e9:.2f} GB", f"activations {need.passing / 1e9:.2f} GB"]
+    if need.loading:
+        parts[-1] += f"; before that, while it is quantised, {need.loading / 1e9:.2f} GB beside the weights"
+    return f"{', '.join(parts)}: at most {need.total / 1e9:.2f} GB of {free_bytes(device) / 1e9:.2f} GB free"

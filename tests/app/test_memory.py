@@ -207,7 +207,7 @@ def test_memory_on_the_command_line(everything: Path, monkeypatch: pytest.Monkey
     need = memory.plan(generate.parse_args(words), torch.float16, 77, None)
     assert out.count("\n") == 1 and err == ""
     assert out.startswith(f"weights {need.weights / 1e9:.2f} GB, cache {need.cache / 1e9:.2f} GB, drafter ")
-    assert f"; {need.total / 1e9:.2f} GB of " in out
+    assert f": at most {need.total / 1e9:.2f} GB of " in out and "quantised" not in out
     monkeypatch.setattr("sys.argv", ["generate.py", "--checkpoint", str(everything), "--memory", "--prompt", "x"])
     with pytest.raises(SystemExit, match="2"):
         generate.main()
