@@ -24,7 +24,7 @@ from draft import Vanilla
 from engine import SPARE, Engine
 from formats.questions import read_questions
 from model import Llama, load_model
-from ops.linear import linear
+from ops.linear import MAX_ROWS, linear
 from quant.linear import GROUPS, quantize_linears
 from tokenizer import Tokenizer
 
@@ -38,9 +38,15 @@ def perplexity(model: Llama, ids: Tensor) -> float:
     loss = 0.0
     for chunk in ids:
         hidden = model(chunk[None], torch.arange(len(chunk), device=ids.device))[0, :-1]
-        logits = linear(hidden, model.lm_head.weight, dtype=torch.float32)
+        logits = read_logits(model, hidden)
         loss += F.cross_entropy(logits, chunk[1:], reduction="sum").item()
     return math.exp(loss / (ids.numel() - len(ids)))
+
+
+def read_logits(model: Llama, hidden: Tensor) -> Tensor:
+    """fp32 logits [T, V] of hidden [T, C], as decoding has them. On a GPU those of more rows at a time would be rounded
+    to bf16."""
+    return torch.cat([linear(x, model.lm_head.weight, dtype=torch.float32) for x in hidden.split(MAX_ROWS)])
 
 
 @torch.inference_mode()
@@ -51,7 +57,7 @@ def kept(model: Llama, prompts: list[list[int]], texts: list[list[int]]) -> floa
     for prompt, text in zip(prompts, texts):
         ids = torch.tensor(prompt + text, device=model.embed.weight.device)
         hidden = model(ids[None, :-1], torch.arange(len(ids) - 1, device=ids.device))[0, len(prompt) - 1:]
-        same += int((linear(hidden, model.lm_head.weight).argmax(-1) == ids[len(prompt):]).sum())
+        same += int((read_logits(model, hidden).argmax(-1) == ids[len(prompt):]).sum())
     return same / sum(map(len, texts))
 
 

@@ -141,7 +141,7 @@ class BoundBlock:
 
     def normed(self, x: Tensor) -> Tensor:
         """Hidden states [N, H] after the last norm."""
-        return rms_norm(x.contiguous(), self.head.norm.weight, self.head.norm.eps)
+        return rms_norm(x, self.head.norm.weight, self.head.norm.eps)
 
     def read(self, x: Tensor) -> Tensor:
         """The logits [N, Vd] of hidden states [N, H], at least fp32."""

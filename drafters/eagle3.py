@@ -82,7 +82,7 @@ class Eagle3Head(TappedHead):
             return taps
         if self.fc_norms:
             parts = taps.chunk(len(self.fc_norms), -1)
-            taps = torch.cat([rms_norm(part.contiguous(), norm.weight, norm.eps)
+            taps = torch.cat([rms_norm(part, norm.weight, norm.eps)
                               for part, norm in zip(parts, self.fc_norms)], -1)
         norm = None if self.input_norm is None else (self.input_norm.weight, self.input_norm.eps)
         return linear(taps, self.fc.weight, self.fc.bias, norm)

@@ -131,7 +131,7 @@ def linear_triton(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = N
     elif integers:  # x is normed while it is quantised
         x, x_scale, sums = quantize_triton(x, weight, norm)
         norm_weight = None
-    elif norm_weight is not None and M > NORM_ROWS:
+    elif norm_weight is not None and (M > NORM_ROWS or x.dtype == torch.float16):  # g * x may exceed fp16's range
         x = norm_triton(x, norm_weight, eps)
         norm_weight = None
     groups, has_zeros = 0, False
@@ -158,7 +158,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return cpu_kernels.rms_norm(x, weight, eps)
     if not x.is_cuda or wants_gradients(x, weight):
         return F.rms_norm(x, weight.shape, weight, eps)
-    return norm_triton(x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
+    return norm_triton(x.reshape(-1, x.shape[-1]).contiguous(), weight, eps).view(x.shape)
 
 
 def norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:

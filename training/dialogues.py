@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from formats.writing import write_text
 from model import Llama
-from ops.graphs import capture
+from ops.graphs import capture, graph_memory
 from tokenizer import Tokenizer
 from training.memory import fit_generate_batch
 
@@ -241,3 +241,4 @@ def write_dialogues(model: Llama, script: Script, path: Path, rows: int, length:
                   f"{(block >= 0).float().mean():.0%} answers", flush=True)
     bar.close()
     model.free_cache()
+    graph_memory.cache_clear()  # with the last graph of a step its memory is given back: training needs it

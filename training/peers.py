@@ -235,6 +235,7 @@ def train(args: argparse.Namespace) -> None:
                   "the same command goes on with training", file=sys.stderr)
             sys.exit(130)
     if args.eval_prompts:
+        model = trainer = None  # what training needed is freed before the model is loaded once more
         model = load_model(args.checkpoint, args.device, torch.bfloat16)
         draft = load_draft_model(args.draft_model, model)
         heads = load_medusa(args.medusa, model)

@@ -203,6 +203,25 @@ class OnGPU(Tensor):
     is_cuda = True
 
 
+@interpreted
+def test_norm_of_strided_rows() -> None:
+    """Fails if rows that lie apart are normed as if they lay side by side, as a block head's guesses do."""
+    x, weight = torch.randn(130, 3, 64).half(), torch.rand(64).half()  # fp32 would take a CPU's kernel
+    with torch.no_grad():
+        found = rms_norm(x.as_subclass(OnGPU)[:, 1], weight, 1e-5).as_subclass(Tensor)
+    torch.testing.assert_close(found, F.rms_norm(x[:, 1], (64,), weight, 1e-5), rtol=2e-3, atol=2e-3)
+
+
+@interpreted
+def test_large_fp16() -> None:
+    """Fails if a product of a norm that fp16 cannot hold makes everything infinite."""
+    for rows in (1, 8, 17):
+        x, norm, w = torch.randn(rows, 64).half(), torch.ones(64).half(), torch.randn(32, 64).half() / 8
+        x[:, 7], norm[7] = 9000, 8
+        args = x, w, None, (norm, 1e-6)
+        torch.testing.assert_close(linear_triton(*args), linear_torch(*args), rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("rows", [3, MAX_ROWS + 1])
 @pytest.mark.parametrize("trained", ["x", "norm"])
 def test_what_is_trained_gets_gradients(rows: int, trained: str, monkeypatch: pytest.MonkeyPatch) -> None:
