@@ -117,9 +117,9 @@ class Tokenizer:
         return StoppingStream(self, stops) if stops else TextStream(self)
 
     def token_bytes(self, i: int) -> bytes:
-        """The UTF-8 bytes that a token stands for; none for a special token and for an id without a token."""
+        """The UTF-8 bytes that a token stands for; none for one that is special or ends a text, or without a token."""
         token = self.bpe.id_to_token(i)
-        if token is None or (i in self.added and self.added[i].special):
+        if token is None or i in self.stop_ids or (i in self.added and self.added[i].special):
             return b""
         if isinstance(self.bpe.decoder, decoders.ByteLevel):
             if BYTE_OF.keys() >= set(token):

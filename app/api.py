@@ -25,7 +25,10 @@ OFF: dict[str, tuple] = {
     "n": (1,), "best_of": (1,), "frequency_penalty": (0, 0.0), "presence_penalty": (0, 0.0),
     "repetition_penalty": (1, 1.0), "logit_bias": ({},), "logprobs": (False,), "top_logprobs": (0,), "echo": (False,),
     "suffix": ("",), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
-    "function_call": ("none", "auto"), "response_format": ({"type": "text"},), "modalities": (["text"],)}
+    "function_call": ("none", "auto"), "response_format": ({"type": "text"},), "modalities": (["text"],),
+    # of vLLM, SGLang and llama.cpp
+    "stop_token_ids": ([],), "min_tokens": (0,), "ignore_eos": (False,), "skip_special_tokens": (True,),
+    "length_penalty": (1, 1.0), "typical_p": (1, 1.0), "use_beam_search": (False,), "chat_template_kwargs": ({},)}
 FINISH = {"string": "stop", "eos": "stop", "length": "length", "context": "length"}  # of app.answer.generate's `stop`
 
 
@@ -171,7 +174,8 @@ def read_sampling(fields: dict[str, Any], default: Sampling) -> Sampling:
     nothing."""
     values: dict[str, Any] = {}
     for name in SAMPLING:
-        value = values[name] = fields.get(name, getattr(default, name))
+        value = fields.get(name, getattr(default, name))
+        value = values[name] = 0 if name == "top_k" and value == -1 else value  # -1 is off in vLLM
         if not is_integer(value) and (name in ("seed", "top_k") or not isinstance(value, float)):
             raise Refusal(400, f"{name} should be a number{' without a fraction' * (name in ('seed', 'top_k'))}", name)
     if values["temperature"] and "seed" not in fields:

@@ -8,19 +8,18 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from formats.tokenizer_files import LLAMA3_SPLIT, clear_error
+from formats.tokenizer_files import LLAMA3_SPLIT, OTHERS, TEKKEN_SPLIT, WORD, clear_error
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # kinds of tokens in tokenizer.ggml.token_type
 # Special tokens that end a text, a turn or a message, whatever the fields say. Only for eos a file always has a field.
 # llama.cpp has the same list (with names of architectures that are not read here).
 END_TOKENS = {
     "</s>", "<eos>", "[EOS]", "<EOT>", "▁<EOT>", "[EOT]", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>",
-    "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>", "<end_of_utterance>"}
-# Mistral's and GPT-4o's words begin with capitals, and end with small letters. GPT-4o's have an ending such as "'s".
-WORD = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]%s[\p{Ll}\p{Lm}\p{Lo}\p{M}]%s"
+    "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>", "<end_of_utterance>",
+    "<|fim_pad|>", "<|fim_repo|>", "<|repo_name|>", "<|file_sep|>"}
+# Phi-3's special tokens drop the spaces and line ends behind them, all but these. A file does not say so.
+PHI3_KEEPS = ("<unk>", "<s>", "<|endoftext|>")
 ENDING = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-OTHERS = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-TEKKEN_SPLIT = "|".join((WORD % ("*", "+"), WORD % ("+", "*"), r"\p{N}", OTHERS))
 GPT4O_SPLIT = "|".join((WORD % ("*", "+") + ENDING, WORD % ("+", "*") + ENDING, r"\p{N}{1,3}", OTHERS))
 # Names in tokenizer.ggml.pre for one way to cut a text into words; llama.cpp has the same list.
 SAME_SPLIT = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "deepseek-r1-qwen": "qwen2",
@@ -92,7 +91,9 @@ def write_gguf_tokenizer(metadata: dict, folder: Path) -> None:
         else:
             tokenizer = sentencepiece_bpe(ggml, vocab, tokens[ids["unknown"]])
         # User-defined tokens are found in a text like special ones, but decoding shows them.
-        tokenizer.add_tokens([AddedToken(token, special=type_ != USER_DEFINED, normalized=False)
+        is_phi3 = kind == "llama" and metadata["general.architecture"] == "phi3"
+        tokenizer.add_tokens([AddedToken(token, special=type_ != USER_DEFINED, normalized=False,
+                                         rstrip=is_phi3 and token not in PHI3_KEEPS)
                               for token, type_ in zip(tokens, types, strict=True)
                               if type_ in (UNKNOWN, CONTROL, USER_DEFINED)])
         bos = [tokens[ids["bos"]]] if adds_bos else []

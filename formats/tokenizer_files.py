@@ -29,6 +29,11 @@ LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Mistral's and GPT-4o's words begin with capitals, and end with small letters. GPT-4o's have an ending such as "'s".
+WORD = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]%s[\p{Ll}\p{Lm}\p{Lo}\p{M}]%s"
+OTHERS = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+TEKKEN_SPLIT = "|".join((WORD % ("*", "+"), WORD % ("+", "*"), r"\p{N}", OTHERS))
+MISTRALS = ("mistral", "mistral3", "ministral", "ministral3")  # model_types of config.json
 # Llama 3 has 256 special ids after the ranks. These have names in Meta's release, the others are reserved.
 LLAMA3_NAMES = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json")
@@ -118,12 +123,24 @@ def read_bpe(path: Path, config: dict[str, Any], model: dict[str, Any]) -> tuple
     if path.name == "tekken.json":
         return from_tekken(read_json(path), CHAR_OF), NAMED
     if path.suffix == ".json":
-        return BPE.from_file(str(path)), {}
+        bpe = BPE.from_file(str(path))
+        return (with_mistrals_words(bpe) if model.get("model_type") in MISTRALS else bpe), {}
     bpe, implied = from_model(path.read_bytes(), config.get("added_tokens_decoder", {}))
     if is_byte_level(bpe) and model.get("bos_token_id") not in (None, bpe.token_to_id(implied["bos_token"])):
         # tiktoken's special ids follow the ranks: a file that was cut at the end of a line shifts them
         raise ValueError("config.json has another bos_token_id, so lines are missing")
     return bpe, implied
+
+
+def with_mistrals_words(bpe: BPE) -> BPE:
+    """The tokenizer of a tekken model, cut into Mistral's words. transformers 4 wrote Llama 3's pattern into the
+    tokenizer.json of some, as of Mistral Small 3.1; AutoTokenizer mends it with fix_mistral_regex=True. Llama 3 has
+    "12" for a token, where tekken has single digits."""
+    words = bpe.pre_tokenizer.__getstate__() if bpe.pre_tokenizer else b""
+    if json.dumps(LLAMA3_SPLIT).encode() in words and bpe.token_to_id("12") is None:
+        split = pre_tokenizers.Split(Regex(TEKKEN_SPLIT), "isolated")
+        bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    return bpe
 
 
 def is_byte_level(bpe: BPE) -> bool:
@@ -162,7 +179,9 @@ def add_tokens(bpe: BPE, config: dict[str, Any], added: dict[str, int]) -> None:
     """Add the tokens that are cut out of a text before anything else: those that added_tokens_decoder lists with their
     flags, those of an older added_tokens.json (`added`), and special tokens that the config only names."""
     special = [value for key, value in config.items() if key.endswith("_token") and isinstance(value, str)]
-    special += map(plain, config.get("additional_special_tokens", []))
+    extra = config.get("extra_special_tokens", [])  # transformers 5's name: a list, or names and tokens
+    extra = list(extra.values()) if isinstance(extra, dict) else extra
+    special += map(plain, [*config.get("additional_special_tokens", []), *extra])
     listed = config.get("added_tokens_decoder", {})
     bpe.add_tokens([AddedToken(**listed[i]) for i in sorted(listed, key=int)])
     bpe.add_tokens([AddedToken(token, special=token in special) for token in sorted(added, key=added.get)])

@@ -115,7 +115,7 @@ def test_messages(served: Served) -> None:
     ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "differ"), ({"max_tokens": True}, "max_tokens", ""),
     ({"temperature": "hot"}, "temperature", "number"), ({"temperature": -1}, "temperature", "0.000001"),
     ({"temperature": True}, "temperature", "number"), ({"top_p": 0, "temperature": 1}, "top_p", "more than 0"),
-    ({"top_k": 1.5}, "top_k", "without a fraction"), ({"top_k": -1}, "top_k", "0 or more"),
+    ({"top_k": 1.5}, "top_k", "without a fraction"), ({"top_k": -2}, "top_k", "0 or more"),
     ({"min_p": 2}, "min_p", "0 to 1"), ({"seed": 2**64}, "seed", "64 bits"), ({"seed": 1.0}, "seed", "fraction"),
     ({"seed": 10**4000}, "seed", "64 bits"), ({"stop": ""}, "stop", "empty"), ({"stop": ["a"] * 9}, "stop", "at most"),
     ({"stop": "x" * 201}, "stop", "at most"), ({"stop": 5}, "stop", "text"), ({"messages": []}, "messages", "empty"),

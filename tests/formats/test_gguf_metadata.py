@@ -18,6 +18,7 @@ from tokenizers import pre_tokenizers
 from torch import Tensor
 
 from convert_hf_checkpoint import convert
+from formats.gguf_tokenizer import write_gguf_tokenizer
 from model import load_model
 from tokenizer import Tokenizer
 
@@ -308,7 +309,7 @@ def test_stop_ids(tmp_path: Path) -> None:
     """Fails if a model from GGUF runs on where llama.cpp, and the Hugging Face folder with its list of ids, stop: at a
     special token that is named as an end. Fails too if plain text of such a name stops it."""
     names = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>",
-             "<EOT>", "</s>")
+             "<EOT>", "</s>", "<|fim_pad|>", "<|file_sep|>")
     for i, name in enumerate(names):
         assert stops(tmp_path / f"{i}.gguf", tokenizer=named([name])) == {EOS, Y}, name
         assert stops(tmp_path / f"{i}user.gguf", tokenizer=named([name], 4)) == {EOS, Y}, name
@@ -416,3 +417,21 @@ def test_names_of_gguf_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     (tmp_path / "folder.gguf").mkdir()
     assert run(monkeypatch, "folder.gguf", "--out", "out") == 2
     assert "config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("architecture, words", [
+    ("phi3", "<|user|> ▁hi <|end|> <|assistant|>"),
+    ("llama", "<|user|> ▁ <0x0A> h i <|end|> ▁ <0x0A> <|assistant|> ▁ <0x0A>")])
+def test_phi3_drops_line_ends(architecture: str, words: str, tmp_path: Path) -> None:
+    """Fails if the line ends behind Phi-3's special tokens, which are theirs, become tokens of the prompt, or if those
+    of other models are lost."""
+    marks = ["<|user|>", "<|end|>", "<|assistant|>", "<|endoftext|>"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "h", "i", "▁h", "▁hi", *marks]
+    ggml = {"model": "llama", "pre": "default", "tokens": tokens, "scores": [0.0] * 262 + [-1.0, -2.0] + [0.0] * 4,
+            "token_type": [2, 3, 4] + [6] * 256 + [1] * 5 + [3] * 4, "bos_token_id": 1, "eos_token_id": 267}
+    write_gguf_tokenizer({"general.architecture": architecture} | {f"tokenizer.ggml.{k}": v for k, v in ggml.items()},
+                         tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    ids = tokenizer.encode("<|user|>\nhi<|end|>\n<|assistant|>\n", False)
+    assert [tokenizer.bpe.id_to_token(i) for i in ids] == words.split()
+    assert len(tokenizer.encode("<|endoftext|>\n", False)) == 3

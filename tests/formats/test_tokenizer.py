@@ -22,14 +22,14 @@ from tokenizer_folders import (
     meta_encoding,
     write,
 )
-from tokenizers import AddedToken, decoders, normalizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as BPE
 from transformers import AutoTokenizer
 from transformers.integrations.mistral.tokenizer import MistralConverter
 
 from formats.families import FAMILIES, WRAPPERS
 from formats.gguf_tokenizer import TEKKEN_SPLIT
-from formats.tokenizer_files import BYTE_OF, CHAR_OF
+from formats.tokenizer_files import BYTE_OF, CHAR_OF, LLAMA3_SPLIT
 from tokenizer import Tokenizer
 
 # ----- Ids and text ------------------------------------------------------------------------------------------------
@@ -295,3 +295,34 @@ def test_tekken(byte_level: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "tekken.json").write_text('{"config": {"pattern": "."}, "vocab": []}')
     with pytest.raises(ValueError, match="tekken.json is broken"):
         Tokenizer(tmp_path)
+
+
+# ----- What files do not say, or say wrongly -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type, tokens", [("mistral3", 2), ("llama", 1)])
+def test_mistrals_words(model_type: str, tokens: int, tmp_path: Path) -> None:
+    """Fails if a tokenizer.json of Mistral's with Llama 3's pattern, which transformers 4 wrote, cuts words as Llama 3
+    does, or if Llama 3 no longer does."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = BPE(models.BPE({token: i for i, token in enumerate(["<s>", "</s>", *alphabet, "aB"])}, [("a", "B")]))
+    split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    assert len(Tokenizer(tmp_path).encode("aB")) == tokens
+
+
+@pytest.mark.parametrize("extra", [["<tool>", "<think>"], {"tool": "<tool>", "think": "<think>"}])
+def test_tokens_that_are_named_only(extra: list | dict, tmp_path: Path) -> None:
+    """Fails if special tokens under transformers 5's name are taken for text, or if a token that ends a text is shown
+    where its file does not call it special."""
+    bpe = BPE(models.BPE({token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    bpe.add_tokens(["<end>", "<plain>"])
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>", "extra_special_tokens": extra}))
+    tokenizer = Tokenizer(tmp_path)
+    ids = tokenizer.encode("a<tool>b<plain><end>")
+    assert len(ids) == 5 and tokenizer.decode(ids) == "ab<plain>"
