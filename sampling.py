@@ -35,13 +35,14 @@ class Sampling:
             if not fits:
                 raise ValueError(f"{name} must be {range_of_it}, not {getattr(self, name)!r}")
         object.__setattr__(self, "seed", (self.seed + 2**63) % 2**64 - 2**63)  # as the int64 of the same bits
+        if self.top_k == 1 or self.min_p == 1:  # only the best token is left: greedy, with drafts without noise
+            object.__setattr__(self, "temperature", 0.0)
 
 
 def process(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
     """The logits of the distribution to sample from: logits [T, V] -> fp32 [T, V], excluded tokens -inf.
 
-    Order and meaning are those of transformers' logits warpers: temperature, top-k, top-p, min-p. Off: 0, 1, 0.
-    """
+    Order and meaning are those of transformers' logits warpers: temperature, top-k, top-p, min-p. Off: 0, 1, 0."""
     logits = logits.float() / temperature
     if top_k:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
@@ -62,8 +63,7 @@ def perturb(logits: Tensor, noise: Tensor, temperature: float, top_k: int = 0, t
     """What to take the argmax of, to sample after each row: logits [T, V] -> [T, V].
 
     noise [T, V] fp32 is the temperature times `gumbel_noise`: adding it to the raw logits ranks tokens as adding the
-    plain noise to logits / temperature does, and a drafter can add it to its own logits too.
-    """
+    plain noise to logits / temperature does, and a drafter can add it to its own logits too."""
     if top_k or top_p < 1 or min_p:
         logits = temperature * process(logits, temperature, top_k, top_p, min_p)
     return logits + noise

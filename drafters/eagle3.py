@@ -65,10 +65,11 @@ class Eagle3Head(TappedHead):
         self.norm = RMSNorm(size, eps) if "norm.weight" in names else None
 
     def allocate_cache(self, slots: int) -> None:
-        """As TappedHead.allocate_cache. ValueError where the head's own sliding window is shorter."""
-        window = self.cfg.layer.sliding_window
-        if window and slots > window:
-            raise ValueError(f"this head's sliding window of {window} tokens is not implemented: use a smaller "
+        """As TappedHead.allocate_cache. ValueError beyond the head's own sliding window, and beyond the length up to
+        which dynamic RoPE is plain RoPE."""
+        limit = self.cfg.layer.context_limit
+        if limit and slots > limit:
+            raise ValueError(f"this head's attention beyond {limit} tokens is not implemented: use a smaller "
                              "--max_seq_len")
         super().allocate_cache(slots)
 

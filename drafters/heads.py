@@ -83,6 +83,7 @@ def load_eagle3(path: Path, target: Llama, quantize: str | None, group: int) -> 
         head = Eagle3Head(found.config, found.tensors)
     head = filled(head, found.tensors, found.file, target, mode, stored_group, quantize, group)
     head.vocab = None if found.ids is None else found.ids.to(target.embed.weight.device)
+    head.doubts = tuple(found.doubts)
     return head
 
 
@@ -98,6 +99,7 @@ def load_block(path: Path, target: Llama, quantize: str | None, group: int) -> B
         head = BlockHead(found.config, tensors)
     head = filled(head, tensors, found.file, target, mode, stored_group, quantize, group)
     head.vocab = None if found.ids is None else found.ids.to(target.embed.weight.device)
+    head.doubts = tuple(found.doubts)
     return head
 
 

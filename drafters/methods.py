@@ -4,6 +4,7 @@ A row says how the drafter is made, which weights it drafts with, and which opti
 build their flags from this table, memory planning and the benchmarks read it. docs/your_own_drafter.md adds one.
 """
 import argparse
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -72,8 +73,14 @@ def eagle_path(args: argparse.Namespace, folder: str = "eagle") -> Path:
 
 
 def load_eagle(args: argparse.Namespace, model: Llama, folder: str = "eagle") -> Head:
-    """A head of any kind: the one that --draft names, or the one in this folder of the checkpoint."""
-    return load_head(eagle_path(args, folder), model, args.draft_vocab, args.quantize, args.group or 128)
+    """A head of any kind: the one that --draft names, or the one in this folder of the checkpoint. Says what the files
+    of the head leave open."""
+    path = eagle_path(args, folder)
+    head = load_head(path, model, args.draft_vocab, args.quantize, args.group or 128)
+    if doubts := getattr(head, "doubts", ()):
+        print(f"{path}: its files leave open what {' and '.join(doubts)} should be, and the likeliest is taken; "
+              "convert_hf_checkpoint.py --eagle tries it out", file=sys.stderr)
+    return head
 
 
 def widen_eagle(wide: Any, head: Head) -> Head:

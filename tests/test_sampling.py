@@ -9,6 +9,8 @@ import tiny
 import torch
 from helpers import vanilla
 
+from draft import Eagle2
+from engine import Engine
 from sampling import Sampling, gumbel_noise, perturb, process
 
 V = 300
@@ -67,3 +69,12 @@ def test_any_64_bits_are_a_seed() -> None:
     for seed in (2**63, 2**64 - 1, 2**64 - 2**32):
         assert Sampling(seed=seed).seed == seed - 2**64
         assert tuple(vanilla(model, [1, 2, 3], 12, Sampling(2.0, seed=seed))) == texts[seed - 2**64]
+
+
+@pytest.mark.parametrize("limit", [{"top_k": 1}, {"min_p": 1.0}])
+def test_one_token_is_greedy(limit: dict) -> None:
+    """Fails if drafts get the noise of sampling where only the best token is left to the text."""
+    model, head = tiny.pair(0, 0.3)
+    engine = Engine(model, Eagle2(head, model, 8, 3, 3), 64)
+    text = list(engine.generate([1, 2, 3], 12, Sampling(1.0, seed=5, **limit)))
+    assert engine.state.noise is None and sum(text, []) == sum(engine.generate([1, 2, 3], 12), [])

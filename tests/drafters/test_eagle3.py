@@ -18,7 +18,7 @@ from drafters.eagle1 import EAGLE1_TREE, Eagle1
 from drafters.eagle3 import Eagle3Head
 from drafters.heads import load_head
 from drafters.lookup import Retrieval
-from drafters.methods import make_drafter
+from drafters.methods import load_eagle, make_drafter
 from engine import Engine
 from model import Llama
 from quant.linear import QuantizedLinear
@@ -165,3 +165,25 @@ def test_the_other_kind_is_refused(tmp_path: Path) -> None:
     for path in (new, old):  # EAGLE-1's tree takes both
         args = generate.parse_args(arguments(folder, "--eagle", "--draft", path))
         assert type(make_drafter(args.method, args, model, 64)) is Eagle1
+
+
+def test_what_is_left_open_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Fails if a head whose files leave fields open drafts with the likeliest ones and nobody is told, or if one that
+    was tried out is called unsure."""
+    model = tiny.target(num_hidden_layers=8)
+    folder = tiny.save_head3(tiny.head3(model, taps=(2, 4, 5), rope_theta=1e6), tmp_path / "head")
+    args = generate.parse_args(arguments(tmp_path, "--draft", str(folder), "--eagle3"))
+    load_eagle(args, model)
+    assert capsys.readouterr().err == ""
+    (folder / "measured.json").unlink()
+    load_eagle(args, model)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "rope_theta" in error and str(folder) in error
+
+
+def test_dynamic_rope_ends() -> None:
+    """Fails if a head's dynamic RoPE goes on as plain RoPE beyond the length up to which they are the same."""
+    head = tiny.head3(tiny.target(), max_position_embeddings=64, rope_scaling={"rope_type": "dynamic", "factor": 4.0})
+    head.allocate_cache(64)
+    with pytest.raises(ValueError, match="beyond 64 tokens"):
+        head.allocate_cache(65)
