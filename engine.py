@@ -14,8 +14,7 @@ One cycle, in the order of the code below:
 
 Vanilla decoding is the same cycle with a tree of one node. Everything in a cycle has a static shape and lives on the
 device: lengths, positions, masks, the stop test. So on a GPU a cycle is one CUDA graph, whatever the prompt. The host
-replays cycle n + 1 before it reads what cycle n committed, so that the GPU never waits for Python.
-"""
+replays cycle n + 1 before it reads what cycle n committed, so that the GPU never waits for Python."""
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -83,6 +82,7 @@ class Engine:
         self.indices = torch.arange(max(MAX_NODES, self.noise_depth + 1), device=device)  # of nodes, slots, depths
 
         # The host
+        self.before_chunk: Callable[[], None] = lambda: None  # of a prompt; what it raises ends the prompt
         self.report = torch.zeros(rows + 2, dtype=torch.int64, device=device)  # see tree.accept_commit
         self.mailbox = Mailbox(self.report)
         self.graphs: dict[tuple, Callable[[], None]] | None = {} if self.cuda and compiled else None
@@ -101,8 +101,7 @@ class Engine:
 
         reuse: keep the cache entries of the tokens that the last text began with too. By default every prompt is
         processed as a whole: in half precision, cache entries that decoding left are rounded differently, so a text
-        would depend on what came before it.
-        """
+        would depend on what came before it."""
         self.check(ids, max_new_tokens)
         start = self.reusable(ids) if reuse else 0
         self.begin_sequence(ids[:start])
@@ -227,6 +226,7 @@ class Engine:
         self.begin_sequence(ids[:start])
         if not self.cuda:
             for first in range(start, n, rows):
+                self.before_chunk()
                 self.first_slot.fill_(first)
                 count = min(rows, round_up(n - first, 16))  # oneDNN keeps kernels of every shape that it ever saw
                 self.prefill_chunk(count, min(round_up(first + count, 128), self.slots))
@@ -237,6 +237,7 @@ class Engine:
         while start < n:  # two shapes serve every prompt
             size = self.short_rows if n - start <= self.short_up_to else rows
             first = min(start, self.slots - size)
+            self.before_chunk()
             self.first_slot.fill_(first)
             chunks[size]()
             start += size

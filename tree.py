@@ -138,8 +138,7 @@ def grow(logits: Tensor, level: Level, candidates: Candidates, depth: int, k: in
     """Give each node of `level` its k best continuations, and store them in `candidates`. Returns the k best of all.
 
     logits [rows, V] of the nodes of `level`, which lie `depth` below the root. Column i is token ids[i], or without
-    `ids` token i. noise [all tokens] fp32 is added to every row.
-    """
+    `ids` token i. noise [all tokens] fp32 is added to every row."""
     tokens, scores = best_children(add_noise(logits, ids, noise), level.scores, k)
     tokens = (tokens if ids is None else ids[tokens]).flatten()
     scores = scores.flatten()

@@ -34,7 +34,7 @@ class Job:
         self.arrived = time.perf_counter()
         self.turn: asyncio.Task | None = None  # see Service.take_turn
         self.begun = False  # the engine has it
-        self.left = False  # nobody waits for the answer any more: the engine stops after its next cycle
+        self.left = False  # nobody waits for the answer any more: the engine stops after its next cycle or chunk
 
     def end(self, why: Refusal) -> None:
         self.left = True
@@ -44,7 +44,7 @@ class Job:
 
     def leave(self) -> None:
         """The client has gone."""
-        self.end(Refusal(499, "the client has gone"))  # nobody reads it
+        self.end(gone())  # nobody reads it
 
     async def news(self) -> tuple[str, dict | Refusal | None]:
         """Wait for the next event. Returns all text that has come, and the end if it has come too."""
@@ -117,8 +117,8 @@ class Service:
                 return
             job.begun = True
             end = await job.loop.run_in_executor(self.driver, self.work, job, asked)
-            self.failing = isinstance(end, Refusal)
-            if not self.failing:
+            self.failing = isinstance(end, Refusal) and end.status == 500
+            if isinstance(end, dict):
                 self.counts.update(
                     prompt_tokens=end["prompt_tokens"], reused_tokens=end["reused"], new_tokens=end["new_tokens"],
                     steps=end["cycles"], prefill_seconds=end["prefill_s"], decode_seconds=end["decode_s"])
@@ -134,9 +134,16 @@ class Service:
                 job.loop.call_soon_threadsafe(job.events.put_nowait, text)
             return job.left
 
+        def stop_if_left() -> None:
+            if job.left:
+                raise gone()
+
+        engine.before_chunk = stop_if_left
         try:
             result = generate(engine, asked.ids, asked.max_tokens, asked.sampling, engine.tokenizer, self.served.method,
                               stops=asked.stops, push=push, reuse=True)
+        except Refusal as end:  # gone before the prompt was read
+            return end
         except Exception as error:  # whatever it is, the next request may well succeed
             logging.getLogger(__name__).error("the engine failed", exc_info=error)
             return Refusal(500, "the engine failed; the server's stderr says why")
@@ -161,3 +168,7 @@ class Service:
 
 def closed() -> Refusal:
     return Refusal(503, "the server is shutting down")
+
+
+def gone() -> Refusal:
+    return Refusal(499, "the client has gone")

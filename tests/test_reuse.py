@@ -142,6 +142,29 @@ class Interrupt(Exception):
     pass
 
 
+@pytest.mark.parametrize("start", [Engine, lambda *how: as_on_a_gpu(Engine(*how))], ids=["cpu", "as on a GPU"])
+def test_ended_before_a_chunk(start: Callable[..., Engine], make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a prompt goes on after what is called before each of its chunks has raised, or if the next text is
+    wrong."""
+    monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 16)
+    model, drafter = make("eagle2")
+    engine, prompt, chunks = start(model, drafter, SLOTS), tiny.prompt(4, 60), []
+
+    def end_at_third() -> None:
+        chunks.append(1)
+        if len(chunks) == 3:
+            raise Interrupt
+
+    list(engine.generate(prompt[:20], 5, reuse=True))
+    engine.before_chunk = end_at_third
+    with pytest.raises(Interrupt):
+        list(engine.generate(prompt, 5, reuse=True))
+    engine.before_chunk = lambda: None
+    assert len(chunks) == 3
+    expected = cycle_by_cycle(Engine(model, drafter, SLOTS), prompt, 15)
+    assert list(engine.generate(prompt, 15, reuse=True)) == expected
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["eagle2", "speculate+lookup"])
 def test_interrupted_anywhere(method: str, make, monkeypatch: pytest.MonkeyPatch) -> None:

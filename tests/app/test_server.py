@@ -2,6 +2,7 @@
 
     python -m pytest tests/app/test_server.py
 """
+import asyncio
 import json
 import os
 import signal
@@ -23,9 +24,10 @@ from serving import Gate, expected, make_served, running, wait
 
 from app import server as server_module
 from app import service as service_module
-from app.api import Served
+from app.answer import generate
+from app.api import Served, read_request
 from app.server import is_this_machine, listen, read_key
-from app.service import Service, Unlocked
+from app.service import Job, Service, Unlocked
 from sampling import Sampling
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -282,6 +284,22 @@ def test_order_and_length_of_the_queue(live, served: Served, monkeypatch: pytest
     assert [bytes(ids)[:1] for ids in gate.begun] == [b"0", b"1", b"2", b"3", b"4", b"5"]
     wait(lambda: not service.jobs)
     assert post(url, prompt="x").status_code == 200
+
+
+def test_gone_before_the_prompt_is_read(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a prompt is read to its end for a client that has gone, or if that counts as a fault of the engine."""
+    service, asked = Service(served), read_request(b'{"prompt": "Hello"}', False, served)
+    monkeypatch.setattr(served.engine, "prefill_chunk", lambda *_: 1 / 0)
+
+    async def leave_early() -> Job:
+        job = Job()
+        monkeypatch.setattr(service_module, "generate", lambda *how, **more: job.leave() or generate(*how, **more))
+        await service.take_turn(job, asked)
+        return job
+
+    job = asyncio.run(leave_early())
+    assert job.begun and [job.events.get_nowait().status for _ in range(2)] == [499, 499]
+    assert not service.failing and not service.counts["new_tokens"]
 
 
 @pytest.mark.parametrize("stream", [True, False])
