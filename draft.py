@@ -169,8 +169,9 @@ class BoundHead:
             # The lm_head's rows of a draft vocabulary are a copy, and fc's rows may lie below them.
             self.lm_head_and_fc = None if self.ids is None else in_kernel_order(stack(self.lm_head, self.fc))
         if self.lm_head_and_fc is not None:
-            self.lm_head = rows_of(self.lm_head_and_fc, slice(len(self.ids)))
-            self.fc = rows_of(self.lm_head_and_fc, slice(len(self.ids), None))
+            count = len(self.ids)
+            self.lm_head = rows_of(self.lm_head_and_fc, slice(count))
+            self.fc = rows_of(self.lm_head_and_fc, slice(count, None))
 
     def weights(self) -> tuple[tuple, tuple, tuple]:
         """The weights that `enter` reads, that a level reads, and that a level reads too if another one follows."""
@@ -238,8 +239,7 @@ class Eagle2(Eagle):
     """EAGLE-2's dynamic tree of `draft_tokens` nodes, the root included, and `draft_depth` levels below the root.
 
     Each of the `topk` nodes of a level gets its `topk` best continuations; the best `topk` of all of them are fed next.
-    With `retrieval` (drafters/lookup.py) a chain found in the text competes with the drafted nodes, node by node.
-    """
+    With `retrieval` (drafters/lookup.py) a chain found in the text competes with the drafted nodes, node by node."""
 
     def __init__(self, head: EagleHead, target: Llama, draft_tokens: int = 60, draft_depth: int = 6,
                  topk: int = 10, retrieval=None) -> None:

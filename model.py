@@ -205,8 +205,7 @@ def load_model(path: Path | str, device: torch.device | str = "cpu", dtype: torc
     """Load a converted checkpoint: its folder, or one model file in it, such as quantize.py writes.
 
     dtype None keeps the file's. quantize: convert to this mode while loading, one tensor at a time, so that `device`
-    needs room for the result only. Raises FileNotFoundError or ValueError with one line that says what to do.
-    """
+    needs room for the result only. Raises FileNotFoundError or ValueError with one line that says what to do."""
     path = Path(path)
     if not path.exists():
         maker = "quantize.py" if path.name.startswith("model-int") else "convert_hf_checkpoint.py"

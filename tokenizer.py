@@ -163,8 +163,7 @@ class StoppingStream(TextStream):
     at once before the longer one. Text that may still become a stop is held back.
 
     `tokens` counts the ids up to the one that completes a stop. Ids are processed one by one, so text and count do not
-    depend on how many are pushed at once.
-    """
+    depend on how many are pushed at once."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
         super().__init__(tokenizer)
@@ -182,7 +181,10 @@ class StoppingStream(TextStream):
             self.tokens += len(new)
             found = [(at + len(stop), at) for stop in self.stops if (at := self.held.find(stop)) >= 0]
             self.stopped = bool(found)
-            sure = min(found)[1] if found else (len(self.held) if at_end else self.sure())
+            if found:
+                sure = min(found)[1]
+            else:
+                sure = len(self.held) if at_end else self.sure()
             shown += self.held[:sure]
             self.held = self.held[sure:]
         return shown

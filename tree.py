@@ -116,7 +116,8 @@ def catch_up(state: State, n: int, scratch: Tensor) -> tuple[Tensor, Tensor, Ten
     last feature that counts; `scratch` with the length added.
     """
     positions = state.length - state.committed - 1 + torch.arange(n, device=scratch.device)
-    return state.tokens[positions + 1], positions, (state.committed - 1)[None], state.length + scratch
+    last_row = (state.committed - 1)[None]
+    return state.tokens[positions + 1], positions, last_row, state.length + scratch
 
 
 def start_tree(k: int, levels: int, device: torch.device, retrieved: int = 0) -> tuple[Level, Candidates]:
@@ -183,8 +184,7 @@ def rerank(state: State, candidates: Candidates, n: int, max_depth: int) -> Tree
     """The n most probable candidates as a tree of n + 1 nodes under the newest committed token (EAGLE-2, section 4.2).
 
     A parent is stored before its children and never scores lower, and the sort is stable: so the parent of every kept
-    node is kept too, and ascending indices are level order.
-    """
+    node is kept too, and ascending indices are level order."""
     tokens, scores, parents = candidates[:3]
     kept = best_first(scores, n).sort().values
     node_of = torch.zeros(len(scores) + 1, dtype=torch.int64, device=scores.device)  # last entry: parent -1
@@ -199,8 +199,7 @@ def best_children(logits: Tensor, scores: Tensor, k: int) -> tuple[Tensor, Tenso
     [rows, k] fp32. logits [rows, V], scores [rows].
 
     In fp32, since a half-precision path score near -8 cannot tell its children apart. log p is at most 0 after
-    rounding, so that no child scores above its parent: `rerank` relies on it.
-    """
+    rounding, so that no child scores above its parent: `rerank` relies on it."""
     logits = logits.float()
     top, tokens = logits.topk(k, dim=-1)
     log_p = (top - logits.logsumexp(-1, keepdim=True)).clamp(max=0)

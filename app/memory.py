@@ -191,7 +191,7 @@ def advice(args: argparse.Namespace, device: str, dtype: torch.dtype, max_seq_le
     name = folder_of(args.checkpoint).resolve().name
     parts = [f"{need.weights / 1e9:.1f} GB of weights", f"{need.cache / 1e9:.1f} GB of cache for {max_seq_len} slots",
              *([f"{need.drafter / 1e9:.1f} GB for drafting"] if need.drafter else ()),
-             f"about {need.passing / 1e9:.1f} GB in passing"]
+             f"about {need.passing / 1e9:.1f} GB of activations"]
     gpu, machine = ("GPU ", "GPU") if device == "cuda" else ("", "machine")
     return (f"out of {gpu}memory: {name} in {args.quantize or str(dtype).removeprefix('torch.')} needs "
             f"{', '.join(parts)}; the {machine} has {free / 1e9:.1f} GB free: " + (ways or (

@@ -42,7 +42,7 @@ from quant.linear import drafting_rows, rows_of, stack
 from tree import MAX_NODES, Candidates, State, Tree, empty_candidates, root_token, start_tree
 
 MOST_LEVELS = 16  # that are drafted; each has up to 127 candidates, so tree.rerank chooses from up to 2,032
-MOST_CANDIDATES = 1000  # the same for a tree that is grown level by level
+MOST_CANDIDATES = 1000  # of a tree that is grown level by level: its top-k is lowered until there are no more
 
 # ----- The head ----------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ END_TOKENS = {
     "<|fim_pad|>", "<|fim_repo|>", "<|repo_name|>", "<|file_sep|>"}
 # Phi-3's special tokens drop the spaces and line ends behind them, all but these. A file does not say so.
 PHI3_KEEPS = ("<unk>", "<s>", "<|endoftext|>")
-ENDING = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+ENDING = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"  # that a word of GPT-4o's may have
 GPT4O_SPLIT = "|".join((WORD % ("*", "+") + ENDING, WORD % ("+", "*") + ENDING, r"\p{N}{1,3}", OTHERS))
 # Names in tokenizer.ggml.pre for one way to cut a text into words; llama.cpp has the same list.
 SAME_SPLIT = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "deepseek-r1-qwen": "qwen2",
@@ -90,8 +90,8 @@ def write_gguf_tokenizer(metadata: dict, folder: Path) -> None:
             tokenizer = byte_level_bpe(ggml, vocab, pre)
         else:
             tokenizer = sentencepiece_bpe(ggml, vocab, tokens[ids["unknown"]])
-        # User-defined tokens are found in a text like special ones, but decoding shows them.
         is_phi3 = kind == "llama" and metadata["general.architecture"] == "phi3"
+        # User-defined tokens are found in a text like special ones, but decoding shows them.
         tokenizer.add_tokens([AddedToken(token, special=type_ != USER_DEFINED, normalized=False,
                                          rstrip=is_phi3 and token not in PHI3_KEEPS)
                               for token, type_ in zip(tokens, types, strict=True)

@@ -29,7 +29,7 @@ LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Mistral's and GPT-4o's words begin with capitals, and end with small letters. GPT-4o's have an ending such as "'s".
+# Mistral's and GPT-4o's words begin with capitals, and end with small letters.
 WORD = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]%s[\p{Ll}\p{Lm}\p{Lo}\p{M}]%s"
 OTHERS = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 TEKKEN_SPLIT = "|".join((WORD % ("*", "+"), WORD % ("+", "*"), r"\p{N}", OTHERS))

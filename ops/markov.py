@@ -16,7 +16,7 @@ from ops.topk import best_in_lanes, key_of, merge_lists, sort_bits
 from ops.tree import next_level
 from tree import Candidates, Level
 
-PROGRAMS = 256  # where blocks of 128 tokens would be more than this, they have 256: half as many keys to merge, as fast
+PROGRAMS = 256  # at most so many blocks of 128 tokens. Beyond, a block has 256: half as many keys to merge, as fast
 TILE = 32768  # bytes of W2 that a program loads at once: they fit its registers
 
 
