@@ -23,6 +23,7 @@ from formats.block_config import usual_outputs
 from formats.config import Config
 from model import Layer, Llama, apply_rope
 from tokenizer import Tokenizer
+from training.attention import FusedAttention, seen
 from training.dialogues import Script, unmark
 from training.steps import compile_on_gpu, soft_cross_entropy
 from training.tapped import DRAFT_VOCAB, TappedTrainer, check_key_heads, evened, frequent_tokens, sample_hidden
@@ -52,30 +53,30 @@ def block_rows(head: BlockHead, x: Tensor, rope: Tensor, anchors: Tensor, entrie
                ) -> Tensor:
     """The rows of all blocks after the last norm, [B, A, b, H]. x [B, A, b, H]: the embedded anchors and mask tokens,
     rope [2, B, A, b, D], anchors [B, A] int64, entries from `context`."""
+    place = torch.arange(entries[0][0].shape[2], device=x.device)
+    before = seen((place < anchors[..., None]).repeat_interleave(x.shape[2], 1)[:, None], entries[0][0].dtype)
     for layer, (keys, values) in zip(head.layers, entries):
-        x = x + layer.wo(block_attention(layer, layer.attn_norm(x).to(x.dtype), rope, anchors, keys, values))
+        x = x + layer.wo(block_attention(layer, layer.attn_norm(x).to(x.dtype), rope, before, keys, values))
         x = layer.mlp(x)
     return head.norm(x).to(x.dtype)
 
 
-def block_attention(layer: Layer, x: Tensor, rope: Tensor, anchors: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """What the heads read, [B, A, b, heads * D], of normed rows x [B, A, b, H]: the context before the anchor, and the
-    rows of the same block up to their own."""
+def block_attention(layer: Layer, x: Tensor, rope: Tensor, before: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """What the heads read, [B, A, b, heads * D], of normed rows x [B, A, b, H]: the context before the anchor, which
+    `before` [B, 1, A * b, S] says as FusedAttention's bias, and the rows of the same block up to their own."""
     size, heads, key_heads = layer.head_dim, layer.num_heads, layer.num_kv_heads
     q, k, v = layer.wqkv(x).unflatten(-1, (-1, size)).split((heads, key_heads, key_heads), -2)  # [B, A, b, heads, D]
     q = apply_rope(layer.q_norm(q).to(q.dtype), rope)
     k = apply_rope(layer.k_norm(k).to(k.dtype), rope)
-    q = q.unflatten(-2, (key_heads, -1))  # [B, A, b, K, G, D]
-    before = torch.einsum("naikgd,nksd->nakgis", q, keys)
-    own = torch.einsum("naikgd,najkd->nakgij", q, k)
-    place = torch.arange(keys.shape[2], device=x.device)
+    q, k, v = (y.movedim(3, 1) for y in (q, k, v))  # [B, heads, A, b, D]
+    k, v, keys, values = (y.repeat_interleave(heads // key_heads, 1) for y in (k, v, keys, values))
+    y, in_context = FusedAttention.apply(q.flatten(2, 3), keys, values, before)
+    y, in_context = y.view(q.shape), in_context.view(*q.shape[:-1], 1)
     row = torch.arange(x.shape[2], device=x.device)
-    before = before.masked_fill((place >= anchors[..., None])[:, :, None, None, None], -torch.inf)
-    own = own.masked_fill(row > row[:, None], -torch.inf)
-    weights = (torch.cat((before, own), -1).float() * size**-0.5).softmax(-1).to(v.dtype)
-    in_context, in_block = weights.split((len(place), len(row)), -1)
-    y = torch.einsum("nakgis,nksd->naikgd", in_context, values) + torch.einsum("nakgij,najkd->naikgd", in_block, v)
-    return y.flatten(-3)
+    scores = (q @ k.transpose(-1, -2)).float().masked_fill(row > row[:, None], -torch.inf) * size**-0.5
+    total = torch.cat((in_context, scores), -1).logsumexp(-1, keepdim=True)
+    y = (in_context - total).exp() * y + (scores - total).exp().to(v.dtype) @ v
+    return y.to(v.dtype).movedim(1, 3).flatten(-2)
 
 
 def distill_block(markov: Markov | None, h: Tensor, previous: Tensor, feature: Tensor, target_rows: Tensor,

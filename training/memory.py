@@ -33,13 +33,12 @@ def training_need(trainer, batch: int) -> Need:
     """What `trainer`, a training.trainer.Trainer, needs for steps of `batch` dialogues.
 
     Of each draft step and each layer, autograd keeps for each position what the layer reads (2 C), norms and residuals
-    (5 C), queries, keys, values and what they give, of all heads (4 H D), gate, up and their product (3 I), and for
-    each head a score and a weight for all positions.
+    (5 C), queries, keys, values and what they give, of all heads, before and after the own row is added (5 H D), and
+    gate, up and their product (3 I).
     """
     args, cfg = trainer.args, trainer.layer_config
     passes, rows, logit_rows = trainer.kept_rows(batch)
-    per_position = (7 * cfg.hidden_size + 4 * cfg.num_heads * cfg.head_dim + 3 * cfg.intermediate_size
-                    + 2 * cfg.num_heads * args.length)
+    per_position = 7 * cfg.hidden_size + 5 * cfg.num_heads * cfg.head_dim + 3 * cfg.intermediate_size
     parameters = sum(p.numel() for p in trainer.module.parameters())
     states = sum((2 if isinstance(optimizer, torch.optim.AdamW) else 1) * p.numel()
                  for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"])

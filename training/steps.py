@@ -11,6 +11,7 @@ from torch import Tensor
 from draft import EagleHead
 from formats.config import Config
 from model import Layer
+from training.attention import FusedAttention
 
 
 def new_head(cfg: Config, device: torch.device) -> EagleHead:
@@ -47,15 +48,13 @@ def unrolled_attention(layer: Layer, x: Tensor, rope: Tensor, keys: list[Tensor]
     groups = layer.num_heads // layer.num_kv_heads
     keys.append(k.repeat_interleave(groups, 1))
     values.append(v.repeat_interleave(groups, 1))
-    causal = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
-    first = (q @ keys[0].transpose(-1, -2)).masked_fill(~causal, -torch.inf).float() * layer.head_dim**-0.5
+    y, first = FusedAttention.apply(q, keys[0], values[0], None)
     later = [(q * key).sum(-1, keepdim=True).float() * layer.head_dim**-0.5 for key in keys[1:]]
-    # The later scores stay apart: side by side they would make a matrix of odd width, whose products are slow.
-    total = torch.cat((first.logsumexp(-1, keepdim=True), *later), -1).logsumexp(-1, keepdim=True)
-    y = (first - total).exp().to(v.dtype) @ values[0]
+    total = torch.cat((first, *later), -1).logsumexp(-1, keepdim=True)
+    y = (first - total).exp() * y
     for scores, value in zip(later, values[1:]):
-        y = y + (scores - total).exp().to(v.dtype) * value
-    return y.transpose(1, 2).flatten(2)
+        y = y + (scores - total).exp() * value
+    return y.to(q.dtype).transpose(1, 2).flatten(2)
 
 
 def distill(predicted: Tensor, feature: Tensor, lm_head: Tensor, of_answer: Tensor,
