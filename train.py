@@ -38,12 +38,13 @@ from formats.writing import locked
 from model import load_model
 from tokenizer import Tokenizer
 from training.block import BlockTrainer
+from training.commands import options, prepare
 from training.dialogues import check_answers
 from training.eagle3 import Eagle3Trainer
 from training.evaluation import compare_speeds, evaluate, held_out_prompts, save_curve
 from training.exported import foreign
 from training.memory import fit_batch
-from training.trainer import Trainer, options, prepare
+from training.trainer import Trainer
 
 KINDS: dict[str, type[Trainer]] = {"eagle": Trainer, "eagle3": Eagle3Trainer, "block": BlockTrainer}
 LONGEST_QUESTION = 700  # tokens; longer ones of --questions are left out

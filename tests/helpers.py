@@ -20,7 +20,7 @@ from draft import Vanilla
 from engine import Engine
 from model import Llama, rope_table
 from sampling import Sampling
-from training import block, trainer
+from training import block, commands, trainer
 from tree import State, Tree, build_tree
 
 EOS, BOS, USER, ASSISTANT, END = range(5)
@@ -75,7 +75,7 @@ def tiny_command(main: Callable[[], None], tmp_path: Path, monkeypatch: pytest.M
     words added, and returns the checkpoint's folder."""
     precision = torch.get_float32_matmul_precision()
     folder = tiny.save_target(tiny.target(dtype=torch.bfloat16), tmp_path / "model")
-    for module in (trainer, block):
+    for module in (commands, block):
         monkeypatch.setattr(module, "Tokenizer", lambda path: Letters())
 
     def run(*words: object) -> Path:

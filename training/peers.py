@@ -39,9 +39,10 @@ from formats.weights import FORMAT, save_tensors
 from formats.writing import locked, replace_files
 from model import Llama, layer_ropes, load_model
 from quant.linear import quantize_linears
+from training.commands import options, prepare
 from training.dialogues import check_answers, unmark
 from training.exported import foreign
-from training.trainer import Trainer, check_ahead, options, prepare
+from training.trainer import Trainer, check_ahead
 
 # ----- Training ----------------------------------------------------------------------------------------------------
 

@@ -20,13 +20,10 @@ from formats.config import Config
 from formats.eagle import save_head
 from formats.weights import first_line
 from formats.writing import replace_files, write_text
-from model import Llama, load_model, rope_table
-from ops.quantized import dequantize
-from quant.linear import QuantizedLinear, is_quantized
-from tokenizer import Tokenizer
-from training.dialogues import Script, check_dialogues, read_openers, unmark, write_dialogues
+from model import Llama, rope_table
+from training.dialogues import unmark
 from training.exported import exporting
-from training.steps import compile_on_gpu, distill, new_head, unrolled
+from training.steps import Replay, compile_on_gpu, distill, new_head, unrolled
 
 AGREEMENTS = "curve.json"  # beside the state: the agreement on held-out dialogues while the head was trained
 BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left"
@@ -71,6 +68,7 @@ class Trainer:
         self.unrolled = compile_on_gpu(unrolled, self.device)
         self.distill = compile_on_gpu(distill, self.device)
         self.amp = torch.autocast(self.device.type, torch.bfloat16)
+        self.replay: Replay | None = None  # on a GPU `gradients`, after its first call
 
     @staticmethod
     def check(args: argparse.Namespace, target: Config) -> None:
@@ -118,14 +116,27 @@ class Trainer:
 
     def train_step(self, marked: Tensor) -> tuple[Tensor, Tensor]:
         """Take one step on marked tokens [B, S]. Returns what `predict` returns."""
-        total, agreements = self.predict(marked)
-        total.backward()
+        found = self.gradients(marked)
         torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * self.schedule()
             optimizer.step()
-            optimizer.zero_grad()
+        return found
+
+    def gradients(self, marked: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the gradients on marked tokens [B, S], always as many. Those of the last step are replaced. Returns
+        what `predict` returns."""
+        if self.device.type != "cuda":
+            return self.compute_gradients(marked)
+        if self.replay is None:
+            self.replay = Replay(self.compute_gradients, marked)
+        return self.replay(marked)
+
+    def compute_gradients(self, marked: Tensor) -> tuple[Tensor, Tensor]:
+        self.module.zero_grad()
+        total, agreements = self.predict(marked)
+        total.backward()
         return total.detach(), agreements
 
     def predict(self, marked: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,11 +231,11 @@ class Trainer:
         return f"{line}  held out {numbers(self.measure(work, loss))}"
 
     def measure(self, work: Path, loss: float) -> Tensor:
-        """The agreement on held-out dialogues, [predictions], which is also added to the curve in `work`.
-
-        No gradient is taken, but autograd stays on: without it every function would be compiled once more."""
+        """The agreement on held-out dialogues, [predictions], which is also added to the curve in `work`. (A forward
+        pass would do. But the function for a training step is there already.)"""
         torch.manual_seed(0)  # the same places each time
-        agreement = self.predict(self.held_out[:self.args.batch].to(self.device, torch.int64))[1]
+        rows = torch.arange(self.args.batch) % len(self.held_out)
+        agreement = self.gradients(self.held_out[rows].to(self.device, torch.int64))[1]
         self.curve.append({"step": self.step, "seconds": round(self.seconds), "loss": round(loss, 4),
                            "agreement": [round(a, 4) for a in agreement.tolist()]})
         work.mkdir(parents=True, exist_ok=True)
@@ -276,71 +287,8 @@ def rounded_up(n: int, unit: int) -> int:
     return -(-n // unit) * unit
 
 
-# ----- What the commands share -------------------------------------------------------------------------------------
-
-
-def options(description: str) -> argparse.ArgumentParser:
-    """The options of every training command: the target, its dialogues, how long to train."""
-    p = argparse.ArgumentParser(description=description)
-    p.add_argument("--checkpoint", type=Path, required=True, help="folder of the converted target model")
-    p.add_argument("--work", type=Path, help="dialogues and training state (default: <checkpoint>/training)")
-    p.add_argument("--tokens", type=float, default=40e6, help="dialogue tokens that the model writes")
-    p.add_argument("--openers", type=Path, metavar="FILE", help="a JSON list of the first words of user turns, such as "
-                   "training/coding_openers.json (default: those in training/dialogues.py, of general questions)")
-    p.add_argument("--steps", type=int, default=10000, help="end training after this many steps; 0: do not train, only "
-                   "evaluate what is there already")
-    p.add_argument("--minutes", type=float, default=math.inf, help="end training after this time, if that comes sooner")
-    p.add_argument("--length", type=int, default=640, help="tokens of a dialogue")
-    p.add_argument("--batch", type=int, default=32, help="dialogues per training step (train.py: fewer if "
-                   "memory is short)")
-    p.add_argument("--generate_batch", type=int, default=2048, help="dialogues written at the same time, fewer if "
-                   "memory is short; so many are held out")
-    p.add_argument("--decay", type=float, default=0.8, help="weight in the loss of each draft step, or position ahead, "
-                   "relative to the one before")
-    p.add_argument("--places", type=int, default=8192, help="positions per training step that the loss looks at")
-    p.add_argument("--lr", type=float, default=5e-3, help="peak learning rate (Muon)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--eval_prompts", type=int, default=80, help="held-out dialogues to evaluate on; 0: do not evaluate")
-    return p
-
-
 def check_ahead(option: str, ahead: int, length: int) -> None:
     """Raise ValueError if predictions this far ahead leave no position of a dialogue to learn from."""
     if not 1 <= ahead <= length - 2:
         raise ValueError(f"--{option} {ahead} does not fit into dialogues of --length {length}: it takes 1 to "
                          f"{length - 2}")
-
-
-def prepare(args: argparse.Namespace, quantize: str | None = None) -> tuple[Llama, Tokenizer, Tensor]:
-    """The target, its tokenizer, and its dialogues [rows, length] int32, marked. Writes those that are missing.
-
-    quantize: the mode of the target's linears, except of the lm_head, which the loss reads as a whole."""
-    torch.set_float32_matmul_precision("high")
-    model = load_model(args.checkpoint, args.device, torch.bfloat16, quantize)
-    if isinstance(model.lm_head, QuantizedLinear):
-        model.lm_head = plain_lm_head(model)
-    tokenizer = Tokenizer(args.checkpoint)
-    script = Script(tokenizer, model.embed.weight.device, read_openers(args.openers))
-    args.work.mkdir(parents=True, exist_ok=True)
-    if args.device == "cuda":
-        torch._dynamo.config.recompile_limit = 64
-        for layer in () if is_quantized(model) else model.layers:  # compiled once for all: their shapes are the same
-            layer.compile(dynamic=False)
-    path = args.work / "dialogues.bin"
-    rows = max(int(args.tokens / args.length), args.generate_batch + args.batch)
-    check_dialogues(path, script, args.length)
-    write_dialogues(model, script, path, rows, args.length, args.generate_batch)
-    dialogues = torch.from_file(str(path), size=rows * args.length, dtype=torch.int32)
-    return model, tokenizer, dialogues.view(rows, args.length)
-
-
-def plain_lm_head(model: Llama) -> nn.Linear:
-    """The lm_head of a quantised model as bf16 weights: the embedding, where the two were one, else as it was rounded.
-    """
-    plain = nn.Linear(1, 1, bias=False, device="meta")
-    if model.cfg.tie_word_embeddings:
-        plain.weight = model.embed.weight
-    else:
-        values = dequantize(model.lm_head.weight, torch.bfloat16)[:, :model.cfg.hidden_size]
-        plain.weight = nn.Parameter(values, False)
-    return plain

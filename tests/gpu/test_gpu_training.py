@@ -24,7 +24,8 @@ SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 7, "nu
 def test_every_parameter_learns(kind: str, changes: dict, compiled: bool, tmp_path: Path,
                                 monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a step trains something else than the same step on a CPU in fp32: our kernels have no backward pass, and
-    autograd does not say so where one of them stands in the way."""
+    autograd does not say so where one of them stands in the way. Or if the graph of a step keeps what it was captured
+    with."""
     monkeypatch.setattr(block, "unused_token", lambda *_: 63)
     monkeypatch.setattr(block, "Tokenizer", lambda _: None)
     values = {"length": 48, "batch": 8, "unroll": 3, "decay": 0.8, "places": 512, "lr": 0.01, "steps": 10, "anchors": 8,
@@ -43,15 +44,16 @@ def test_every_parameter_learns(kind: str, changes: dict, compiled: bool, tmp_pa
         if start is None:
             tiny.randomise(trainer.module, 1, torch.float32)
             trainer.module.requires_grad_(True)
-            start = {name: t.clone() for name, t in trainer.module.state_dict().items()}
+            start = {name: t.clone() * (0.5 if t.ndim == 2 else 1) for name, t in trainer.module.state_dict().items()}
         trainer.module.load_state_dict(start)
         trainer.amp = torch.autocast(device, enabled=False)
         trainer.rope = trainer.rope.float()
-        monkeypatch.setattr(torch, "rand_like", lambda x: torch.linspace(0, 0.9, x.numel()).view(x.shape).to(x.device))
+        monkeypatch.setattr(torch, "rand_like", lambda x: torch.linspace(0, 0.9, x.numel(), device=x.device).view_as(x))
         with torch.compiler.set_stance("default" if compiled else "force_eager"):
-            trainer.predict(data.to(device))[0].backward()
+            trainer.gradients(data.to(device).flip(0))
+            trainer.gradients(data.to(device))
         gradients[device] = {name: p.grad for name, p in trainer.module.named_parameters()}
     for name, wanted in gradients["cpu"].items():
         found = gradients["cuda"][name]
         assert found is not None, name
-        assert (found.cpu() - wanted).norm() <= 0.02 * wanted.norm() + 1e-6, name
+        assert (found.cpu() - wanted).norm() <= 1e-3 * wanted.norm() + 1e-6, name

@@ -32,12 +32,13 @@ from model import Llama, load_model, rope_table
 from ops.attention import causal_mask
 from quant.linear import quantize_linears
 from quantize import quantize_draft
-from training import dialogues, eagle3, memory, trainer
+from training import commands, dialogues, eagle3, memory, trainer
+from training.commands import prepare
 from training.dialogues import Script, unmark, write_dialogues
 from training.eagle3 import Eagle3Trainer, choose_taps, fc_inputs, frequent_tokens
 from training.steps import unrolled
 from training.tapped import evened
-from training.trainer import Trainer, prepare
+from training.trainer import Trainer
 from tree import State
 
 CPU = torch.device("cpu")
@@ -505,7 +506,7 @@ def test_quantised_target(tied: bool, tmp_path: Path, monkeypatch: pytest.Monkey
     if tied:
         model.lm_head.weight = model.embed.weight
     folder = tiny.save_target(model, tmp_path / "model")
-    monkeypatch.setattr(trainer, "Tokenizer", lambda path: Letters())
+    monkeypatch.setattr(commands, "Tokenizer", lambda path: Letters())
     args = settings(tmp_path, checkpoint=folder, device="cpu", work=tmp_path / "work", tokens=600, generate_batch=4,
                     length=48, batch=4, draft_vocab=V)
     precision = torch.get_float32_matmul_precision()

@@ -15,8 +15,9 @@ from torch import nn
 
 from model import Llama
 from training import dialogues
+from training.commands import options
 from training.dialogues import Script, read_openers
-from training.trainer import Trainer, new_head, options
+from training.trainer import Trainer, new_head
 
 CPU = torch.device("cpu")
 

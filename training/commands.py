@@ -1,0 +1,73 @@
+"""What the training commands share: their options, and the target with its dialogues."""
+import argparse
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from model import Llama, load_model
+from ops.quantized import dequantize
+from quant.linear import QuantizedLinear, is_quantized
+from tokenizer import Tokenizer
+from training.dialogues import Script, check_dialogues, read_openers, write_dialogues
+
+
+def options(description: str) -> argparse.ArgumentParser:
+    """The options of every training command: the target, its dialogues, how long to train."""
+    p = argparse.ArgumentParser(description=description)
+    p.add_argument("--checkpoint", type=Path, required=True, help="folder of the converted target model")
+    p.add_argument("--work", type=Path, help="dialogues and training state (default: <checkpoint>/training)")
+    p.add_argument("--tokens", type=float, default=40e6, help="dialogue tokens that the model writes")
+    p.add_argument("--openers", type=Path, metavar="FILE", help="a JSON list of the first words of user turns, such as "
+                   "training/coding_openers.json (default: those in training/dialogues.py, of general questions)")
+    p.add_argument("--steps", type=int, default=10000, help="end training after this many steps; 0: do not train, only "
+                   "evaluate what is there already")
+    p.add_argument("--minutes", type=float, default=math.inf, help="end training after this time, if that comes sooner")
+    p.add_argument("--length", type=int, default=640, help="tokens of a dialogue")
+    p.add_argument("--batch", type=int, default=32, help="dialogues per training step (train.py: fewer if "
+                   "memory is short)")
+    p.add_argument("--generate_batch", type=int, default=2048, help="dialogues written at the same time, fewer if "
+                   "memory is short; so many are held out")
+    p.add_argument("--decay", type=float, default=0.8, help="weight in the loss of each draft step, or position ahead, "
+                   "relative to the one before")
+    p.add_argument("--places", type=int, default=8192, help="positions per training step that the loss looks at")
+    p.add_argument("--lr", type=float, default=5e-3, help="peak learning rate (Muon)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--eval_prompts", type=int, default=80, help="held-out dialogues to evaluate on; 0: do not evaluate")
+    return p
+
+
+def prepare(args: argparse.Namespace, quantize: str | None = None) -> tuple[Llama, Tokenizer, Tensor]:
+    """The target, its tokenizer, and its dialogues [rows, length] int32, marked. Writes those that are missing.
+
+    quantize: the mode of the target's linears, except of the lm_head, which the loss reads as a whole."""
+    torch.set_float32_matmul_precision("high")
+    model = load_model(args.checkpoint, args.device, torch.bfloat16, quantize)
+    if isinstance(model.lm_head, QuantizedLinear):
+        model.lm_head = plain_lm_head(model)
+    tokenizer = Tokenizer(args.checkpoint)
+    script = Script(tokenizer, model.embed.weight.device, read_openers(args.openers))
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.device == "cuda":
+        torch._dynamo.config.recompile_limit = 64
+        for layer in () if is_quantized(model) else model.layers:  # compiled once for all: their shapes are the same
+            layer.compile(dynamic=False)
+    path = args.work / "dialogues.bin"
+    rows = max(int(args.tokens / args.length), args.generate_batch + args.batch)
+    check_dialogues(path, script, args.length)
+    write_dialogues(model, script, path, rows, args.length, args.generate_batch)
+    dialogues = torch.from_file(str(path), size=rows * args.length, dtype=torch.int32)
+    return model, tokenizer, dialogues.view(rows, args.length)
+
+
+def plain_lm_head(model: Llama) -> nn.Linear:
+    """The lm_head of a quantised model as bf16 weights: the embedding, where the two were one, else as it was rounded.
+    """
+    plain = nn.Linear(1, 1, bias=False, device="meta")
+    if model.cfg.tie_word_embeddings:
+        plain.weight = model.embed.weight
+    else:
+        values = dequantize(model.lm_head.weight, torch.bfloat16)[:, :model.cfg.hidden_size]
+        plain.weight = nn.Parameter(values, False)
+    return plain
