@@ -9,8 +9,7 @@ norm. The target's own lm_head turns the guess into tokens. Row i of the head pa
 RoPE position i, the feature's, not the token's. An error of one there costs acceptance, never correctness.
 
 EAGLE-2 (arXiv 2406.16858) grows its tree where the head is confident. EAGLE-3's heads (drafters/eagle3.py) draft the
-same trees. The other ways to draft are in drafters/.
-"""
+same trees. The other ways to draft are in drafters/."""
 from types import ModuleType
 
 import torch
@@ -25,7 +24,8 @@ from model import Layer, Llama, rope_table
 from ops.attention import TreeMask, causal_mask, tree_mask
 from ops.embed_rope import embed
 from ops.linear import linear
-from quant.linear import drafting_rows, in_kernel_order, quantize_linears, rows_of, stack
+from quant.draft_rows import DraftRows
+from quant.linear import in_kernel_order, quantize_linears, rows_of, stack
 from tree import MAX_NODES, Candidates, Level, State, Tree, root_token, start_tree
 
 
@@ -41,8 +41,7 @@ class Drafter:
     """To write one: set `num_nodes` and `max_depth`, implement `propose`, and override what else it needs.
 
     On a GPU a whole cycle is one CUDA graph. So `propose` and `learn` work on tensors of static shape, change tensors
-    in place, and never read a value on the host.
-    """
+    in place, and never read a value on the host."""
     num_nodes = 1  # nodes of each tree, the root included; at most tree.MAX_NODES
     max_depth = 0  # depth of the deepest node that may be accepted
     noise_depth: int | None = None  # how deep noise is needed, for any node or draft, where that is beyond max_depth
@@ -152,13 +151,13 @@ class BoundHead:
 
     fc of an embedding and a feature is a sum of two products. The embedding's share is looked up in a table, fc applied
     to every token once. The feature's share is what the head takes. It is computed together with the feature's logits,
-    once for all children, and with a draft vocabulary in the same matrix product.
-    """
+    once for all children, and with a draft vocabulary in the same matrix product."""
     taps = ()
 
     def __init__(self, head: EagleHead, target: Llama) -> None:
-        self.head, self.ids = head, head.vocab
-        self.lm_head = drafting_rows(target.lm_head.weight, self.ids, head.of_embedding is not None)
+        self.head = head
+        self.rows = DraftRows(target.lm_head.weight, head.vocab, head.of_embedding is not None)
+        self.ids, self.lm_head = self.rows.ids, self.rows.weights[0]
         with torch.no_grad():
             if head.of_embedding is None:
                 for_embedding, for_feature = head.fc.weight.chunk(2, dim=1)
@@ -172,6 +171,7 @@ class BoundHead:
             count = len(self.ids)
             self.lm_head = rows_of(self.lm_head_and_fc, slice(count))
             self.fc = rows_of(self.lm_head_and_fc, slice(count, None))
+            self.rows.weights = [self.lm_head, self.lm_head_and_fc]
 
     def weights(self) -> tuple[tuple, tuple, tuple]:
         """The weights that `enter` reads, that a level reads, and that a level reads too if another one follows."""
@@ -214,6 +214,9 @@ class Eagle(Drafter):
 
     def caches(self) -> tuple[Tensor, ...]:
         return (self.head.kv,)
+
+    def reset(self, state: State) -> None:
+        self.bound.rows.follow(state.tokens, state.length)
 
     def prefill(self, state: State, hidden: Tensor, slots: Tensor, mask: Tensor | TreeMask) -> None:
         self.bound.run(state.tokens[slots + 1], self.bound.enter(hidden), None, slots, slots, mask)

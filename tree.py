@@ -113,8 +113,7 @@ def catch_up(state: State, n: int, scratch: Tensor) -> tuple[Tensor, Tensor, Ten
 
     scratch [2, any] int64: RoPE positions and cache slots of the drafted nodes, relative to the length of the text.
     Returns, all int64: the tokens [n] that follow each feature; the positions [n] of the features; the row [1] of the
-    last feature that counts; `scratch` with the length added.
-    """
+    last feature that counts; `scratch` with the length added."""
     positions = state.length - state.committed - 1 + torch.arange(n, device=scratch.device)
     last_row = (state.committed - 1)[None]
     return state.tokens[positions + 1], positions, last_row, state.length + scratch
@@ -237,8 +236,7 @@ def accept(tree: Tree, next_tokens: Tensor, max_depth: int) -> tuple[Tensor, Ten
     depth may be accepted: the path leads to the deepest one, at a tie the first. Returns
       path [max_depth + 1] int64: the accepted nodes in order, the root first; then the last one repeated
       accepted, 0-d int64: how many drafted tokens were accepted (the root does not count)
-      out [max_depth + 1] int64: the tokens to commit, the bonus token last; entries beyond `accepted` repeat it
-    """
+      out [max_depth + 1] int64: the tokens to commit, the bonus token last; entries beyond `accepted` repeat it"""
     node = torch.arange(len(tree.tokens), device=tree.tokens.device)
     own = bit(node, tree.ancestors.shape[1])
     wrong = (tree.tokens != next_tokens[tree.parents]) & (node > 0)
@@ -259,8 +257,7 @@ def accept_commit(tree: Tree, next_tokens: Tensor, state: State, stop_ids: Tenso
     Changes state.tokens, length, committed and done in place. Once `done` is set, it commits nothing and leaves the
     text's tokens, length and `committed` as they are; what lies behind the text may change. Returns `accept`'s path.
     Fills report [max_depth + 3] int64 for the host: how many tokens were committed, whether the text has ended, and the
-    tokens (only the committed ones count).
-    """
+    tokens (only the committed ones count)."""
     path, accepted, out = accept(tree, next_tokens, max_depth)
     steps = torch.arange(len(out), device=out.device)
     state.tokens.index_copy_(0, state.length + steps, out)

@@ -38,7 +38,8 @@ from ops.embed_rope import embed
 from ops.linear import linear, rms_norm
 from ops.markov import grow_markov
 from ops.quantized import Quantized
-from quant.linear import drafting_rows, rows_of, stack
+from quant.draft_rows import DraftRows
+from quant.linear import rows_of, stack
 from tree import MAX_NODES, Candidates, State, Tree, empty_candidates, root_token, start_tree
 
 MOST_LEVELS = 16  # that are drafted; each has up to 127 candidates, so tree.rerank chooses from up to 2,032
@@ -102,10 +103,10 @@ class BoundBlock:
         self.head = head
         layer = head.cfg.layer
         self.table = (target if head.embed is None else head).embed.weight
-        self.ids = head.vocab
-        lm_head = (target if head.lm_head is None else head).lm_head.weight
-        has_other_rows = self.ids is not None and len(self.ids) < lm_head.shape[0]
-        self.lm_head = drafting_rows(lm_head, self.ids if has_other_rows else None, head.quantized)
+        # A Markov head has rows of its own for the listed tokens alone, so that there the prompt's have no room.
+        self.rows = DraftRows((target if head.lm_head is None else head).lm_head.weight, head.vocab, head.quantized,
+                              follows=not head.markov)
+        self.ids, self.lm_head = self.rows.ids, self.rows.weights[0]
         keys_and_values = slice(layer.num_heads * layer.head_dim, None)
         self.kv_weight, *further = (rows_of(each.wqkv.weight, keys_and_values) for each in head.layers)
         for weight in further:
@@ -114,7 +115,7 @@ class BoundBlock:
         self.kv_bias = None if biases[0] is None else torch.cat([bias[keys_and_values] for bias in biases])
         self.k_norms = torch.stack([each.k_norm.weight for each in head.layers])
         self.w2 = None if head.markov is None else head.markov.w2.weight
-        if has_other_rows and self.w2 is not None and self.w2.shape[0] > len(self.ids):  # a list in draft_vocab.json
+        if self.ids is not None and self.w2 is not None and self.w2.shape[0] > len(self.ids):  # by draft_vocab.json
             self.w2 = rows_of(self.w2, self.ids)
 
     def weights(self) -> tuple[tuple, tuple, tuple]:
@@ -196,6 +197,9 @@ class Block(Drafter):
 
     def caches(self) -> tuple[Tensor, ...]:
         return (self.head.kv,)
+
+    def reset(self, state: State) -> None:
+        self.bound.rows.follow(state.tokens, state.length)
 
     def prefill(self, state: State, hidden: Tensor, slots: Tensor, mask: Tensor | TreeMask) -> None:
         self.bound.remember(hidden, slots)

@@ -26,7 +26,7 @@ from model import Layer, Llama, RMSNorm
 from ops.attention import TreeMask
 from ops.embed_rope import embed_pair
 from ops.linear import linear, rms_norm
-from quant.linear import drafting_rows
+from quant.draft_rows import DraftRows
 
 PLAIN = ("fc.weight", "norm.weight", "lm_head.weight")  # of the tensors that a variant may lack, what plain EAGLE-3 has
 
@@ -97,10 +97,8 @@ class BoundHead3:
         self.head = head
         self.taps = head.cfg.taps
         self.table = (target if head.embed is None else head).embed.weight
-        self.ids = head.vocab
-        lm_head = (target if head.lm_head is None else head).lm_head.weight
-        has_other_rows = self.ids is not None and len(self.ids) < lm_head.shape[0]
-        self.lm_head = drafting_rows(lm_head, self.ids if has_other_rows else None, head.quantized)
+        self.rows = DraftRows((target if head.lm_head is None else head).lm_head.weight, head.vocab, head.quantized)
+        self.ids, self.lm_head = self.rows.ids, self.rows.weights[0]
 
     def weights(self) -> tuple[tuple, tuple, tuple]:
         """As BoundHead.weights."""

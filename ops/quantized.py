@@ -95,14 +95,19 @@ def to_tiles(weight: Quantized) -> Tensor:
 
 def in_rows(weight: Quantized) -> Quantized:
     """The same weight with its data row by row; the weight itself unless it is in tiles."""
+    return weight if weight.data.dim() == 2 else weight._replace(data=rows_of_data(weight))
+
+
+def rows_of_data(weight: Quantized, rows: Tensor | None = None) -> Tensor:
+    """`data` row by row: these rows, [any] int64, or all."""
     if weight.data.dim() == 2:
-        return weight
+        return weight.data if rows is None else weight.data[rows]
     N, K = weight.shape
     tiles = weight.data.view(torch.int8 if weight.group else torch.int16).view(N // TILE, K // 2, TILE)
-    pairs = tiles.transpose(1, 2).reshape(N, K // 2)
+    pairs = tiles.transpose(1, 2).reshape(N, -1) if rows is None else tiles[rows // TILE, :, rows % TILE]
     if not weight.group:
-        return weight._replace(data=pairs.view(torch.int8))
-    return weight._replace(data=pack(torch.stack((pairs & 15, pairs >> 4 & 15), 2).flatten(1).sub_(8)))
+        return pairs.view(torch.int8)
+    return pack(torch.stack((pairs & 15, pairs >> 4 & 15), 2).flatten(1).sub_(8))
 
 
 def dequantize(weight: Quantized, dtype: torch.dtype) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ops import cpu_kernels
 from ops.linear import linear
-from ops.quantized import ROTATION, TILE, Quantized, dequantize, in_rows, pack, rotate, to_tiles
+from ops.quantized import ROTATION, TILE, Quantized, dequantize, in_rows, pack, rotate, rows_of_data, to_tiles
 from quant.int4 import SHRINK, column_importance, gptq, nearest_integers, search_scales
 
 MODES = ("int8", "int8dyn", "int4")
@@ -88,7 +88,8 @@ def rows_of(weight: Tensor | Quantized, rows: Tensor | slice) -> Tensor | Quanti
         first, last, step = rows.indices(weight.shape[0])
         if first % TILE == last % TILE == 0 and step == 1:  # whole tiles: no copy
             return weight._replace(data=weight.data[first // TILE:last // TILE], scale=scale)
-    return weight._replace(data=in_rows(weight).data[rows], scale=scale)
+    data = rows_of_data(weight, rows) if isinstance(rows, Tensor) else in_rows(weight).data[rows]
+    return weight._replace(data=data, scale=scale)
 
 
 def stack(above: Tensor | Quantized, below: Tensor | Quantized) -> Tensor | Quantized | None:

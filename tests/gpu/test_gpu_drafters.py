@@ -16,6 +16,8 @@ from drafters.methods import BASELINE, METHODS
 from drafters.speculate import Speculate
 from engine import first_difference
 from model import load_model
+from ops.quantized import dequantize
+from quant.linear import drafting_rows, rows_of
 from sampling import Sampling
 from tree import State
 
@@ -49,6 +51,23 @@ def test_rejection(engines: list[Engine], demo_prompts: list[list[int]]) -> None
     engine = Engine(model, Speculate(same, model, 4, rejection=True), 3200)
     cycles = list(engine.generate(demo_prompts[1], 41, Sampling(1.0, seed=4)))
     assert sum(len(cycle) == 5 for cycle in cycles) >= 6
+
+
+@pytest.mark.parametrize("mode", [None, "int8", "int4"])
+def test_rows_of_the_prompt(demo, demo_prompts: list[list[int]], mode: str | None) -> None:
+    """Fails if the graphs go on with the rows of the first prompt, or a row is not its token's."""
+    model = load_model(demo, "cuda", torch.bfloat16, mode)
+    head = load_head(demo / "eagle", model, quantize=mode)
+    head.vocab = torch.arange(0, 40000, 4, device="cuda")
+    drafter = Eagle2(head, model, 16, 4, 4)
+    engine, rows = Engine(model, drafter, 900), drafter.bound.rows
+    for ids in demo_prompts[:2]:
+        list(engine.generate(ids, 20))
+        assert {*ids} <= {*rows.ids.tolist()} and len(rows.ids.unique()) == len(rows.ids) == 10512
+        expected = drafting_rows(model.lm_head.weight, rows.ids, head.of_embedding is not None)
+        for weight in rows.weights:
+            found = rows_of(weight, slice(len(rows.ids)))
+            assert torch.equal(*(dequantize(w, torch.float32) if mode else w for w in (found, expected)))
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != BASELINE])

@@ -1,0 +1,62 @@
+"""The rows of the lm_head that a head drafts from: its draft vocabulary, and the prompt's own tokens.
+
+A draft vocabulary makes drafting cheap: 16,384 rows in place of 151,936. But it lists what is frequent everywhere, and
+a prompt brings words of its own. A text that is summarised or edited repeats them, and each one that is not listed ends
+a draft. So beside the listed rows there is room for a few more, which hold the tokens of the prompt that are not
+listed. docs/experiments.md has what that gains.
+"""
+import torch
+from torch import Tensor
+
+from ops.cpu_integers import PACKED
+from ops.quantized import Quantized, to_tiles
+from quant.linear import drafting_rows
+
+ROOM = 512  # rows; of a longer prompt the latest tokens
+LISTED = -2**40  # below every other rank
+
+
+class DraftRows:
+    """`weights`: one weight, the rows of an lm_head [V, C] that are drafted from. `ids` [Vd] int64: which tokens they
+    are. Who stacks the rows with others puts the stacked weight into the list.
+
+    vocab [any] int64: the draft vocabulary, or None, which stands for all rows, as does one with as many tokens. Else
+    `room` of the Vd rows, the first ones, are the prompt's: a multiple of 64, which is whole tiles of every kernel.
+    quantized: see drafting_rows. follows: whether there is such room.
+    """
+
+    def __init__(self, lm_head: Tensor | Quantized, vocab: Tensor | None, quantized: bool,
+                 follows: bool = True) -> None:
+        self.lm_head, self.quantized = lm_head, quantized
+        self.ids = vocab
+        others = 0 if vocab is None else lm_head.shape[0] - len(vocab)
+        self.room = min(ROOM, others) // 64 * 64 if follows else 0
+        if self.room:
+            self.rank = -torch.arange(lm_head.shape[0], device=vocab.device) - 1  # [V]: which token comes first
+            self.rank[vocab] = LISTED
+            self.ids = torch.cat((self.rank.topk(self.room).indices, vocab))
+        self.weights = [drafting_rows(lm_head, self.ids if others else None, quantized)]
+
+    def follow(self, tokens: Tensor, length: Tensor) -> None:
+        """Put the tokens of a prompt that are not listed into the room. tokens [any] int64, the first `length` count
+        (0-d int64). Nothing is read on the host."""
+        if not self.room:
+            return
+        place = torch.arange(len(tokens), device=tokens.device)
+        last = self.rank.scatter_reduce(0, tokens, torch.where(place < length, place, LISTED), "amax")
+        ids = last.where(self.rank > LISTED, LISTED).topk(self.room).indices
+        self.ids[:self.room] = ids
+        for weight in self.weights:
+            overwrite(weight, drafting_rows(self.lm_head, ids, self.quantized))
+
+
+def overwrite(weight: Tensor | Quantized, rows: Tensor | Quantized) -> None:
+    """Replace the first rows of a weight by others of its kind, a multiple of 64."""
+    if not isinstance(weight, Quantized):
+        weight[:len(rows)] = rows
+        return
+    data = to_tiles(rows) if weight.data.dim() == 4 else rows.data
+    weight.data[:len(data)] = data
+    PACKED.pop(weight.data, None)
+    scale = weight.scale[:, :rows.shape[0]] if weight.group else weight.scale[:rows.shape[0]]
+    scale.copy_(rows.scale)

@@ -1,0 +1,116 @@
+"""quant/draft_rows.py: the rows of an lm_head that are drafted from, and the prompt's own tokens among them."""
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from draft import Drafter, Eagle2, Vanilla
+from drafters.block import Block
+from drafters.eagle1 import Eagle1
+from engine import Engine
+from model import Llama
+from ops import cpu_integers
+from ops.quantized import Quantized, dequantize, to_tiles
+from quant import draft_rows
+from quant.draft_rows import DraftRows
+from quant.linear import quantize_weight
+from sampling import Sampling
+from tree import State, Tree
+
+LISTED = torch.arange(0, 576, 3)  # 192 of 1,000 tokens
+
+
+def values(weight: Tensor | Quantized) -> Tensor:
+    return dequantize(weight, torch.float32) if isinstance(weight, Quantized) else weight
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("mode", [None, "int8", "int4"])
+def test_rows_are_the_tokens(mode: str | None, tiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a row is not its token's, in rows or in the order of a CPU's kernels; if a token of the prompt that is
+    not listed is left out, or one is twice there; if text behind the prompt counts, or what an older prompt left."""
+    monkeypatch.setattr(draft_rows, "ROOM", 64)
+    lm_head = torch.randn(1008, 256, generator=torch.Generator().manual_seed(0))
+    weight = quantize_weight(lm_head, mode) if mode else lm_head
+    expected = values(weight).clone()
+    rows = DraftRows(weight, LISTED, False)
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(1))
+    integers = mode == "int8" and not tiled and cpu_integers.is_supported()
+    if integers:
+        cpu_integers.integer_linear(x, rows.weights[0])
+    if mode and tiled:
+        to_tiles(weight)
+        to_tiles(rows.weights[0])
+    for prompt in ([7, 3, 700, 1000, 7], list(range(400, 800)), []):
+        tokens = torch.tensor([*prompt, 901, 902, 904])
+        rows.follow(tokens, torch.tensor(len(prompt)))
+        ids = rows.ids.tolist()
+        own = [t for t in dict.fromkeys(reversed(prompt)) if t not in LISTED]
+        assert ids[:min(64, len(own))] == own[:64]
+        assert len({*ids}) == len(ids) == 256 and ids[64:] == LISTED.tolist()
+        assert not {901, 902, 904} & {*ids}
+        assert torch.equal(values(rows.weights[0]), expected[rows.ids])
+        if integers:  # FBGEMM keeps a copy
+            assert torch.allclose(cpu_integers.integer_linear(x, rows.weights[0]), x @ expected[rows.ids].T, atol=2)
+
+
+def test_without_room() -> None:
+    """Fails if a head that has rows of its own, or a list of nearly all tokens, gets rows of other tokens."""
+    lm_head = torch.randn(192, 16)
+    for vocab, rows in ((None, lm_head), (LISTED, lm_head), (torch.arange(150), lm_head[:150])):
+        made = DraftRows(lm_head, vocab, False)
+        made.follow(torch.tensor([191]), torch.tensor(1))
+        assert made.ids is vocab or torch.equal(made.ids, vocab)
+        assert torch.equal(made.weights[0], rows)
+
+
+def trees_of(drafter: Drafter) -> list[Tensor]:
+    """The tokens of all trees that it will propose."""
+    propose, trees = drafter.propose, []
+
+    def proposed(state: State) -> Tree:
+        tree = propose(state)
+        trees.append(tree.tokens.clone())
+        return tree
+
+    drafter.propose = proposed
+    return trees
+
+
+def make(kind: str, model: Llama) -> Eagle1 | Eagle2 | Block:
+    if kind == "block":
+        head = tiny.block(model)
+        head.vocab, head.lm_head = LISTED, None
+        return Block(head, model)
+    if kind == "eagle3":
+        head = tiny.pair3(4, vocab_size=1000)[1]
+        head.vocab, head.lm_head = LISTED, None
+        return Eagle2(head, model, 16, 4, 4)
+    head = tiny.pair(4, 0.1, vocab_size=1000)[1]
+    head.vocab = LISTED
+    return (Eagle1 if kind == "eagle" else Eagle2)(head, model)
+
+
+@pytest.mark.parametrize("kind", ["eagle", "eagle2", "eagle3", "block"])
+def test_drafts_as_from_one_list(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a head drafts the prompt's tokens in another way than listed ones, or the text is not vanilla's: the
+    trees must be those of a head whose list has the prompt's tokens too. The second prompt must not see the first."""
+    monkeypatch.setattr(draft_rows, "ROOM", 64)
+    model = tiny.pair(4, 0.1, vocab_size=1000)[0]
+    drafter = make(kind, model)
+    engine = Engine(model, drafter, 96)
+    for seed, temperature in ((1, 0.0), (2, 0.0), (3, 1.0)):
+        ids = tiny.prompt(seed, 9, 1000)
+        trees = trees_of(drafter)
+        found = list(engine.generate(ids, 20, Sampling(temperature)))
+        assert {*ids} <= {*drafter.bound.ids.tolist()}
+        with monkeypatch.context() as patch:
+            patch.setattr(draft_rows, "ROOM", 0)
+            patch.setitem(globals(), "LISTED", drafter.bound.ids.sort().values)
+            other = make(kind, model)
+        others = trees_of(other)
+        assert list(Engine(model, other, 96).generate(ids, 20, Sampling(temperature))) == found
+        for one, another in zip(trees, others, strict=True):
+            assert torch.equal(one, another)
+        plain = Engine(model, Vanilla(), 96).generate(ids, 20, Sampling(temperature))
+        assert sum(found, []) == sum(plain, [])
