@@ -156,8 +156,8 @@ class BoundHead:
 
     def __init__(self, head: EagleHead, target: Llama) -> None:
         self.head = head
-        self.rows = DraftRows(target.lm_head.weight, head.vocab, head.of_embedding is not None)
-        self.ids, self.lm_head = self.rows.ids, self.rows.weights[0]
+        self.draft_rows = DraftRows(target.lm_head.weight, head.vocab, head.of_embedding is not None)
+        self.ids, self.lm_head = self.draft_rows.ids, self.draft_rows.weights[0]
         with torch.no_grad():
             if head.of_embedding is None:
                 for_embedding, for_feature = head.fc.weight.chunk(2, dim=1)
@@ -171,7 +171,7 @@ class BoundHead:
             count = len(self.ids)
             self.lm_head = rows_of(self.lm_head_and_fc, slice(count))
             self.fc = rows_of(self.lm_head_and_fc, slice(count, None))
-            self.rows.weights = [self.lm_head, self.lm_head_and_fc]
+            self.draft_rows.weights = [self.lm_head, self.lm_head_and_fc]
 
     def weights(self) -> tuple[tuple, tuple, tuple]:
         """The weights that `enter` reads, that a level reads, and that a level reads too if another one follows."""
@@ -216,7 +216,7 @@ class Eagle(Drafter):
         return (self.head.kv,)
 
     def reset(self, state: State) -> None:
-        self.bound.rows.follow(state.tokens, state.length)
+        self.bound.draft_rows.follow(state.tokens, state.length)
 
     def prefill(self, state: State, hidden: Tensor, slots: Tensor, mask: Tensor | TreeMask) -> None:
         self.bound.run(state.tokens[slots + 1], self.bound.enter(hidden), None, slots, slots, mask)

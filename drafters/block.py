@@ -103,10 +103,10 @@ class BoundBlock:
         self.head = head
         layer = head.cfg.layer
         self.table = (target if head.embed is None else head).embed.weight
+        lm_head = (target if head.lm_head is None else head).lm_head.weight
         # A Markov head has rows of its own for the listed tokens alone, so that there the prompt's have no room.
-        self.rows = DraftRows((target if head.lm_head is None else head).lm_head.weight, head.vocab, head.quantized,
-                              follows=not head.markov)
-        self.ids, self.lm_head = self.rows.ids, self.rows.weights[0]
+        self.draft_rows = DraftRows(lm_head, head.vocab, head.quantized, follows=not head.markov)
+        self.ids, self.lm_head = self.draft_rows.ids, self.draft_rows.weights[0]
         keys_and_values = slice(layer.num_heads * layer.head_dim, None)
         self.kv_weight, *further = (rows_of(each.wqkv.weight, keys_and_values) for each in head.layers)
         for weight in further:
@@ -199,7 +199,7 @@ class Block(Drafter):
         return (self.head.kv,)
 
     def reset(self, state: State) -> None:
-        self.bound.rows.follow(state.tokens, state.length)
+        self.bound.draft_rows.follow(state.tokens, state.length)
 
     def prefill(self, state: State, hidden: Tensor, slots: Tensor, mask: Tensor | TreeMask) -> None:
         self.bound.remember(hidden, slots)

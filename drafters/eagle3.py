@@ -97,8 +97,9 @@ class BoundHead3:
         self.head = head
         self.taps = head.cfg.taps
         self.table = (target if head.embed is None else head).embed.weight
-        self.rows = DraftRows((target if head.lm_head is None else head).lm_head.weight, head.vocab, head.quantized)
-        self.ids, self.lm_head = self.rows.ids, self.rows.weights[0]
+        lm_head = (target if head.lm_head is None else head).lm_head.weight
+        self.draft_rows = DraftRows(lm_head, head.vocab, head.quantized)
+        self.ids, self.lm_head = self.draft_rows.ids, self.draft_rows.weights[0]
 
     def weights(self) -> tuple[tuple, tuple, tuple]:
         """As BoundHead.weights."""

@@ -183,6 +183,10 @@ class BlockTrainer(TappedTrainer):
         initialise(head, target)
         return head
 
+    @property
+    def follows(self) -> bool:
+        return self.module.markov is None
+
     def predict(self, marked: Tensor) -> tuple[Tensor, Tensor]:
         """As Trainer.predict: at `anchors` random places of each dialogue."""
         tokens = unmark(marked)
@@ -206,7 +210,7 @@ class BlockTrainer(TappedTrainer):
         flat = (place + tokens.shape[1] * torch.arange(len(tokens), device=self.device)[:, None, None]).flatten()
         in_answer = (of_answer.flatten()[flat + 1].view(place.shape).long().cumprod(-1) == 1).flatten()
         previous = tokens.flatten()[flat]
-        known = self.known(tokens.flatten()[flat + 1])
+        known = self.known(tokens)[tokens.flatten()[flat + 1]]
         feature = features.flatten(0, 1).index_select(0, flat)
         block = torch.full_like(place, head.cfg.mask_token)
         block[..., 0] = tokens.gather(1, anchors)

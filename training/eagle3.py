@@ -3,8 +3,9 @@
     python train.py --checkpoint checkpoints/ORG/NAME --kind eagle3 --tokens 24e6 --minutes 12 --lr 2e-3
 
 The head drafts from taps, the target's residual stream at three depths, and has an lm_head of its own over a draft
-vocabulary: the tokens that the target writes most often in its answers. (With --share_lm_head these are the target's
-rows, which are neither trained nor saved.) The loss is the cross-entropy with the target's distribution over these
+vocabulary: the tokens that the target writes most often in its answers. With --share_lm_head these are the target's
+rows, which are neither trained nor saved, and a step has rows for the other tokens of its dialogues too, as drafting
+has for a prompt's (quant/draft_rows.py). The loss is the cross-entropy with the target's distribution over all these
 tokens, at every unrolled step (section 3 of the paper, "training-time test"). Where the text goes on with another
 token, nothing is learned.
 
@@ -239,7 +240,7 @@ class Eagle3Trainer(TappedTrainer):
         head = self.module
         keys = [[] for _ in head.layers]
         values = [[] for _ in head.layers]
-        known = self.known(tokens)
+        known = self.known(tokens)[tokens]
         total = 0.0
         agreements = []
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from formats.config import Config
 from model import Llama
+from quant.draft_rows import DraftRows
 from training.dialogues import unmark
 from training.trainer import Trainer
 
@@ -75,24 +76,29 @@ class TappedTrainer(Trainer):
     def layer_config(self):
         return self.module.cfg.layer
 
+    @property
+    def follows(self) -> bool:
+        """Whether drafting will have rows for tokens of the prompt that are not in the draft vocabulary."""
+        return self.module.lm_head is None
+
     def use_vocab(self) -> None:
         """Take the draft vocabulary from the head."""
-        ids = self.module.vocab
-        self.target_rows = lm_head_rows(self.model, ids)  # [Vd, C]
-        self.drafted = None  # [V] bool, which tokens are drafted; None: all
-        if ids is not None:
-            self.drafted = torch.zeros(self.model.cfg.vocab_size, dtype=torch.bool, device=self.device)
-            self.drafted[ids] = True
+        self.draft_rows = DraftRows(self.model.lm_head.weight, self.module.vocab, False, self.follows)
+        self.target_rows = self.draft_rows.weights[0]  # [Vd, C]
 
     def resume(self, work: Path) -> None:
         super().resume(work)
         self.use_vocab()
 
     def known(self, tokens: Tensor) -> Tensor:
-        """Which of these tokens are draft tokens, bool of the shape of `tokens`. Where the text goes on with another
-        one, nothing is learned. (To ask for the target's best token instead would cost a product with all of its
-        lm_head, for a few places that differ.)"""
-        return torch.ones_like(tokens, dtype=torch.bool) if self.drafted is None else self.drafted[tokens]
+        """Which tokens have a row, [V] bool, in a step on these dialogues [B, S]: the draft tokens and, with `follows`,
+        those of the dialogues that are none. Where the text goes on with another token, nothing is learned. (To ask for
+        the target's best token instead would cost a product with all of its lm_head, for a few places that differ.)"""
+        known = torch.zeros(self.model.cfg.vocab_size, dtype=torch.bool, device=self.device)
+        if self.draft_rows.ids is None:
+            return ~known
+        self.draft_rows.follow(tokens.flatten(), torch.full((), tokens.numel(), device=self.device))
+        return known.index_fill(0, self.draft_rows.ids, True)
 
     def published(self) -> tuple[dict[str, Tensor], Tensor | None]:
         """The module's tensors as a head has them, and the draft vocabulary, [Vd] int64 or None."""

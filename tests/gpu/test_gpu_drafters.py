@@ -60,7 +60,7 @@ def test_rows_of_the_prompt(demo, demo_prompts: list[list[int]], mode: str | Non
     head = load_head(demo / "eagle", model, quantize=mode)
     head.vocab = torch.arange(0, 40000, 4, device="cuda")
     drafter = Eagle2(head, model, 16, 4, 4)
-    engine, rows = Engine(model, drafter, 900), drafter.bound.rows
+    engine, rows = Engine(model, drafter, 900), drafter.bound.draft_rows
     for ids in demo_prompts[:2]:
         list(engine.generate(ids, 20))
         assert {*ids} <= {*rows.ids.tolist()} and len(rows.ids.unique()) == len(rows.ids) == 10512

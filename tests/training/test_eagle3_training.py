@@ -237,7 +237,22 @@ def test_shapes(tmp_path: Path) -> None:
         made = Eagle3Trainer(model, settings(tmp_path, draft_vocab=None), data)
         layer = made.layer_config
         assert layer.rope_scaling is None and layer.sliding_window is None and layer.intermediate_size == 48
-        assert made.module.cfg.draft_vocab_size == V and made.module.vocab is None and made.drafted is None
+        assert made.module.cfg.draft_vocab_size == V and made.module.vocab is None and made.draft_rows.ids is None
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_tokens_that_are_not_listed(shared: bool, tmp_path: Path) -> None:
+    """Fails if a head that drafts with the model's rows cannot learn tokens of its dialogues that are not listed, or
+    one with rows of its own learns where it has none."""
+    model = tiny.target(dtype=torch.bfloat16, num_hidden_layers=4, vocab_size=400)
+    made = Eagle3Trainer(model, settings(tmp_path, draft_vocab=100, share_lm_head=shared or None), marked(8, 32).int())
+    tokens = torch.randint(24, 400, (2, 16))
+    rows, known = made.draft_rows.ids, made.known(tokens)
+    assert torch.equal(known.nonzero().flatten(), rows.sort().values) and len(rows) == (356 if shared else 100)
+    assert known[tokens].all() == shared
+    assert torch.equal(made.target_rows, model.lm_head.weight[rows])
+    learned = made.predict(tokens)[0]
+    assert learned > 0 if shared else learned.isfinite()
 
 
 def test_taps() -> None:
@@ -315,7 +330,7 @@ def test_stopped_and_resumed(learnable: tuple[Llama, Tensor], tmp_path: Path, mo
     resumed.resume(tmp_path / "parts")
     assert resumed.step == 3 and not torch.equal(resumed.module.vocab, counted)
     assert torch.equal(resumed.target_rows, model.lm_head.weight[stopped.module.vocab])
-    assert torch.equal(resumed.drafted, stopped.drafted) and resumed.drafted.sum() == 12
+    assert torch.equal(resumed.draft_rows.ids, stopped.draft_rows.ids) and len(resumed.draft_rows.ids) == 12
     resumed.run(data, tmp_path / "parts")
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "whole/head" / file).read_bytes() == (tmp_path / "parts/head" / file).read_bytes()
