@@ -107,7 +107,7 @@ class EagleHead(nn.Module):
         self.fc = nn.Linear(2 * cfg.hidden_size, cfg.hidden_size, bias=fc_bias)
         self.of_embedding: nn.Parameter | None = None  # [C, C], once quantised: fc's columns for the embedding
         self.layer = Layer(cfg, qkv_bias=qkv_bias, norm_input=False)
-        self.vocab: Tensor | None = None  # [draft tokens] int64, ascending: the only tokens that are drafted
+        self.vocab: Tensor | None = None  # [draft tokens] int64, ascending: those to draft, beside the prompt's own
         self.kv: Tensor | None = None  # [2, 1, K, S, D]
         self.rope: Tensor | None = None  # [2, S, D]
 

@@ -62,7 +62,8 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--target_quantize", choices=["int8"], help="keep the model in int8 meanwhile: half its memory")
     p.add_argument("--draft_vocab", type=int, metavar="N", help="eagle3, block: draft these many tokens, which the "
                    "model writes most often (default: 16384). eagle: write draft_vocab.json beside the head: the N "
-                   "most frequent tokens, the only ones that are drafted then; with --steps 0 for a trained head")
+                   "most frequent tokens, which alone are drafted then, beside the prompt's; with --steps 0 for a "
+                   "trained head")
     p.add_argument("--regression", type=float, help="eagle: weight of the regression on features in the loss")
     p.add_argument("--head_layers", type=int, choices=range(1, 6), metavar="N", help="eagle3, block: layers of the "
                    "head (default: 1 and 2)")

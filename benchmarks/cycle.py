@@ -296,7 +296,8 @@ def parse_args() -> argparse.Namespace:
                    "eagle3 or block of the checkpoint, as --method says)")
     p.add_argument("--quantize", choices=MODES, help="quantise target and draft head, after widening")
     p.add_argument("--group", type=int, choices=GROUPS, help="columns that share a scale, with int4 (default: 128)")
-    p.add_argument("--draft_vocab", type=int, help="draft only this many of the head's most frequent tokens; 0: all")
+    p.add_argument("--draft_vocab", type=int, help="draft only this many of the head's most frequent tokens, and "
+                   "the prompt's own; 0: all")
     p.add_argument("--shape", choices=SHAPES, help="widen the checkpoint to this shape (default: do not widen)")
     p.add_argument("--contexts", type=int, nargs="+", default=[512, 3500],
                    help="lengths of the prompts in tokens; 0: the questions alone (default: 512 3500)")

@@ -28,7 +28,8 @@ def load_head(path: Path | str, target: Llama, vocab: int | None = None, quantiz
     file of such a folder, for example what quantize.py writes.
 
     vocab: draft only so many of the most frequent tokens, which draft_vocab.json beside the weights lists (train.py
-    makes it); None: all that it lists, 0: every token. A head with a draft vocabulary of its own drafts from all of it.
+    makes it), and the prompt's own; None: all that it lists, 0: every token. A head with a draft vocabulary of its own
+    drafts from all of it.
     quantize: convert to this mode while loading. A head that is stored quantised stays in its own mode. An EAGLE-3 or
     block head has `doubts`: the fields that its files leave open, for which the likeliest values are taken.
     Raises FileNotFoundError, or ValueError where the head is damaged, of another kind, or made for another model.

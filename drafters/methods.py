@@ -138,7 +138,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
                   "--eagle3 or --block, <checkpoint>/eagle3 or block, and in it the file named like the model's)"),
     "medusa": dict(type=Path, metavar="DIR", help="Medusa heads: their folder"),
     "speculate": dict(type=Path, metavar="DIR", help="draft model: its folder"),
-    "draft_vocab": dict(type=int, help="EAGLE drafts only this many of the head's most frequent tokens; 0: all"),
+    "draft_vocab": dict(type=int, help="EAGLE drafts only this many of the head's most frequent tokens, and the "
+                        "prompt's own; 0: all"),
     "draft_tokens": dict(type=tree_nodes, help="EAGLE-2: nodes of the tree, the root included; auto: as many "
                          "nodes and levels as are fastest with this head on this device (the default on a GPU, if the "
                          "head comes with an acceptance.json)"),

@@ -23,7 +23,7 @@ class TappedHead(nn.Module):
         self.embed = empty_embedding(cfg.layer.vocab_size, size) if "embed.weight" in names else None
         own = not {"lm_head.weight", "lm_head.data"}.isdisjoint(names)
         self.lm_head = nn.Linear(size, cfg.draft_vocab_size, bias=False) if own else None
-        self.vocab: Tensor | None = None  # [any] int64: the tokens that are drafted, in the order of the lm_head's rows
+        self.vocab: Tensor | None = None  # [any] int64: the draft vocabulary, in the order of the lm_head's rows
         self.quantized = False
         self.kv: Tensor | None = None  # [L, 2, 1, K, S, D]
         self.rope: Tensor | None = None  # [2, S, D]

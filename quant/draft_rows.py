@@ -3,7 +3,8 @@
 A draft vocabulary makes drafting cheap: 16,384 rows in place of 151,936. But it lists what is frequent everywhere, and
 a prompt brings words of its own. A text that is summarised or edited repeats them, and each one that is not listed ends
 a draft. So beside the listed rows there is room for a few more, which hold the tokens of the prompt that are not
-listed. docs/experiments.md has what that gains.
+listed; where a prompt has fewer of them, those of the lowest ids. docs/experiments.md, "Draft vocabulary", has what
+that gains.
 """
 import torch
 from torch import Tensor
@@ -39,12 +40,14 @@ class DraftRows:
 
     def follow(self, tokens: Tensor, length: Tensor) -> None:
         """Put the tokens of a prompt that are not listed into the room. tokens [any] int64, the first `length` count
-        (0-d int64). Nothing is read on the host."""
+        (0-d int64). On a GPU nothing is read on the host."""
         if not self.room:
             return
         place = torch.arange(len(tokens), device=tokens.device)
         last = self.rank.scatter_reduce(0, tokens, torch.where(place < length, place, LISTED), "amax")
         ids = last.where(self.rank > LISTED, LISTED).topk(self.room).indices
+        if not ids.is_cuda and torch.equal(ids, self.ids[:self.room]):
+            return  # the weights may be packed in FBGEMM's order: after a change all of them are packed again
         self.ids[:self.room] = ids
         for weight in self.weights:
             overwrite(weight, drafting_rows(self.lm_head, ids, self.quantized))

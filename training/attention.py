@@ -19,7 +19,8 @@ class FusedAttention(torch.autograd.Function):
 
     The gradient of a score is p (dp - delta + d), where p is its weight, dp the product of its value with y's gradient
     g, delta = sum(g y) of the row, and d the gradient of the logsumexp. The fused pass has the formula without d. It
-    computes delta from the y that it is given, so it is given y - g d / sum(g g).
+    computes delta from the y that it is given, so it is given y - g d / sum(g g). Two limits: d is lost where g is 0
+    (in the softmax that goes on, d is 0 there too), and each row must see an entry.
     """
 
     @staticmethod
@@ -51,6 +52,6 @@ class FusedAttention(torch.autograd.Function):
 
 
 def seen(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bias of `fused_attention` for rows that see the entries where mask [..., S] is set."""
+    """The bias of FusedAttention for rows that see the entries where mask [..., S] is set."""
     bias = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
     return F.pad(bias, (0, -mask.shape[-1] % 8))[..., :mask.shape[-1]]  # a GPU reads whole eights of it

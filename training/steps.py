@@ -83,11 +83,10 @@ def compile_on_gpu(function: Callable, device: torch.device) -> Callable:
 
 
 class Replay:
-    """`function` of a tensor like x, which returns tensors, as one CUDA graph: the few thousand kernels of a training
-    step take longer to launch than to run."""
+    """function(x), which returns tensors, as one CUDA graph: the few thousand kernels of a training step take longer to
+    launch than to run. x has the same shape each time. `function` has run before, so that all is compiled."""
 
     def __init__(self, function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> None:
-        function(x)  # compiles what is compiled
         self.x = x.clone()
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):

@@ -125,11 +125,14 @@ class Trainer:
         return found
 
     def gradients(self, marked: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the gradients on marked tokens [B, S], always as many. Those of the last step are replaced. Returns
-        what `predict` returns."""
+        """Compute the gradients on marked tokens [B, S], of the same shape in all calls. Those of the last step are
+        replaced. Returns what `predict` returns."""
         if self.device.type != "cuda":
             return self.compute_gradients(marked)
         if self.replay is None:
+            with torch.random.fork_rng():  # the first step draws the same places as one that is only replayed
+                self.compute_gradients(marked)
+            self.module.zero_grad()  # the graph has gradients of its own
             self.replay = Replay(self.compute_gradients, marked)
         return self.replay(marked)
 

@@ -91,8 +91,8 @@ def test_weights_and_cache_are_exact(mode: str | None, group: int, changes: dict
 @pytest.mark.parametrize("ids", [None, 12])
 def test_eagle_is_exact(mode: str | None, group: int, ids: int | None, tmp_path: Path) -> None:
     """Fails if something that a drafter makes of its head is not counted: the table of fc's outputs for all tokens,
-    half of fc again, a copy of rows of the lm_head."""
-    model, head = tiny.pair(0, dtype=torch.float32)
+    half of fc again, a copy of rows of the lm_head, with room for a prompt's."""
+    model, head = tiny.pair(0, dtype=torch.float32, vocab_size=100)
     folder = tiny.save_target(model, tmp_path / "x")
     tiny.save_head(head, folder / "eagle")
     (folder / "eagle/draft_vocab.json").write_text(json.dumps(list(range(12))))
@@ -100,7 +100,7 @@ def test_eagle_is_exact(mode: str | None, group: int, ids: int | None, tmp_path:
     head = load_head(folder / "eagle", model, ids or 0, mode, group)
     drafter = Eagle2(head, model, 8, 3, 3)
     drafter.allocate(100 + SPARE)
-    own = () if ids is None else (drafter.bound.lm_head, head.vocab)
+    own = () if ids is None else (drafter.bound.lm_head, head.vocab, drafter.bound.ids, drafter.bound.draft_rows.rank)
     small = (drafter.scratch, *drafter.root_level, *drafter.candidates)
     words = () if mode is None else ("--quantize", mode, *(("--group", str(group)) if mode == "int4" else ()))
     args = generate.parse_args(["--checkpoint", str(folder), "--memory", "--eagle2", "--draft_tokens", "8",

@@ -12,10 +12,27 @@ import torch
 
 import train
 from training import block
+from training.trainer import Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 7, "num_attention_heads": 4,
          "num_key_value_heads": 2, "vocab_size": 64}
+
+
+DATA = torch.randint(63, (16, 48), generator=torch.Generator().manual_seed(0))
+
+
+def make(kind: str, device: str, folder: Path, **changes) -> Trainer:
+    """A trainer of an untrained head for a tiny target in fp32."""
+    values = {"length": 48, "batch": 8, "unroll": 3, "decay": 0.8, "places": 512, "lr": 0.01, "steps": 10, "anchors": 8,
+              "minutes": math.inf, "out": folder, "held_out": 0, "draft_vocab": 64, "regression": 0.0,
+              "checkpoint": folder}
+    values |= dict.fromkeys(("head_layers", "norms", "mlp", "kv_heads", "share_lm_head", "init", "block_size",
+                             "markov_rank"))
+    args = argparse.Namespace(**values | changes)
+    model = tiny.target(dtype=torch.float32, **SHAPE).to(device)
+    torch.manual_seed(0)
+    return train.KINDS[kind](model, args, DATA.int())
 
 
 @pytest.mark.parametrize("kind, changes, compiled", [
@@ -28,19 +45,10 @@ def test_every_parameter_learns(kind: str, changes: dict, compiled: bool, tmp_pa
     with."""
     monkeypatch.setattr(block, "unused_token", lambda *_: 63)
     monkeypatch.setattr(block, "Tokenizer", lambda _: None)
-    values = {"length": 48, "batch": 8, "unroll": 3, "decay": 0.8, "places": 512, "lr": 0.01, "steps": 10, "anchors": 8,
-              "minutes": math.inf, "out": tmp_path, "held_out": 0, "draft_vocab": 64, "regression": 0.0,
-              "checkpoint": tmp_path}
-    values |= dict.fromkeys(("head_layers", "norms", "mlp", "kv_heads", "share_lm_head", "init", "block_size",
-                             "markov_rank"))
-    args = argparse.Namespace(**values | changes)
-    data = torch.randint(63, (16, 48), generator=torch.Generator().manual_seed(0))
     gradients = {}
     start = None
     for device in ("cpu", "cuda"):
-        model = tiny.target(dtype=torch.float32, **SHAPE).to(device)
-        torch.manual_seed(0)
-        trainer = train.KINDS[kind](model, args, data.int())
+        trainer = make(kind, device, tmp_path, **changes)
         if start is None:
             tiny.randomise(trainer.module, 1, torch.float32)
             trainer.module.requires_grad_(True)
@@ -50,10 +58,21 @@ def test_every_parameter_learns(kind: str, changes: dict, compiled: bool, tmp_pa
         trainer.rope = trainer.rope.float()
         monkeypatch.setattr(torch, "rand_like", lambda x: torch.linspace(0, 0.9, x.numel(), device=x.device).view_as(x))
         with torch.compiler.set_stance("default" if compiled else "force_eager"):
-            trainer.gradients(data.to(device).flip(0))
-            trainer.gradients(data.to(device))
+            trainer.gradients(DATA.to(device).flip(0))
+            trainer.gradients(DATA.to(device))
         gradients[device] = {name: p.grad for name, p in trainer.module.named_parameters()}
     for name, wanted in gradients["cpu"].items():
         found = gradients["cuda"][name]
         assert found is not None, name
         assert (found.cpu() - wanted).norm() <= 1e-3 * wanted.norm() + 1e-6, name
+
+
+def test_same_places_when_resumed(tmp_path: Path) -> None:
+    """Fails if a step that is the first of its process draws other places than one that is only replayed."""
+    trainer = make("eagle3", "cuda", tmp_path, places=20)
+    results = []
+    with torch.compiler.set_stance("force_eager"):
+        for seed in (5, 6, 5):
+            torch.manual_seed(seed)
+            results.append(trainer.gradients(DATA.cuda())[0])
+    assert torch.equal(results[0], results[2]) and not torch.equal(results[0], results[1])
