@@ -39,7 +39,7 @@ from ops.linear import linear, rms_norm
 from ops.markov import grow_markov
 from ops.quantized import Quantized
 from quant.draft_rows import DraftRows
-from quant.linear import rows_of, stack
+from quant.linear import rows_of, stack, zero_rows
 from tree import MAX_NODES, Candidates, State, Tree, empty_candidates, root_token, start_tree
 
 MOST_LEVELS = 16  # that are drafted; each has up to 127 candidates, so tree.rerank chooses from up to 2,032
@@ -104,8 +104,7 @@ class BoundBlock:
         layer = head.cfg.layer
         self.table = (target if head.embed is None else head).embed.weight
         lm_head = (target if head.lm_head is None else head).lm_head.weight
-        # A Markov head has rows of its own for the listed tokens alone, so that there the prompt's have no room.
-        self.draft_rows = DraftRows(lm_head, head.vocab, head.quantized, follows=not head.markov)
+        self.draft_rows = DraftRows(lm_head, head.vocab, head.quantized)
         self.ids, self.lm_head = self.draft_rows.ids, self.draft_rows.weights[0]
         keys_and_values = slice(layer.num_heads * layer.head_dim, None)
         self.kv_weight, *further = (rows_of(each.wqkv.weight, keys_and_values) for each in head.layers)
@@ -115,8 +114,18 @@ class BoundBlock:
         self.kv_bias = None if biases[0] is None else torch.cat([bias[keys_and_values] for bias in biases])
         self.k_norms = torch.stack([each.k_norm.weight for each in head.layers])
         self.w2 = None if head.markov is None else head.markov.w2.weight
-        if self.ids is not None and self.w2 is not None and self.w2.shape[0] > len(self.ids):  # by draft_vocab.json
-            self.w2 = rows_of(self.w2, self.ids)
+        self.w2_rows = None
+        if head.markov and head.vocab is not None and self.w2.shape[0] > len(head.vocab):  # listed by draft_vocab.json
+            self.w2_rows = DraftRows(self.w2, head.vocab, False)
+            self.w2 = self.w2_rows.weights[0]
+        elif head.markov and self.draft_rows.room:  # it knows the listed tokens alone, and adds nothing to others
+            self.w2 = stack(zero_rows(self.w2, self.draft_rows.room), self.w2)
+
+    def follow(self, state: State) -> None:
+        """Draft the prompt's tokens too."""
+        self.draft_rows.follow(state.tokens, state.length)
+        if self.w2_rows:
+            self.w2_rows.follow(state.tokens, state.length)
 
     def weights(self) -> tuple[tuple, tuple, tuple]:
         """The weights that `remember` reads, and that `run` and `read` do, as draft.BoundHead.weights."""
@@ -199,7 +208,7 @@ class Block(Drafter):
         return (self.head.kv,)
 
     def reset(self, state: State) -> None:
-        self.bound.draft_rows.follow(state.tokens, state.length)
+        self.bound.follow(state)
 
     def prefill(self, state: State, hidden: Tensor, slots: Tensor, mask: Tensor | TreeMask) -> None:
         self.bound.remember(hidden, slots)

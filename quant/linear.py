@@ -103,6 +103,16 @@ def stack(above: Tensor | Quantized, below: Tensor | Quantized) -> Tensor | Quan
     return None
 
 
+def zero_rows(like: Tensor | Quantized, count: int) -> Tensor | Quantized:
+    """A weight of `count` rows, all zeros, of the kind of `like`."""
+    if not isinstance(like, Quantized):
+        return like.new_zeros(count, like.shape[1])
+    data = in_rows(like).data
+    shape = [*like.scale.shape]
+    shape[int(like.group > 0)] = count
+    return like._replace(data=data.new_zeros(count, data.shape[1]), scale=like.scale.new_zeros(shape))
+
+
 def in_kernel_order(weight: Tensor | Quantized | None) -> Tensor | Quantized | None:
     """A weight that rows will be taken of, in the order in which a CPU's kernels read it, if they do. They would order
     it at its first product anyway; ordered before, it shares its memory with the rows that are taken."""

@@ -86,8 +86,9 @@ def distill_block(markov: Markov | None, h: Tensor, previous: Tensor, feature: T
     target_rows [Vd, H]: the target's lm_head for the draft tokens."""
     target = F.linear(feature, target_rows).detach().float()
     logits = F.linear(h, target_rows)
-    if markov is not None:
-        logits = logits + markov.w2(markov.w1(previous).to(h.dtype))
+    if markov is not None:  # it adds nothing to the first rows, of tokens that are not in the draft vocabulary
+        added = markov.w2(markov.w1(previous).to(h.dtype))
+        logits = logits + F.pad(added, (logits.shape[1] - added.shape[1], 0))
     logits = logits.float()
     return soft_cross_entropy(logits, target) * learned, learned & (logits.argmax(-1) == target.argmax(-1))
 
@@ -182,10 +183,6 @@ class BlockTrainer(TappedTrainer):
         head.register_buffer("tap_scale", evened(sample_hidden(target, self.data, cfg.taps)[1]))
         initialise(head, target)
         return head
-
-    @property
-    def follows(self) -> bool:
-        return self.module.markov is None
 
     def predict(self, marked: Tensor) -> tuple[Tensor, Tensor]:
         """As Trainer.predict: at `anchors` random places of each dialogue."""

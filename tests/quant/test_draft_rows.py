@@ -80,7 +80,15 @@ def trees_of(drafter: Drafter) -> list[Tensor]:
 def make(kind: str, model: Llama) -> Eagle1 | Eagle2 | Block:
     if kind == "block":
         head = tiny.block(model)
-        head.vocab, head.lm_head = LISTED, None
+        head.vocab = LISTED
+        return Block(head, model)
+    if kind.startswith("markov"):
+        head = tiny.block(model, markov="vanilla")
+        head.vocab = LISTED
+        if kind == "markov of the list":
+            w2 = head.markov.w2.weight.data
+            w2[torch.isin(torch.arange(1000), torch.arange(0, 576, 3), invert=True)] = 0
+            head.markov.w2.weight.data = w2[LISTED]
         return Block(head, model)
     if kind == "eagle3":
         head = tiny.pair3(4, vocab_size=1000)[1]
@@ -91,7 +99,7 @@ def make(kind: str, model: Llama) -> Eagle1 | Eagle2 | Block:
     return (Eagle1 if kind == "eagle" else Eagle2)(head, model)
 
 
-@pytest.mark.parametrize("kind", ["eagle", "eagle2", "eagle3", "block"])
+@pytest.mark.parametrize("kind", ["eagle", "eagle2", "eagle3", "block", "markov", "markov of the list"])
 def test_drafts_as_from_one_list(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a head drafts the prompt's tokens in another way than listed ones, or the text is not vanilla's: the
     trees must be those of a head whose list has the prompt's tokens too. The second prompt must not see the first."""
