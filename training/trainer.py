@@ -130,7 +130,8 @@ class Trainer:
         if self.device.type != "cuda":
             return self.compute_gradients(marked)
         if self.replay is None:
-            with torch.random.fork_rng():  # the first step draws the same places as one that is only replayed
+            # The first step of a process draws the same places as one that is only replayed.
+            with torch.random.fork_rng([torch.cuda.current_device()]):
                 self.compute_gradients(marked)
             self.module.zero_grad()  # the graph has gradients of its own
             self.replay = Replay(self.compute_gradients, marked)
