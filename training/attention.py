@@ -15,7 +15,7 @@ class FusedAttention(torch.autograd.Function):
     """Attention of q [B, H, T, D] over k and v [B, H, S, D], which returns y [B, H, T, D] and the logsumexp of each
     row's scores [B, H, T, 1] fp32.
 
-    bias [B, 1, T, S] in q's dtype is added to the scores (see `seen`); None: causal, with T = S.
+    bias [B, H, T, S] in q's dtype is added to the scores (see `seen`); None: causal, with T = S.
 
     The gradient of a score is p (dp - delta + d), where p is its weight, dp the product of its value with y's gradient
     g, delta = sum(g y) of the row, and d the gradient of the logsumexp. The fused pass has the formula without d. It
@@ -27,8 +27,7 @@ class FusedAttention(torch.autograd.Function):
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         causal = bias is None
         if q.is_cuda:  # the fused attention that takes a bias, and heads of any size on any card
-            heads = bias if causal else bias.expand(-1, q.shape[1], -1, -1)
-            y, sums, *dropout = aten._scaled_dot_product_efficient_attention(q, k, v, heads, True, is_causal=causal)
+            y, sums, *dropout = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, is_causal=causal)
         else:
             y, sums = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal, attn_mask=bias)
             dropout = []
@@ -45,13 +44,13 @@ class FusedAttention(torch.autograd.Function):
             grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 grad, q, k, v, y, sums, 0.0, causal, attn_mask=bias)
         else:
-            heads = bias if causal else bias.expand(-1, q.shape[1], -1, -1)
             grads = aten._scaled_dot_product_efficient_attention_backward(
-                grad, q, k, v, heads, y, sums, *dropout, 0.0, [True, True, True, False], causal)
+                grad, q, k, v, bias, y, sums, *dropout, 0.0, [True, True, True, False], causal)
         return *grads[:3], None
 
 
-def seen(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bias of FusedAttention for rows that see the entries where mask [..., S] is set."""
+def seen(mask: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """The bias of FusedAttention for rows that see the entries where mask [B, T, S] is set: [B, heads, T, S]."""
     bias = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
-    return F.pad(bias, (0, -mask.shape[-1] % 8))[..., :mask.shape[-1]]  # a GPU reads whole eights of it
+    bias = F.pad(bias, (0, -mask.shape[-1] % 8))[..., :mask.shape[-1]]  # a GPU reads whole eights of it
+    return bias[:, None].expand(-1, heads, -1, -1)

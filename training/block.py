@@ -54,7 +54,8 @@ def block_rows(head: BlockHead, x: Tensor, rope: Tensor, anchors: Tensor, entrie
     """The rows of all blocks after the last norm, [B, A, b, H]. x [B, A, b, H]: the embedded anchors and mask tokens,
     rope [2, B, A, b, D], anchors [B, A] int64, entries from `context`."""
     place = torch.arange(entries[0][0].shape[2], device=x.device)
-    before = seen((place < anchors[..., None]).repeat_interleave(x.shape[2], 1)[:, None], entries[0][0].dtype)
+    before = (place < anchors[..., None]).repeat_interleave(x.shape[2], 1)  # [B, A * b, S]
+    before = seen(before, head.layers[0].num_heads, entries[0][0].dtype)
     for layer, (keys, values) in zip(head.layers, entries):
         x = x + layer.wo(block_attention(layer, layer.attn_norm(x).to(x.dtype), rope, before, keys, values))
         x = layer.mlp(x)
@@ -63,7 +64,7 @@ def block_rows(head: BlockHead, x: Tensor, rope: Tensor, anchors: Tensor, entrie
 
 def block_attention(layer: Layer, x: Tensor, rope: Tensor, before: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """What the heads read, [B, A, b, heads * D], of normed rows x [B, A, b, H]: the context before the anchor, which
-    `before` [B, 1, A * b, S] says as FusedAttention's bias, and the rows of the same block up to their own."""
+    `before` [B, heads, A * b, S] says as FusedAttention's bias, and the rows of the same block up to their own."""
     size, heads, key_heads = layer.head_dim, layer.num_heads, layer.num_kv_heads
     q, k, v = layer.wqkv(x).unflatten(-1, (-1, size)).split((heads, key_heads, key_heads), -2)  # [B, A, b, heads, D]
     q = apply_rope(layer.q_norm(q).to(q.dtype), rope)

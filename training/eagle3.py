@@ -25,6 +25,7 @@ from formats.config import Config
 from formats.eagle3 import open_eagle3, save_eagle3
 from formats.eagle3_config import Eagle3Config, usual_taps
 from model import Llama
+from quant.linear import drafting_rows
 from training.steps import compile_on_gpu, soft_cross_entropy, unrolled_attention
 from training.tapped import (
     DRAFT_VOCAB,
@@ -32,7 +33,6 @@ from training.tapped import (
     check_key_heads,
     evened,
     frequent_tokens,
-    lm_head_rows,
     sample_hidden,
 )
 
@@ -95,7 +95,7 @@ def initialise(head: Eagle3Head, target: Llama, embedded: Tensor, inputs: Tensor
     first.mlp_norm.weight.copy_(evened(normed))
     attend_to_own_row(first, embedded * first.embed_norm.weight)
     if head.lm_head is not None:
-        head.lm_head.weight.copy_(lm_head_rows(target, head.vocab))
+        head.lm_head.weight.copy_(drafting_rows(target.lm_head.weight, head.vocab, False))
 
 
 def attend_to_own_row(layer: Eagle3Layer, embedded: Tensor) -> None:

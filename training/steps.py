@@ -84,7 +84,8 @@ def compile_on_gpu(function: Callable, device: torch.device) -> Callable:
 
 class Replay:
     """function(x), which returns tensors, as one CUDA graph: the few thousand kernels of a training step take longer to
-    launch than to run. x has the same shape each time. `function` has run before, so that all is compiled."""
+    launch than to run. x has the same shape each time. `function` has run before, so that all is compiled. Unlike the
+    graphs of ops/graphs.py it shares no memory with others: what it holds is freed with it."""
 
     def __init__(self, function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> None:
         self.x = x.clone()

@@ -28,12 +28,6 @@ def frequent_tokens(data: Tensor, size: int, vocab_size: int) -> Tensor | None:
     return counts.argsort(descending=True, stable=True)[:size].sort().values
 
 
-def lm_head_rows(target: Llama, ids: Tensor | None) -> Tensor:
-    """The target's lm_head for the tokens `ids`, [Vd, C]."""
-    weight = target.lm_head.weight
-    return weight if ids is None else weight[ids]
-
-
 def evened(x: Tensor) -> Tensor:
     """Factors [C] that bring every channel of x [T, C] to a typical size of 1. A few channels of a residual stream are
     a hundred times larger than the others: unscaled, they would decide every training step. Medians, since the first
@@ -91,9 +85,10 @@ class TappedTrainer(Trainer):
         self.use_vocab()
 
     def known(self, tokens: Tensor) -> Tensor:
-        """Which tokens have a row, [V] bool, in a step on these dialogues [B, S]: the draft tokens and, with `follows`,
-        those of the dialogues that are none. Where the text goes on with another token, nothing is learned. (To ask for
-        the target's best token instead would cost a product with all of its lm_head, for a few places that differ.)"""
+        """Let `target_rows` follow these dialogues [B, S], if drafting follows prompts. Returns which tokens have a row
+        then, [V] bool: the draft tokens, and those of the dialogues that are none. Where the text goes on with another
+        token, nothing is learned. (To ask for the target's best token instead would cost a product with all of its
+        lm_head, for a few places that differ.)"""
         known = torch.zeros(self.model.cfg.vocab_size, dtype=torch.bool, device=self.device)
         if self.draft_rows.ids is None:
             return ~known

@@ -77,26 +77,23 @@ def trees_of(drafter: Drafter) -> list[Tensor]:
     return trees
 
 
-def make(kind: str, model: Llama) -> Eagle1 | Eagle2 | Block:
-    if kind == "block":
-        head = tiny.block(model)
-        head.vocab = LISTED
-        return Block(head, model)
-    if kind.startswith("markov"):
-        head = tiny.block(model, markov="vanilla")
-        head.vocab = LISTED
-        if kind == "markov of the list":
-            w2 = head.markov.w2.weight.data
-            w2[torch.isin(torch.arange(1000), torch.arange(0, 576, 3), invert=True)] = 0
-            head.markov.w2.weight.data = w2[LISTED]
-        return Block(head, model)
+def make(kind: str, model: Llama, listed: Tensor) -> Eagle1 | Eagle2 | Block:
+    """A drafter whose head lists these tokens. "markov of the list": its Markov head knows those of LISTED alone."""
     if kind == "eagle3":
         head = tiny.pair3(4, vocab_size=1000)[1]
-        head.vocab, head.lm_head = LISTED, None
+        head.vocab, head.lm_head = listed, None
         return Eagle2(head, model, 16, 4, 4)
-    head = tiny.pair(4, 0.1, vocab_size=1000)[1]
-    head.vocab = LISTED
-    return (Eagle1 if kind == "eagle" else Eagle2)(head, model)
+    if kind in ("eagle", "eagle2"):
+        head = tiny.pair(4, 0.1, vocab_size=1000)[1]
+        head.vocab = listed
+        return (Eagle1 if kind == "eagle" else Eagle2)(head, model)
+    head = tiny.block(model, markov=None if kind == "block" else "vanilla")
+    head.vocab = listed
+    if kind == "markov of the list":
+        w2 = head.markov.w2.weight.data
+        w2[torch.isin(torch.arange(1000), LISTED, invert=True)] = 0
+        head.markov.w2.weight.data = w2[listed]
+    return Block(head, model)
 
 
 @pytest.mark.parametrize("kind", ["eagle", "eagle2", "eagle3", "block", "markov", "markov of the list"])
@@ -105,7 +102,7 @@ def test_drafts_as_from_one_list(kind: str, monkeypatch: pytest.MonkeyPatch) -> 
     trees must be those of a head whose list has the prompt's tokens too. The second prompt must not see the first."""
     monkeypatch.setattr(draft_rows, "ROOM", 64)
     model = tiny.pair(4, 0.1, vocab_size=1000)[0]
-    drafter = make(kind, model)
+    drafter = make(kind, model, LISTED)
     engine = Engine(model, drafter, 96)
     for seed, temperature in ((1, 0.0), (2, 0.0), (3, 1.0)):
         ids = tiny.prompt(seed, 9, 1000)
@@ -114,8 +111,7 @@ def test_drafts_as_from_one_list(kind: str, monkeypatch: pytest.MonkeyPatch) -> 
         assert {*ids} <= {*drafter.bound.ids.tolist()}
         with monkeypatch.context() as patch:
             patch.setattr(draft_rows, "ROOM", 0)
-            patch.setitem(globals(), "LISTED", drafter.bound.ids.sort().values)
-            other = make(kind, model)
+            other = make(kind, model, drafter.bound.ids.sort().values)
         others = trees_of(other)
         assert list(Engine(model, other, 96).generate(ids, 20, Sampling(temperature))) == found
         for one, another in zip(trees, others, strict=True):

@@ -24,14 +24,14 @@ def test_gradients(dtype: torch.dtype, bound: float, causal: bool, size: int, de
     generator = torch.Generator().manual_seed(size)
     mask = torch.ones(rows, columns, dtype=torch.bool).tril()
     if not causal:
-        mask = torch.rand(2, 1, rows, columns, generator=generator) < 0.5
+        mask = torch.rand(2, rows, columns, generator=generator) < 0.5
         mask[..., 0] = True
     mask = mask.to(device)
     shapes = [(2, 3, n, size) for n in (rows, columns, columns)]
     inputs = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    found = FusedAttention.apply(*inputs, None if causal else seen(mask, dtype))
-    wanted = plain(*exact, mask)
+    found = FusedAttention.apply(*inputs, None if causal else seen(mask, 3, dtype))
+    wanted = plain(*exact, mask if causal else mask[:, None])
     given = [1e-6 * torch.randn(y.shape, generator=generator).to(device, y.dtype) for y in found]
     for g in given:
         g[:, :, ::3] = 0
