@@ -61,9 +61,9 @@ def parse_args() -> argparse.Namespace:
                    "every N steps, in whole hundreds, and write it to <work>/<kind>/curve.json; 0: never")
     p.add_argument("--target_quantize", choices=["int8"], help="keep the model in int8 meanwhile: half its memory")
     p.add_argument("--draft_vocab", type=int, metavar="N", help="eagle3, block: draft these many tokens, which the "
-                   "model writes most often (default: 16384). eagle: write draft_vocab.json beside the head: the N "
-                   "most frequent tokens, which alone are drafted then, beside the prompt's; with --steps 0 for a "
-                   "trained head")
+                   "model writes most often (default: 16384). eagle, and with --steps 0 for any trained head: write "
+                   "draft_vocab.json beside it: the N most frequent tokens, which alone are drafted then, beside the "
+                   "prompt's")
     p.add_argument("--regression", type=float, help="eagle: weight of the regression on features in the loss")
     p.add_argument("--head_layers", type=int, choices=range(1, 6), metavar="N", help="eagle3, block: layers of the "
                    "head (default: 1 and 2)")
@@ -110,7 +110,7 @@ def main() -> None:
 def train(args: argparse.Namespace) -> None:
     """Write the dialogues, train, and evaluate, each as far as the options ask for it and it is not done yet."""
     questions = {str(path): read_questions(path)[::2] for path in args.questions}
-    writes_vocab = args.draft_vocab and KINDS[args.kind].vocab_file
+    writes_vocab = KINDS[args.kind].writes_vocab(args, Config.load(args.checkpoint))
     has_head = (args.out / "config.json").exists()
     if args.eval_prompts and not (args.steps or writes_vocab or has_head):
         raise ValueError(f"{args.out}: no head to evaluate: name its folder with --out, or its kind with --kind; "

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from drafters.block import BlockHead, Markov
-from formats.block import BlockConfig, save_block
+from formats.block import BlockConfig, open_block, save_block
 from formats.block_config import usual_outputs
 from formats.config import Config
 from model import Layer, Llama, apply_rope
@@ -139,6 +139,7 @@ def initialise(head: BlockHead, target: Llama) -> None:
 class BlockTrainer(TappedTrainer):
     """Trains a BlockHead."""
     own_options = ("head_layers", "mlp", "kv_heads", "block_size", "markov_rank", "anchors")
+    open_files = staticmethod(open_block)
 
     @staticmethod
     def check(args: argparse.Namespace, target: Config) -> None:

@@ -174,6 +174,7 @@ def distill3(head: Eagle3Head, taken: Tensor, feature: Tensor, target_rows: Tens
 class Eagle3Trainer(TappedTrainer):
     """Trains an Eagle3Head."""
     own_options = ("head_layers", "norms", "mlp", "kv_heads", "share_lm_head", "init")
+    open_files = staticmethod(open_eagle3)
 
     def __init__(self, model: Llama, args: argparse.Namespace, data: Tensor, held_out: Tensor | None = None) -> None:
         super().__init__(model, args, data, held_out)

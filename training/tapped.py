@@ -4,12 +4,14 @@ part of the head, and taps whose channels are brought to one size.
 Shapes: B dialogues, S tokens of one, T tokens, N places, C the target's width, k taps, V tokens, Vd draft tokens.
 """
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from formats.config import Config
+from formats.eagle3 import HeadFiles
 from model import Llama
 from quant.draft_rows import DraftRows
 from training.dialogues import unmark
@@ -56,7 +58,19 @@ def check_key_heads(args: argparse.Namespace, target: Config) -> None:
 class TappedTrainer(Trainer):
     """Trains a module with two tensors that its published file does not have: `vocab`, so that a state carries the
     draft vocabulary it was trained with, and `tap_scale` [k * C], which the published fc holds already."""
-    vocab_file = False
+    open_files: Callable[[Path, Config], HeadFiles]  # of a published head
+
+    @classmethod
+    def writes_vocab(cls, args: argparse.Namespace, target: Config) -> bool:
+        """Only for a trained head that drafts all tokens. ValueError for one with another draft vocabulary of its own.
+        """
+        if args.steps or not args.draft_vocab or not (args.out / "config.json").exists():
+            return False
+        ids = cls.open_files(args.out, target).ids
+        if ids is not None and len(ids) != args.draft_vocab:
+            raise ValueError(f"{args.out}: this head has a draft vocabulary of {len(ids)} tokens, which --draft_vocab "
+                             "cannot change")
+        return ids is None
 
     def __init__(self, model: Llama, args: argparse.Namespace, data: Tensor, held_out: Tensor | None = None) -> None:
         super().__init__(model, args, data, held_out)

@@ -35,7 +35,6 @@ class Trainer:
 
     data [dialogues, S] int32, marked: those to train on. held_out [any, S]: a few others, to measure agreement on."""
     own_options: tuple[str, ...] = ("regression",)  # options of train.py that are for this kind of head alone
-    vocab_file = True  # the draft vocabulary is a file beside the head, written after training
     taps: tuple[int, ...] = ()  # what the head reads besides the target's features (Llama.forward_with_taps)
     by_token: tuple[str, ...] = ()  # parameters with one row for each token
 
@@ -76,6 +75,11 @@ class Trainer:
         check_ahead("unroll", args.unroll, args.length)
         if args.draft_vocab and not 10 <= args.draft_vocab <= target.vocab_size:
             raise ValueError(f"--draft_vocab takes 10 to {target.vocab_size} tokens, which are all that the model has")
+
+    @classmethod
+    def writes_vocab(cls, args: argparse.Namespace, target: Config) -> bool:
+        """Whether --draft_vocab asks for a list beside the head, draft_vocab.json."""
+        return bool(args.draft_vocab)
 
     @property
     def layer_config(self) -> Config:

@@ -27,6 +27,7 @@ from draft import Eagle2
 from drafters.eagle3 import PLAIN, Eagle3Head
 from drafters.heads import load_head
 from drafters.tree_size import read_curve
+from formats.config import Config
 from formats.eagle3 import open_eagle3, save_eagle3
 from model import Llama, load_model, rope_table
 from ops.attention import causal_mask
@@ -578,6 +579,24 @@ def test_command_from_start_to_end(command, capsys: pytest.CaptureFixture, monke
     command(*words, "--steps", 0)
     assert capsys.readouterr().out.splitlines()[-1].startswith("tokens per step 1.00 -> ")
     assert not (folder / "eagle3/draft_vocab.json").exists()
+
+
+@pytest.mark.slow
+def test_a_list_beside_a_head(command, tmp_path: Path) -> None:
+    """Fails if a trained head that drafts all tokens gets no draft_vocab.json, or one with a draft vocabulary of its
+    own gets one or lets another one be asked for."""
+    words = ("--kind", "eagle3", "--eval_prompts", 0, "--steps")
+    folder = command(*words, 1, "--draft_vocab", 12)
+    with pytest.raises(ValueError, match="has a draft vocabulary of 12 tokens, which --draft_vocab cannot change"):
+        command(*words, 0, "--draft_vocab", 11)
+    command(*words, 0, "--draft_vocab", 12)
+    assert not (folder / "eagle3/draft_vocab.json").exists()
+    vocab_size = Config.load(folder).vocab_size
+    out = ("--out", tmp_path / "all", "--work", tmp_path / "work")
+    command(*words, 1, *out, "--share_lm_head", "--draft_vocab", vocab_size)
+    assert not (tmp_path / "all/draft_vocab.json").exists()
+    command(*words, 0, *out, "--draft_vocab", 12)
+    assert len(load_head(tmp_path / "all", load_model(folder)).vocab) == 12
 
 
 @pytest.mark.slow
