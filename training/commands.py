@@ -1,6 +1,8 @@
 """What the training commands share: their options, and the target with its dialogues."""
 import argparse
+import logging
 import math
+import warnings
 from pathlib import Path
 
 import torch
@@ -43,6 +45,7 @@ def prepare(args: argparse.Namespace, quantize: str | None = None) -> tuple[Llam
 
     quantize: the mode of the target's linears, except of the lm_head, which the loss reads as a whole."""
     torch.set_float32_matmul_precision("high")
+    quieten()
     model = load_model(args.checkpoint, args.device, torch.bfloat16, quantize)
     if isinstance(model.lm_head, QuantizedLinear):
         model.lm_head = plain_lm_head(model)
@@ -59,6 +62,15 @@ def prepare(args: argparse.Namespace, quantize: str | None = None) -> tuple[Llam
     write_dialogues(model, script, path, rows, args.length, args.generate_batch)
     dialogues = torch.from_file(str(path), size=rows * args.length, dtype=torch.int32)
     return model, tokenizer, dialogues.view(rows, args.length)
+
+
+def quieten() -> None:
+    """Leave out PyTorch's remarks on what is meant as it is, hundreds of lines on a Hopper GPU. Where a kernel of ours
+    has inline assembly, it prints a traceback, and then assumes, rightly, that the kernel may write to its arguments.
+    """
+    logging.getLogger("torch._dynamo").addFilter(lambda record: "every input is mutated" not in record.getMessage())
+    for remark in ("Dynamo detected a call to a `functools.lru_cache`", "Mismatch dtype between input and weight"):
+        warnings.filterwarnings("ignore", remark)
 
 
 def plain_lm_head(model: Llama) -> nn.Linear:

@@ -6,7 +6,9 @@ positions or tokens than in drafting. It learns well, and drafts badly.
 import argparse
 import itertools
 import json
+import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +31,7 @@ from model import Llama
 from ops.attention import causal_mask
 from tokenizer import Tokenizer
 from training import dialogues, evaluation, trainer
+from training.commands import quieten
 from training.dialogues import OPENERS, Script, sample, write_dialogues
 from training.evaluation import evaluate, held_out_prompts
 from training.trainer import Trainer
@@ -458,6 +461,23 @@ def test_command_from_start_to_end(command, capsys: pytest.CaptureFixture) -> No
     assert capsys.readouterr().out == "" and not (folder / "eagle/acceptance.json").exists()
     assert len(json.loads((folder / "eagle/draft_vocab.json").read_text())) == 12
     assert (folder / "eagle/model.safetensors").read_bytes() == first
+
+
+def test_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if PyTorch's tracebacks about inline assembly are shown, or if other warnings of it are not."""
+    shown = []
+    logger = logging.getLogger("torch._dynamo")
+    monkeypatch.setattr(logger, "filters", [])
+    monkeypatch.setattr(logger, "handle", lambda record: logger.filter(record) and shown.append(record.getMessage()))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        quieten()
+        for task in ("mutated", "accessed"):
+            logger.warning("Encountered an exception in identify_%s_tensors, assuming every input is mutated", task)
+        logger.warning("hit config.recompile_limit (%s)", 64)
+        warnings.warn("Mismatch dtype between input and weight: input dtype = c10::BFloat16", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert shown == ["hit config.recompile_limit (64)"] and [str(w.message) for w in warned] == ["something else"]
 
 
 @pytest.mark.slow
