@@ -14,6 +14,7 @@ if __name__ == "__main__":
     before_imports(gpu=True)
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -107,6 +108,8 @@ def check_run(args: argparse.Namespace) -> str | None:
             return f"--{option} {path}: a folder, not a file"
         if path and not path.parent.is_dir():
             return f"--{option} {path}: there is no such folder"
+        if path and not os.access(path if path.exists() else path.parent, os.W_OK):
+            return f"--{option} {path}: no permission to write there"
     plain = args.method == BASELINE
     trees = args.show_tree or args.tree_html
     for wrong, message in (

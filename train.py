@@ -96,6 +96,9 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    if args.checkpoint.is_file():
+        raise ValueError(f"--checkpoint {args.checkpoint}: give its folder (for int8 weights --target_quantize "
+                         "int8 too)")
     KINDS[args.kind].check(args, Config.load(args.checkpoint))  # says what is wrong before folders are made
     with locked(args.work), locked(args.out):
         try:

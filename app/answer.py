@@ -156,6 +156,8 @@ def answer_and_report(args: argparse.Namespace, engine: Engine, ids: list[int], 
                       args.stop, view)
     result |= time_to_first_token(parts, result["prefill_s"])
     print(report(result), start_report(result), sep="\n", file=sys.stderr)
+    if result["stop"] == "context":
+        print(f"the context of {engine.max_seq_len} tokens (--max_seq_len) ended the answer", file=sys.stderr)
     if args.compare:
         plain = Engine(engine.model, Vanilla(engine.device), engine.max_seq_len, tokenizer.stop_ids,
                        not args.no_compile)

@@ -86,7 +86,10 @@ def check_methods(args: argparse.Namespace, methods: list[str]) -> str | None:
     """What is wrong with the options for these methods, if anything."""
     for name in methods:
         if name not in METHODS:
-            return f"{name} is no method: there are {', '.join(METHODS)}"
+            extra = next((extra for extra in EXTRAS if extra in name.split("+")), None)
+            takers = [row.partition("+")[0] for row in METHODS if extra in row.split("+")[1:]]
+            return (f"{name} is no method: {extra} goes with {', '.join(takers)}" if extra
+                    else f"{name} is no method: there are {', '.join(METHODS)}")
     for option in OPTIONS:
         takers = [name for name, row in METHODS.items() if option in row.options or (
             row.weights and row.weights.option == option)]
@@ -189,6 +192,9 @@ def load_engine(args: argparse.Namespace, kind: type[Engine] = Engine) -> Engine
     if args.chat_template and tokenizer.template_error:
         raise ValueError(tokenizer.template_error)
     max_seq_len = context(args, model.cfg)
+    if max_seq_len > model.cfg.max_position_embeddings:
+        print(f"--max_seq_len {max_seq_len}: the model was made for {model.cfg.max_position_embeddings} tokens, and "
+              "writes nonsense beyond them", file=sys.stderr)
     drafter = make_drafter(args.method, args, model, max_seq_len)
     made = kind(model, drafter, max_seq_len, tokenizer.stop_ids, not args.no_compile)
     made.tokenizer = tokenizer

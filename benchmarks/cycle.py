@@ -50,7 +50,7 @@ from benchmarks.workload import (
 )
 from draft import Eagle2, Vanilla
 from drafters.heads import tree_drafter
-from drafters.methods import BASELINE, CPU_TREE, GPU_TREE, WITH_TREES, head_path, tree_nodes
+from drafters.methods import BASELINE, CPU_TREE, GPU_TREE, WITH_TREES, head_path, number_or_auto
 from drafters.tree_size import fit, read_curve, verify_by_rows
 from engine import Engine
 from formats.questions import read_questions
@@ -301,7 +301,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--shape", choices=SHAPES, help="widen the checkpoint to this shape (default: do not widen)")
     p.add_argument("--contexts", type=int, nargs="+", default=[512, 3500],
                    help="lengths of the prompts in tokens; 0: the questions alone (default: 512 3500)")
-    p.add_argument("--tree", type=tree_nodes, nargs="+", metavar="N", help="nodes, levels and top-k; or auto")
+    p.add_argument("--tree", type=number_or_auto, nargs="+", metavar="N", help="nodes, levels and top-k; or auto")
     p.add_argument("--max_new_tokens", type=int, default=256)
     p.add_argument("--questions", type=Path, default=QUESTIONS,
                    help='JSON lines with "turns"; only the first turn is asked')

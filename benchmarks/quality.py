@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from app.options import is_quantized_file
 from benchmarks.workload import gigabytes
 from draft import Vanilla
 from engine import SPARE, Engine
@@ -78,6 +79,9 @@ def quality(folder: Path, files: list[Path], questions: Path, tokens: int, new_t
             ) -> None:
     """Print the table: perplexity, how far it is above bf16's, the share of bf16's greedy tokens that are kept, and the
     GB of weights that a step reads."""
+    if is_quantized_file(folder):
+        raise ValueError(f"{folder}: holds weights that others have quantised, so there is no bf16 to compare with; "
+                         "give the folder of the unquantised model")
     tokenizer = Tokenizer(folder)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     ids = [i for file in files for i in tokenizer.encode(file.read_text(encoding="utf-8"))][:tokens]

@@ -94,7 +94,7 @@ def methods_table(results: Results) -> str:
     for result, t, entries in temperatures(results):
         base = entries[0]
         rows = [(f"temperature {t:g}", "rows", "tokens/s", "speed-up", "tokens per step", *base["by_category"],
-                 "same text", "largest gap", "new 4-grams")]
+                 "same text", "largest gap", "distinct 4-grams")]
         for entry in entries:
             pairs = [(entry, base), *((part, base["by_category"][c]) for c, part in entry["by_category"].items())]
             total, *parts = [f"{part['tokens_per_sec']['median'] / of['tokens_per_sec']['median']:.2f}"

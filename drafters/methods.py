@@ -128,8 +128,11 @@ DRAFT_MODEL = Weights("speculate", load_checked_draft_model, lambda wide, draft:
 # ----- Options -----------------------------------------------------------------------------------------------------
 
 
-def tree_nodes(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+def number_or_auto(text: str) -> int | str:
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of nodes nor auto") from error
 
 
 # Options that shape a method, as argparse takes them. None: not given.
@@ -140,7 +143,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "speculate": dict(type=Path, metavar="DIR", help="draft model: its folder"),
     "draft_vocab": dict(type=int, help="EAGLE drafts only this many of the head's most frequent tokens, and the "
                         "prompt's own; 0: all"),
-    "draft_tokens": dict(type=tree_nodes, help="EAGLE-2: nodes of the tree, the root included; auto: as many "
+    "draft_tokens": dict(type=number_or_auto, help="EAGLE-2: nodes of the tree, the root included; auto: as many "
                          "nodes and levels as are fastest with this head on this device (the default on a GPU, if the "
                          "head comes with an acceptance.json)"),
     "draft_depth": dict(type=int, help="EAGLE-2: levels of drafted tokens"),
@@ -186,12 +189,17 @@ def make_staged(setup: Setup) -> Drafter:
 def make_tree(setup: Setup, with_lookup: bool = False, kind: type = EagleHead) -> Drafter:
     """The dynamic tree of a head of this kind. ValueError for a head of another kind: each kind has a row, and speeds
     are reported under its name."""
-    head = setup.weights
-    if not isinstance(head, kind):
-        row, name = ROW_OF_HEAD[type(head)]
-        raise ValueError(f"{eagle_path(setup.args, kind.folder)}: holds {name}: use --{row}")
+    head = head_of(setup, kind)
     chain = retrieval(setup, setup.get("chain", CHAIN)) if with_lookup else None
     return tree_drafter(head, setup.model, *tree_shape(setup), chain)
+
+
+def head_of(setup: Setup, *kinds: type) -> Head:
+    """The head, of one of these kinds. ValueError for another."""
+    if not isinstance(setup.weights, kinds):
+        row, name = ROW_OF_HEAD[type(setup.weights)]
+        raise ValueError(f"{eagle_path(setup.args, kinds[0].folder)}: holds {name}: use --{row}")
+    return setup.weights
 
 
 def tree_shape(setup: Setup) -> tuple[int, int, int]:
@@ -221,8 +229,8 @@ METHODS: dict[str, Method] = {
         lambda setup: make_speculate(setup, rejection=True), "the papers' rule when sampling: accepts more, but the "
         "same seed no longer gives the text of plain decoding", DRAFT_MODEL, ("chain",)),
     "speculate+lookup": Method(make_staged, "speed up the draft model by what the text suggests", DRAFT_MODEL, LOOKUP),
-    "eagle": Method(lambda setup: Eagle1(setup.weights, setup.model), "draft with EAGLE-1's fixed tree", EAGLE,
-                    ("draft_vocab",)),
+    "eagle": Method(lambda setup: Eagle1(head_of(setup, EagleHead, Eagle3Head), setup.model), "draft with EAGLE-1's "
+                    "fixed tree", EAGLE, ("draft_vocab",)),
     "eagle2": Method(make_tree, "draft with EAGLE-2's dynamic tree", EAGLE, TREE),
     "eagle2+lookup": Method(
         lambda setup: make_tree(setup, with_lookup=True), "let what the text suggests compete with its own nodes",

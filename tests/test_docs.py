@@ -185,12 +185,12 @@ def test_readme() -> None:
 @pytest.fixture
 def bigram(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type:
     """The page's drafter as drafters/bigram.py, and its row in the table."""
-    file, row = code_blocks(OWN_DRAFTER, "python")
+    file, *row = code_blocks(OWN_DRAFTER, "python")
     (tmp_path / "bigram.py").write_text(file, encoding="utf-8")
     monkeypatch.setattr(drafters, "__path__", [*drafters.__path__, str(tmp_path)])
     monkeypatch.setitem(METHODS, "bigram", None)
     try:
-        exec(row, dict(vars(methods)))
+        exec("\n".join(row), dict(vars(methods)))
         yield import_module("drafters.bigram").Bigram
     finally:
         sys.modules.pop("drafters.bigram", None)

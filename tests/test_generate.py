@@ -156,12 +156,17 @@ def test_nobody_reads_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 @pytest.mark.slow
 def test_context_is_filled_and_named(call, demo: Path) -> None:
-    """Fails if a full context is an error, is left partly unused, or is not named as what ended the text."""
-    code, out, _ = call("--checkpoint", demo, "--raw", "--prompt", "One two three four", "--max_seq_len", 12,
+    """Fails if a full context is an error, is left partly unused, or is not named as what ended the text, or if one
+    that is longer than the model's goes unnoticed."""
+    code, out, err = call("--checkpoint", demo, "--raw", "--prompt", "One two three four", "--max_seq_len", 12,
                         "--eagle2", "--json", "--device", "cpu")
     result = json.loads(out.splitlines()[-1])
     assert code == 0 and result["stop"] == "context"
     assert result["prompt_tokens"] + result["new_tokens"] == 12
+    assert err.count("the context of 12 tokens (--max_seq_len) ended the answer") == 1 and "nonsense" not in err
+    code, out, err = call("--checkpoint", demo, "--prompt", "Hi", "--max_seq_len", 8193, "--max_new_tokens", 2,
+                          "--device", "cpu")
+    assert code == 0 and "--max_seq_len 8193: the model was made for 8192 tokens" in err and "ended the" not in err
 
 
 def test_prompt_from_file_and_stdin(call, everything: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,13 +272,13 @@ def test_the_smallest_context(method: str, slots: int, call, everything: Path) -
     (["--prompt", "x", "--draft_tokens", "8"], "is for the methods eagle2, eagle2+lookup"),
     (["--prompt", "x", "--draft_tokens", "auto"], "is for the methods eagle2, eagle2+lookup"),
     (["--prompt", "x", "--eagle", "--tree_table"], "is for the methods eagle2, eagle2+lookup"),
-    (["--prompt", "x", "--eagle2", "--draft_tokens", "many"], "--draft_tokens"),
+    (["--prompt", "x", "--eagle2", "--draft_tokens", "many"], "--draft_tokens: 'many' is neither a number"),
     (["--prompt", "x", "--eagle2", "--draft_tokens", "8", "--tree_table"], "--tree_table"),
     (["--prompt", "x", "--eagle2", "--draft_tokens", "auto", "--draft_depth", "2"], "choose depth"),
     (["--prompt", "x", "--eagle2", "--tree_table", "--draft_topk", "2"], "choose depth"),
     (["--prompt", "x", "--eagle2", "--tree_table", "--draft_depth", "0"], "choose depth"),
-    (["--prompt", "x", "--eagle2", "--rejection"], "no method"),
-    (["--prompt", "x", "--medusa", "a", "--lookup"], "no method"),
+    (["--prompt", "x", "--eagle2", "--rejection"], "no method: rejection goes with speculate"),
+    (["--prompt", "x", "--medusa", "a", "--lookup"], "no method: lookup goes with speculate, eagle2, eagle3, block"),
     (["--prompt", "x", "--lookup", "--draft_tokens", "9"], "--draft_tokens"),
     (["--prompt", "x", "--eagle2", "--chain", "9"], "--chain"),
     (["--prompt", "x", "--lookup", "--chain", "0"], "1 to 16"),

@@ -236,15 +236,15 @@ class Trainer:
                 f"{speed:,.0f} tokens/s")
         if self.held_out is None or not self.args.held_out or self.step % rounded_up(self.args.held_out, 100):
             return line
-        return f"{line}  held out {numbers(self.measure(work, loss))}"
+        return f"{line}  held out {numbers(self.measure(work))}"
 
-    def measure(self, work: Path, loss: float) -> Tensor:
-        """The agreement on held-out dialogues, [predictions], which is also added to the curve in `work`. (A forward
-        pass would do. But the function for a training step is there already.)"""
+    def measure(self, work: Path) -> Tensor:
+        """The agreement on held-out dialogues, [predictions], which with the loss is also added to the curve in `work`.
+        (A forward pass would do. But the function for a training step is there already.)"""
         torch.manual_seed(0)  # the same places each time
         rows = torch.arange(self.args.batch) % len(self.held_out)
-        agreement = self.gradients(self.held_out[rows].to(self.device, torch.int64))[1]
-        self.curve.append({"step": self.step, "seconds": round(self.seconds), "loss": round(loss, 4),
+        loss, agreement = self.gradients(self.held_out[rows].to(self.device, torch.int64))
+        self.curve.append({"step": self.step, "seconds": round(self.seconds), "loss": round(loss.item(), 4),
                            "agreement": [round(a, 4) for a in agreement.tolist()]})
         work.mkdir(parents=True, exist_ok=True)
         write_text(work / AGREEMENTS, "[" + ",\n ".join(map(json.dumps, self.curve)) + "]\n")

@@ -405,7 +405,7 @@ def test_page_in_a_browser(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_command_line(call, demo: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_command_line(call, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     """Fails if --show_tree changes the text or its JSON lacks the trees, if --tree_html and app.watch write different
     pages, or if a page that cannot be written or a wrong file ends in a traceback or is found only after the run."""
     size = json.loads((demo / "config.json").read_text(encoding="utf-8"))["vocab_size"]
@@ -434,6 +434,10 @@ def test_command_line(call, demo: Path, tmp_path: Path) -> None:  # noqa: F811
                              (["--eagle2", "--tree_html", tmp_path], str(tmp_path))):
         code, out, err = call(*words, *options)
         assert code == 2 and message in err and "Traceback" not in err and out == ""
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    for name, code in (("new.html", 2), (html.name, 0)):  # a file that is there may be written
+        given, out, err = call(*words, "--eagle2", "--tree_html", tmp_path / name)
+        assert given == code and ("no permission to write there" in err) == bool(code) and bool(out) == (code == 0)
     for text in ("", "{}", "[1]", "no JSON", "[" * 100_000, json.dumps({"method": "vanilla"})):
         saved.write_text(text)
         with pytest.raises(ValueError, match="run.json: not what"):

@@ -231,7 +231,7 @@ def test_methods_page() -> None:
     result = {"measured": kept, "methods": METHODS, "num_prompts": 3}
     assert cells(summary.methods_table({"a": result})) == [
         ["temperature 0.5", "rows", "tokens/s", "speed-up", "tokens per step", "chat", "coding", "same text",
-         "largest gap", "new 4-grams"],
+         "largest gap", "distinct 4-grams"],
         ["vanilla", "1", "100.0", "1.00", "1.00", "1.00 (1.00)", "1.00 (1.00)", "3 of 3", "", "90%"],
         ["eagle2", "60", "250.0", "2.50", "2.50", "1.50 (1.75)", "4.00 (3.25)", "2 of 3", "0.25", "75%"]]
     assert cells(summary.split_table({"a": result}))[2] == ["eagle2", "1.250", "6.375", "0.750", "8.375", "250.000"]

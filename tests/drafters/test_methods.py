@@ -11,6 +11,7 @@ from conftest import ROOT
 from helpers import FLAGS, arguments, tiny_checkpoint
 
 import generate
+from app.batch import METHOD_FLAGS
 from app.options import Engine, load_engine
 from draft import Eagle2, Vanilla
 from drafters import methods
@@ -19,7 +20,7 @@ from drafters.eagle1 import Eagle1
 from drafters.lookahead import Lookahead
 from drafters.lookup import Lookup
 from drafters.medusa import Medusa, MedusaHeads, save_medusa
-from drafters.methods import METHODS, make_drafter
+from drafters.methods import BASELINE, METHODS, make_drafter
 from drafters.speculate import Speculate
 from model import Llama
 
@@ -42,7 +43,7 @@ def test_every_method(method: str, checkpoint: tuple[Path, Llama]) -> None:
     needed = words[:2] if weights and weights.option in ("medusa", "speculate") else []
     args = generate.parse_args(arguments(folder, "--method", method, *needed))
     assert vars(args) == vars(generate.parse_args(arguments(folder, *words))) | {
-        extra: False for extra in ("eagle", "eagle2", "eagle3", "block", "lookup", "lookahead", "rejection")}
+        flag: False for flag in METHOD_FLAGS - {BASELINE}}
     assert args.method == method
     drafter = make_drafter(method, args, model, 128)
     assert type(drafter) is KINDS[method.partition("+")[0]] and drafter.rejection_sampling == ("rejection" in method)
@@ -165,6 +166,21 @@ def test_parts_are_loaded_once(checkpoint: tuple[Path, Llama], monkeypatch: pyte
     monkeypatch.setattr(methods, "load_head", lambda *inputs: loads.append(1) or load(*inputs))
     made = [make_drafter(method, args, model, 128, parts) for method in ("eagle", "eagle2", "eagle2+lookup")]
     assert len(loads) == 1 and all(drafter.head is made[0].head for drafter in made)
+
+
+def test_heads_of_other_kinds(checkpoint: tuple[Path, Llama]) -> None:
+    """Fails if a row takes a head that it cannot draft with, or EAGLE-1's tree refuses an EAGLE-3 head."""
+    folder, model = checkpoint
+    for method, head, message in (("eagle", "block", "holds a block head: use --block"), ("eagle", "eagle3", ""),
+                                  ("eagle2", "eagle3", "holds an EAGLE-3 head: use --eagle3"),
+                                  ("speculate", "eagle", "holds an EAGLE-1/2 head, not a model")):
+        option = "--speculate" if method == "speculate" else "--draft"
+        args = generate.parse_args(arguments(folder, "--method", method, option, str(folder / head)))
+        if message:
+            with pytest.raises(ValueError, match=message):
+                make_drafter(method, args, model, 128)
+        else:
+            make_drafter(method, args, model, 128)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import quantize
-from benchmarks.quality import kept, perplexity
+from benchmarks.quality import kept, perplexity, quality
 from benchmarks.workload import gigabytes
 from convert_hf_checkpoint import staged
 from draft import Eagle2, Vanilla
@@ -360,6 +360,13 @@ def test_quality_numbers(folder: Path) -> None:
     assert perplexity(model, chunks) == pytest.approx(float(torch.stack(losses).mean().exp()), rel=1e-5)
     model.layers[0].w2.weight.data.mul_(-1)
     assert kept(model, prompts, texts) < 0.9
+
+
+def test_quality_needs_unquantised_weights(folder: Path) -> None:
+    """Fails if figures of a quantised download are printed as those of bf16 and of modes made from it."""
+    rewrite(folder / "model.safetensors", lambda tensors, metadata: metadata.update(mode="int8", group="0"))
+    with pytest.raises(ValueError, match="so there is no bf16 to compare with"):
+        quality(folder, [], folder, 512, 2, 128, "cpu")
 
 
 def rewrite(path: Path, change) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -626,6 +627,8 @@ def test_curve(command, capsys: pytest.CaptureFixture) -> None:
     measured = (folder / "eagle3/model.safetensors").read_bytes()
     command(*words, "--steps", 200, "--held_out", 150)
     assert [row["step"] for row in json.loads(path.read_text())] == [100, 200]
+    of_training = float(re.search(r"step 100 .*loss ([\d.]+)", out)[1])  # printed with three decimals
+    assert abs(row["loss"] - of_training) > 0.0006
     command(*words, "--steps", 100, "--held_out", 0, "--work", folder / "other", "--out", folder / "o")
     assert not (folder / "other/eagle3/curve.json").exists()
     assert (folder / "o/model.safetensors").read_bytes() == measured
