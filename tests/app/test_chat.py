@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -20,7 +21,7 @@ from prompt_toolkit.output import DummyOutput
 
 import generate
 from app import chat, line_editor
-from app.chat import Chat
+from app.chat import Answer, Chat, report
 from app.chat_file import Messages, read_messages, write_messages
 from app.line_editor import Pipe, Terminal
 from draft import Eagle2, Vanilla
@@ -538,3 +539,52 @@ def test_demo_reuses_nearly_all(demo: Path, demo_model, demo_head, capsys: pytes
     talk.run(Script("Name two animals that live in the sea.", "Write a line of Python that prints 'é'."))
     first, second = talk.answers
     assert second.reused >= first.prompt_tokens + first.tokens - 3 - 2 - 1
+
+
+# ----- Without a model ---------------------------------------------------------------------------------------------
+
+
+def bare_chat(slots: int, length: int) -> Chat:
+    """A chat of two messages, each of `length` tokens, before an engine of so many slots."""
+    made = Chat.__new__(Chat)
+    made.engine = SimpleNamespace(max_seq_len=slots, drafter=None)
+    made.tokenizer = SimpleNamespace(chat=lambda messages: [0] * length * len(messages))
+    made.messages, made.max_new_tokens = [{"role": "user"}, {"role": "assistant"}], 10
+    return made
+
+
+def test_a_conversation_that_just_fits() -> None:
+    """Fails if it is cut."""
+    assert len(bare_chat(40, 10).make_room({}, SimpleNamespace(is_terminal=False))) == 30
+
+
+def test_report() -> None:
+    """Fails if the time to the first token of several answers is a sum."""
+    answers = [Answer(9, gained=[4], first_s=1.0, decode_s=2.0), Answer(9, gained=[2], first_s=3.0, decode_s=2.0)]
+    assert report(answers).startswith("1.5 tokens/s, 3.00 tokens per step, first token after 2.00 s")
+
+
+def test_seconds_of_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the time until the first token counts as decoding."""
+    monkeypatch.setattr(chat, "time", SimpleNamespace(perf_counter=lambda: 10.0))
+    made = bare_chat(40, 10)
+    made.ctrl_c, made.stops = SimpleNamespace(pressed=False), ()
+    made.tokenizer.stop_ids = {7}
+    made.tokenizer.stream = lambda stops: SimpleNamespace(push=lambda new: "", flush=lambda: "", stopped=False, held="")
+    answer = Answer(9, first_s=6.0)
+    made.stream_answer(iter([[1], [2, 7]]), answer, 1.0)
+    assert answer.decode_s == 3.0 and answer.gained == [2]
+
+
+def test_ctrl_c_twice_but_not_at_once() -> None:
+    """Fails if Ctrl-C at a line, long after one at an earlier line, leaves."""
+    made = bare_chat(40, 10)
+    made.ctrl_c, made.leaving, asked = SimpleNamespace(pressed=False), False, []
+
+    def read(draft: str) -> str | None:
+        asked.append(draft)
+        if len(asked) in (1, 3):
+            raise KeyboardInterrupt
+        return " " if len(asked) < 5 else None
+    made.run(SimpleNamespace(read=read, is_terminal=True))
+    assert len(asked) == 5

@@ -25,7 +25,7 @@ from serving import Gate, expected, make_served, running, wait
 from app import server as server_module
 from app import service as service_module
 from app.answer import generate
-from app.api import Served, read_request
+from app.api import Refusal, Served, read_request
 from app.server import is_this_machine, listen, read_key
 from app.service import Job, Service, Unlocked
 from sampling import Sampling
@@ -434,3 +434,46 @@ def test_not_installed(folder: Path, call, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "starlette.applications", None)
     code, _, err = call("--checkpoint", folder, "--serve")
     assert code == 2 and err.count("\n") == 1 and "pip install -r requirements-server.txt" in err
+
+
+def test_a_place_is_kept_while_the_engine_works(served: Served) -> None:
+    """Fails if a job whose client has gone gives its place away while the engine still works on it."""
+    service, go = Service(served), threading.Event()
+    service.work = lambda job, asked: go.wait(60) and Refusal(499, "gone")
+
+    async def leave() -> list[int]:
+        async def client() -> None:
+            async with service.admit() as job:
+                await service.begin(job, b'{"prompt": "Hello"}', False)
+                while not job.begun:
+                    await asyncio.sleep(0.001)
+        task = asyncio.create_task(client())
+        await asyncio.sleep(0.3)
+        working = len(service.jobs)
+        go.set()
+        await task
+        return [working, len(service.jobs)]
+
+    assert asyncio.run(leave()) == [1, 0]
+
+
+def test_seconds_of_each_part(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the seconds of the prompt, of the answer and of waiting are taken for one another."""
+    service = Service(served)
+    asked = read_request(b'{"prompt": "Hello"}', False, served)
+    result = {"prompt_tokens": 5, "new_tokens": 3, "cycles": 2, "prefill_s": 0.25, "decode_s": 2.0}
+    monkeypatch.setattr(service_module, "generate", lambda *how, **more: time.sleep(0.5) or dict(result))
+
+    async def answered() -> dict:
+        job = Job()
+        await service.take_turn(job, asked)
+        return job.events.get_nowait()
+
+    assert asyncio.run(answered())["queue_s"] < 0.4
+    assert (service.counts["prefill_seconds"], service.counts["decode_seconds"]) == (0.25, 2.0)
+
+
+def test_only_health_is_open(served: Served) -> None:
+    """Fails if a page that is not /health is shown to somebody without the key."""
+    with running(served, "s3cret") as (url, _):
+        assert httpx.get(f"{url}/healthy").status_code == 401

@@ -280,3 +280,23 @@ def test_refused() -> None:
     for wrong in ({"draft_tokens": 1}, {"draft_tokens": 129}, {"topk": 0}, {"topk": 11}):
         with pytest.raises(ValueError, match="2-128 --draft_tokens and 1-10 --draft_topk"):
             Block(head, model, **wrong)
+
+
+def test_a_chain_longer_than_the_block() -> None:
+    """Fails if the nodes of a retrieved chain do not know their depth beyond the block's, or get scores of others."""
+    model = tiny.target(1)
+    drafter = Block(tiny.block(model, 1, block_size=3), model, 16, 2, Retrieval(9, "longest", torch.device("cpu")))
+    state = Engine(model, drafter, 128).prefill([*range(12)] * 3 + [*range(3)], 20, Sampling())
+    state.tokens[int(state.length) - 1] = 3  # the text goes on as it began
+    with torch.inference_mode():
+        tree = drafter.propose(state)
+        tokens, scores = torch.empty(10, dtype=torch.int64), torch.empty(9)
+        drafter.retrieval.write(state, tokens, scores)
+    assert tree.depth.max() == 9 and torch.equal(drafter.candidates.scores[-9:], scores)
+
+
+def test_not_too_many_candidates() -> None:
+    """Fails if a Markov head with many levels grows more candidates than MOST_CANDIDATES."""
+    model = tiny.target(1)
+    made = Block(tiny.block(model, markov="vanilla", block_size=16), model, 60, 10)
+    assert made.topk == 8 and len(made.candidates.tokens) <= block.MOST_CANDIDATES

@@ -12,12 +12,24 @@ from helpers import operations
 from draft import Eagle2, Vanilla
 from drafters import tree_size
 from drafters.heads import load_head
-from drafters.tree_size import LEVELS, NODES, TOPK, best_size, cached_profile, fit, measure, profile_key, read_curve
+from drafters.tree_size import (
+    LEVELS,
+    NODES,
+    TOPK,
+    best_size,
+    cached_profile,
+    fit,
+    measure,
+    profile_key,
+    read_curve,
+    tokens_by_size,
+)
 from engine import Engine
 from formats.eagle import CURVE, VOCAB
 from ops import graphs
 from sampling import Sampling
 from training import evaluation
+from tree import Candidates
 
 FLAT = [[3.0] * LEVELS] * len(NODES)  # no tree gains more than another
 
@@ -229,3 +241,17 @@ def test_shipped_curve() -> None:
     for i in range(len(curve)):
         assert curve[i] == sorted(curve[i]) and [row[i] for row in curve] == sorted(row[i] for row in curve)
     assert 1.5 < curve[0][0] < 2 and 3 < curve[-1][-1] < LEVELS + 1
+
+
+def test_cache_of_a_block_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a block head, whose further levels take no time, is measured again at each start."""
+    calls, profile = [], [1.0, 0.0, 1.0, *[2.0] * len(NODES)]
+    monkeypatch.setattr(tree_size, "measure", lambda *inputs: calls.append(inputs) or profile)
+    for _ in range(2):
+        assert cached_profile("a", *tiny.pair(), 64) == profile and len(calls) == 1
+
+
+def test_curve_of_a_deep_block() -> None:
+    """Fails if the last column of a curve leaves out the levels that a block head has beyond LEVELS."""
+    chain = Candidates(torch.arange(12), -torch.arange(12.0), torch.arange(12) - 1)
+    assert tokens_by_size(chain, [*range(12), 20])[-1].tolist() == [*range(2, LEVELS + 1), 13]

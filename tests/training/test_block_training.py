@@ -5,6 +5,7 @@ learns well, and drafts badly.
 """
 import argparse
 import contextlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from helpers import Letters, marked, tiny_command
 from plain_blocks import PlainBlock
 from torch import Tensor
@@ -25,7 +27,8 @@ from engine import Engine
 from formats.block import open_block
 from model import Llama, load_model, rope_table
 from training import block, memory
-from training.block import BlockTrainer, unused_token
+from training.attention import seen
+from training.block import BlockTrainer, block_attention, distill_block, initialise, unused_token
 from training.dialogues import Script
 
 CPU = torch.device("cpu")
@@ -176,3 +179,48 @@ def test_command(command, capsys: pytest.CaptureFixture) -> None:
         command(*words, "--anchors", 0)
     with pytest.raises(ValueError, match="--norms is no option of --kind block"):
         command(*words, "--norms")
+
+
+def test_gradient_of_attention() -> None:
+    """Fails if a gradient gets lost between a row's weights for the context and those for its block: against plain
+    attention over both."""
+    layer = tiny.block(tiny.target()).layers[0].double().requires_grad_(True)
+    heads, key_heads, size = layer.num_heads, layer.num_kv_heads, layer.head_dim
+    random = torch.Generator().manual_seed(0)
+    x, keys, values, given = (torch.randn(shape, generator=random, dtype=torch.float64) for shape in (
+        (1, 2, 3, 32), (1, key_heads, 9, size), (1, key_heads, 9, size), (1, 2, 3, heads * size)))
+    rope = torch.stack((torch.ones(1, 2, 3, size), torch.zeros(1, 2, 3, size))).double()
+    before = (torch.arange(9) < torch.tensor([[4], [7]])).repeat_interleave(3, 0)[None]
+    y = block_attention(layer, x, rope, seen(before, heads, torch.float64), keys, values)
+    q, k, v = layer.wqkv(x).unflatten(-1, (-1, size)).split((heads, key_heads, key_heads), -2)
+    q, k = layer.q_norm(q), layer.k_norm(k)
+    plain = []
+    for anchor, end in enumerate((4, 7)):
+        for j, h in itertools.product(range(3), range(heads)):
+            own = h * key_heads // heads
+            every = torch.cat((keys[0, own, :end], k[0, anchor, :j + 1, own]))
+            value = torch.cat((values[0, own, :end], v[0, anchor, :j + 1, own]))
+            plain.append((every @ q[0, anchor, j, h] * size**-0.5).softmax(0) @ value)
+    plain = torch.cat(plain).view(y.shape)
+    found, wanted = (torch.autograd.grad((out * given).sum(), layer.wqkv.weight, retain_graph=True)[0]
+                     for out in (y, plain))
+    assert torch.allclose(y, plain, atol=1e-5) and (found - wanted).norm() < 1e-4 * wanted.norm()
+
+
+def test_markov_rows() -> None:
+    """Fails if the Markov head's rows are added to other tokens than its own where there are the prompt's rows."""
+    torch.manual_seed(0)
+    h, rows, before, feature = torch.randn(5, 8), torch.randn(7, 8), torch.arange(5), torch.randn(5, 8)
+    markov = SimpleNamespace(w1=torch.nn.Embedding(9, 3), w2=torch.nn.Linear(3, 4, bias=False))
+    loss, _ = distill_block(markov, h, before, feature, rows, torch.ones(5, dtype=torch.bool))
+    logits = h @ rows.T
+    logits[:, 3:] += markov.w2(markov.w1(before))
+    assert torch.allclose(loss, F.cross_entropy(logits, (feature @ rows.T).softmax(-1), reduction="none"), atol=1e-5)
+
+
+def test_first_norm() -> None:
+    """Fails if a new head's last norm is not the target's."""
+    model = tiny.target(num_hidden_layers=8)
+    head = tiny.block(model)
+    initialise(head, model)
+    assert torch.equal(head.norm.weight, model.norm.weight) and not (model.norm.weight == 1).all()

@@ -37,7 +37,7 @@ from quantize import quantize_draft
 from training import commands, dialogues, eagle3, memory, trainer
 from training.commands import prepare
 from training.dialogues import Script, unmark, write_dialogues
-from training.eagle3 import Eagle3Trainer, choose_taps, fc_inputs, frequent_tokens
+from training.eagle3 import OWN_SCORE, Eagle3Trainer, choose_taps, fc_inputs, frequent_tokens
 from training.steps import unrolled
 from training.tapped import evened
 from training.trainer import Trainer
@@ -218,8 +218,20 @@ def test_channels_of_zeros(tmp_path: Path) -> None:
     made = Eagle3Trainer(model, settings(tmp_path), marked(8, 32).int())
     assert made.train_step(marked(8, 32))[0].isfinite()
     assert all(p.isfinite().all() for p in made.module.parameters())
-    x = torch.randn(9, 33)
+    x = torch.randn(9, 33, generator=torch.Generator().manual_seed(0))
     assert torch.equal(evened(F.pad(x, (0, 40)))[:33], evened(x))
+
+
+def test_new_tokens_see_themselves(tmp_path: Path) -> None:
+    """Fails if not every second key head attends to its own row at first, with a score of OWN_SCORE, or the others do.
+    """
+    shape = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    model = tiny.target(dtype=torch.bfloat16, num_hidden_layers=8, **shape)
+    layer = Eagle3Trainer(model, settings(tmp_path), marked(8, 32).int()).module.layers[0]
+    x = layer.embed_norm(model.embed(unmark(marked(4, 32))).float()).flatten(0, 1)
+    q, k, _ = (x @ layer.wqkv.weight[:, :32].T).unflatten(-1, (-1, layer.head_dim)).split((8, 4, 4), 1)
+    scores = (q * k.repeat_interleave(2, 1)).sum(-1).mean(0) / layer.head_dim**0.5  # [8]
+    assert scores.tolist() == pytest.approx([OWN_SCORE, OWN_SCORE, 0, 0] * 2, abs=0.8)
 
 
 def test_shapes(tmp_path: Path) -> None:
@@ -275,6 +287,7 @@ def test_draft_vocabulary() -> None:
     assert frequent_tokens(data, 3, 12).tolist() == [3, 7, 9]
     assert frequent_tokens(data, 6, 12).tolist() == [0, 1, 2, 3, 7, 9]  # tokens that never occur fill it up
     assert frequent_tokens(data, 12, 12) is None
+    assert frequent_tokens(torch.tensor([[0, 0, 3, ~1, ~1, ~1]]), 1, 12).tolist() == [0]
 
 
 # ----- Training ----------------------------------------------------------------------------------------------------
@@ -388,6 +401,15 @@ def test_init_does_not_fit(option: str, value: int, says: str, tmp_path: Path) -
     Eagle3Trainer.check(args, model.cfg)
     with pytest.raises(ValueError, match=says):
         Eagle3Trainer.check(argparse.Namespace(**vars(args) | {option: value}), model.cfg)
+
+
+def test_init_with_a_list(tmp_path: Path) -> None:
+    """Fails if a head that drafts all tokens is trained on as one of the tokens that the list beside it has."""
+    model = tiny.target(num_hidden_layers=8)
+    folder = saved_head(model, tmp_path / "init", None, taps=(2, 4, 5))
+    (folder / "draft_vocab.json").write_text(json.dumps(list(range(12))))
+    made = Eagle3Trainer(model, settings(tmp_path, init=folder, draft_vocab=None), marked(8, 32).int())
+    assert made.module.vocab is None and len(made.target_rows) == V
 
 
 def test_init_refused(tmp_path: Path) -> None:
@@ -598,6 +620,9 @@ def test_a_list_beside_a_head(command, tmp_path: Path) -> None:
     assert not (tmp_path / "all/draft_vocab.json").exists()
     command(*words, 0, *out, "--draft_vocab", 12)
     assert len(load_head(tmp_path / "all", load_model(folder)).vocab) == 12
+    (tmp_path / "all/draft_vocab.json").unlink()
+    command(*words, 2, *out, "--share_lm_head", "--draft_vocab", vocab_size)
+    assert not (tmp_path / "all/draft_vocab.json").exists()
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from model import Llama
 from training import dialogues
 from training.commands import options
 from training.dialogues import Script, read_openers
+from training.steps import unrolled_attention
 from training.trainer import Trainer, new_head
 
 CPU = torch.device("cpu")
@@ -162,3 +163,21 @@ def test_own_openers(tmp_path: Path) -> None:
         file.write_text(wrong)
         with pytest.raises(ValueError, match=r"openers\.json: should be a JSON list of texts"):
             read_openers(file)
+
+
+def test_gradient_of_attention() -> None:
+    """Fails if a later step's gradient does not reach the weights of the steps before it: against plain attention."""
+    layer = tiny.target(num_hidden_layers=1).layers[0].requires_grad_(True)
+    rope = torch.stack((torch.ones(5, 8), torch.zeros(5, 8))).double()
+    x, given = (torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in (0, 1))
+    keys, values = [], []
+    unrolled_attention(layer, x, rope, keys, values)
+    y = unrolled_attention(layer, x.flip(0), rope, keys, values)
+    q = layer.qkv(x.flip(0), rope)[0].transpose(1, 2)
+    first = (q @ keys[0].mT * 8**-0.5).masked_fill(torch.ones(5, 5).tril() == 0, -torch.inf)
+    later = (q * keys[1]).sum(-1, keepdim=True) * 8**-0.5
+    p = torch.cat((first, later), -1).softmax(-1)
+    plain = (p[..., :5] @ values[0] + p[..., 5:] * values[1]).transpose(1, 2).flatten(2)
+    found, wanted = (torch.autograd.grad((out * given).sum(), layer.wqkv.weight, retain_graph=True)[0]
+                     for out in (y, plain))
+    assert torch.allclose(y, plain, atol=1e-5) and (found - wanted).norm() < 1e-4 * wanted.norm()
