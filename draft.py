@@ -88,10 +88,10 @@ class Vanilla(Drafter):
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         zero = torch.zeros(1, dtype=torch.int64, device=device)
-        self.shape = Tree(zero, zero, zero, zero[:, None] + 1)
+        self.tree = Tree(zero, zero, zero, zero[:, None] + 1)
 
     def propose(self, state: State) -> Tree:
-        return self.shape._replace(tokens=root_token(state))
+        return self.tree._replace(tokens=root_token(state))
 
 
 # ----- The EAGLE head ----------------------------------------------------------------------------------------------
@@ -143,15 +143,15 @@ class EagleHead(nn.Module):
 
 
 class BoundHead:
-    """An EAGLE-1/2 head with the target that it drafts for. `Eagle` knows a head of any kind by these three methods:
+    """An EAGLE-1/2 head with the target that it drafts for. `Eagle` calls a head of any kind by these three methods:
 
-    enter   what the head takes from the target's hidden states
-    run     predicted features, from tokens and what was taken from the hidden state before each
-    read    the logits of predicted features, and what the head takes from them
+    enter   target's hidden states -> the head's input (`taken`)
+    run     tokens, and the input from the hidden state before each -> predicted features
+    read    predicted features -> logits, and the input of the next level
 
-    fc of an embedding and a feature is a sum of two products. The embedding's share is looked up in a table, fc applied
-    to every token once. The feature's share is what the head takes. It is computed together with the feature's logits,
-    once for all children, and with a draft vocabulary in the same matrix product."""
+    fc([e; f]) = fc_e e + fc_f f. The table fc_of_token holds fc_e e + bias of every token. fc_f f is the head's input:
+    it is computed once for each feature, not for each child; with a draft vocabulary the same matrix product gives the
+    logits."""
     taps = ()
 
     def __init__(self, head: EagleHead, target: Llama) -> None:
@@ -165,7 +165,7 @@ class BoundHead:
             else:
                 for_embedding, self.fc = head.of_embedding, head.fc.weight
             self.fc_of_token = F.linear(target.embed.weight, for_embedding, head.fc.bias)  # [V, C]
-            # The lm_head's rows of a draft vocabulary are a copy, and fc's rows may lie below them.
+            # With a draft vocabulary the lm_head's rows are a copy, so fc's rows can be stacked below them.
             self.lm_head_and_fc = None if self.ids is None else in_kernel_order(stack(self.lm_head, self.fc))
         if self.lm_head_and_fc is not None:
             count = len(self.ids)
@@ -174,7 +174,7 @@ class BoundHead:
             self.draft_rows.weights = [self.lm_head, self.lm_head_and_fc]
 
     def weights(self) -> tuple[tuple, tuple, tuple]:
-        """The weights that `enter` reads, that a level reads, and that a level reads too if another one follows."""
+        """For benchmarks/cycle.py: the weights read by `enter`, by each level, and by each level but the last too."""
         return (self.fc,), (self.head.layer, self.lm_head), (self.fc,)
 
     def enter(self, hidden: Tensor) -> Tensor:
@@ -189,8 +189,8 @@ class BoundHead:
         return self.head(x[None], rope, cache_pos, mask)[0]
 
     def read(self, features: Tensor, last: bool) -> tuple[Tensor, Tensor | None]:
-        """Of predicted features [N, C]: the logits [N, V] of the tokens below them, at least fp32; and, unless the
-        level is the last, fc's share of them [N, C]."""
+        """Logits [N, Vd] of the next tokens, at least fp32 (Vd: draft vocabulary; without one, all V), and fc's product
+        with the features [N, C], the input of the next level (None if `last`). features [N, C]."""
         dtype = torch.promote_types(features.dtype, torch.float32)
         if last:
             return linear(features, self.lm_head, dtype=dtype), None
@@ -228,8 +228,8 @@ class Eagle(Drafter):
         return None if state.noise is None else state.noise[depth]
 
     def extend(self, state: State) -> tuple[Tensor, Tensor]:
-        """Run the head over the tokens just committed, now with the target's true hidden states, and so replace what
-        drafting left in its cache. Always max_depth + 1 rows: spare rows lie past every slot that is read.
+        """Run the head over the tokens just committed, with the target's true hidden states. This replaces the drafts'
+        entries in its cache. Always max_depth + 1 rows: spare ones are written to slots that are rewritten before use.
 
         Returns the feature [1, C] predicted after the root, and the absolute positions and slots of `scratch`."""
         tokens, slots, last_row, scratch = self.tree_ops.catch_up(state, self.max_depth + 1, self.scratch)
@@ -271,8 +271,8 @@ class Eagle2(Eagle):
 
     def expand(self, state: State, scratch: Tensor, taken: Tensor, level: Level, depth: int
                ) -> tuple[Tensor | None, Level]:
-        """Feed the nodes of `level`, which lie `depth` below the root, and draft the next level. taken [any, C] is of
-        the rows fed before. Returns it for these rows [k, C], and the next level."""
+        """Run the head over the nodes of `level`, at this depth, and draft the next level. taken [any, C]: the head's
+        inputs from the level before. Returns those from this level [k, C] (None at the last), and the next level."""
         positions, slots = scratch[:, (depth - 1) * self.topk:depth * self.topk]
         mask = tree_mask(scratch[0, 0], level.visible, state.width)
         predicted = self.bound.run(level.tokens, taken, level.parent_rows, positions, slots, mask)

@@ -10,7 +10,7 @@ One cycle, in the order of the code below:
     choose     the target's next token after every node: argmax, or a sample           Engine.choose
     accept     the longest path on which every node is the target's own choice         tree.accept_commit
     commit     append these tokens and the bonus token; stop ids and the length limit  tree.accept_commit
-    compact    move the path's keys and values behind the text's, keep its features    tree.compact
+    compact    move the path's keys and values after the text's, keep its features     tree.compact
 
 Vanilla decoding is the same cycle with a tree of one node. Everything in a cycle has a static shape and lives on the
 device: lengths, positions, masks, the stop test. So on a GPU a cycle is one CUDA graph, whatever the prompt. The host
@@ -62,7 +62,7 @@ class Engine:
             model.allocate_cache(max_seq_len, SPARE)
         drafter.allocate(self.slots)
 
-        # Prefill
+        # Prefill. features [chunk, C]; hidden, the drafter's input: taps [chunk, k * C], or without taps `features`
         zero = torch.zeros((), dtype=torch.int64, device=device)
         self.first_slot = zero.clone()  # 0-d int64: the slot of the chunk's first token
         self.features = model.embed.weight.new_zeros(min(PREFILL_CHUNK, max_seq_len), model.cfg.hidden_size)
@@ -96,12 +96,12 @@ class Engine:
 
     def generate(self, ids: list[int], max_new_tokens: int, sampling: Sampling = Sampling(), reuse: bool = False
                  ) -> Iterator[list[int]]:
-        """Yield the new token ids: first the one that prefill chose, then what each cycle committed. Ends after a stop
-        id, which is yielded too, after max_new_tokens, or where the context is full.
-
-        reuse: keep the cache entries of the tokens that the last text began with too. By default every prompt is
-        processed as a whole: in half precision, cache entries that decoding left are rounded differently, so a text
-        would depend on what came before it."""
+        """Yield lists of new token ids: first the one chosen by prefill, then those of each cycle. Ends after a stop
+        id, which is yielded too, after max_new_tokens, or at max_seq_len. Raises ValueError (see `check`) at the first
+        next(), RuntimeError if another `generate` took over the caches.
+        reuse: keep the cache entries of the prefix shared with the last text. Off by default: in half precision,
+        entries written by decoding are rounded differently from those of prefill, so the same prompt could give
+        another text."""
         self.check(ids, max_new_tokens)
         start = self.reusable(ids) if reuse else 0
         self.begin_sequence(ids[:start])
@@ -137,7 +137,7 @@ class Engine:
         self.commit(base, tree, hidden, next_tokens)
 
     def draw_noise(self) -> None:
-        """The noise that the next tokens are sampled with, one row for each position ahead."""
+        """Set state.noise [noise_depth + 1, V] fp32, one row for each position from `length` on; None if greedy."""
         temperature = self.state.sampling.temperature
         self.state.noise = None
         if temperature:
@@ -145,8 +145,8 @@ class Engine:
             self.state.noise = temperature * gumbel_noise(self.state.seed, positions, self.model.cfg.vocab_size)
 
     def verify(self, base: Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
-        """One forward over all nodes, the root in slot `base` (0-d int64). Returns what the drafter drafts from, their
-        features [T, C] or taps [T, k * C], and the target's choice after each, [T] int64."""
+        """One forward over all nodes; the root goes to slot `base` (0-d int64). Returns the drafter's input, features
+        [T, C] or taps [T, k * C], and the target's next token after each node, [T] int64. Calls drafter.learn."""
         slots = base + self.indices[:len(tree.tokens)]  # siblings share a position, never a slot
         mask = tree_mask(base, tree.ancestors, self.state.width, settled=True)
         tokens = tree.tokens ^ (tree.tokens >> 63) if self.drafter.has_blocked_nodes else tree.tokens  # ~t back to t
@@ -172,7 +172,7 @@ class Engine:
         return logits
 
     def commit(self, base: Tensor, tree: Tree, hidden: Tensor, next_tokens: Tensor) -> None:
-        """Accept and commit. Move the path's keys and values behind the text's, its hidden states to `state.hidden`."""
+        """Accept and commit; move the path's keys and values right after the text's; copy hidden to `state.hidden`."""
         path = self.accept(tree, next_tokens, self.drafter.max_depth)
         if self.drafter.max_depth:
             self.tree_ops.compact(self.model.kv, base, path, hidden, self.state.hidden)
@@ -184,7 +184,7 @@ class Engine:
     # ----- The prompt ----------------------------------------------------------------------------------------------
 
     def check(self, ids: list[int], max_new_tokens: int) -> None:
-        """ValueError where this prompt cannot be continued by so many tokens."""
+        """ValueError if ids are empty, too long or not in the vocabulary, or if max_new_tokens is below 1."""
         if not ids:
             raise ValueError("the prompt is empty: there is nothing to continue")
         if len(ids) >= self.max_seq_len:
@@ -236,7 +236,7 @@ class Engine:
                   for size in (self.short_rows, rows)}
         while start < n:  # two shapes serve every prompt
             size = self.short_rows if n - start <= self.short_up_to else rows
-            first = min(start, self.slots - size)
+            first = min(start, self.slots - size)  # the last chunk begins earlier if it would pass the end of the cache
             self.before_chunk()
             self.first_slot.fill_(first)
             chunks[size]()
@@ -244,8 +244,8 @@ class Engine:
         return n - 1 - first
 
     def prefill_chunk(self, rows: int, width: int) -> None:
-        """Fill `rows` slots of the caches from `first` on, `features` and `hidden`. What lies past the prompt's end is
-        overwritten before anyone reads it, and so is the head's last entry, whose token is not chosen yet."""
+        """Fill `rows` cache slots from `first_slot` on, `features` and `hidden`. Entries past the prompt's end are
+        overwritten before they are read. So is the head's last entry: it needs a token that is not chosen yet."""
         slots = self.first_slot + torch.arange(rows, device=self.device)
         mask = causal_mask(self.first_slot, rows, width)
         tokens, taps = self.state.tokens[slots][None], self.drafter.taps
@@ -271,10 +271,10 @@ class Engine:
         return sequence is self.sequence and all(LAST_WRITTEN.get(cache) is sequence for cache in self.caches())
 
     def reusable(self, ids: list[int]) -> int:
-        """How many tokens of the prompt need not be processed again: the prefix shared with the last text, less one,
-        because a head's entry for token i needs token i + 1. The last max_depth + 2 tokens of that text are always
-        processed again: a drafter processes what was committed one cycle later, and a cycle that ran ahead or was
-        interrupted may have written to their slots, but to none before."""
+        """How many prompt tokens have valid cache entries: the prefix shared with the last text, less one, because a
+        head's entry for token i needs token i + 1. The last max_depth + 2 tokens of that text never count: a drafter
+        processes committed tokens one cycle later, and a cycle that ran ahead or was interrupted may have overwritten
+        their slots."""
         if not self.owns_caches(self.sequence):
             return 0
         return max(0, min(first_difference(ids, self.text) - 1, len(self.text) - self.drafter.max_depth - 2))
@@ -291,8 +291,8 @@ class Engine:
         self.compile_s = time.perf_counter() - start
 
     def compile(self, sampling: Sampling = Sampling(), rows: tuple[int, ...] = ()) -> None:
-        """Compile the kernels of prefill, of a cycle, and of verifying each of these counts of nodes (greedily: a chain
-        may be longer than the noise reaches). Ends the text."""
+        """Compile the kernels of prefill, of a cycle, and of verifying chains of rows[i] nodes. `rows` needs greedy
+        sampling, since a chain may be longer than the noise. Ends the text."""
         self.begin_sequence([])
         self.first_slot.zero_()  # elsewhere a chunk might reach past the caches
         self.state.sampling = sampling
@@ -301,7 +301,7 @@ class Engine:
         compile_kernels(self.cycle, *chunks, partial(self.commit_first, 0), *trees)
 
     def captured(self, function: Callable[[], None], *key: object) -> Callable[[], None]:
-        """`function` as a CUDA graph, captured when this key is new or long not used; on a CPU `function` itself."""
+        """`function` as a CUDA graph, from an LRU cache by key; `function` itself on a CPU or with compiled=False."""
         if self.graphs is None:
             return function
         caches = self.caches()
@@ -331,7 +331,7 @@ class Engine:
 
     @torch.inference_mode()
     def top2_gap(self, ids: list[int], sampling: Sampling = Sampling()) -> float:
-        """How far apart the scores of the target's two best tokens after `ids` are. Near 0, rounding decides."""
+        """The gap between the two best logits (plus noise) after `ids`; near 0, rounding decides. Ends the text."""
         self.state.sampling = sampling
         self.state.seed.fill_(sampling.seed)
         self.state.tokens[:len(ids)].copy_(torch.tensor(ids))

@@ -88,8 +88,8 @@ class Layer(nn.Module):
         """x [B, T, C], rope [2, T, D], kv [2, B, K, S, D], cache_pos [T], mask [T, W] -> [B, T, C].
 
         residual [B, T, C]: what attention's output is added to, by default x (an EAGLE-3 head reads more than that).
-        Six kernels on a GPU, eight above 16 rows: RoPE, the gate, the residuals and, for few rows, the norms are done
-        inside the matrix products beside them."""
+        GPU, bf16 weights, no q/k norms: 5 kernels, 6 with split attention, 2 more for 17 to 128 rows. RoPE, the gate,
+        the residuals and, up to 16 rows, the norms are fused into the matrix products."""
         residual = x if residual is None else residual
         return self.mlp(linear(self.attention(x, rope, kv, cache_pos, mask), self.wo.weight, self.wo.bias,
                                residual=residual))
@@ -101,7 +101,7 @@ class Layer(nn.Module):
 
     def attention(self, x: Tensor, rope: Tensor, kv: Tensor | None, cache_pos: Tensor | None,
                   mask: Tensor | TreeMask | None) -> Tensor:
-        """What the heads read, [B, T, H * D]. Without a cache: causal among the T tokens, for training."""
+        """The attention output before wo, [B, T, H * D]. Without a cache: causal among the T tokens, for training."""
         if isinstance(mask, TreeMask):  # our kernels store keys and values and read the mask as bits
             q = self.project(x[0], (rope, cache_pos, kv[:, 0])).unflatten(-1, (-1, self.head_dim))
             return tree_attention(q, kv[:, 0], *mask)[None]
@@ -185,9 +185,9 @@ class Llama(nn.Module):
     def forward_with_taps(self, tokens: Tensor, rope_pos: Tensor, cache_pos: Tensor | None = None,
                           mask: Tensor | TreeMask | None = None, taps: tuple[int, ...] = ()
                           ) -> tuple[Tensor, Tensor]:
-        """The features, as `forward` returns them, and what a drafter with these taps drafts from: the residual stream
-        entering each of the layers `taps`, side by side [B, T, len(taps) * C]; without taps the features. taps:
-        ascending, 0 is the embeddings and the number of layers what the last one leaves."""
+        """The features, as `forward` returns them, and the drafter's input: the residual stream at each of `taps`,
+        concatenated, [B, T, len(taps) * C]; without taps the features. taps are ascending: i is the input of layer i
+        (0: the embeddings), num_layers the last layer's output before the final norm."""
         x, rope = embed(self.embed.weight, tokens, self.rope, rope_pos)
         tapped = []
         for i, (layer, angles) in enumerate(zip(self.layers, layer_ropes(self.cfg, rope))):

@@ -17,7 +17,7 @@ from ops import tree as tree_kernels
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 are off. The same seed gives the same
-    text with any drafter that keeps position-keyed noise. ValueError, which begins with the name, for other values."""
+    text with any drafter without rejection_sampling. ValueError for other values; it begins with the field's name."""
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -26,7 +26,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, fits, range_of_it in (
-                # In fp32 a logit divided by less could overflow, and beside more the logits would vanish.
+                # Below 1e-6, logits / temperature may overflow fp32. Above 1e6, the noise would swamp the logits.
                 ("temperature", self.temperature == 0 or 1e-6 <= self.temperature <= 1e6, "0, or 0.000001 to 1000000"),
                 ("top_k", isinstance(self.top_k, int) and self.top_k >= 0, "a whole number, 0 or more"),
                 ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),

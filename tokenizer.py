@@ -16,7 +16,7 @@ from tokenizers import decoders
 
 from formats.tokenizer_files import BYTE_OF, clear_error, find_turn_ends, load_bpe, load_template, read_json, read_model
 
-MOST_CHARACTERS = 10**7  # that a chat template may write: more than any model reads
+MAX_CHARACTERS = 10**7  # that a chat template may write: more than any model reads
 
 
 class Tokenizer:
@@ -85,7 +85,7 @@ class Tokenizer:
         return self.encode(self.render(messages), add_special_tokens=False)
 
     def dialogue(self, texts: list[str]) -> list[int]:
-        """The same for the texts of the user and the assistant in turn. Without a chat template: the texts alone."""
+        """`chat` for texts of user and assistant in turn, user first. No template: encode them, blank lines between."""
         if not self.has_chat_template:
             return self.encode("\n\n".join(texts))
         return self.chat([{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)])
@@ -102,7 +102,7 @@ class Tokenizer:
             for piece in self.template.generate(values, add_generation_prompt=add_generation_prompt):
                 pieces.append(piece)
                 size += len(piece)
-                if size > MOST_CHARACTERS:
+                if size > MAX_CHARACTERS:
                     raise ValueError("it writes more than any model can read")
         return "".join(pieces)
 
@@ -159,8 +159,8 @@ class TextStream:
 
 
 class StoppingStream(TextStream):
-    """A text that ends before the first of `stops`: before the one that is complete first, and of two that are complete
-    at once before the longer one. Text that may still become a stop is held back.
+    """Ends the text before the stop string that is complete first; if two end at the same character, before the longer
+    one. Text that may be the start of a stop string is held back.
 
     `tokens` counts the ids up to the one that completes a stop. Ids are processed one by one, so text and count do not
     depend on how many are pushed at once."""

@@ -28,16 +28,16 @@ class Tree(NamedTuple):
     tokens: Tensor  # [T] int64; a node that must never be accepted holds ~token, which is negative
     parents: Tensor  # [T] int64, parents[0] = 0
     depth: Tensor  # [T] int64
-    ancestors: Tensor  # [T, W] int64, W = 1 for T <= 64, else 2; see `bit`: node i is node j or descends from it
+    ancestors: Tensor  # [T, W] int64, W = 1 for T <= 64, else 2; bit j of row i (see `bit`): j is i or an ancestor of i
 
 
 @dataclass
 class State:
     """One sequence while it is decoded. Everything is on the device except `width` and `sampling`."""
     tokens: Tensor  # [S + 1] int64; the first `length` are committed; the last of these is the next root
-    length: Tensor  # 0-d int64; the root's key and value are not in the cache yet
-    hidden: Tensor  # [max_depth + 1, C or k * C]: the target's features, or taps, before each token just committed
-    committed: Tensor  # 0-d int64: how many tokens the last cycle committed, and so how many rows of `hidden` count
+    length: Tensor  # 0-d int64: committed tokens. The last one, the root, has no entry in the target's KV cache yet
+    hidden: Tensor  # [max_depth + 1, C or k * C]: the target's features or taps; row i: before the i-th new token
+    committed: Tensor  # 0-d int64: tokens committed by the last cycle alone; only as many rows of `hidden` are valid
     done: Tensor  # 0-d bool: a stop id or the length limit was reached; further cycles change nothing
     width: int  # cache slots that PyTorch's attention reads on a CPU: an upper bound on every slot in use
     noise: Tensor | None = None  # [noise_depth + 1, V] fp32: what sampling adds to the logits of the next positions
@@ -56,8 +56,8 @@ class Level(NamedTuple):
 
 class Candidates(NamedTuple):
     """All drafted nodes. EAGLE-2's come level by level, siblings best first: N = k + (levels - 1) k^2. Those of `grid`
-    come depth by depth, best first: N = D n. With `retrieved`, so many more follow: a copy of the root, which is never
-    kept, and below it a chain found in the text."""
+    come depth by depth, best first: N = D n. Then come `retrieved` more entries, or none: an unused one for the newest
+    token (never kept), and a chain found in the text, whose first token is a child of the root."""
     tokens: Tensor  # [N] int64
     scores: Tensor  # [N] fp32, log-probability of the path to each
     parents: Tensor  # [N] int64, indices of candidates; -1 under the root
@@ -92,8 +92,8 @@ def build_tree(tokens: Tensor, parents: Tensor, max_depth: int) -> Tree:
 
 
 def fixed_tree(paths: list[Path], device: torch.device | str) -> tuple[list[Path], Tree]:
-    """The tree that these paths of ranks lead through: its nodes in level order, the root () first, and the Tree, whose
-    tokens are still to be filled in."""
+    """The nodes of these paths of ranks in level order, the root () first, and their Tree, with tokens still to be
+    filled in. ValueError if the parent of a path, path[:-1], is missing."""
     nodes = sorted({(), *paths}, key=lambda path: (len(path), path))
     parents = torch.tensor([0] + [nodes.index(path[:-1]) for path in nodes[1:]], device=device)
     return nodes, build_tree(torch.zeros_like(parents), parents, len(nodes[-1]))
@@ -128,7 +128,7 @@ def start_tree(k: int, levels: int, device: torch.device, retrieved: int = 0) ->
 
 def empty_candidates(drafted: int, device: torch.device, retrieved: int = 0) -> Candidates:
     """Room for so many drafted candidates and for a retrieved chain."""
-    tokens, parents = torch.arange(-1, drafted + retrieved - 1, device=device).repeat(2, 1)  # a chain: the one before
+    tokens, parents = torch.arange(-1, drafted + retrieved - 1, device=device).repeat(2, 1)  # of a chain: i - 1
     parents[drafted:drafted + 2] = -1
     return Candidates(tokens, torch.full((drafted + retrieved,), -torch.inf, device=device), parents, retrieved)
 
@@ -155,11 +155,11 @@ def grow(logits: Tensor, level: Level, candidates: Candidates, depth: int, k: in
 
 def grid(logits: Tensor, candidates: Candidates, n: int, k: int, ids: Tensor | None = None,
          noise: Tensor | None = None) -> None:
-    """The n best nodes of each depth, stored in `candidates` depth by depth, best first, where what comes below a node
-    depends on its depth alone. logits [D, V], ids as in `grow`. noise [D or more, all tokens]: a row for each of them.
+    """For logits that depend on the depth alone, not on the path: store the n best nodes of each depth in `candidates`,
+    best first. logits [D, V] and ids as in `grow`; noise [D or more, all tokens] fp32, row d for depth d + 1.
 
-    A node is a path of ranks. The i-th best parent's child of rank r has (i + 1)(r + 1) - 1 nodes of its depth before
-    it, so pairs with more than n up to them are never kept. `rerank` then finds the best tree of all, as a heap would.
+    Parents and tokens are ranked from 0. Child r of parent i scores no higher than (i + 1)(r + 1) - 1 other nodes of
+    its depth, so pairs with (i + 1)(r + 1) > n need not be looked at. `rerank` then picks the best tree.
     """
     rows, device = len(logits), logits.device
     logits = add_noise(logits, ids, None if noise is None else noise[:rows])
@@ -255,7 +255,7 @@ def accept_commit(tree: Tree, next_tokens: Tensor, state: State, stop_ids: Tenso
     """Accept a path and append its tokens to the text, up to the first of `stop_ids` [any] or the length `limit` (0-d).
 
     Changes state.tokens, length, committed and done in place. Once `done` is set, it commits nothing and leaves the
-    text's tokens, length and `committed` as they are; what lies behind the text may change. Returns `accept`'s path.
+    text's tokens, length and `committed` as they are; entries after the text may change. Returns `accept`'s path.
     Fills report [max_depth + 3] int64 for the host: how many tokens were committed, whether the text has ended, and the
     tokens (only the committed ones count)."""
     path, accepted, out = accept(tree, next_tokens, max_depth)
@@ -273,8 +273,8 @@ def accept_commit(tree: Tree, next_tokens: Tensor, state: State, stop_ids: Tenso
 
 
 def compact(kv: Tensor, base: Tensor, path: Tensor, hidden: Tensor, kept: Tensor) -> None:
-    """Move what was accepted behind the text: slots base + path[j] of kv [..., S, D] to base + j. Copy hidden[path] to
-    kept [max_depth + 1, C]. base 0-d int64, path [max_depth + 1] int64, hidden [T, C]."""
+    """Move accepted keys and values right after the text's: slots base + path[j] of kv [..., S, D] to base + j. Copy
+    hidden[path] to kept [max_depth + 1, C]. base 0-d int64, path [max_depth + 1] int64, hidden [T, C] (taps: k * C)."""
     slots = base + torch.arange(len(path), device=path.device)
     kv.index_copy_(-2, slots, kv.index_select(-2, base + path))  # gathered first: source and destination overlap
     kept.copy_(hidden[path])

@@ -13,8 +13,8 @@ from typing import Any
 from app.options import Engine
 from sampling import Sampling
 
-MOST_STOPS = 8
-MOST_STOP_CHARACTERS = 200  # all of them are searched after every token
+MAX_STOPS = 8
+MAX_STOP_CHARACTERS = 200  # all of them are searched after every token
 
 HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
             "prompt_cache_retention", "prediction", "parallel_tool_calls"}
@@ -164,8 +164,8 @@ def read_stops(stop: object) -> tuple[str, ...]:
     stops = [stop] if isinstance(stop, str) else stop
     if not isinstance(stops, list) or not all(isinstance(text, str) and text for text in stops):
         raise Refusal(400, "stop should be a text or a list of texts, none of them empty", "stop")
-    if len(stops) > MOST_STOPS or any(len(text) > MOST_STOP_CHARACTERS for text in stops):
-        raise Refusal(400, f"stop: at most {MOST_STOPS} texts of at most {MOST_STOP_CHARACTERS} characters", "stop")
+    if len(stops) > MAX_STOPS or any(len(text) > MAX_STOP_CHARACTERS for text in stops):
+        raise Refusal(400, f"stop: at most {MAX_STOPS} texts of at most {MAX_STOP_CHARACTERS} characters", "stop")
     return tuple(stops)
 
 

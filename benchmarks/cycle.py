@@ -51,7 +51,7 @@ from benchmarks.workload import (
 from draft import Eagle2, Vanilla
 from drafters.heads import tree_drafter
 from drafters.methods import BASELINE, CPU_TREE, GPU_TREE, WITH_TREES, head_path, number_or_auto
-from drafters.tree_size import fit, read_curve, verify_by_rows
+from drafters.tree_size import fastest_tree, read_curve, verify_by_rows
 from engine import Engine
 from formats.questions import read_questions
 from formats.writing import write_text
@@ -220,7 +220,7 @@ def measure_all(args: argparse.Namespace, result: dict) -> None:
     tree = args.tree or default
     if args.tree == ["auto"]:
         curve = read_curve(head_path(args, args.method))
-        tree = fit(model, head, curve, slots, show=True) or default
+        tree = fastest_tree(model, head, curve, slots, show=True) or default
     engines = {BASELINE: Engine(model, Vanilla(device), slots, stop_ids),
                args.method: Engine(model, tree_drafter(head, model, *tree), slots, stop_ids)}
     for n in args.contexts:

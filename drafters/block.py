@@ -42,8 +42,8 @@ from quant.draft_rows import DraftRows
 from quant.linear import rows_of, stack, zero_rows
 from tree import MAX_NODES, Candidates, State, Tree, empty_candidates, root_token, start_tree
 
-MOST_LEVELS = 16  # that are drafted; each has up to 127 candidates, so tree.rerank chooses from up to 2,032
-MOST_CANDIDATES = 1000  # of a tree that is grown level by level: its top-k is lowered until there are no more
+MAX_LEVELS = 16  # that are drafted; each has up to 127 candidates, so tree.rerank chooses from up to 2,032
+MAX_CANDIDATES = 1000  # of a tree that is grown level by level: its top-k is lowered until there are no more
 
 # ----- The head ----------------------------------------------------------------------------------------------------
 
@@ -64,8 +64,8 @@ class Markov(nn.Module):
             self.joint = nn.Linear(2 * rank + size, 3 * rank)
 
     def forward(self, tokens: Tensor, h: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """What W2 reads after tokens [m], [m, r], and the states after them [m, r]. h [1 or m, H] is the hidden state
-        of their row, `state` [m, r] the one before them; only "rnn" changes it."""
+        """Returns W2's input [m, r] and the new RNN state [m, r]. tokens [m] int64: the tokens before; h [1 or m, H]:
+        hidden states of the row; `state` [m, r]: the RNN state before these tokens. Only "rnn" reads and changes it."""
         e = self.w1.weight[tokens]
         if self.kind != "vanilla":
             h = h.expand(len(e), -1)
@@ -142,7 +142,7 @@ class BoundBlock:
     def run(self, tokens: Tensor, rope_pos: Tensor, cache_pos: Tensor, masks: dict[int | None, Tensor | TreeMask]
             ) -> Tensor:
         """The hidden states [rows, H] of rows of blocks, before the last norm. tokens, rope_pos, cache_pos [rows];
-        masks: for each of the sliding windows in cfg.windows."""
+        masks: one for each value of cfg.windows (None: no sliding window)."""
         x, rope = embed(self.table, tokens, self.head.rope, rope_pos)
         x = x[None]
         for layer, kv, window in zip(self.head.layers, self.head.kv, self.head.cfg.windows):
@@ -178,7 +178,7 @@ class Block(Drafter):
             raise ValueError(f"a tree takes 2-{MAX_NODES} --draft_tokens and 1-10 --draft_topk")
         cfg, device = head.cfg, target.embed.weight.device
         skipped = 0 if cfg.anchor_first else 1  # rows before the first that is read
-        depth = min(cfg.block_size - skipped, MOST_LEVELS)
+        depth = min(cfg.block_size - skipped, MAX_LEVELS)
         # A head whose rows see later rows needs all of them, as it was trained.
         rows = self.rows = depth + skipped if cfg.causal else cfg.block_size
         chain = retrieval.length if retrieval else 0
@@ -191,7 +191,7 @@ class Block(Drafter):
         self.mask_tokens = torch.full((rows - 1,), cfg.mask_token, device=device)
         bits = [(1 << (row + 1 if cfg.causal else rows)) - 1 for row in range(rows)]
         self.visible = torch.tensor([[word - (word >> 63 << 64)] for word in bits], device=device)  # as signed words
-        while head.markov and topk + (depth - 1) * topk**2 > MOST_CANDIDATES:
+        while head.markov and topk + (depth - 1) * topk**2 > MAX_CANDIDATES:
             topk -= 1
         self.topk = min(topk, cfg.draft_vocab_size)
         self.num_nodes = min(draft_tokens, 1 + sum(min(self.topk**d, MAX_NODES) for d in range(1, depth + 1)))
@@ -223,8 +223,8 @@ class Block(Drafter):
         _, places, _, (slots, _) = self.tree_ops.catch_up(state, self.max_depth + 1, self.scratch)
         self.bound.remember(state.hidden, places)
         anchor = root_token(state)
-        # The row at place p sees the context from place p - window + 1 on, as SpecForge trains it. speculators lets all
-        # rows see as far back as `window` places before the anchor, which differs in a few places at the edge.
+        # The row at position p sees the context from position p - window + 1 on, as SpecForge trains it. speculators
+        # lets all rows see back to `window` positions before the anchor: a difference of a few tokens at the edge.
         masks = {window: tree_mask(slots[0], self.visible, state.width, window) for window in self.head.cfg.windows}
         x = self.bound.run(torch.cat((anchor, self.mask_tokens)), slots, slots, masks)[self.read_rows]
         logits = self.bound.read(x)

@@ -35,7 +35,7 @@ class Eagle1(Eagle):
     def __init__(self, head: EagleHead, target: Llama, choices: list[Path] = EAGLE1_TREE) -> None:
         super().__init__(head, target, max(map(len, choices)))
         device = target.embed.weight.device
-        nodes, self.shape = fixed_tree(choices, device)
+        nodes, self.tree = fixed_tree(choices, device)
         self.num_nodes = len(nodes)
         parents = {path[:-1] for path in nodes[1:]}
         fed = [path for path in nodes[1:] if path in parents]  # in the order of their scratch slots
@@ -70,7 +70,7 @@ class Eagle1(Eagle):
             predicted = self.bound.run(tokens[-1][fed.nodes], taken, fed.parent_rows, positions, slots, mask)
             logits, taken = self.bound.read(predicted, depth == len(self.levels))
             tokens.append(self.best_children(logits, state, depth))
-        return self.shape._replace(tokens=torch.cat((root_token(state), *tokens)))
+        return self.tree._replace(tokens=torch.cat((root_token(state), *tokens)))
 
     def best_children(self, logits: Tensor, state: State, depth: int) -> Tensor:
         """The tokens of the tree's nodes below the nodes fed at this depth. logits [k, V]."""

@@ -6,7 +6,7 @@ Three things differ from EAGLE-1 and EAGLE-2 (draft.py). The head drafts from *t
 three depths, which one linear layer, fc, joins. Its own predictions are fed back as they are, without fc. And it has
 an lm_head of its own, often over a part of the vocabulary. The trees are the same: EAGLE-2's, or EAGLE-1's fixed one.
 
-    g      = fc([tap_1; ...; tap_k])              where the target's hidden states are known; later its own h
+    g      = fc([tap_1; ...; tap_k])              at the first level; at later levels the parent's h
     x      = [norm(embedding(token)); norm(g)]    2H wide
     h      = g + attention(x);  h = h + mlp(norm(h))
     logits = lm_head(norm(h))
@@ -28,7 +28,7 @@ from ops.embed_rope import embed_pair
 from ops.linear import linear, rms_norm
 from quant.draft_rows import DraftRows
 
-PLAIN = ("fc.weight", "norm.weight", "lm_head.weight")  # of the tensors that a variant may lack, what plain EAGLE-3 has
+PLAIN = ("fc.weight", "norm.weight", "lm_head.weight")  # the optional tensors that the original EAGLE-3 has
 
 
 class Eagle3Layer(Layer):
@@ -77,8 +77,8 @@ class Eagle3Head(TappedHead):
         return BoundHead3(self, target)
 
     def join(self, taps: Tensor) -> Tensor:
-        """What the first step drafts from, [..., H] of the target's taps [..., k * C]; of its features [..., C] for a
-        head without fc."""
+        """The first step's input g [..., H]: fc of the target's taps [..., k * C], normed first if the head has norms.
+        A head without fc: its features [..., C], unchanged."""
         if self.fc is None:
             return taps
         if self.fc_norms:
@@ -90,8 +90,8 @@ class Eagle3Head(TappedHead):
 
 
 class BoundHead3:
-    """An EAGLE-3 head with the target that it drafts for, as draft.BoundHead. What it takes from the target's hidden
-    states is what fc makes of them, and what it takes from its own predictions are the predictions themselves."""
+    """An EAGLE-3 head with the target that it drafts for, as draft.BoundHead. The head's input (`taken`) is g: fc of
+    the target's taps, or from the second level on its own hidden state h, without fc."""
 
     def __init__(self, head: Eagle3Head, target: Llama) -> None:
         self.head = head

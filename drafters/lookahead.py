@@ -81,7 +81,7 @@ class Lookahead(Drafter):
         self.max_depth = levels
         self.noise_depth = max(levels, levels + window - 2)  # the window's last row: level N - 2, column W - 1
         device = model.embed.weight.device
-        self.shape = lookahead_tree(window, ngram, guesses, device)
+        self.tree = lookahead_tree(window, ngram, guesses, device)
         self.window = torch.zeros(levels, window, dtype=torch.int64, device=device)
         self.pool = torch.full((model.cfg.vocab_size, guesses, levels), -1, dtype=torch.int32, device=device)
         rows = torch.arange(levels * window, device=device)
@@ -100,7 +100,7 @@ class Lookahead(Drafter):
     def propose(self, state: State) -> Tree:
         self.window[0, :1] = root_token(state)  # `learn` cannot write it: it runs before the commit
         chains = self.pool.index_select(0, self.window[0, :1])
-        return self.shape._replace(tokens=torch.cat((self.window.flatten() ^ self.block, chains.flatten())))
+        return self.tree._replace(tokens=torch.cat((self.window.flatten() ^ self.block, chains.flatten())))
 
     def learn(self, state: State, tree: Tree, next_tokens: Tensor) -> None:
         levels, window = self.window.shape

@@ -8,12 +8,12 @@ There are three rules:
     longest  the longest match of at most 16 tokens, and the latest of equally long ones. A chain that reaches the end
              of the text starts again at its first token, so a text that repeats itself is drafted in full.
     pld      prompt lookup decoding (github.com/apoorvumang/prompt-lookup-decoding): the first match of 3 tokens, else
-             of 2, else of 1. The text must have all tokens of the chain, and the match must end before the tokens that
-             it is compared with.
+             of 2, else of 1. The text must have all tokens of the chain, and the chain must begin before the tokens
+             that were looked up.
     hf       transformers' prompt_lookup_num_tokens: the first match of 2 tokens, else of 1. The chain may be shorter.
 
-EAGLE-2 can let a retrieved chain compete with its own candidates: the length of the match tells how likely the text is
-to follow the chain.
+EAGLE-2's tree and block drafters can let such a chain compete with their own candidates. Its scores depend on the
+length of the match (CONFIDENCE).
 """
 import math
 
@@ -134,8 +134,8 @@ class Lookup(Drafter):
         self.retrieval = Retrieval(length, rule, device)
         self.num_nodes = length + 1
         self.max_depth = length
-        self.shape = chain_tree(length, device)
+        self.tree = chain_tree(length, device)
 
     def propose(self, state: State) -> Tree:
-        self.retrieval.write(state, self.shape.tokens)
-        return self.shape
+        self.retrieval.write(state, self.tree.tokens)
+        return self.tree

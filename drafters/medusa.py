@@ -115,7 +115,7 @@ class Medusa(Drafter):
     def __init__(self, heads: MedusaHeads, target: Llama, choices: list[TreePath] = MEDUSA_TREE) -> None:
         device = target.embed.weight.device
         num_heads = heads.weight.shape[1]
-        nodes, self.shape = fixed_tree([path for path in choices if len(path) <= num_heads], device)
+        nodes, self.tree = fixed_tree([path for path in choices if len(path) <= num_heads], device)
         self.num_nodes = len(nodes)
         self.max_depth = len(nodes[-1])
         self.ranks = 1 + max(path[-1] for path in nodes[1:])  # how many best tokens of each head the tree uses
@@ -132,7 +132,7 @@ class Medusa(Drafter):
     def propose(self, state: State) -> Tree:
         feature = state.hidden.index_select(0, (state.committed - 1)[None])  # the root was chosen from it
         best = self.tree_ops.best_tokens(self.logits(feature, state), self.ranks)
-        return self.shape._replace(tokens=torch.cat((root_token(state), best.flatten()[self.best_index])))
+        return self.tree._replace(tokens=torch.cat((root_token(state), best.flatten()[self.best_index])))
 
     def logits(self, feature: Tensor, state: State) -> Tensor:
         """The logits of each head for its own level, [max_depth, V] fp32, of the target's feature [1, C].

@@ -21,7 +21,7 @@ from drafters.lookahead import Lookahead
 from drafters.lookup import RULES, Lookup, Retrieval
 from drafters.medusa import Medusa, load_medusa
 from drafters.speculate import Speculate, load_draft_model
-from drafters.tree_size import curve_path, fit, profile_key, read_curve
+from drafters.tree_size import curve_path, fastest_tree, profile_key, read_curve
 from formats.eagle import find_head, folder_of
 from formats.tokenizer_files import TOKENIZERS
 from model import Llama
@@ -213,7 +213,7 @@ def tree_shape(setup: Setup) -> tuple[int, int, int]:
     known = captured and given == (None, None, None) and curve_path(path).is_file()
     if known or args.tree_table or args.draft_tokens == "auto":
         key = profile_key(model, head, (args.checkpoint, path), args.quantize, args.group)
-        return fit(model, head, read_curve(path), setup.max_seq_len, key, bool(args.tree_table)) or default
+        return fastest_tree(model, head, read_curve(path), setup.max_seq_len, key, bool(args.tree_table)) or default
     return tuple(usual if value is None else value for value, usual in zip(given, default))
 
 

@@ -112,7 +112,7 @@ class Speculate(Drafter):
         self.has_blocked_nodes = retrieval is not None  # nodes that the forwards of a cycle did not get to
         device = target.embed.weight.device
         self.tree_ops = tree_ops(device)
-        self.shape = chain_tree(length, device)
+        self.tree = chain_tree(length, device)
         self.offsets = torch.arange(reach + 2, device=device)
         self.newest_and_chain = self.offsets.new_zeros(rows)  # the newest token and the chain retrieved after it
         self.q = torch.zeros(reach, target.cfg.vocab_size if rejection else 0, device=device)  # [reach, V] fp32
@@ -139,7 +139,7 @@ class Speculate(Drafter):
         drafted = self.text[root + 1 + self.offsets[:self.max_depth]]
         if self.retrieval:
             drafted = torch.where(self.offsets[:self.max_depth] < count, drafted, ~drafted)  # block what is not drafted
-        return self.shape._replace(tokens=torch.cat((root_token(state), drafted)))
+        return self.tree._replace(tokens=torch.cat((root_token(state), drafted)))
 
     def draft_more(self, state: State, root: Tensor, count: int | Tensor, first: bool) -> int | Tensor:
         """Run the draft model once, after the `count` tokens drafted so far, and write what it chose behind them.

@@ -38,7 +38,7 @@ from ops.startup import part
 from tree import Candidates, best_first
 
 NODES = (8, 16, 24, 32, 48, 60, 96, 128)  # the sizes of a curve, the root included; an older curve ends at 60
-LEVELS = 10  # a curve is of 1 to LEVELS levels; the last are all levels of a block head that has more
+LEVELS = 10  # columns of a curve: 1 to LEVELS levels; the last one is all levels of a block head that has more
 TOPK = 10
 LIMIT_MS = 10_000  # nobody wants to wait longer for a better tree
 
@@ -215,8 +215,8 @@ def best_size(profile: list[float], curve: list[list[float]]) -> tuple[int, int,
     return NODES[row], speeds[row].index(best) + 1, "\n".join(lines)
 
 
-def fit(model: Llama, head: Head, curve: list[list[float]], max_seq_len: int, key: str | None = None,
-        show: bool = False) -> tuple[int, int, int] | None:
+def fastest_tree(model: Llama, head: Head, curve: list[list[float]], max_seq_len: int, key: str | None = None,
+                 show: bool = False) -> tuple[int, int, int] | None:
     """Nodes, levels and top-k of the best tree. If measuring would take too long: None, and a line on stderr.
 
     key: the profile's key in the cache; without it the device is measured each time. show: print the table to stderr.

@@ -37,7 +37,7 @@ NESTED = "dflash_config"  # where the entries are that only block heads have
 MARKOV = ("vanilla", "gated", "rnn")  # the kinds of Markov head
 CAUSAL = ("is_causal", "causal", "causal_head")  # one flag in three spellings; the first that is there counts
 WINDOW_NOT_CAUSAL = "sliding_window_non_causal"  # speculators' flag: rows see later rows in sliding layers too
-MOST_ROWS = 64  # of a block
+MAX_ROWS = 64  # of a block
 # Where these entries say anything else, the head computes something else.
 IMPLEMENTED = {"projector_type": ("dflash", "dspark"), "speculators_model_type": ("dflash", "dspark"),
                "attention_mode": ("gqa",), "attention_sink_bias": (False,), "use_swa": (False,)}
@@ -80,8 +80,8 @@ def read_block_config(folder: Path, found: Found, markov: str | None, rank: int,
         layer = layer_config({key: value for key, value in raw.items() if key not in of_blocks}, found, target)
         windows = windows_of(raw, layer)
         block_size = positive(raw, "block_size")
-        if not 2 <= block_size <= MOST_ROWS:
-            raise ValueError(f"block_size {block_size} is not implemented: a block has 2 to {MOST_ROWS} rows")
+        if not 2 <= block_size <= MAX_ROWS:
+            raise ValueError(f"block_size {block_size} is not implemented: a block has 2 to {MAX_ROWS} rows")
         mask_token = read_mask_token(raw, target.vocab_size)
     with naming(folder / MEASURED):
         measured = read_measured(folder / MEASURED, found.taps, target.num_layers, ("anchor_first", "causal"), ())

@@ -17,7 +17,7 @@ from formats.packed import is_read, stated
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # what plain weights are stored in
 
-MOST_BYTES_OF_A_PICKLE = 2**28  # without the tensors' data; those of large models take some megabytes
+MAX_BYTES_OF_A_PICKLE = 2**28  # without the tensors' data; those of large models take some megabytes
 
 # ----- Quantised weights -------------------------------------------------------------------------------------------
 
@@ -122,7 +122,7 @@ def pickled_by(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             program = b"".join(archive.read(entry) for entry in archive.infolist()
-                               if entry.filename.endswith("data.pkl") and entry.file_size < MOST_BYTES_OF_A_PICKLE)
+                               if entry.filename.endswith("data.pkl") and entry.file_size < MAX_BYTES_OF_A_PICKLE)
     except Exception:  # no archive, or a damaged one, which raises anything: reading it as weights will say so
         return None
     method = next((name for name in ("torchao", "hqq", "quanto", "bitsandbytes") if name.encode() in program), None)

@@ -94,8 +94,8 @@ def attention_config(T: int, G: int, K: int, D: int, dtype: torch.dtype, sms: in
     splits = sms // (K * -(-rows // BM)) if T <= 128 else 1
     most = 8  # since merging reads what every split wrote
     # Few heads: many splits of a block or two, with one stage. They need less shared memory, so programs of the next
-    # kernels fit beside them and fetch their weights. Where 16 splits or fewer fit, those of a long context are long,
-    # and large tiles keep their stages.
+    # kernels fit beside them and fetch their weights. With BM = 64 and 16 splits or fewer, a split of a long context
+    # has many blocks, so the stages are kept.
     if hopper and splits >= 8 and BN == 64:
         if BM == 16:
             most, stages = 16, 1

@@ -165,7 +165,7 @@ template <int ROWS, int TILES> void multiply_any(const Linear& a, int64_t m, int
         multiply<ROWS, TILES>(a.integers + m * a.K, a.packed + n * a.K, a.K, out, stride);
 }
 
-// The same for 1 to MOST_ROWS rows and an even number of tiles. Few rows take more tiles at a time: an addition has to
+// The same for 1 to MAX_ROWS rows and an even number of tiles. Few rows take more tiles at a time: an addition has to
 // wait for the one before it, and others fill the gap.
 template <int ROWS>
 void multiply_tiles(const Linear& a, int64_t m, int rows, int64_t n, int tiles, float* out, int64_t stride) {
@@ -182,7 +182,7 @@ void multiply_tiles(const Linear& a, int64_t m, int rows, int64_t n, int tiles, 
 
 // Outputs n to n + count of rows m to m + rows: y [rows, stride].
 void outputs(const Linear& a, int64_t m, int rows, int64_t n, int count, float* y, int64_t stride) {
-    multiply_tiles<MOST_ROWS>(a, m, rows, n, count / TILE, y, stride);
+    multiply_tiles<MAX_ROWS>(a, m, rows, n, count / TILE, y, stride);
     for (int r = 0; r < rows; r++)
         for (int i = 0; i < count; i += LANES) {
             Floats step = Floats{} + a.steps[m + r];
@@ -250,10 +250,10 @@ extern "C" void linear(int64_t T, int64_t K, int64_t N, const float* x, const fl
     int64_t unit = kv ? D : width >= 1024 && !gated && width % 64 == 0 ? 64 : 32;  // outputs
     parallel(width / unit, [&](int64_t number) {
         constexpr int64_t MOST = 256;
-        float y[MOST_ROWS * MOST], up[MOST_ROWS * 32];
+        float y[MAX_ROWS * MOST], up[MAX_ROWS * 32];
         int64_t n = number * unit;
-        for (int64_t m = 0; m < T; m += MOST_ROWS) {
-            int rows = (int)std::min<int64_t>(MOST_ROWS, T - m);
+        for (int64_t m = 0; m < T; m += MAX_ROWS) {
+            int rows = (int)std::min<int64_t>(MAX_ROWS, T - m);
             outputs(a, m, rows, n, (int)unit, y, MOST);
             if (gated) outputs(a, m, rows, width + n, (int)unit, up, 32);
             if (kv) {

@@ -24,7 +24,7 @@ from ops.quantized import Quantized, to_tiles
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-pthread")
-MOST_THREADS = 16  # then memory is the limit: a guess, since this was measured with 1 and 2
+MAX_THREADS = 16  # then memory is the limit: a guess, since this was measured with 1 and 2
 HEAD_SIZES = range(32, 257, 32)
 POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
@@ -48,7 +48,7 @@ def library() -> ctypes.CDLL | None:
     lib.rope_store.argtypes = (INT, INT, POINTER, POINTER, POINTER, POINTER, INT, INT, INT, POINTER)
     lib.rms_norm.argtypes = (INT, INT, POINTER, POINTER, FLOAT, POINTER)
     lib.linear.restype = lib.attention.restype = lib.rope_store.restype = lib.rms_norm.restype = None
-    lib.set_threads(min(torch.get_num_threads(), MOST_THREADS))
+    lib.set_threads(min(torch.get_num_threads(), MAX_THREADS))
     return lib
 
 

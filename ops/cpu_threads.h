@@ -14,7 +14,7 @@
 #include <immintrin.h>
 #endif
 
-constexpr int64_t SPIN_US = 60, STALL_US = 400, ALONE_US = 20000, MOST_ALONE_US = 1000000;
+constexpr int64_t SPIN_US = 60, STALL_US = 400, ALONE_US = 20000, MAX_ALONE_US = 1000000;
 
 inline int64_t now_us() {
     using namespace std::chrono;
@@ -97,7 +97,7 @@ struct Pool {
         }
         if (waited > STALL_US) {  // each further stall soon after the last doubles the time alone
             int64_t now = now_us();
-            alone_us = now - alone_until < 2 * alone_us ? std::min(2 * alone_us, MOST_ALONE_US) : ALONE_US;
+            alone_us = now - alone_until < 2 * alone_us ? std::min(2 * alone_us, MAX_ALONE_US) : ALONE_US;
             alone_until = now + alone_us;
         }
     }

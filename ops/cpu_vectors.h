@@ -83,7 +83,7 @@ inline void add_products(Sums& acc, const Weights& w, const Pair& x) {
 #endif
 }
 inline Floats floats_of(const Sums& acc, int) { return (Floats)_mm512_cvtepi32_ps(acc.all); }
-constexpr int MOST_ROWS = 8;  // of x that share a load of weights
+constexpr int MAX_ROWS = 8;  // of x that share a load of weights
 #elif defined(__AVX2__)
 struct Sums { __m256i low, high; };
 struct Weights { __m256i low, high; };
@@ -104,7 +104,7 @@ inline void add_products(Sums& acc, const Weights& w, const Pair& x) {
     acc.high = _mm256_add_epi32(acc.high, _mm256_madd_epi16(w.high, x.all));
 }
 inline Floats floats_of(const Sums& acc, int first) { return (Floats)_mm256_cvtepi32_ps(first ? acc.high : acc.low); }
-constexpr int MOST_ROWS = 4;
+constexpr int MAX_ROWS = 4;
 #else
 struct Sums { int32_t lane[16]; };
 struct Weights { int16_t lane[32]; };
@@ -133,5 +133,5 @@ inline Floats floats_of(const Sums& acc, int first) {
     for (int i = 0; i < LANES; i++) out[i] = (float)acc.lane[first + i];
     return out;
 }
-constexpr int MOST_ROWS = 4;
+constexpr int MAX_ROWS = 4;
 #endif

@@ -34,7 +34,7 @@ from ops.tiling import Tiling, integer_config, linear_config
 
 MAX_ROWS = 128  # beyond, a matrix product is no longer bound by memory and cuBLAS is the better choice
 MAX_TILES = 4096  # counters kept for split K
-NORM_ROWS = 16  # up to this many rows the norm is fused
+NORM_ROWS = 16  # up to this many rows the norm is fused, except in fp16 (see linear_triton)
 
 
 def linear(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None, norm: tuple[Tensor, float] | None = None,
@@ -45,9 +45,9 @@ def linear(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None, no
     x [..., K], weight [N, K], bias [N], norm (weight [K], eps), residual [..., width].
     gated: the first N / 2 rows of the weights are the gate's, the others up's, and f is silu(gate) * up.
     heads (rope [2, M, D], slots [M], kv [2, KV_HEADS, S, D]), with x [M, K]: the outputs are queries, keys and values.
-    ops.embed_rope.rope_store says what becomes of them: rotated queries [M, H * D] are returned, keys and values are
-    stored in kv.
-    dtype: of the output, by default x's. fp32 keeps the kernel's sums as they are: bf16 logits near 20 are 0.125 apart.
+    Rotated queries [M, H * D] are returned; rotated keys, and values, are stored in kv (ops.embed_rope.rope_store).
+    dtype: of the output, by default x's. fp32 keeps the kernel's fp32 sums (bf16 logits near 20 are 0.125 apart); where
+    linear_torch runs, the result is rounded to x's dtype first.
     """
     if cpu_kernels.takes_linear(x, weight, bias, norm and norm[0], residual):
         if heads is None or cpu_kernels.takes_heads(heads[2]):

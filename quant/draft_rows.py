@@ -18,12 +18,12 @@ LISTED = -2**40  # below every other rank
 
 
 class DraftRows:
-    """`weights`: one weight, the rows of an lm_head [V, C] that are drafted from. `ids` [Vd] int64: which tokens they
-    are. Who stacks the rows with others puts the stacked weight into the list.
+    """`weights`: a list of one weight [Vd, C], the rows of lm_head [V, C] used for drafting. A caller that stacks them
+    with other rows adds the stacked weight, so that `follow` updates it too. `ids` [Vd] int64: their tokens, or None.
 
-    vocab [any] int64: the draft vocabulary, or None, which stands for all rows, as does one with as many tokens. Else
-    `room` of the Vd rows, the first ones, are the prompt's: a multiple of 64, which is whole tiles of every kernel.
-    quantized: see drafting_rows. follows: whether there is such room.
+    vocab [any] int64: the draft vocabulary; None: all rows. If it lacks tokens, the first `room` of the Vd rows are for
+    the prompt's tokens: a multiple of 64, whole tiles of every kernel. follows=False: no such rows. quantized: see
+    drafting_rows.
     """
 
     def __init__(self, lm_head: Tensor | Quantized, vocab: Tensor | None, quantized: bool,

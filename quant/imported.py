@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ops.quantized import Quantized, dequantize, pack
-from quant.linear import GROUPS, ROWS, layout, quantize_weight, rows_of, same_kind, stack
+from quant.linear import GROUPS, ROWS, empty_quantized, quantize_weight, rows_of, same_kind, stack
 
 
 class Affine(NamedTuple):
@@ -134,7 +134,7 @@ def int4_layout(N: int, K: int, group: int, scale: torch.dtype, symmetric: bool,
     if stored is None:
         return None
     zeros = not (symmetric and scale == torch.bfloat16)
-    like = layout(N, K, "int4", stored, zeros=zeros)
+    like = empty_quantized(N, K, "int4", stored, zeros=zeros)
     return like if order is None else like._replace(order=order.int())
 
 
@@ -151,7 +151,7 @@ def stacked_layout(pieces: list[Foreign]) -> Quantized:
 
 
 def int8_layout(piece: Foreign) -> Quantized:
-    return layout(*piece.shape, "int8")
+    return empty_quantized(*piece.shape, "int8")
 
 
 def read_stacked(pieces: list[Foreign], like: Quantized) -> Read:
@@ -170,7 +170,7 @@ def read_stacked(pieces: list[Foreign], like: Quantized) -> Read:
 
 def round_to_int8(source: Affine | Rows | Numbers, shape: tuple[int, int]) -> Quantized:
     """int8 of the values, a few rows at a time."""
-    out = layout(*shape, "int8", device="cpu")
+    out = empty_quantized(*shape, "int8", device="cpu")
     for first in range(0, shape[0], ROWS):
         rows = slice(first, first + ROWS)
         part = quantize_weight(source.values(rows), "int8")

@@ -23,16 +23,16 @@ MODES = ("int8", "int8dyn", "int4")
 IMPORTED = "imported"  # the mode of a file whose weights are of several kinds, as others have quantised them
 GROUPS = (32, 64, 128)  # columns of int4 that share a scale and an offset
 ROWS = 4096  # rows quantised at a time: this bounds the fp32 memory needed beside the weights
-CACHED = 2**20  # int8 on a CPU: so many weights at a time, whose fp32 numbers stay in its cache from step to step
+CACHED = 2**20  # int8 on a CPU: weights quantised at a time, few enough that their fp32 copy stays in the CPU's cache
 
 
 # ----- Weights -----------------------------------------------------------------------------------------------------
 
 
-def layout(N: int, K: int, mode: str, group: int = 128, device: torch.device | str = "meta", zeros: bool = False
-           ) -> Quantized:
-    """An empty Quantized for a weight [N, K]. zeros: of int4 with scales and zeros in fp16. Raises ValueError for an
-    unknown mode or group."""
+def empty_quantized(N: int, K: int, mode: str, group: int = 128, device: torch.device | str = "meta",
+                    zeros: bool = False) -> Quantized:
+    """An uninitialised Quantized for a weight [N, K]; shapes: ops.quantized.Quantized. zeros (int4): pairs of scale and
+    zero in fp16, not of scale and offset in bf16. Raises ValueError for an unknown mode or group."""
     if mode not in MODES:
         raise ValueError(f"quantisation {mode!r} is not known: there is {', '.join(MODES)}")
     if mode != "int4":
@@ -55,7 +55,7 @@ def quantize_weight(w: Tensor, mode: str, group: int = 128, hessian: Tensor | No
     hessian [K, K] fp32, the mean of x.T @ x over the layer's inputs: int4 then searches scales for these inputs and
     uses GPTQ. Without it int4 searches scales alone, and shrink=(1,) makes that plain round-to-nearest.
     """
-    out = layout(*w.shape, mode, group, w.device)
+    out = empty_quantized(*w.shape, mode, group, w.device)
     if w.is_meta:
         return out
     importance = None if hessian is None else column_importance(hessian)
@@ -114,8 +114,8 @@ def zero_rows(like: Tensor | Quantized, count: int) -> Tensor | Quantized:
 
 
 def in_kernel_order(weight: Tensor | Quantized | None) -> Tensor | Quantized | None:
-    """A weight that rows will be taken of, in the order in which a CPU's kernels read it, if they do. They would order
-    it at its first product anyway; ordered before, it shares its memory with the rows that are taken."""
+    """Reorder the weight in place into the CPU kernels' tiles, if they take it, and return it. Its first product would
+    do so anyway; if it is done before `rows_of`, slices of whole tiles share its memory."""
     on_cpu = isinstance(weight, Quantized) and weight.data.device.type == "cpu"  # first: for a GPU, none is compiled
     if on_cpu and cpu_kernels.takes_weight(weight):
         to_tiles(weight)
@@ -123,8 +123,8 @@ def in_kernel_order(weight: Tensor | Quantized | None) -> Tensor | Quantized | N
 
 
 def same_kind(one: Quantized, other: Quantized) -> bool:
-    """Whether two weights, of any number of rows, can be one: the same number of columns, group, planes and rotation,
-    the same words and order of columns."""
+    """Whether two weights, of any number of rows, can be stacked: the same number of columns, group, planes, rotation,
+    scale dtype and column order."""
     same = one.shape[1] == other.shape[1] and one[2:5] == other[2:5]
     same = same and one.scale.dtype == other.scale.dtype
     if one.order is None or other.order is None:
@@ -220,10 +220,11 @@ def prepare_linears(module: nn.Module, tensors: dict[str, Tensor], mode: str | N
         N, K = old.weight.shape
         scale, order = (tensors.get(f"{path}.{part}") for part in ("scale", "order"))
         if scale is None or scale.dim() != 3:
-            weight = layout(N, K, "int8")
+            weight = empty_quantized(N, K, "int8")
         else:
             group = -(-K // 256) * 256 // max(1, len(scale))
-            weight = layout(N, K, "int4", group if group in GROUPS else 128, zeros=scale.dtype == torch.float16)
+            group = group if group in GROUPS else 128
+            weight = empty_quantized(N, K, "int4", group, zeros=scale.dtype == torch.float16)
         if order is not None:
             if not weight.group:
                 raise ValueError(f"{path}.order: only int4 has one; convert the model again")

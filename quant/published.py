@@ -12,7 +12,7 @@ from torch import Tensor
 from formats.hf import LazyTensor
 from formats.packed import Packed
 from quant.imported import Affine, Foreign, Numbers, Rows, int4_layout
-from quant.linear import layout
+from quant.linear import empty_quantized
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # outputs 8 j to 8 j + 7 are these four bits of word j
 LARGEST_ZERO = 60000  # fp16 holds it. The steps of a group with a larger one are nothing beside its offset
@@ -155,7 +155,7 @@ def packed_int(parts: dict[str, Tensor]) -> Foreign:
 
     like = int4_layout(N, K, group, scale.dtype, zeros is None, order) if bits == 4 else None
     if bits == 8 and zeros is None and group == K:
-        like = layout(N, K, "int8")
+        like = empty_quantized(N, K, "int8")
     kind = "symmetric" if zeros is None else "asymmetric"
     return Foreign(f"compressed-tensors of {bits} bits, {kind}, groups of {group}", (N, K), like, read)
 
@@ -172,7 +172,8 @@ def plain_int8(parts: dict[str, Tensor]) -> Foreign:
                     else t.float().reshape(len(t), -1) for t in (scale, zeros))
     check(len(scale) == N, "int-quantized", q, scale)
     if scale.shape[1] == 1 and (zeros is None or not zeros.any()):
-        return Foreign("compressed-tensors of 8 bits", (N, K), layout(N, K, "int8"), lambda: Rows(q, scale[:, 0]))
+        like = empty_quantized(N, K, "int8")
+        return Foreign("compressed-tensors of 8 bits", (N, K), like, lambda: Rows(q, scale[:, 0]))
     zeros = torch.zeros_like(scale) if zeros is None else zeros
     source = Affine(q, scale.T, zeros.T, columns_per_group(K, scale.shape[1]))
     return Foreign(f"compressed-tensors of 8 bits, {scale.shape[1]} groups", (N, K), None,
@@ -209,7 +210,7 @@ def bnb_int8(parts: dict[str, Tensor]) -> Foreign:
     if form is not None and form.any():
         raise ValueError("its columns are in the order of an old GPU (weight_format): save it again with a newer "
                          "bitsandbytes")
-    return Foreign("bitsandbytes of 8 bits", tuple(q.shape), layout(*q.shape, "int8"),
+    return Foreign("bitsandbytes of 8 bits", tuple(q.shape), empty_quantized(*q.shape, "int8"),
                    lambda: Rows(q, largest.float() / 127))
 
 

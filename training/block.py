@@ -26,7 +26,7 @@ from tokenizer import Tokenizer
 from training.attention import FusedAttention, seen
 from training.dialogues import Script, unmark
 from training.steps import compile_on_gpu, soft_cross_entropy
-from training.tapped import DRAFT_VOCAB, TappedTrainer, check_key_heads, evened, frequent_tokens, sample_hidden
+from training.tapped import DRAFT_VOCAB, TappedTrainer, channel_scales, check_key_heads, frequent_tokens, sample_hidden
 
 LAYERS = 2  # where --head_layers does not say how many
 BLOCK = 8  # the same for --block_size
@@ -182,7 +182,7 @@ class BlockTrainer(TappedTrainer):
         del head.vocab
         vocab = frequent_tokens(self.data, cfg.draft_vocab_size, target.cfg.vocab_size)
         head.register_buffer("vocab", None if vocab is None else vocab.to(self.device))
-        head.register_buffer("tap_scale", evened(sample_hidden(target, self.data, cfg.taps)[1]))
+        head.register_buffer("tap_scale", channel_scales(sample_hidden(target, self.data, cfg.taps)[1]))
         initialise(head, target)
         return head
 

@@ -30,8 +30,8 @@ from training.steps import compile_on_gpu, soft_cross_entropy, unrolled_attentio
 from training.tapped import (
     DRAFT_VOCAB,
     TappedTrainer,
+    channel_scales,
     check_key_heads,
-    evened,
     frequent_tokens,
     sample_hidden,
 )
@@ -42,8 +42,8 @@ OWN_SCORE = 8.0  # of a new head's rows with themselves: exp(8) outweighs some h
 
 
 def choose_taps(num_layers: int) -> tuple[int, int, int]:
-    """The boundaries that are tapped: the usual ones, or where these are not three different ones, the embeddings, the
-    middle and the end. (The first is never 1: SGLang reads such numbers in another way.)"""
+    """The three taps (Llama.forward_with_taps): the usual ones from 7 layers on, else embeddings, middle and end. The
+    first is never 1: SGLang reads that in another way. ValueError for a target of one layer."""
     if num_layers < 2:
         raise ValueError(f"EAGLE-3 taps three depths, and this target has {num_layers} layer: train --kind eagle")
     return usual_taps(num_layers) if num_layers >= 7 else (0, num_layers // 2, max(num_layers - 1, 2))
@@ -90,9 +90,9 @@ def initialise(head: Eagle3Head, target: Llama, embedded: Tensor, inputs: Tensor
         layer.wo.weight.zero_()
     embedded = F.rms_norm(embedded, (size,))
     normed = F.rms_norm(feature, (size,))
-    first.embed_norm.weight.copy_(evened(embedded))
-    first.feature_norm.weight.copy_(evened(normed))
-    first.mlp_norm.weight.copy_(evened(normed))
+    first.embed_norm.weight.copy_(channel_scales(embedded))
+    first.feature_norm.weight.copy_(channel_scales(normed))
+    first.mlp_norm.weight.copy_(channel_scales(normed))
     attend_to_own_row(first, embedded * first.embed_norm.weight)
     if head.lm_head is not None:
         head.lm_head.weight.copy_(drafting_rows(target.lm_head.weight, head.vocab, False))
@@ -225,7 +225,7 @@ class Eagle3Trainer(TappedTrainer):
         head.register_buffer("vocab", None if vocab is None else vocab.to(self.device))
         embedded, taps = sample_hidden(target, self.data, head.cfg.taps)
         inputs = fc_inputs(head, taps)
-        head.register_buffer("tap_scale", evened(inputs))
+        head.register_buffer("tap_scale", channel_scales(inputs))
         if args.init:
             head.fc.weight /= head.tap_scale
         else:

@@ -12,7 +12,7 @@ from app.answer import run
 from draft import Vanilla
 from drafters.heads import load_head, tree_drafter
 from drafters.methods import CPU_TREE, GPU_TREE
-from drafters.tree_size import LEVELS, NODES, TOPK, fit, largest_tree, read_curve, tokens_by_size
+from drafters.tree_size import LEVELS, NODES, TOPK, fastest_tree, largest_tree, read_curve, tokens_by_size
 from engine import Engine
 from formats.eagle import CURVE
 from formats.writing import replace_files
@@ -68,7 +68,7 @@ def compare_speeds(model: Llama, out: Path, prompts: list[list[int]], stop_ids: 
     longest = max(map(len, prompts)) + new_tokens
     model.free_cache()
     head = load_head(out, model)
-    tree = fit(model, head, read_curve(out), longest) or GPU_TREE if device.type == "cuda" else CPU_TREE
+    tree = (fastest_tree(model, head, read_curve(out), longest) or GPU_TREE) if device.type == "cuda" else CPU_TREE
     steps = []
     speeds = []
     for drafter in (Vanilla(device), tree_drafter(head, model, *tree)):

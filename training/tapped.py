@@ -30,11 +30,11 @@ def frequent_tokens(data: Tensor, size: int, vocab_size: int) -> Tensor | None:
     return counts.argsort(descending=True, stable=True)[:size].sort().values
 
 
-def evened(x: Tensor) -> Tensor:
-    """Factors [C] that bring every channel of x [T, C] to a typical size of 1. A few channels of a residual stream are
-    a hundred times larger than the others: unscaled, they would decide every training step. Medians, since the first
-    token of a text is as exceptional. Small channels are enlarged ten times at most. Channels of zeros, most of a model
-    that benchmarks/widen.py made, do not count for what is typical."""
+def channel_scales(x: Tensor) -> Tensor:
+    """Per-channel scales [C] fp32, 1 / median |x| of each channel of x [T, C]. A few channels of a residual stream are
+    100 times larger than the others: unscaled, they would decide every training step. Medians, since the first
+    token of a text is an outlier too. No scale is above ten times that of the median channel. All-zero channels (see
+    benchmarks/widen.py) do not count for that median."""
     size = x.float().abs().median(0).values
     return 1 / size.clamp(min=0.1 * size[size > 0].median())
 
@@ -56,8 +56,8 @@ def check_key_heads(args: argparse.Namespace, target: Config) -> None:
 
 
 class TappedTrainer(Trainer):
-    """Trains a module with two tensors that its published file does not have: `vocab`, so that a state carries the
-    draft vocabulary it was trained with, and `tap_scale` [k * C], which the published fc holds already."""
+    """Trains a module with two extra buffers: `vocab`, so that a saved state has the draft vocabulary it was trained
+    with, and `tap_scale` [k * C], which `published` multiplies into fc."""
     open_files: Callable[[Path, Config], HeadFiles]  # of a published head
 
     @classmethod
@@ -99,10 +99,10 @@ class TappedTrainer(Trainer):
         self.use_vocab()
 
     def known(self, tokens: Tensor) -> Tensor:
-        """Let `target_rows` follow these dialogues [B, S], if drafting follows prompts. Returns which tokens have a row
-        then, [V] bool: the draft tokens, and those of the dialogues that are none. Where the text goes on with another
-        token, nothing is learned. (To ask for the target's best token instead would cost a product with all of its
-        lm_head, for a few places that differ.)"""
+        """If `follows`, put tokens of these dialogues [B, S] that are not draft tokens into `target_rows` (at most
+        draft_rows.room). Returns which tokens have a row, [V] bool. Where the text's next token has none, nothing is
+        learned. (Testing the target's best token instead would cost a product with its whole lm_head, for a few
+        positions that differ.)"""
         known = torch.zeros(self.model.cfg.vocab_size, dtype=torch.bool, device=self.device)
         if self.draft_rows.ids is None:
             return ~known

@@ -30,12 +30,12 @@ BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left"
 
 
 class Trainer:
-    """Trains `module`. Subclasses override what differs: the four fields below, `check`, `layer_config`, `ahead`,
+    """Trains `module`. Subclasses override what differs: the three fields below, `check`, `layer_config`, `ahead`,
     `kept_rows`, `make_module`, `predict` or `losses`, `export` and `folders`.
 
     data [dialogues, S] int32, marked: those to train on. held_out [any, S]: a few others, to measure agreement on."""
     own_options: tuple[str, ...] = ("regression",)  # options of train.py that are for this kind of head alone
-    taps: tuple[int, ...] = ()  # what the head reads besides the target's features (Llama.forward_with_taps)
+    taps: tuple[int, ...] = ()  # layers that the head reads instead of the features (Llama.forward_with_taps)
     by_token: tuple[str, ...] = ()  # parameters with one row for each token
 
     def __init__(self, model: Llama, args: argparse.Namespace, data: Tensor | None = None,
@@ -67,7 +67,7 @@ class Trainer:
         self.unrolled = compile_on_gpu(unrolled, self.device)
         self.distill = compile_on_gpu(distill, self.device)
         self.amp = torch.autocast(self.device.type, torch.bfloat16)
-        self.replay: Replay | None = None  # on a GPU `gradients`, after its first call
+        self.replay: Replay | None = None  # on a GPU: CUDA graph of compute_gradients, see `gradients`
 
     @staticmethod
     def check(args: argparse.Namespace, target: Config) -> None:
@@ -92,9 +92,9 @@ class Trainer:
         return self.args.unroll
 
     def kept_rows(self, batch: int) -> tuple[int, int, int]:
-        """What a step of `batch` dialogues keeps until its backward pass: how many passes of the module, and in all
-        passes how many rows of its layers and how many rows of logits. One pass more than there are is counted, for the
-        gradients of the pass that the backward pass is in."""
+        """For the memory estimate of a step with `batch` dialogues: the number of passes through the module, and over
+        all passes the rows of each layer and the rows of logits. One extra pass stands for the gradients of the pass
+        that backward is in."""
         passes = self.ahead + 1
         rows = batch * (self.args.length - passes)
         return passes, passes * rows, passes * min(self.args.places, rows)
@@ -148,10 +148,10 @@ class Trainer:
         return total.detach(), agreements
 
     def predict(self, marked: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss, 0-d, on marked tokens [B, S], and the agreement of each prediction with the target, [predictions].
-
-        The loss looks at `args.places` random positions of the answers only. Its logits over the vocabulary are what a
-        step spends its time on, and neighbouring positions teach much the same."""
+        """The loss, 0-d, on marked tokens [B, S], and for each draft step the agreement, [predictions]: the share (0 to
+        1) of the answer positions used where the head's argmax is the target's.
+        Only `args.places` random positions of all answers are used: the logits over the vocabulary take most of a
+        step's time, and neighbouring positions teach much the same."""
         tokens = unmark(marked)
         of_answer = marked >= 0
         rows = self.rows(tokens)
@@ -261,7 +261,7 @@ class Trainer:
             self.export()
 
     def resume(self, work: Path) -> None:
-        """Go on from what `save` wrote to this folder, if there is anything, at the learning rates of this run."""
+        """Load what `save` wrote to this folder, if anything, with this run's learning rates. ValueError if damaged."""
         path = work / "state.pt"
         config = repr(self.module.cfg)
         if not path.exists():

@@ -23,7 +23,7 @@ from sampling import Sampling
 
 REQUESTS = int(os.environ.get("SERVER_REQUESTS", "80"))
 CLIENTS = 8
-MOST_GROWTH = 8e6  # bytes; a leak of a request's text, ids or task would be more in 2,000 requests
+MAX_GROWTH = 8e6  # bytes; a leak of a request's text, ids or task would be more in 2,000 requests
 
 
 class Load:
@@ -127,4 +127,4 @@ def test_many_clients(tmp_path: Path) -> None:
         assert service.counts["clients_gone"] > 0 and totals["dropped"] > 0
     print(f"\n{dict(totals)} in {time.monotonic() - start:.0f} s; resident MB after each fifth:",
           *(f"{size / 1e6:.1f}" for size in memory))
-    assert memory[-1] - memory[1] < MOST_GROWTH
+    assert memory[-1] - memory[1] < MAX_GROWTH

@@ -116,7 +116,7 @@ def test_windows_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_long_blocks(anchor_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a head with more levels than are drafted runs rows in vain or reads other rows, or if one whose rows see
     later rows is run with fewer."""
-    monkeypatch.setattr(block, "MOST_LEVELS", 3)
+    monkeypatch.setattr(block, "MAX_LEVELS", 3)
     for seed, causal in itertools.product(range(2), (True, False)):
         model = tiny.target(seed)
         head = tiny.block(model, anchor_first=anchor_first, causal=causal)
@@ -296,7 +296,7 @@ def test_a_chain_longer_than_the_block() -> None:
 
 
 def test_not_too_many_candidates() -> None:
-    """Fails if a Markov head with many levels grows more candidates than MOST_CANDIDATES."""
+    """Fails if a Markov head with many levels grows more candidates than MAX_CANDIDATES."""
     model = tiny.target(1)
     made = Block(tiny.block(model, markov="vanilla", block_size=16), model, 60, 10)
-    assert made.topk == 8 and len(made.candidates.tokens) <= block.MOST_CANDIDATES
+    assert made.topk == 8 and len(made.candidates.tokens) <= block.MAX_CANDIDATES

@@ -241,7 +241,7 @@ def test_shape(count: int) -> None:
     """Fails if a child comes before its parent, a level has no head, or max_depth is not the depth of the tree."""
     model = tiny.target()
     drafter = Medusa(MedusaHeads(32, count).double(), model)
-    depth, parents = drafter.shape.depth.tolist(), drafter.shape.parents.tolist()
+    depth, parents = drafter.tree.depth.tolist(), drafter.tree.parents.tolist()
     assert drafter.num_nodes == len(parents) == [11, 39, 62, 64, 64][count - 1]
     assert drafter.max_depth == max(depth) == min(count, 4)
     assert parents[0] == 0 and all(parents[i] < i and depth[i] == depth[parents[i]] + 1 for i in range(1, len(parents)))

@@ -162,7 +162,7 @@ def test_three_streams_of_noise() -> None:
         state.length.fill_(length)
         engine.draw_noise()
         drafted = drafter.choose_drafts(state, q.expand(16, -1), 0)
-        tree = drafter.shape._replace(tokens=torch.cat((drafted[:1], drafted)))
+        tree = drafter.tree._replace(tokens=torch.cat((drafted[:1], drafted)))
         counts += drafter.choose(state, tree, p.expand(17, -1))[:16].bincount(minlength=6)
     assert stats.chisquare(counts.numpy(), 32000 * p.softmax(-1)[0].numpy()).pvalue > 1e-4
 

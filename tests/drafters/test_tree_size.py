@@ -18,7 +18,7 @@ from drafters.tree_size import (
     TOPK,
     best_size,
     cached_profile,
-    fit,
+    fastest_tree,
     measure,
     profile_key,
     read_curve,
@@ -141,7 +141,7 @@ def test_too_slow(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     kept in the cache."""
     seen = []
     monkeypatch.setattr(tree_size, "verify_by_rows", lambda engine, rows, timer: seen.append(rows) or {8: 251.0})
-    assert fit(*tiny.pair(), FLAT, 64, "key") is None and seen == [(8,)] and not cache.exists()
+    assert fastest_tree(*tiny.pair(), FLAT, 64, "key") is None and seen == [(8,)] and not cache.exists()
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -151,14 +151,14 @@ def test_cache(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.setattr(tree_size, "measure", lambda *inputs: calls.append(inputs) or profile)
     model, head = tiny.pair()
     for _ in range(2):
-        assert fit(model, head, FLAT, 64, "a") == (8, 1, TOPK) and len(calls) == 1
+        assert fastest_tree(model, head, FLAT, 64, "a") == (8, 1, TOPK) and len(calls) == 1
     assert cached_profile("b", model, head, 64) == profile and len(calls) == 2
     assert json.loads(cache.read_text()) == {"a": profile, "b": profile}
     assert os.listdir(cache.parent) == ["trees.json"] and capsys.readouterr().err == ""
-    assert fit(model, head, FLAT, 64, show=True) == (8, 1, TOPK) and len(calls) == 3, "no key, no cache"
+    assert fastest_tree(model, head, FLAT, 64, show=True) == (8, 1, TOPK) and len(calls) == 3, "no key, no cache"
     assert "verify, ms" in capsys.readouterr().err
-    assert fit(model, head, FLAT[:6], 64, "a") == (8, 1, TOPK) and len(calls) == 4 and calls[-1][-1] == NODES[:6], (
-        "a curve that ends at 60 nodes: larger trees are not measured")
+    assert fastest_tree(model, head, FLAT[:6], 64, "a") == (8, 1, TOPK)
+    assert len(calls) == 4 and calls[-1][-1] == NODES[:6], "a curve that ends at 60 nodes: larger are not measured"
     bad = [profile[1:], [*profile[1:], float("nan")], [*profile[1:], 0.0], [*profile[1:], "1"], "12345678901", None,
            {"a": 1}]
     for damaged in [b"", b"{", b"\xff\xfe", b"[]", b"3", b"[" * 100_000,

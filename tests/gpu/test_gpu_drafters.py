@@ -93,7 +93,7 @@ def test_the_tree_that_fits(demo) -> None:
     head = load_head(demo / "eagle", model)
     first, further, rest, *verify = tree_size.measure(model, head, 1024)
     assert 0 < further < 5 * first and 0 < rest < verify[0] and verify[0] < 1.5 * verify[-1]
-    nodes, levels, topk = tree_size.fit(model, head, tree_size.read_curve(demo / "eagle"), 1024)
+    nodes, levels, topk = tree_size.fastest_tree(model, head, tree_size.read_curve(demo / "eagle"), 1024)
     assert nodes in tree_size.NODES and 1 <= levels <= tree_size.LEVELS
     engines = [Engine(model, drafter, 1024) for drafter in (Vanilla("cuda"), Eagle2(head, model, nodes, levels, topk))]
     a, b = (sum(engine.generate([5] * 20, 12), []) for engine in engines)

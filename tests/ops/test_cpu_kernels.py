@@ -16,7 +16,7 @@ from ops import attention, cpu_kernels, embed_rope
 from ops.cpu_integers import PACKED
 from ops.linear import linear, linear_torch
 from ops.quantized import Quantized, dequantize, pack, rotate
-from quant.linear import QuantizedLinear, in_kernel_order, layout, quantize_weight, rows_of, stack
+from quant.linear import QuantizedLinear, empty_quantized, in_kernel_order, quantize_weight, rows_of, stack
 from tree import build_tree
 
 
@@ -39,7 +39,7 @@ def make_weight(N: int, K: int, mode: str) -> Quantized:
     kind, group, *rest = mode.split(", ")
     if kind == "int4":
         return quantize_weight(torch.randn(N, K), "int4", int(group), shrink=(1,))
-    weight = layout(N, K, "int4", int(group), "cpu", zeros=True)
+    weight = empty_quantized(N, K, "int4", int(group), "cpu", zeros=True)
     weight.data.copy_(pack(torch.randint(-8, 8, (N, K))))
     weight.scale[..., 0], weight.scale[..., 1] = torch.rand(weight.scale.shape[:2]) * 1e-3, 5
     weight.scale[0, :, 0], weight.scale[-1, :, 1] = 3e-6, -8  # subnormal in fp16

@@ -39,7 +39,7 @@ from training.commands import prepare
 from training.dialogues import Script, unmark, write_dialogues
 from training.eagle3 import OWN_SCORE, Eagle3Trainer, choose_taps, fc_inputs, frequent_tokens
 from training.steps import unrolled
-from training.tapped import evened
+from training.tapped import channel_scales
 from training.trainer import Trainer
 from tree import State
 
@@ -219,7 +219,7 @@ def test_channels_of_zeros(tmp_path: Path) -> None:
     assert made.train_step(marked(8, 32))[0].isfinite()
     assert all(p.isfinite().all() for p in made.module.parameters())
     x = torch.randn(9, 33, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(evened(F.pad(x, (0, 40)))[:33], evened(x))
+    assert torch.equal(channel_scales(F.pad(x, (0, 40)))[:33], channel_scales(x))
 
 
 def test_new_tokens_see_themselves(tmp_path: Path) -> None:
