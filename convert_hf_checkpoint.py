@@ -11,8 +11,8 @@ The folder is --out, or checkpoints/ and the hub id, or checkpoints/ and the las
     model.safetensors              all weights, with q, k, v fused, and gate, up fused
     eagle/, eagle3/ or block/      the draft head, as published, and what was measured of it (app/install.py)
 
-Weights that are quantised keep their integers where this engine has such integers; what is not exact is printed, and
-docs/quantization.md has a table. --dtype makes plain numbers of all of them.
+Quantised weights keep their integers if this engine has the same format; inexact conversions are printed, and
+docs/quantization.md has a table. With --dtype all weights become floating point.
 
 One tensor is in memory at a time. What was written is loaded as generate.py would load it. Only then it replaces what
 an earlier run wrote (formats/writing.py), so that a run that is killed leaves nothing that loads half.
@@ -51,8 +51,8 @@ from tokenizer import Tokenizer
 
 def write_weights(path: Path, tensors: dict[str, LazyTensor], config: Config, dtype: torch.dtype | None, source: str
                   ) -> None:
-    """Write the model.safetensors of a Llama: each of our tensors is one or more of `tensors`, one below the other.
-    dtype None: packed weights keep their integers.
+    """Write the model.safetensors of a Llama: each of our tensors is one or more of `tensors`, joined along dim 0.
+    dtype None: packed (quantised) weights keep their integers; without any of them, all is bfloat16.
 
     Raises ValueError before anything is written if a tensor is missing, unknown or of another shape.
     """

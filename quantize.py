@@ -5,10 +5,10 @@
     python generate.py --checkpoint checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct/model-int8.safetensors --eagle2 ...
 
 int8 and int8dyn quantise one tensor after the other, without any text. int4 is calibrated: it needs to know what the
-inputs of each layer look like. So the model first writes 32 texts of 512 tokens itself, from an empty prompt. They then
+inputs of each layer look like. So the model first samples 32 texts of 512 tokens, each from one start token. They then
 go through the layers twice, side by side: once through the original layers, once through those quantised so far.
 The new weights of a layer map the quantised inputs half-way to the original outputs; going all the way overfits the
-calibration text. GPTQ then rounds them (quant/int4.py). The embedding, norms and biases are not quantised in any mode.
+calibration text. GPTQ then rounds them (quant/int4.py). In all modes lm_head is int8; embedding, norms, biases stay.
 """
 from app.command import before_imports, run_command
 
@@ -62,7 +62,7 @@ def quantize_checkpoint(path: Path, mode: str, group: int, device: str) -> Path:
 
 
 def quantize_draft(head: Path, checkpoint: Path, mode: str, group: int) -> Path:
-    """The same for a draft head, a folder or file. It is small: all on the CPU, and int4 is not calibrated."""
+    """As quantize_checkpoint, for a draft head given by its folder or file. On the CPU; int4 is not calibrated."""
     stored_mode(*open_head(head, "EAGLE-1/2", "EAGLE-3", "block")[::2], mode)  # refuses one that is quantised already
     eagle = load_head(head, open_model(checkpoint, mode)[0], 0, mode, group)
     tensors = eagle.state_dict()
@@ -114,7 +114,7 @@ def quantize_one_by_one(model: nn.Module, mode: str, group: int, device: str) ->
 
 @torch.inference_mode()
 def quantize_calibrated(model: Llama, path: Path, group: int, device: str) -> Iterator[Quantized]:
-    """int4 weights of all linears, in the order of the state_dict, calibrated on texts that the model writes itself."""
+    """The weights of all linears, in the order of the state_dict: int4, calibrated; at last the lm_head, plain int8."""
     cuda = device == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
     length = min(LENGTH, model.cfg.max_position_embeddings, model.cfg.context_limit or LENGTH)

@@ -51,11 +51,11 @@ def run(engine: Engine, ids: list[int], new_tokens: int, sampling: Sampling = Sa
 def generate(engine: Engine, ids: list[int], max_new_tokens: int, sampling: Sampling, tokenizer: Tokenizer,
              method: str = BASELINE, show: bool = False, stops: Sequence[str] = (), view: View | None = None,
              push: Callable[[str], bool] | None = None, reuse: bool = False) -> dict:
-    """Answer one prompt and return the object that --json prints.
+    """Answer one prompt. Returns the object that --json prints, without the keys that answer_and_report adds.
 
     show: stream the text to stdout. stops: end before the first of these texts. view: give it every cycle's tree; the
-    engine's drafter must be watched then (app/watch.py). push: is given the text of every cycle, which may be "", and
-    ends the answer by returning True. reuse: see Engine.generate.
+    drafter must be a Watch then (app/watch.py). push: called with the text of every cycle, which may be "", and with
+    the rest at the end; if it returns True, the answer ends. reuse: see Engine.generate.
     """
     stream = tokenizer.stream(stops)
     pieces: list[str] = []  # decoding all tokens at the end would keep a server's last event waiting
@@ -130,8 +130,8 @@ def start_report(result: dict) -> str:
 
 
 def compare(engine: Engine, vanilla: dict, fast: dict, ids: list[int], sampling: Sampling) -> str:
-    """One line: the speed-up, and whether the tokens are the same. If they differ, how near a tie the difference is:
-    `engine` decodes plainly."""
+    """One line: the speed-up, and whether the tokens are the same. If they differ, also the gap between vanilla's two
+    best scores at the first difference. engine: a vanilla one, which computes the gap; this ends its text."""
     a, b = fast["tokens"], vanilla["tokens"]
     if a == b and not vanilla["tokens_per_sec"]:
         return "identical tokens"  # one alone, which prefill chose: no speed

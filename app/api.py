@@ -107,7 +107,7 @@ def read_request(raw: bytes, chat: bool, served: Served) -> Asked:
 
 
 def read_json(raw: bytes) -> dict[str, Any]:
-    """The fields that say something: null is as good as absent."""
+    """The fields of the body; those that are null are left out. Raises Refusal if the body is not a JSON object."""
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
 
@@ -170,8 +170,8 @@ def read_stops(stop: object) -> tuple[str, ...]:
 
 
 def read_sampling(fields: dict[str, Any], default: Sampling) -> Sampling:
-    """With a temperature and without a seed: a fresh seed. Greedy, all other settings are off, since they change
-    nothing."""
+    """The sampling of a request. Without a seed, a temperature above 0 gets a random one. At temperature 0 (greedy),
+    top_k, top_p and min_p are turned off: they change nothing there. Raises Refusal."""
     values: dict[str, Any] = {}
     for name in SAMPLING:
         value = fields.get(name, getattr(default, name))
@@ -283,6 +283,6 @@ def usage(result: dict) -> dict:
 
 
 def timings(result: dict) -> dict:
-    """Seconds, and mean_gained: the tokens per step."""
+    """queue_s, prefill_s, decode_s: seconds. tokens_per_sec: of decoding. mean_gained: tokens per step."""
     names = ("queue_s", "prefill_s", "decode_s", "tokens_per_sec", "mean_gained")
     return {name: round(result[name], 6) for name in names}

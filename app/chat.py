@@ -4,8 +4,8 @@
     printf 'Name three rivers.\\nAnd three lakes.\\n' | python generate.py --checkpoint ... --eagle2 --interactive
 
 Each turn processes only the new part of the prompt, since the engine keeps its caches (Engine.generate, reuse). At a
-terminal, prompt_toolkit edits the line. Through a pipe, every line of stdin is a turn. Answers go to stdout, everything
-else goes to stderr.
+terminal, prompt_toolkit edits the line. Through a pipe, every line of stdin is a turn. Answers and draft trees go to
+stdout; notes, errors and speeds go to stderr.
 """
 import itertools
 import sys

@@ -1,5 +1,5 @@
-"""How a command ends: with an exit code and one line on stderr about what was wrong (argparse puts the options
-before it), never with a traceback.
+"""How a command ends: with an exit code. For 2 and 130 there is also one line on stderr that says what was wrong
+(argparse puts the options before it). Other errors, such as a RuntimeError that `work` raises, keep their traceback.
 
     2     what the user gave cannot be used, or a file cannot be read or written: ValueError, OSError
     130   Ctrl-C
@@ -25,9 +25,9 @@ if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ and "microsoft" not in os.uname()
 
 
 def before_imports(gpu: bool = False) -> None:
-    """A command calls this before it imports torch, and `run_command` ends it: Ctrl-C ends the process at once, and
-    nobody looks for garbage, of which imports leave none. (At the end of the process, too, that would take 0.4 s.)
-    gpu: the command will run on a GPU if there is one, unless its words say "cpu"."""
+    """A command calls this before it imports torch. Until `run_command`, Ctrl-C ends the process at once, and garbage
+    collection is off, because imports leave no garbage. (A collection at exit would take 0.4 s too: see gc.freeze.)
+    gpu: also prepare the GPU in the background (ops/startup.py), unless an argument of the command line is "cpu"."""
     watch_for_ctrl_c()
     gc.disable()
     if gpu and not any(word.rpartition("=")[2] == "cpu" for word in sys.argv):

@@ -1,5 +1,5 @@
-"""Putting what was converted or downloaded into its folder: whole or not at all, and a draft head only after it was
-asked what it guesses.
+"""Put converted or downloaded files into their folder: all of them or none. A draft head is tried out before that, if
+the target has a tokenizer and fits into memory.
 
 A head that does not fit its target is silent: the text is right, and few drafts are accepted. So the target writes a
 few answers, and the head guesses them (drafters/head_check.py). What the files of an EAGLE-3 or block head leave open
@@ -86,8 +86,8 @@ def add_head(head: Path, out: Path) -> None:
 
 def measure(head: Path, checkpoint: Path, doubts: dict[str, tuple]) -> dict:
     """Let the head guess what the target writes, on a GPU if there is one. On a CPU the target has quantised weights,
-    its own or int8, and computes in fp32, for which there are kernels. Returns the values of the fields that are in
-    doubt. Says on stderr what was found; ValueError where it is needed and cannot be."""
+    its own or int8, and computes in fp32, for which there are kernels. Returns the best values of the fields in
+    `doubts`. ValueError if there are doubts, and they cannot be measured or two variants guess about equally well."""
     device, dtype = placement(argparse.Namespace(
         device="cpu" if gpu_problem(None) else None, dtype=None, quantize=None, checkpoint=Path()))
     mode = None

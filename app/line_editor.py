@@ -16,8 +16,8 @@ class CtrlC:
     """Within `with`, Ctrl-C sets `pressed`. The loop that writes an answer checks it between two cycles, where nothing
     is half done, and stops.
 
-    While a line is awaited or a prompt is processed, nothing checks it, but nothing can be lost either. There the chat
-    sets `raises`, and Ctrl-C raises KeyboardInterrupt, once.
+    While Pipe.read waits for a line, or the engine processes a prompt, no loop checks `pressed`. The code there sets
+    `raises`: then the next Ctrl-C raises KeyboardInterrupt and resets `raises`.
     """
 
     def __init__(self) -> None:
@@ -49,8 +49,8 @@ class Pipe:
         self.ctrl_c = ctrl_c
 
     def read(self, default: str) -> str | None:
-        """The next line. None at the end, and after Ctrl-C. `default`, a question that was refused, is ignored: nobody
-        is there to edit it."""
+        """The next line, without its newline. None at the end of stdin and after Ctrl-C. ValueError if stdin is not
+        UTF-8. `default` (the text to edit at a terminal) is ignored."""
         try:
             self.ctrl_c.raises = True
             line = sys.stdin.readline()

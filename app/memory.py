@@ -29,12 +29,12 @@ OVERHEAD = 0.5e9  # cuBLAS, CUDA graphs, the activations of a chunk of the promp
 
 
 class Need(NamedTuple):
-    """Bytes. `passing` is what a prefill takes for a while, `loading` what quantising takes before there is a cache."""
+    """The memory that a run needs, in bytes."""
     weights: int
     cache: int
     drafter: int
-    passing: int
-    loading: int
+    passing: int  # temporary, of a prefill; on a CPU also the second copies of int8 weights (copied_bytes)
+    loading: int  # temporary, of quantising on load, before the cache is allocated
 
     @property
     def total(self) -> int:
@@ -42,8 +42,8 @@ class Need(NamedTuple):
 
 
 def exhausted(error: BaseException) -> bool:
-    """Whether this is the device's, or the machine's, memory at its end: PyTorch, cuBLAS and Triton each say it in
-    another way, and an error while a graph is captured may stand in front of it."""
+    """True if the error, or the one behind it, means that the GPU or the machine is out of memory. PyTorch,
+    cuBLAS and Triton word it differently; during the capture of a CUDA graph another error may hide it."""
     texts = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
     behind = error.__cause__ or error.__context__
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts) or (

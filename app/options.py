@@ -192,12 +192,12 @@ def load_engine(args: argparse.Namespace, kind: type[Engine] = Engine) -> Engine
     if args.chat_template and tokenizer.template_error:
         raise ValueError(tokenizer.template_error)
     max_seq_len = context(args, model.cfg)
-    if max_seq_len > model.cfg.max_position_embeddings:
-        print(f"--max_seq_len {max_seq_len}: the model was made for {model.cfg.max_position_embeddings} tokens, and "
-              "writes nonsense beyond them", file=sys.stderr)
     drafter = make_drafter(args.method, args, model, max_seq_len)
     made = kind(model, drafter, max_seq_len, tokenizer.stop_ids, not args.no_compile)
     made.tokenizer = tokenizer
+    if max_seq_len > model.cfg.max_position_embeddings:
+        print(f"--max_seq_len {max_seq_len}: the model was made for {model.cfg.max_position_embeddings} tokens, and "
+              "writes nonsense beyond them", file=sys.stderr)
     return made
 
 

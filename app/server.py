@@ -77,7 +77,7 @@ class Completions:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise Refusal(415, "send JSON, with the header Content-Type: application/json")  # no page of others can
+            raise Refusal(415, "send JSON, with the header Content-Type: application/json")  # other sites' pages cannot
         if request.headers.get("content-encoding", "identity") != "identity":
             raise Refusal(415, "send the body without Content-Encoding")
         try:
@@ -142,7 +142,7 @@ async def read_body(request: Request, most: int) -> bytes:
 
 
 class Pages:
-    """What else one may ask."""
+    """The other routes: /health, /metrics, /v1/models and /v1/models/NAME."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -166,7 +166,7 @@ class Pages:
 
 
 class Gate:
-    """Who may ask: whoever has the key; without one, programs of this machine, and no web page in its browser."""
+    """Lets requests through: with a key, those that send it, and /health; without, those with a local Host header."""
 
     def __init__(self, app: ASGIApp, service: Service, key: str | None) -> None:
         self.app = app

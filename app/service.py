@@ -21,12 +21,12 @@ from app.api import Asked, Refusal, Served, read_request
 from app.command import end_at_once
 
 WAITING = 32  # requests that may wait; the next one is refused
-GRACE_S = 3.0  # that the answer under way has when the server is told to end; it ends within 5
+GRACE_S = 3.0  # seconds that the current answer gets to finish at shutdown; the server ends within 5 s
 
 
 class Job:
-    """A request from its arrival to the end of its answer. Its events are texts, and at the end the result, as
-    app.answer.generate returns it, with `queue_s` and `reused`; or a Refusal."""
+    """A request from its arrival to the end of its answer. Its events are pieces of text; the last one is the result of
+    app.answer.generate with two more keys, `queue_s` (seconds) and `reused` (prompt tokens), or a Refusal."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -89,7 +89,7 @@ class Service:
 
     @asynccontextmanager
     async def admit(self) -> AsyncIterator[Job]:
-        """A place in the queue, until the engine has done with the job. Refusal where there is none."""
+        """A place in the queue, until the engine is done with the job. Raises Refusal: 429 if full, 503 at shutdown."""
         if self.closing:
             raise closed()
         if len(self.jobs) > WAITING:
@@ -142,7 +142,7 @@ class Service:
         try:
             result = generate(engine, asked.ids, asked.max_tokens, asked.sampling, engine.tokenizer, self.served.method,
                               stops=asked.stops, push=push, reuse=True)
-        except Refusal as end:  # gone before the prompt was read
+        except Refusal as end:  # the client left during prefill
             return end
         except Exception as error:  # whatever it is, the next request may well succeed
             logging.getLogger(__name__).error("the engine failed", exc_info=error)

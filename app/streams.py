@@ -54,6 +54,6 @@ def finish_stdout() -> None:
 
 
 def as_utf8(text: str) -> str:
-    """A text from the command line. Where the locale is missing, Python takes UTF-8 for ASCII and keeps each byte as a
-    surrogate; a byte that is not UTF-8 stays one."""
+    """A text from the command line, decoded as UTF-8. Without a locale, Python decodes arguments as ASCII and keeps all
+    other bytes as surrogates (surrogateescape). A byte that is not UTF-8 stays a surrogate."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")

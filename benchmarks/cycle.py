@@ -70,7 +70,7 @@ QUESTIONS = Path(__file__).parent / "cycle_questions.jsonl"
 
 def bandwidth(device: torch.device) -> dict[str, float]:
     """The best GB/s of memory in five tries: of a sum, which reads, and of a copy, which reads and writes."""
-    x = torch.ones(2**29 if device.type == "cuda" else 2**26, device=device)  # fp32: 2 GiB, far beyond any cache
+    x = torch.ones(2**29 if device.type == "cuda" else 2**26, device=device)  # fp32: 2 GiB on a GPU, 256 MiB on a CPU
     y = torch.empty_like(x)
     gb = 4e-9 * len(x)
     read_ms = min(timed(x.sum, device, 1, 1) for _ in range(5))
@@ -195,8 +195,8 @@ def measure_all(args: argparse.Namespace, result: dict) -> None:
     read_gb_s, copy_gb_s     see bandwidth
     startup_s                see startup_seconds; {} without --startup
     device                   the line above every table: device, versions, and what is measured
-    memory_gb, device_gb     peak memory of the tensors; in use on the GPU, with the CUDA context and all that the
-                             allocator keeps
+    memory_gb, device_gb     peak memory, on a GPU of the tensors, on a CPU of the process; memory in use on the GPU at
+                             the end, with the CUDA context and all that the allocator keeps
     """
     def make_prompts(model: Llama, tokenizer: Tokenizer) -> list[Prompt]:
         questions = [question.turns[0] for question in read_questions(args.questions)]

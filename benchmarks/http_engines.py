@@ -220,7 +220,7 @@ def http_decoder(endpoint: Endpoint, subject: Subject) -> Callable[[list[int], i
 
 def text_parts_at(text: str, expected: list[int], tokenizer: Tokenizer) -> int | None:
     """Where a text parts from the ids `expected`: the index of the first of them that the text does not have; None
-    where the texts are equal. Characters are compared, because a text does not say of which tokens it was made."""
+    where the texts are equal. UTF-8 bytes are compared, because a text does not say of which tokens it was made."""
     pieces = [tokenizer.token_bytes(token) for token in expected]
     ours, theirs = b"".join(pieces), text.encode("utf-8", "replace")
     if tokenizer.stream().strip and ours[:1] == b" " != theirs[:1]:

@@ -63,7 +63,7 @@ def kept(model: Llama, prompts: list[list[int]], texts: list[list[int]]) -> floa
 
 
 def variants(folder: Path, group: int, device: str) -> Iterator[tuple[str, Llama]]:
-    """The unquantised model, then the model quantised in each mode, then each quantised file of the folder."""
+    """(name, model) of the unquantised model, of each mode (int4 also without scale search), of each quantised file."""
     yield "bf16", load_model(folder)
     for name, mode, options in (("int8", "int8", {}), ("int8dyn", "int8dyn", {}),
                                 (f"int4 of {group}, nearest", "int4", {"shrink": (1,)}),  # without the search

@@ -8,7 +8,7 @@ benchmarks/plots.py read it. Units are in the names: _s seconds, _ms millisecond
     settings     {option: its value as a string}; --against compares them
     before       {name: str}, device, clocks and versions when the race began (benchmarks/environment.py)
     after        the same when it ended
-    memory_gb    peak memory of the race
+    memory_gb    peak memory: on a GPU of the tensors during the race, on a CPU of the process since its start
     prompts      [{question, turn, category, ids, texts}], one for each turn of each question
     endpoints    {method: {url, model, prompts}}, the engines behind HTTP
     methods      {method: see below}
@@ -32,10 +32,10 @@ measured[i], about all runs of one method at one temperature (`speeds` and `summ
     tokens_per_sec   {median, q1, q3, runs}: tokens committed after prefill / seconds of decoding
     with_prefill     the same with prefill: all new tokens / all seconds
     prefill_ms       time to the first token, mean of the prompts, median of the runs
-    cycle_ms         wall-clock of decoding / cycles, median of the runs; None where an endpoint does not count them
-    mean_gained      tokens per step: tokens after the first / verifications, the bonus token included; None as well
-    histogram        how many cycles committed 0, 1, 2, ... tokens; of an endpoint, nothing
-    by_category      {category: the six numbers above for its prompts}
+    cycle_ms         wall-clock of decoding / cycles, median of the runs; None if an endpoint does not count cycles
+    mean_gained      tokens per step, first run: tokens after the first / verifications; None if cycle_ms is None
+    histogram        how many cycles of the first run committed 0, 1, 2, ... tokens; [0] for an endpoint
+    by_category      {category: the six entries above, tokens_per_sec to histogram, for its prompts}
     split_ms         that of methods[method] at this temperature, or None
     accept_by_depth  the share of cycles that accepted at least 1, 2, ... drafted tokens
     distinct4        see distinct4

@@ -65,8 +65,10 @@ def cycle_command(arguments: dict[str, str]) -> str:
 
 def clean_command(words: list[str]) -> str:
     """Without the names of written files, and without the folders of one machine."""
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
     written = {"--json", "--plots", "--against"}
     kept = [word for before, word in zip(["", *words], words) if before not in written and word not in written]
+    kept = [re.sub(r"(?<=key=@)/.*/", "", word) for word in kept]  # of an endpoint
     return shlex.join(Path(word).name if word.startswith("/") else word for word in kept)
 
 

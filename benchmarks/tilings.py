@@ -42,7 +42,7 @@ from quant.linear import GROUPS, MODES
 LEAST = 0.003  # a tiling has to save this share of a verification: less is noise
 WRONG = 0.05  # and features and logits may differ by this share: another order of sums moves bf16 by 1 %
 
-Product = tuple[int, int]  # of the weights: rows, and columns or, of int4, bytes
+Product = tuple[int, int]  # the shape of the weight's data: (rows, columns), of int4 (rows, bytes per row)
 
 
 # ----- Searching ---------------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ def measurer(engine: Engine, verify: Callable[[], tuple[Tensor, Tensor]], choice
             return function()
 
     def quietly(product: Product, tiling: Tiling) -> None:
-        with suppress(AssertionError):  # of what a tiling can be
+        with suppress(AssertionError):  # ops/linear.py asserts what a tiling must satisfy
             with_tiling(product, tiling, verify)
 
     wanted = outputs()
@@ -133,7 +133,7 @@ def measurer(engine: Engine, verify: Callable[[], tuple[Tensor, Tensor]], choice
         for tiling in candidates:
             with suppress(Exception):
                 found = with_tiling(product, tiling, outputs)
-                if all((a - b).norm() < WRONG * b.norm() for a, b in zip(found, wanted)):  # false for what is no number
+                if all((a - b).norm() < WRONG * b.norm() for a, b in zip(found, wanted)):  # False for NaN
                     times[tiling] = timed(partial(with_tiling, product, tiling, verify), engine.device, 1, 3, 10)
         return times
     return measure

@@ -15,9 +15,9 @@ GPU as much power as trained weights do; zeros would cost less. Sizes go from C 
   RoPE       Frequency i of the small table, base^(-2i / D), is frequency i D'/D of the wide one, so its pair of
              dimensions goes there. Scores are divided by sqrt(D') instead of sqrt(D), so keys grow by sqrt(D' / D);
              queries could grow instead, but a model has more of them to round.
-  heads      A query head goes to a slot (a wide query head) that reads its key/value head. Where fewer slots share a
-             key/value head than queries did, it is repeated. A slot without a query reads live values too, but `wo`
-             ignores it.
+  heads      A query head goes to a slot (a wide query head) that reads its key/value head. If the wide shape has fewer
+             query heads per key/value head, that key/value head is repeated. A slot without a query reads live values
+             too, but its columns of `wo` are zero.
   padding    Ids that the small model does not have must never be chosen, nor take probability. A padding row of the
              lm_head is the mean of all real rows, and a mean of logits is never above the highest. In addition it has a
              large negative weight on a spare channel that holds a constant (bias_channel), which takes it far below.

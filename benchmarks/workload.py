@@ -1,10 +1,10 @@
 """What bench.py and benchmarks/cycle.py measure: a model with its draft weights, and prompts.
 
 With --shape the model is the checkpoint's, widened to a larger shape (benchmarks/widen.py). Where the shape has a
-smaller vocabulary than the checkpoint (Llama-2 has 32,000 ids), the wide model keeps only the ids in use: those of
-the prompts, of the chat template, of the stops, and of the checkpoint's own answers. So the small model is loaded
-first and writes the prompts, whose later turns hold its answers to the earlier ones. Then it is widened, and the
-prompts are translated to the wide model's ids.
+smaller vocabulary than the checkpoint (Llama-2 has 32,000 ids), the wide model keeps the ids in use (of the prompts,
+the stops, the checkpoint's answers, a block head's mask token), and fills up with the lowest other ids. So the small
+model is loaded first and writes the prompts, whose later turns hold its answers to the earlier ones. Then it is
+widened, and the prompts are translated to the wide model's ids.
 """
 import argparse
 from collections.abc import Callable
@@ -170,8 +170,8 @@ def load_weights(method: str, args: argparse.Namespace, subject: Subject) -> dic
 
 
 def freeze(engine: Engine, ids: list[int], new_tokens: int, sampling: Sampling = Sampling()) -> int:
-    """Continue the prompt by `new_tokens` tokens, or a few more, and stop there, in the middle of an answer. From then
-    on a cycle does all of its work and commits nothing (Engine.freeze). Returns the length of the text."""
+    """Continue the prompt by `new_tokens` tokens (a few more, or fewer if a stop id comes first) and stop there. From
+    then on a cycle does all of its work and commits nothing (Engine.freeze). Returns the text's length in tokens."""
     written = 0
     for new in engine.generate(ids, len(engine.state.tokens), sampling):
         written += len(new)

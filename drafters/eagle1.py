@@ -73,7 +73,7 @@ class Eagle1(Eagle):
         return self.tree._replace(tokens=torch.cat((root_token(state), *tokens)))
 
     def best_children(self, logits: Tensor, state: State, depth: int) -> Tensor:
-        """The tokens of the tree's nodes below the nodes fed at this depth. logits [k, V]."""
+        """The tokens, [n] int64, of all nodes below the k nodes fed at this depth. logits [k, Vd]."""
         rows, ranks = self.children[depth]
         best = self.tree_ops.best_tokens(logits, min(10, logits.shape[-1]), self.ids, self.noise(state, depth))
         return best[rows, ranks]

@@ -93,7 +93,7 @@ def run_step(bound: BoundHead | BoundHead3, ids: Tensor, taken: Tensor, step: in
 
 @torch.inference_mode()
 def right_guesses_of_blocks(head: BlockHead, model: Llama, answers: list[Answer]) -> list[Tensor]:
-    """The same of a block head: a block behind each token of an answer, and the tokens its first rows guess."""
+    """The same of a block head. Anchors: the question's last token, and the answer's tokens but the last STEPS."""
     bound = BoundBlock(head, model)
     device, size = model.embed.weight.device, head.cfg.block_size
     skipped = 0 if head.cfg.anchor_first else 1

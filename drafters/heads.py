@@ -42,7 +42,8 @@ def load_head(path: Path | str, target: Llama, vocab: int | None = None, quantiz
         if vocab:
             raise ValueError(f"{path}: this head has a draft vocabulary of its own, so --draft_vocab cannot choose one")
     elif vocab != 0 and (vocab or file.is_file()):
-        head.vocab = read_vocab(file, target.cfg.vocab_size, vocab).to(target.embed.weight.device)
+        listed = read_vocab(file, target.cfg.vocab_size, vocab).to(target.embed.weight.device)
+        head.vocab = listed if len(listed) < target.cfg.vocab_size else None
     return head
 
 
@@ -84,7 +85,8 @@ def load_eagle3(path: Path, target: Llama, quantize: str | None, group: int) -> 
     with torch.device("meta"):
         head = Eagle3Head(found.config, found.tensors)
     head = filled(head, found.tensors, found.file, target, mode, stored_group, quantize, group)
-    head.vocab = None if found.ids is None else found.ids.to(target.embed.weight.device)
+    of_target = head.lm_head is None and found.ids is not None and len(found.ids) == target.cfg.vocab_size
+    head.vocab = None if found.ids is None or of_target else found.ids.to(target.embed.weight.device)
     head.doubts = tuple(found.doubts)
     return head
 

@@ -109,8 +109,8 @@ def load_medusa(path: Path | str, target: Llama) -> MedusaHeads:
 
 
 class Medusa(Drafter):
-    """A fixed tree, filled in by the heads. `choices` are the paths of ranks that lead to its nodes. Levels without a
-    head are left out, and heads without a level are not run."""
+    """A fixed tree, filled in by the heads. `choices`: the paths of ranks to its nodes. Levels without a head are left
+    out, and heads without a level are not run. ValueError for too many nodes or ranks, or a path without its parent."""
 
     def __init__(self, heads: MedusaHeads, target: Llama, choices: list[TreePath] = MEDUSA_TREE) -> None:
         device = target.embed.weight.device

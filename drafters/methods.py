@@ -31,7 +31,7 @@ from tokenizer import Tokenizer
 BASELINE = "vanilla"  # plain decoding, which all others are compared with
 GPU_TREE = (60, 6, 10)  # EAGLE-2's nodes, levels and top-k: the paper's
 CPU_TREE = (8, 4, 3)  # the same on a CPU, where more rows cost more (docs/benchmarking.md)
-CHAIN = 10  # tokens that are looked up, alone or beside EAGLE-2
+CHAIN = 10  # tokens that are looked up, alone or beside a head's tree
 RULE = "longest"  # which match of a look-up is continued
 WINDOW = (7, 5, 7)  # Lookahead's window, n-gram and guesses
 

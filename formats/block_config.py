@@ -170,11 +170,11 @@ def usual_outputs(count: int, num_layers: int) -> list[int]:
 
 
 def possible_taps(raw: dict, count: int | None, own_layers: int, num_layers: int) -> tuple[tuple[int, ...], ...]:
-    """The possible taps, likeliest first. count: how many there are; None if that is not known. own_layers: of the
-    head.
+    """The possible taps (boundaries), likeliest first. count: how many taps fc takes; None if that is not known.
+    own_layers: of the head; num_layers: of the target. Raises ValueError if no list of taps fits.
 
-    aux_hidden_state_layer_ids, which speculators writes, are boundaries. target_layer_ids are outputs, where -1 is the
-    embeddings; but some programs took them for boundaries. Without either, there are as many taps as layers.
+    speculators' aux_hidden_state_layer_ids are boundaries, and must be there. Others' target_layer_ids are outputs (-1:
+    the embeddings), but some programs took them for boundaries. Without them there is a tap for each layer of the head.
     """
     key = "aux_hidden_state_layer_ids" if is_speculators(raw) else "target_layer_ids"
     ids = raw.get(key)

@@ -17,7 +17,7 @@ from formats.fields import positive
 from formats.foreign import quantized_by_config
 from formats.rope import read_rope
 
-# What would change the model where it is true, a number, or an object; and where it is false.
+# Refused entries of config.json: IF_SET where they are set (true, a number, an object), IF_FALSE where they are false.
 IF_SET = ("per_layer_config", "text_config", "attention_chunk_size", "attn_temperature_tuning", "alibi", "use_alibi",
           "use_bidirectional_attention", "parallel_attn", "use_parallel_residual")
 IF_FALSE = ("is_causal", "causal", "use_rope")
@@ -32,9 +32,9 @@ class Config:
     weights (formats/fold.py).
 
     rope_scaling: None, or "rope_type" and its numbers (formats/rope.py). rotary_dim: None, or how many elements of a
-    head are rotated, if not all. nope_layers: the layers in which none is. sliding_window: None, or the size of the
-    window that some layers have; the layers of this engine have none. rope_limit: None, or the number of tokens up to
-    which what else depends on the length changes nothing: dynamic RoPE, Ministral 3's longer queries.
+    head are rotated, if not all. nope_layers: the layers without RoPE. sliding_window: None, or the size in tokens of
+    the window that some layers have; model.py implements no window. rope_limit: None, or the number of tokens up to
+    which dynamic RoPE and Ministral 3's growing queries, which are not implemented either, change nothing.
     """
     vocab_size: int
     hidden_size: int
@@ -58,7 +58,7 @@ class Config:
     def load(cls, path: Path | str, *, model_type: str | None = None) -> "Config":
         """Read a config.json, or the one in a folder.
 
-        `model_type` overrides the file's: draft heads are Llama layers, whatever their config calls them.
+        `model_type`, given for draft heads, replaces the file's; the entries SAID_BY_TENSORS are then ignored.
         Raises FileNotFoundError, or ValueError that names the file and what it asks for that is not implemented.
         """
         path = Path(path)
@@ -125,7 +125,7 @@ class Config:
                              "less, where it makes no difference")
 
     def plain(self, **changes) -> "Config":
-        """The same sizes without what a draft head for this model does not have; and with changes."""
+        """A copy without QK norm, tied embeddings, window and special RoPE, for a draft head; `changes` come last."""
         return replace(self, **{
             "qk_norm": False, "tie_word_embeddings": False, "sliding_window": None, "rope_scaling": None,
             "rotary_dim": None, "nope_layers": (), "rope_limit": None, **changes})

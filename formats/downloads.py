@@ -4,8 +4,8 @@ from pathlib import Path
 
 
 def not_what_it_is_called(path: Path) -> str | None:
-    """What a file really is and what to do, in one line, where it is a Git-LFS pointer, a web page, empty or cut off.
-    None for any other file, sound or not. The file must exist."""
+    """What a file really is and what to do, in one line: where it is a Git-LFS pointer, a web page, a server's error in
+    JSON, empty or cut off. None for any other file, sound or not. Raises OSError if the file does not exist."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(1024)

@@ -37,10 +37,10 @@ def find_head(checkpoint: Path, name: str = "eagle") -> Path:
 
 
 def open_head(path: Path, *kinds: str) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
-    """The weight file of a head, which is a folder or one file in it; its tensors; its metadata. kinds: of
-    "EAGLE-1/2", "EAGLE-3" and "block", what is welcome.
+    """The weight file of a head (`path`: its folder, or one file in it), its tensors and its metadata. kinds: those
+    that are accepted, of "EAGLE-1/2", "EAGLE-3" and "block".
 
-    Raises FileNotFoundError, or ValueError if the file is damaged, or of another kind, which is then named.
+    Raises FileNotFoundError, or ValueError if the file is damaged, quantised by others, or a head of another kind.
     """
     folder = folder_of(path)
     if not folder.is_dir():

@@ -101,7 +101,7 @@ def has(tensors: dict[str, Tensor], module: str) -> bool:
 
 
 def size_of(tensors: dict[str, Tensor], module: str) -> tuple[int, int | None]:
-    """Rows and columns of a linear. In int4 columns are packed and filled up: None."""
+    """(rows, columns) of a linear; columns are None in int4, which pads them. ValueError if missing or no matrix."""
     if not has(tensors, module):
         raise ValueError(f"lacks {module}.weight")
     matrix = tensors.get(f"{module}.weight", tensors.get(f"{module}.data"))
@@ -197,8 +197,8 @@ def check_width(config: Eagle3Config, tensors: dict[str, Tensor]) -> None:
 
 def read_ids(d2t: Tensor | None, t2d: Tensor | None, size: int, vocab_size: int) -> Tensor | None:
     """The target's ids of the draft vocabulary, int64 [size]; None if draft token i is token i, for all tokens.
-
-    d2t [size] holds offsets: draft token i is token i + d2t[i]. t2d [vocab_size] says which tokens these are.
+    d2t int32 or int64 [size] holds offsets: draft token i is token i + d2t[i]. t2d bool or uint8 [vocab_size] marks the
+    tokens that are in the draft vocabulary. Raises ValueError if the tables are damaged or do not fit.
     """
     if size > vocab_size:
         raise ValueError(f"lm_head has {size} rows, and the target {vocab_size} tokens: another model's head")

@@ -37,8 +37,8 @@ class Eagle3Config:
     taps: tuple[int, ...]  # boundaries, ascending; (): it drafts from the target's features, without fc
     wide: tuple[bool, ...]  # which layers take [embedding; feature]; the others take what the layer before leaves
     draft_vocab_size: int  # tokens that are drafted
-    norm_before_residual: bool  # the residual is the normed feature
-    norm_output: bool  # what is fed on is the output after the last norm
+    norm_before_residual: bool  # the residual is the feature after its norm; False: before it
+    norm_output: bool  # the next level is fed the output after the last norm; False: before it
 
 
 class Found(NamedTuple):
@@ -91,8 +91,8 @@ def read_eagle3_config(folder: Path, found: Found, target: Config) -> tuple[Eagl
 
 
 def flat(raw: dict, nested: str = "eagle_config") -> dict:
-    """A config.json as one object without nulls. speculators nests the sizes, and these count. Others nest flags in
-    `nested`, and these count where they do not stand outside too."""
+    """A config.json as one flat object without nulls. Where an entry stands in several places, the first counts of:
+    transformer_layer_config (speculators' sizes), the top level, `nested` (others' flags). ValueError if empty."""
     if not raw:
         raise ValueError("missing, or no JSON object: a head comes with a config.json of its own")
     merged = {}

@@ -26,8 +26,8 @@ class Family:
     defaults: of transformers' config class, where a missing entry is not what Config.from_dict takes it for.
     biases: "always" if q, k and v have biases, or the entry that says so; "" if they have none.
     refused: entries for biases that model.py has no place for, in the MLP and the attention output.
-    slides: which layers have the window: "flag" if use_sliding_window is true, "size" all if there is a size, "layers"
-    those in layer_types, and all without it. own: entries that change what a Llama computes, and are honoured.
+    slides: which layers have the sliding window. "size": all, if there is a size. Others: those in layer_types; without
+    it, "layers": all, "flag": if use_sliding_window is true. own: entries that change a Llama and are implemented.
     interleaved: RoPE turns the pairs (2j, 2j + 1) of a head, not (j, j + D / 2).
     """
     defaults: dict = field(default_factory=dict)
@@ -166,7 +166,7 @@ def refuse_other_families(raw: dict, neutral: dict[str, float]) -> None:
     have the same names and would load. `neutral`: what the value of a key would be here, of keys of any name.
     """
     for key, value in raw.items():
-        if key in KNOWN or key in FAMILIES[raw["model_type"]].own or key.startswith("init"):  # "init" is over
+        if key in KNOWN or key in FAMILIES[raw["model_type"]].own or key.startswith("init"):  # training only
             continue
         if key in neutral and isinstance(value, int | float) and abs(value / neutral[key] - 1) < 1e-6:
             continue

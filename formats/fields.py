@@ -19,8 +19,8 @@ def is_neutral(key: str, value: object) -> bool:
 
 
 def positive(raw: dict, key: str, default: float | None = None, kind: type = int) -> int | float:
-    """raw[key] as a finite number above 0, and a whole one unless `kind` is float. Where it is missing or null: the
-    default. Raises KeyError if there is no default, ValueError for any other value."""
+    """raw[key] as a whole number from 1 to 2^31 - 1 or, with kind=float, as a number above 0 and below 1e30. Missing or
+    null: the default. Without a default a missing entry is a KeyError; anything else is a ValueError."""
     value = raw[key] if default is None else raw.get(key)
     if value is None and default is not None:
         value = default

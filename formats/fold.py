@@ -67,8 +67,8 @@ def split_fused(tensors: dict[str, LazyTensor], cfg: Config) -> dict[str, LazyTe
 
 
 def row_order(head_dim: int, rotary_dim: int, interleaved: bool) -> Tensor:
-    """Which element of a head goes where, int64 [head_dim]. Pairs that RoPE turns come first in both halves: pair j is
-    (2j, 2j + 1) if `interleaved`, else (j, j + rotary_dim / 2). Elements that are not rotated follow."""
+    """For each new place in a head, which element moves there: int64 [head_dim]. New pair (j, j + head_dim / 2)
+    is old pair (2j, 2j + 1) if `interleaved`, else (j, j + rotary_dim / 2). Elements without RoPE follow the pairs."""
     pairs = torch.arange(rotary_dim).view(-1, 2).T if interleaved else torch.arange(rotary_dim).view(2, -1)
     return torch.cat((pairs, torch.arange(rotary_dim, head_dim).view(2, -1)), 1).flatten()
 

@@ -17,7 +17,7 @@ def gguf_rope(metadata: dict, arch: str, head_dim: int, context: int, extra: dic
     """The RoPE entries of config.json. All that a GGUF file says about RoPE and that is implemented is read here.
 
     extra: the tensors rope_freqs.weight and FACTORS, those that are there. Where there is no type, it is "linear".
-    Linear scaling by 1, or by 0, is none. "none" means none, whatever the factor. Raises ValueError for other scaling.
+    Linear scaling by 1 or 0 is none; so is "none" with any factor. ValueError for any type but linear, yarn, longrope.
     """
     theta = positive(metadata, f"{arch}.rope.freq_base", 1e4, float)
     rotated = positive(metadata, f"{arch}.rope.dimension_count", head_dim)
@@ -65,7 +65,7 @@ def old_context(metadata: dict, arch: str, context: int) -> int:
 
 
 def yarn(metadata: dict, arch: str, context: int, factor: float) -> dict:
-    """YaRN's numbers. llama.cpp lets mistral3 alone say how cos and sin grow (yarn_log_multiplier)."""
+    """YaRN's numbers. attention_factor multiplies cos and sin; llama.cpp uses yarn_log_multiplier in mistral3 alone."""
     log_multiplier = metadata.get(f"{arch}.rope.scaling.yarn_log_multiplier", 0) if arch == "mistral3" else 0
     grown, shrunk = (0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0 for mscale in (1.0, log_multiplier))
     return {"rope_type": "yarn", "factor": factor, ORIGINAL: old_context(metadata, arch, context),

@@ -35,7 +35,7 @@ WORD_SPLITS = {
     "tekken": [pre_tokenizers.Split(Regex(TEKKEN_SPLIT), "isolated")],
     "gpt-4o": [pre_tokenizers.Split(Regex(GPT4O_SPLIT), "isolated")],
 }
-WHOLE_WORDS = ("llama-bpe", "tekken")  # a word that is a token is not merged; add bos
+WHOLE_WORDS = ("llama-bpe", "tekken")  # a word in the vocabulary is one token, whatever the merges; bos by default
 
 
 def special_ids(metadata: dict) -> dict[str, int]:
@@ -69,7 +69,7 @@ def stop_ids(metadata: dict) -> list[int]:
 
 def write_gguf_tokenizer(metadata: dict, folder: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and generation_config.json from the metadata of a GGUF file.
-    Raises ValueError for a tokenizer that is damaged, or cuts words in a way that is not implemented."""
+    Raises KeyError for a missing field, ValueError for a damaged tokenizer or a way to cut words not implemented."""
     ggml = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
     kind, pre = ggml.get("model"), ggml.get("pre")
     pre = SAME_SPLIT.get(pre, pre)

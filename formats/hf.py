@@ -30,8 +30,8 @@ VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")  # what
 
 
 class LazyTensor(NamedTuple):
-    """A tensor's shape, a function that reads it and, where its file packs it, what that holds. Of a folder's packed
-    weights only the last is known (quant.published.with_values)."""
+    """A tensor's shape, a function that reads it and, if its file packs it, the packed tensors. Of a folder's packed
+    weights shape is () and read is None, until quant.published.with_values fills them in."""
     shape: tuple[int, ...]
     read: Callable[[], Tensor] | None
     packed: Packed | None = None

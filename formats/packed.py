@@ -20,15 +20,15 @@ FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_c
 PARTS = re.compile(r"(?P<module>.+)\.(?P<part>qweight|qzeros|scales|g_idx|SCB|weight_format|weight"
                    r"|weight_(packed|scale|scale_inv|shape|zero_point|g_idx|global_scale|scale_2)"
                    r"|weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+))")
-# Scales of activations and of the cache, which are not quantised here
+# Published scales of activations and of the cache: this engine does not use them
 UNUSED = re.compile(r".+\.(input_scale|input_zero_point|output_scale|output_zero_point|activation_scale|[qkv]_scale"
                     r"|[kv]_proj\.output_scale)")
 
 
 class Packed(NamedTuple):
-    """A weight [N, K] as its file packs it: its tensors, memory-mapped, by the ends of their names; `blocks` of a GGUF
-    file. kind: which function of quant/published.py reads it, and facts, what that needs besides. rows: which of its
-    rows these are, in this order, int64 [any]; None: all. factor: what they are multiplied by."""
+    """A weight [N, K] as its file packs it. kind: a key of quant.published.FORMATS or, in GGUF, the type ("Q4_K").
+    parts: its tensors, memory-mapped, by the ends of their names; in GGUF `blocks` alone. facts: further arguments of
+    the function that reads it. rows int64 [any]: the rows to take, in order; None: all. factor: multiplies them."""
     kind: str
     parts: dict[str, Tensor]
     facts: dict

@@ -98,7 +98,7 @@ def read_rotary_dim(raw: dict, rope: dict, head_dim: int) -> int | None:
 
 
 def original_context(raw: dict, rope: dict, name: str) -> int:
-    """transformers takes it from beside the object, then from inside, then from the model's own context."""
+    """transformers looks beside the object, inside it, then takes the model's context. ValueError if the two differ."""
     sources = (raw.get(ORIGINAL), rope.get(ORIGINAL))
     if None not in sources and sources[0] != sources[1]:
         raise ValueError(f"{ORIGINAL} is {sources[0]!r} and, in {name}, {sources[1]!r}: remove the wrong one")
@@ -135,8 +135,8 @@ def read_scaling(numbers: dict, kind: str, context: int, rotary_dim: int) -> dic
 
 
 def yarn_length(numbers: dict, factor: float) -> float:
-    """What YaRN multiplies cos and sin by. attn_factor, which transformers ignores, multiplies it in vLLM and
-    llama.cpp, where the authors of such configs mean it to (DeepSeek-R1-0528-Qwen3-8B: it makes 1 of it)."""
+    """What YaRN multiplies cos and sin by. An attn_factor multiplies it once more: transformers ignores that entry, but
+    vLLM and llama.cpp use it, as its authors intend (DeepSeek-R1-0528-Qwen3-8B, where the product is 1)."""
     def grown(mscale: float) -> float:
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 

@@ -13,8 +13,8 @@ NAMED = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
 def from_tekken(raw: dict, char_of: dict[int, str]) -> BPE:
-    """The BPE of a parsed tekken.json. char_of: how a byte is written as a character. Raises ValueError for special
-    tokens out of order, KeyError for what is missing: the first files of 2024 did not list their special tokens."""
+    """The BPE of a parsed tekken.json. char_of: how a byte is written as a character. Raises ValueError if the ranks of
+    special tokens have gaps, KeyError for what is missing: the first files of 2024 did not list special tokens."""
     config = raw["config"]
     special = [token["token_str"] for token in sorted(raw["special_tokens"], key=lambda token: token["rank"])]
     if sorted(token["rank"] for token in raw["special_tokens"]) != [*range(len(special))]:

@@ -18,17 +18,17 @@ from pathlib import Path
 
 WEIGHTS = (".safetensors", ".bin", ".pt")  # nothing loads without such a file
 QUANTIZED = "model-int*.safetensors"  # made from the model.safetensors beside it
-# How the names of scratch files and folders begin and end: what a killed run left is found by both, and removed.
+# How names of scratch files and folders begin and end. `open_locked` removes the folders (not files) of killed runs.
 SCRATCH, PART = ".eagle2-", ".part"
 held: set[tuple[int, int]] = set()  # the folders that this process has locked: device and inode
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Let no other run write to `folder`, which is made if need be, and removed at the end if it is empty then.
+    """Let no other run write to `folder`. It is made if need be; a folder made here is removed at the end if empty.
 
     Raises OSError at once if another run has it locked. The lock is the kernel's (flock on the folder): it ends with
-    the process, however that ends, and leaves nothing behind. A file system without locks is said so on stderr.
+    the process, however that ends. If the file system has no locks, a line on stderr says so and nothing is locked.
     """
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     descriptor = open_locked(folder)
@@ -82,10 +82,10 @@ def open_locked(folder: Path) -> int:
 @contextmanager
 def replace_files(folder: Path, stale: tuple[str, ...] = ()) -> Iterator[Path]:
     """Yield a scratch folder in `folder`. When the block ends without an error, its files replace those of the same
-    names, and `stale`, which are names and patterns of files that belong to the old ones, are removed.
+    names. Files that match `stale` (names, patterns) are removed; with a new model.safetensors those of QUANTIZED too.
 
-    After an error `folder` is as it was. A run that is killed leaves the old files, or the new ones, or for the time of
-    a few renames a folder without weights, which does not load (see `steps`).
+    After an error in the block `folder` is as it was. A run that is killed leaves the old files, or the new ones, or
+    for the time of a few renames a folder without weights, which does not load (see `steps`).
     """
     with locked(folder):
         part = None
@@ -115,9 +115,9 @@ def steps(part: Path, folder: Path, stale: tuple[str, ...]) -> list[tuple[Path, 
 
     Several files cannot be renamed as one. So that an old config.json never meets new weights, nor an old tokenizer,
     the old weights go first and the new ones come last; between them nothing loads. (With config.json as the first and
-    last, Medusa heads, which load without one, would not be safe.) Files that stay the same need no step. Where a
-    single one is left, as when training writes a head again, its rename alone is the step, and the old file is there
-    until then.
+    last, Medusa heads, which load without one, would not be safe.) Files that stay the same need no step, unless they
+    hold weights. Where a single one is left, as when training writes a head again, its rename alone is the step, and
+    the old file is there until then.
     """
     written = sorted(part.iterdir())
     names = {file.name for file in written}

@@ -23,8 +23,8 @@ from ops.startup import part
 @part("kernels")
 @torch.inference_mode()
 def compile_kernels(*jobs: Callable[[], object]) -> None:
-    """Compile, or take from Triton's cache, and load all kernels that the jobs launch. Everything else that a job does
-    is done, on zeros where kernels should have written something."""
+    """Compile and load all kernels that the jobs launch, or load them from Triton's cache. No kernel runs: tensors that
+    kernels should fill hold zeros. All else that a job does is done. Raises the compiler's error if a kernel fails."""
     with without_launches() as calls, Zeros():
         for job in jobs:
             job()
@@ -38,11 +38,11 @@ def compile_kernels(*jobs: Callable[[], object]) -> None:
 
 
 class Loader(ThreadPoolExecutor):
-    """Loads each kernel where it was compiled.
+    """A thread pool that also loads each kernel, in the thread that compiled it.
 
-    Triton 3.6 compiles a C module to launch a kernel, the same one for all kernels of a signature. Two threads may not
-    do that together: if one replaces the file while Python opens it for the other, Python remembers the module under an
-    inode that is free again, and takes it later for another signature's.
+    Triton 3.6 compiles a C module that launches a kernel: one module for each signature. Two threads must not load the
+    same one at once. If one replaces the file while Python opens it for the other, Python caches the module under the
+    inode of a deleted file. A later module may get that inode, and Python would mistake the two.
     """
 
     def __init__(self, threads: int) -> None:
@@ -90,7 +90,7 @@ def without_launches() -> Iterator[dict]:
 
 
 class Zeros(TorchFunctionMode):
-    """New tensors are zeros where they would hold anything: what no kernel fills may be used as an index."""
+    """torch.empty, empty_like and new_empty return zeros: no kernel fills the tensors, and some are used as indices."""
     OF = {torch.empty: torch.zeros, torch.empty_like: torch.zeros_like, Tensor.new_empty: Tensor.new_zeros}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):

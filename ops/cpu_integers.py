@@ -54,13 +54,13 @@ def integer_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> 
 
 
 def packed(weight: Quantized) -> object:
-    """The integers as FBGEMM reads them; made once for each tensor of integers, and as large."""
+    """The integers in FBGEMM's memory layout: a copy, made once for each `weight.data` and cached in PACKED."""
     if weight.data not in PACKED:
         data = in_rows(weight).data
         engine = torch.backends.quantized.engine
         torch.backends.quantized.engine = "fbgemm"
         ones = torch.ones(len(data), dtype=torch.float64)
-        with warnings.catch_warnings():  # tensors that say their own scale are deprecated; this one is packed at once
+        with warnings.catch_warnings():  # PyTorch deprecates its quantized tensors; this one is packed and dropped
             warnings.simplefilter("ignore")
             plain = torch._make_per_channel_quantized_tensor(data, ones, torch.zeros_like(ones, dtype=torch.int64), 0)
         PACKED[weight.data] = torch.ops.quantized.linear_prepack(plain, None)

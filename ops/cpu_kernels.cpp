@@ -33,7 +33,7 @@ struct Linear {
     int rotated;
     const int8_t* packed;
     const void* scale;  // float [N], or of int4 two numbers of 16 bits [columns / group, N, 2]: see ops/quantized.py
-    int64_t group, columns;  // of int4: columns of a group, and K filled up to whole groups; else 0 and K
+    int64_t group, columns;  // of int4: columns of a group, and K rounded up to a multiple of 256; else 0 and K
     int zeros;  // of int4: scales and zeros in fp16, not scales and offsets in bf16
     const float *bias, *residual;
     int gated;

@@ -1,8 +1,8 @@
 """Decoding's kernels for a CPU, compiled from cpu_kernels.cpp when they are first needed, for this very CPU.
 
-A decoding step of PyTorch on a CPU is some thousand small operations, which cost more than the products between them.
-Here a linear layer with all that is fused into it is one call, as on a GPU, and so is attention. Compiling takes a few
-seconds; the result is kept in ~/.cache/eagle2. Without a C++ compiler, PyTorch does the same, several times slower.
+In PyTorch, a decoding step on a CPU is about a thousand small operations, which cost more than the matrix products.
+Here a fused linear layer is one call, as on a GPU, and so is attention. Compiling takes a few seconds; the result is
+kept in $XDG_CACHE_HOME/eagle2, by default ~/.cache/eagle2. Without a compiler, PyTorch is used, several times slower.
 
 The results of a row do not depend on the other rows, nor on the threads, to the bit: with quantised weights and fp32
 activations, verification chooses exactly what plain decoding does.
@@ -123,7 +123,7 @@ def linear(x: Tensor, weight: Quantized, bias: Tensor | None = None, norm: tuple
 
 def attention(q: Tensor, kv: Tensor, base: Tensor, bits: Tensor | None = None, window: int | None = None,
               settled: bool = False) -> Tensor:
-    """`tree_attention` of ops/attention.py by the kernel, which computes in fp32."""
+    """`tree_attention` of ops/attention.py by the kernel, in fp32. q, kv: fp32 or bf16. The result has q's dtype."""
     T, H, D = q.shape
     K, S = kv.shape[1:3]
     out = q.new_empty(T, H * D, dtype=torch.float32)

@@ -1,5 +1,5 @@
-// Vectors of fp32, as many lanes as this CPU has, and sums of products of integers. They work lane by lane: nothing
-// here mixes lanes but `sum` and `largest`, of which the order is fixed.
+// Vectors of fp32, of 16 lanes with AVX-512BW and else 8, and sums of products of integers. All work is lane by lane:
+// only `sum` and `largest` mix lanes, in a fixed order.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -43,7 +43,7 @@ inline float largest(Floats x) {
     return top;
 }
 
-// exp by 2^n * e^r with |r| <= ln(2) / 2, to 2 units in the last place; 0 below -87.
+// exp by 2^n * e^r with |r| <= ln(2) / 2, to 2 units in the last place; 0 below -87, and e^88 above 88.
 inline Floats exponential(Floats x) {
     Floats lowest = Floats{} - 87.f, highest = Floats{} + 88.f;
     Floats clamped = larger(x, lowest);
@@ -71,7 +71,7 @@ inline Sums all_of(int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline Weights widen(const int8_t* w) { return {_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)w))}; }
 inline Weights widen_nibbles(const int8_t* w) {
     __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)w));
-    bytes = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));  // the high four bits are the low ones 16 bits on
+    bytes = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));  // move the high four bits to the upper int16
     return {_mm512_and_si512(bytes, _mm512_set1_epi32(0x000f000f))};
 }
 inline Pair broadcast(const int16_t* x) { int32_t both; memcpy(&both, x, 4); return {_mm512_set1_epi32(both)}; }

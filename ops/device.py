@@ -89,7 +89,7 @@ WITHOUT = "; --device cpu works without it"
 
 @part("GPU")
 def gpu_problem(device: str | None) -> str | None:
-    """Why this device, or the GPU if there is one for None, cannot be used, in one line; None where it can."""
+    """One line that says why `device` ("cuda", "cpu"; None: the GPU if there is one) cannot be used; None if it can."""
     if device not in ("cuda", None):
         return None
     if not has_cuda():

@@ -8,11 +8,11 @@ from torch import Tensor
 
 def frequencies(theta: float, size: int, scaling: dict | None, context: int, device: torch.device | None = None
                 ) -> tuple[Tensor, float]:
-    """The angle of each of the size / 2 pairs at position 1, fp32 [size / 2], and what cos and sin are multiplied by.
+    """Each pair's angle at position 1, in radians, fp32 [size / 2]; and the factor that cos and sin are multiplied by.
 
-    scaling: None for plain RoPE, or as formats/rope.py reads it. context: the longest text; LongRoPE chooses by it, as
-    vLLM and llama.cpp do. (transformers chooses by the present length, so a text that crosses the old context there has
-    keys of both kinds.) Source of the formulas: transformers, modeling_rope_utils.py.
+    size: a head's rotated elements. scaling: None for plain RoPE, or as formats/rope.py reads it. context: the longest
+    text, in tokens; LongRoPE chooses by it, as vLLM and llama.cpp do. (transformers chooses by the current length, so
+    a text may have keys of both kinds.) Source of the formulas: transformers, modeling_rope_utils.py.
     """
     inv_freq = theta ** -(torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)
     if scaling is None:
@@ -25,7 +25,7 @@ def frequencies(theta: float, size: int, scaling: dict | None, context: int, dev
         divisors = scaling["long_factor" if context > old_context else "short_factor"]
         return inv_freq / torch.tensor(divisors, dtype=torch.float32, device=device), scaling["attention_factor"]
     if kind == "llama3":
-        # Wavelengths beyond the old context are slowed down, short ones are kept, and those between are blended.
+        # Frequencies of up to `low` turns are divided by factor, those of `high` or more kept, those between blended.
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         turns = old_context * inv_freq / (2 * math.pi)  # full turns of each frequency within the old context
         keep = ((turns - low) / (high - low)).clamp(0, 1)

@@ -47,8 +47,8 @@ def timed(function: Callable[[], object], device: torch.device, unroll: int = 10
           calls: int | None = None) -> float:
     """Milliseconds of one call: the median of `rounds` rounds of `calls` calls (default: 30, on a CPU 3).
 
-    On a GPU, one CUDA graph holds `unroll` calls: launching a graph costs a few microseconds, as much as a small part
-    of a cycle, and within a cycle that part does not pay them.
+    On a GPU, one CUDA graph holds `unroll` calls, and `calls` is a multiple of that. Launching a graph costs a few
+    microseconds, as much as a small part of a cycle; unrolling spreads that cost, which such a part does not have.
     """
     cuda = device.type == "cuda"
     if calls is None:
@@ -79,7 +79,7 @@ def elapsed(function: Callable[[], object], calls: int, device: torch.device) ->
 
 
 class Mailbox:
-    """The host's two copies of `report`: it reads one cycle's while the next cycle fills the other."""
+    """Two copies on the host of `report` (see tree.accept_commit): one is read while the next cycle fills the other."""
 
     def __init__(self, report: Tensor) -> None:
         self.report = report

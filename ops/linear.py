@@ -44,7 +44,7 @@ def linear(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None, no
 
     x [..., K], weight [N, K], bias [N], norm (weight [K], eps), residual [..., width].
     gated: the first N / 2 rows of the weights are the gate's, the others up's, and f is silu(gate) * up.
-    heads (rope [2, M, D], slots [M], kv [2, KV_HEADS, S, D]), with x [M, K]: the outputs are queries, keys and values.
+    heads (rope [2, M, D], slots int64 [M], kv [2, KV_HEADS, S, D]), x [M, K]: the outputs are queries, keys and values.
     Rotated queries [M, H * D] are returned; rotated keys, and values, are stored in kv (ops.embed_rope.rope_store).
     dtype: of the output, by default x's. fp32 keeps the kernel's fp32 sums (bf16 logits near 20 are 0.125 apart); where
     linear_torch runs, the result is rounded to x's dtype first.
@@ -153,7 +153,7 @@ def linear_triton(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = N
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """F.rms_norm of x [..., K]; by a kernel, unless it is trained: on a GPU the one of `linear` for its own norms."""
+    """F.rms_norm of x [..., K], in x's dtype. By a kernel where there is one and gradients are not wanted."""
     if cpu_kernels.takes_rows(x) and weight.dtype == torch.float32:
         return cpu_kernels.rms_norm(x, weight, eps)
     if not x.is_cuda or wants_gradients(x, weight):
@@ -171,8 +171,8 @@ def norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @cache
 def counters(device: torch.device) -> Tensor:
-    """One counter for each tile, of the splits that have finished; all calls of a stream share them. The first call
-    allocates them, so call once before capturing a graph."""
+    """The counters of split K, int32 [MAX_TILES], one for each tile (see `store_split`). All calls on a stream share
+    them. The first call allocates them, so call this once before capturing a graph."""
     return torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
 
 

@@ -1,8 +1,7 @@
-"""A level of a draft tree below DSpark's Markov head of the kind "vanilla", which adds W2 W1[token] to the logits.
+"""One level of a draft tree with DSpark's Markov head "vanilla", which adds W2 W1[parent token] to the logits.
 
 The kernel that multiplies also finds the best tokens of its block of the vocabulary. With ops/topk.py's merge and
-ops/tree.py's choice of the next level, a level is three launches. As a gather, a product, a sum and then tree.grow, it
-would be six.
+ops/tree.py's choice of the next level, a level is three launches. With separate steps it would be six.
 
 Letters: V tokens of the vocabulary, or of the part of it that a draft head knows; r the head's rank.
 """
@@ -16,7 +15,7 @@ from ops.topk import best_in_lanes, key_of, merge_lists, sort_bits
 from ops.tree import next_level
 from tree import Candidates, Level
 
-PROGRAMS = 256  # at most so many blocks of 128 tokens. Beyond, a block has 256: half as many keys to merge, as fast
+PROGRAMS = 256  # up to so many blocks of 128 tokens; if V needs more, blocks of 256: half the keys to merge, as fast
 TILE = 32768  # bytes of W2 that a program loads at once: they fit its registers
 
 
@@ -69,7 +68,8 @@ def markov_kernel(before, w1, w2, logits, noise, ids, keys, peaks, sums, N, V, R
 
 def markov_lists(tokens: Tensor, logits: Tensor, w1: Tensor, w2: Tensor, k: int, ids: Tensor | None,
                  noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """keys, peaks and sums of the blocks (see `markov_kernel`) below `tokens` [N]."""
+    """For the children of `tokens` [N] int64: keys [N, blocks, k] int64, peaks and sums [N, blocks] fp32, as
+    `markov_kernel` describes them."""
     nodes, (vocab, rank) = len(tokens), w2.shape
     block, warps = (128, 8) if vocab <= 128 * PROGRAMS else (256, 16)
     columns = min(TILE // (block * w2.element_size()), max(16, triton.next_power_of_2(rank)))

@@ -4,9 +4,9 @@ If weights were converted to floating point before they are multiplied, verifyin
 the conversion. So nothing is converted: each row of x becomes integers and one scale, and tensor cores multiply
 integers by integers, twice as fast and, with int32 sums, exactly. An activation of 16 bits is two planes of 8 bits,
 x = scale * (256 * high + low), and the planes are simply twice as many rows of x. This is more precise than bf16 except
-where a value is below 1/256 of its row's largest. A single row needs no tensor cores. It becomes integers of 16 bits
-where it is multiplied, 16 columns by themselves, so that no kernel has to do that before it (multiply_row in
-ops/integer_product.py), except by large weights of fewer than 32,768 rows (takes_integer_row in ops/tiling.py).
+where a value is below 1/256 of its row's largest. A single row of two planes, without `order`, needs no tensor cores:
+the kernel that multiplies also makes the integers of 16 bits, with a scale for each 16 columns (multiply_row in
+ops/integer_product.py). Not for large weights of fewer than 32,768 rows: see takes_integer_row in ops/tiling.py.
 
     int8      w[n, k] = scale[n] * q[n, k]                         two planes: activations lose next to nothing
     int8dyn   the same, of the rotated weights                     one plane, of the rotated x
@@ -41,7 +41,7 @@ from ops.device import tl, triton
 
 ROTATION = 16  # columns that are rotated together; K is a multiple of it
 TILE = 16  # rows
-AT_ONCE = 32 * 2**20  # weights that a product of many rows makes floating point at a time
+AT_ONCE = 32 * 2**20  # weights that `integer_linear` converts to floating point at a time
 
 
 class Quantized(NamedTuple):
@@ -77,8 +77,8 @@ def unpack(weight: Quantized) -> Tensor:
 
 
 def to_tiles(weight: Quantized) -> Tensor:
-    """`data` in tiles, of a weight with a multiple of 16 rows. The tensor itself becomes so: its rows are freed, unless
-    a view of them is left, and all weights that share the tensor have the tiles."""
+    """Put weight.data into tiles, in place, and return it. N is a multiple of 16. Every weight that shares this tensor
+    sees the tiles too. The old memory is freed unless another view of it is left."""
     data, (N, K) = weight.data, weight.shape
     if data.dim() == 2:
         if weight.group:

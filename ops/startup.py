@@ -35,8 +35,8 @@ STARTUP = Startup()
 
 @contextmanager
 def part(name: str) -> Iterator[None]:
-    """Count the block, or the calls of a function that this decorates, as a part. Within another part it is that
-    part's: measuring the best tree captures CUDA graphs too."""
+    """Count the seconds of a block, or of a decorated function's calls, as this part. Inside another part they count
+    for the outer part: for example, measuring the best tree captures CUDA graphs."""
     if STARTUP.running != REST:
         yield
         return

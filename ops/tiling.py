@@ -82,16 +82,16 @@ def takes_integer_row(N: int, columns: int, group: int) -> bool:
 
 
 def one_integer_row(N: int, columns: int) -> Tiling:
-    """The Tiling for that: 512 bytes of each row a warp, so that its threads lie side by side, and where there are few
-    rows several warps for the same ones."""
+    """The Tiling for multiply_row (see `takes_integer_row`). A warp reads 512 bytes of a row at once, so that its
+    threads lie side by side. If there are few rows, several warps share a row."""
     BN, warps = (8, 1) if N >= 8192 or columns <= 512 else (4, 2 if columns < 4096 else 4)
     return Tiling(1, BN, 512 * warps, 1, warps, 1, ahead=1, unroll=min(2, -(-columns // (512 * warps))))
 
 
 def many_rows(N: int, columns: int, w_bytes: int, x_bytes: int, group: int, sms: int, capability: tuple[int, int]
               ) -> Tiling:
-    """The Tiling for 65 to 128 rows of x, of x_bytes an element (two planes: 2), and weights of w_bytes an element (of
-    int4: `columns` of them, and group > 0). Not measured: it fits registers and shared memory.
+    """The Tiling for 65 to 128 rows of x, of x_bytes an element (two planes: 2), and weights of N rows of `columns`
+    elements of w_bytes each (int4: `columns` bytes, group > 0). It fits registers and shared memory; not measured.
 
     Every tile reads all of x again from L2: one to four times as many bytes as of weights. So tiles are as large as
     registers allow. Every split stores a sum of up to 64 KB (128 x 128 fp32). So there are only as many splits as fill

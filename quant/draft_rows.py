@@ -13,7 +13,7 @@ from ops.cpu_integers import PACKED
 from ops.quantized import Quantized, to_tiles
 from quant.linear import drafting_rows
 
-ROOM = 512  # rows; of a longer prompt the latest tokens
+ROOM = 512  # rows; if a prompt has more unlisted tokens, its latest ones get them
 LISTED = -2**40  # below every other rank
 
 
@@ -21,9 +21,9 @@ class DraftRows:
     """`weights`: a list of one weight [Vd, C], the rows of lm_head [V, C] used for drafting. A caller that stacks them
     with other rows adds the stacked weight, so that `follow` updates it too. `ids` [Vd] int64: their tokens, or None.
 
-    vocab [any] int64: the draft vocabulary; None: all rows. If it lacks tokens, the first `room` of the Vd rows are for
-    the prompt's tokens: a multiple of 64, whole tiles of every kernel. follows=False: no such rows. quantized: see
-    drafting_rows.
+    vocab [any] int64: the draft vocabulary; None: all rows. If it has a token for each row of lm_head, row i is token
+    vocab[i]. If it has fewer, the first `room` of the Vd rows are for the prompt's tokens: a multiple of 64, whole
+    tiles of every kernel; it may be 0. follows=False: no such rows. quantized: see drafting_rows.
     """
 
     def __init__(self, lm_head: Tensor | Quantized, vocab: Tensor | None, quantized: bool,

@@ -19,7 +19,7 @@ from quant.linear import GROUPS, ROWS, empty_quantized, quantize_weight, rows_of
 
 class Affine(NamedTuple):
     """w[n, k] = scale[g, n] * (q[n, k] - zero[g, n]) with g = k // group. Column k belongs to input order[k]."""
-    q: Tensor  # int8 [N, K], -8 to 7
+    q: Tensor  # int8 [N, K], -8 to 7; of formats with 8 bits, of which only the values are used: int8 or int16
     scale: Tensor  # fp16, bf16 or fp32 [groups, N]
     zero: Tensor  # a number from -8 to 8 in most formats [groups, N]
     group: int
@@ -107,8 +107,8 @@ class Foreign(NamedTuple):
 
 
 class Read(NamedTuple):
-    """What `read_stacked` gives: the weight, and the squares of what all its numbers have moved by, and of the numbers
-    themselves, summed."""
+    """What `read_stacked` gives: the weight; the sum of the squared changes of its numbers; the sum of their squares.
+    Published weights that are kept exactly are in neither sum."""
     weight: Quantized
     moved: float
     total: float

@@ -2,9 +2,9 @@
 
 int8 needs no choice: the largest value of a row becomes 127. int4 chooses twice. A smaller range for a group of columns
 clips its outliers and can halve the error of all other weights. And the error made in one column can be undone in the
-columns that follow, as far as the layer's inputs are correlated (GPTQ, arXiv 2210.17323). Both need the inputs, as the
-Hessian x.T @ x of a text, which quantize.py collects. Without a Hessian each group gets the scale of the least error,
-and each weight the nearest integer (quant/int4.py).
+columns that follow, as far as the layer's inputs are correlated (GPTQ, arXiv 2210.17323). GPTQ needs the inputs, as
+the Hessian (mean of x.T @ x) that quantize.py collects; the search of ranges uses it too. Without one, the search takes
+all columns as equally important, and each weight gets the nearest integer (quant/int4.py).
 
 In a group with many zeros a zero stays exactly zero: neurons that benchmarks/widen.py adds must do nothing.
 """

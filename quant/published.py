@@ -52,8 +52,8 @@ def columns_per_group(K: int, groups: int) -> int:
 
 
 def column_order(g_idx: Tensor | None, K: int, group: int) -> Tensor | None:
-    """The inputs in the order of their groups, int64 [K], of the group of each, g_idx [K] (act-order). None where they
-    are in it. ValueError where a group has more or fewer members than `group`."""
+    """Act-order: the inputs sorted by group, int64 [K]. g_idx [K] int: the group of each input. None if they are sorted
+    already, or without g_idx. ValueError where a group has more or fewer members than `group`."""
     if g_idx is None or not len(g_idx):
         return None
     g = g_idx.long()
@@ -299,8 +299,8 @@ def halves_apart(byte: Tensor) -> Tensor:
 
 
 def from_offsets(u: Tensor, scale: Tensor, offset: Tensor) -> Affine:
-    """w = scale * u + offset with u uint8 [N, K], 0 to 15, and fp32 [N, K / 32], as an Affine. Where all weights of
-    a group are the same but for less than fp16 could tell, there is no step: their offset is the scale of q = 1."""
+    """w = scale * u + offset as an Affine: u uint8 [N, K], 0 to 15; scale and offset fp32 [N, K / 32]. A group whose
+    zero fp16 cannot hold (its step is nothing beside its offset) gets q = 1, scale = offset and zero = 0."""
     zero = -8 - offset / scale
     flat = ~(zero.abs() <= LARGEST_ZERO)  # also where the scale is 0
     q = torch.where(flat.repeat_interleave(32, 1), 1, signed(u))

@@ -392,7 +392,7 @@ def test_which_tree(words: tuple, cuda: bool, tree: tuple | str, tmp_path: Path,
     setup = methods.Setup(model, args, SimpleNamespace(folder="eagle"), 64)
     found = {"fit": (16, 4, 10)}
     monkeypatch.setattr(methods, "profile_key", lambda *inputs: "")
-    monkeypatch.setattr(methods, "fit", lambda *inputs: found["fit"])
+    monkeypatch.setattr(methods, "fastest_tree", lambda *inputs: found["fit"])
     if "auto" not in words:
         without = methods.tree_shape(setup)
         assert without == tree or (without, tree) == (methods.GPU_TREE, "fit")

@@ -1,4 +1,4 @@
-"""Attention whose softmax goes on over further entries: fused, so that no scores are kept, with a differentiable sum.
+"""Fused attention that also returns the logsumexp of its scores, both with gradients. No scores are kept in memory.
 
 An unrolled draft step and a block's row see many entries, the text's, and a few of their own. PyTorch's fused attention
 does the first part, and its logsumexp says how much weight that part gets beside the other. But the fused backward pass
@@ -52,5 +52,5 @@ class FusedAttention(torch.autograd.Function):
 def seen(mask: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
     """The bias of FusedAttention for rows that see the entries where mask [B, T, S] is set: [B, heads, T, S]."""
     bias = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
-    bias = F.pad(bias, (0, -mask.shape[-1] % 8))[..., :mask.shape[-1]]  # a GPU reads whole eights of it
+    bias = F.pad(bias, (0, -mask.shape[-1] % 8))[..., :mask.shape[-1]]  # row stride a multiple of 8, for GPU kernels
     return bias[:, None].expand(-1, heads, -1, -1)

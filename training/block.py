@@ -38,8 +38,8 @@ ANCHORS = 256  # of a dialogue, where --anchors does not say how many
 
 
 def context(head: BlockHead, taps: Tensor, rope: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """For each layer the rotated keys and the values of all tokens, [B, K, S, D], of the taps [B, S, k * H], which
-    head.tap_scale evens. rope [2, S, D]."""
+    """For each layer the rotated keys and the values of all tokens, [B, K, S, D] each. They are made from the taps
+    [B, S, k * H] times head.tap_scale [k * H]. rope [2, S, D]."""
     t = head.hidden_norm(head.fc(taps * head.tap_scale)).to(taps.dtype)
     entries = []
     for layer in head.layers:
@@ -82,9 +82,9 @@ def block_attention(layer: Layer, x: Tensor, rope: Tensor, before: Tensor, keys:
 
 def distill_block(markov: Markov | None, h: Tensor, previous: Tensor, feature: Tensor, target_rows: Tensor,
                   learned: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each of N rows h [N, H] the loss [N] fp32, 0 where it is not `learned` [N] bool, and whether its best token is
-    the target's [N] bool. previous [N] int64: the true token before the guessed one. feature [N, H] is the target's.
-    target_rows [Vd, H]: the target's lm_head for the draft tokens."""
+    """For each of N rows h [N, H]: the loss [N] fp32, and whether the row's best token is the target's, [N] bool. Rows
+    that are not `learned` [N] bool have loss 0 and False. previous [N] int64: the true token before the guessed one.
+    feature [N, H]: the target's. target_rows [Vd, H]: the target's lm_head for the draft tokens."""
     target = F.linear(feature, target_rows).detach().float()
     logits = F.linear(h, target_rows)
     if markov is not None:  # it adds nothing to the first rows, of tokens that are not in the draft vocabulary
@@ -165,7 +165,7 @@ class BlockTrainer(TappedTrainer):
         return self.module.cfg.block_size
 
     def kept_rows(self, batch: int) -> tuple[int, int, int]:
-        """As Trainer.kept_rows: the rows of blocks, those of the context, and the gradients of both."""
+        """As Trainer.kept_rows. Rows of layers: of blocks and context; of logits: of blocks. Twice, for gradients."""
         rows = batch * self.anchors * self.module.cfg.block_size
         return 2, 2 * (rows + batch * self.args.length), 2 * rows
 
@@ -202,8 +202,8 @@ class BlockTrainer(TappedTrainer):
 
     def block_losses(self, tokens: Tensor, of_answer: Tensor, features: Tensor, taps: Tensor, anchors: Tensor
                      ) -> tuple[Tensor, Tensor]:
-        """The loss and the agreement at each row, [b]. tokens and of_answer [B, S]; features [B, S, H] and taps [B, S,
-        k * H] are the target's; anchors [B, A] int64."""
+        """The loss, 0-d, and the agreement at each row, [b] (0 to 1). tokens int64 and of_answer bool [B, S]; features
+        [B, S, H] and taps [B, S, k * H] are the target's; anchors [B, A] int64."""
         head, rows = self.module, self.module.cfg.block_size
         place = anchors[..., None] + torch.arange(rows, device=self.device)  # [B, A, b], of the token before the guess
         flat = (place + tokens.shape[1] * torch.arange(len(tokens), device=self.device)[:, None, None]).flatten()

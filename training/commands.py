@@ -74,7 +74,7 @@ def quieten() -> None:
 
 
 def plain_lm_head(model: Llama) -> nn.Linear:
-    """The lm_head of a quantised model as bf16 weights: the embedding, where the two were one, else as it was rounded.
+    """The lm_head of a quantised model with bf16 weights [V, C]: the embedding if the two are tied, else dequantised.
     """
     plain = nn.Linear(1, 1, bias=False, device="meta")
     if model.cfg.tie_word_embeddings:

@@ -143,8 +143,8 @@ class Script:
 
 
 def sample(logits: Tensor, temperature: Tensor, answering: Tensor) -> Tensor:
-    """A token for each row, [B] int64: logits [B, V], temperature [B]. In user turns the unlikely tokens are excluded
-    (min-p 0.02)."""
+    """Sample a token for each row: [B] int64. logits [B, V]; temperature [B] fp32, 0 is greedy; answering [B] bool,
+    false in user turns, where min-p 0.02 excludes unlikely tokens."""
     logits = logits.float()
     temperature = temperature[:, None]
     gumbel = -torch.log(-torch.log(torch.rand_like(logits).clamp(1e-10, 1 - 1e-7)))

@@ -23,8 +23,8 @@ def digests(folder: Path) -> set[str]:
 
 @contextmanager
 def exporting(work: Path, *folders: Path) -> Iterator[None]:
-    """While this is open, heads are exported to these folders; then the file in `work` names them. A run that is killed
-    meanwhile leaves a state without that file, which may go on with any head: see `foreign`."""
+    """A context in which heads are exported to these folders. At its end the file in `work` gets their sha256. A run
+    that is killed before that leaves a state without the file, which may replace any head: see `foreign`."""
     (work / EXPORTED).unlink(missing_ok=True)
     yield
     with replace_files(work) as part:

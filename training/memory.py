@@ -1,8 +1,7 @@
 """How much memory training takes, and how many dialogues at a time fit into what is free.
 
-Weights and the states of optimizers are added up as they are. What autograd keeps is a formula for functions that are
-compiled, as on a GPU: these keep bf16 tensors and compute the rest again. On a CPU a step takes about half as much
-again.
+Weights and optimizer states are added up as they are. What autograd keeps is estimated by a formula for compiled
+functions, as on a GPU: these keep bf16 tensors and recompute the rest. On a CPU, a step takes about 50 % more.
 """
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +13,7 @@ from app.memory import OVERHEAD, dequantized, free_bytes, total_bytes
 from model import Llama
 from quant.linear import is_quantized
 
-USABLE = 0.9  # of the free memory: the rest is lost between blocks of other sizes
+USABLE = 0.9  # of the free memory: the rest is lost to fragmentation
 
 
 class Need(NamedTuple):

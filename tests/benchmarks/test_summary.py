@@ -12,7 +12,7 @@ from helpers import SHAPE, operations, tiny_checkpoint
 import bench
 from benchmarks import cycle, summary
 from benchmarks.environment import CLOCKS, describe
-from benchmarks.result_files import NAMES, RESULTS, SHAPES, Results, add, problems, read_results, strip
+from benchmarks.result_files import NAMES, RESULTS, SHAPES, Results, add, clean_command, problems, read_results, strip
 from benchmarks.summary import BLOCKS, MISSING, PAGE, render, write
 from benchmarks.widen import SHAPES as KNOWN_SHAPES
 from ops import graphs
@@ -192,6 +192,14 @@ def test_results_that_disagree(key: str, results: Results) -> None:
     results[METHODS]["environment"][key] = "another"
     line, = problems(results)
     assert line.startswith(f"{key}: ") and f"another in {METHODS}" in line and CYCLES in line
+
+
+def test_folders_stay_at_home() -> None:
+    """Fails if a published command names a folder of the machine that it ran on, or a file that it wrote."""
+    words = ["python", "bench.py", "--checkpoint=/home/ann/a/ckpt", "--json=/home/ann/out.json", "--plots",
+             "/home/ann/p", "--draft", "/home/ann/head", "--endpoint", "x=http://127.0.0.1:1/v1,model=a/b,key=@/home/ann/key"]
+    assert clean_command(words) == ("python bench.py --checkpoint ckpt --draft head --endpoint "
+                                    "x=http://127.0.0.1:1/v1,model=a/b,key=@key")
 
 
 def test_unknown_commit(results: Results) -> None:

@@ -1,4 +1,7 @@
 """quant/draft_rows.py: the rows of an lm_head that are drafted from, and the prompt's own tokens among them."""
+import json
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
@@ -7,7 +10,10 @@ from torch import Tensor
 from draft import Drafter, Eagle2, Vanilla
 from drafters.block import Block
 from drafters.eagle1 import Eagle1
+from drafters.eagle3 import PLAIN
+from drafters.heads import load_head
 from engine import Engine
+from formats.eagle3 import save_eagle3
 from model import Llama
 from ops import cpu_integers
 from ops.quantized import Quantized, dequantize, to_tiles
@@ -52,6 +58,23 @@ def test_rows_are_the_tokens(mode: str | None, tiled: bool, monkeypatch: pytest.
         assert torch.equal(values(rows.weights[0]), expected[rows.ids])
         if integers:  # FBGEMM keeps a copy
             assert torch.allclose(cpu_integers.integer_linear(x, rows.weights[0]), x @ expected[rows.ids].T, atol=2)
+
+
+def test_all_tokens_in_another_order(tmp_path: Path) -> None:
+    """Fails if a draft vocabulary that has every token, in an order of its own, is taken for that of the target's rows.
+    """
+    model = tiny.target()
+    mixed = torch.randperm(tiny.SHAPE["vocab_size"], generator=torch.Generator().manual_seed(0)).tolist()
+    shared = tiny.head3(model, ids=mixed, names=[name for name in PLAIN if name != "lm_head.weight"])
+    for head, ids in ((shared, shared.vocab), (tiny.head3(model), None)):
+        folder = tmp_path / str(ids is None)
+        save_eagle3(head.cfg, head.state_dict(), ids, folder)
+        if ids is None:
+            (folder / "draft_vocab.json").write_text(json.dumps(mixed))
+        loaded = load_head(folder, model)
+        rows = loaded.bind(model)
+        own = (loaded if ids is None else model).lm_head.weight
+        assert loaded.vocab is None and rows.ids is None and torch.equal(rows.lm_head, own)
 
 
 def test_without_room() -> None:
