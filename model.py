@@ -125,16 +125,16 @@ class Layer(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return apply_rope(q, rope), apply_rope(k, rope), v
 
-    def project(self, x: Tensor, heads: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
+    def project(self, x: Tensor, rope_cache: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
         """Norm x [..., C] and project it to queries, keys and values side by side, [..., (H + 2K) D].
 
-        With `heads` (rope, cache_pos, kv: see ops.linear.linear) keys and values go to the cache, and only the rotated
-        queries are returned, [T, H * D]."""
+        With `rope_cache` (rope, cache_pos, kv: see ops.linear.linear) keys and values go to the cache, and only the
+        rotated queries are returned, [T, H * D]."""
         norm = None if self.attn_norm is None else (self.attn_norm.weight, self.attn_norm.eps)
-        if heads is None or self.q_norm is None:
-            return linear(x, self.wqkv.weight, self.wqkv.bias, norm, heads=heads)
+        if rope_cache is None or self.q_norm is None:
+            return linear(x, self.wqkv.weight, self.wqkv.bias, norm, rope_cache=rope_cache)
         qk_norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
-        return rope_store(linear(x, self.wqkv.weight, self.wqkv.bias, norm), *heads, *qk_norms).flatten(1)
+        return rope_store(linear(x, self.wqkv.weight, self.wqkv.bias, norm), *rope_cache, *qk_norms).flatten(1)
 
 
 class Llama(nn.Module):

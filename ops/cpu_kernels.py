@@ -99,7 +99,7 @@ def takes_attention(q: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Quantized, bias: Tensor | None = None, norm: tuple[Tensor, float] | None = None,
-           residual: Tensor | None = None, gated: bool = False, heads: tuple[Tensor, Tensor, Tensor] | None = None
+           residual: Tensor | None = None, gated: bool = False, rope_cache: tuple[Tensor, Tensor, Tensor] | None = None
            ) -> Tensor:
     """`linear` of ops/linear.py by the kernel, which rounds x to 14 bits, for int4 to 16."""
     N, columns = weight.shape
@@ -109,8 +109,8 @@ def linear(x: Tensor, weight: Quantized, bias: Tensor | None = None, norm: tuple
     x, scale = x.contiguous(), weight.scale.contiguous()
     K = x.shape[-1]
     T = x.numel() // K
-    rope, slots, kv = heads or (None, None, None)
-    kv_heads, S, D = kv.shape[1:] if heads else (0, 0, 0)
+    rope, slots, kv = rope_cache or (None, None, None)
+    kv_heads, S, D = kv.shape[1:] if rope_cache else (0, 0, 0)
     out = x.new_empty(*x.shape[:-1], N // 2 if gated else N - 2 * kv_heads * D)
     residual = None if residual is None else residual.contiguous()
     slots = None if slots is None else slots.contiguous()

@@ -38,28 +38,28 @@ NORM_ROWS = 16  # up to this many rows the norm is fused, except in fp16 (see li
 
 
 def linear(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None, norm: tuple[Tensor, float] | None = None,
-           residual: Tensor | None = None, gated: bool = False, heads: tuple[Tensor, Tensor, Tensor] | None = None,
+           residual: Tensor | None = None, gated: bool = False, rope_cache: tuple[Tensor, Tensor, Tensor] | None = None,
            dtype: torch.dtype | None = None) -> Tensor:
     """residual + f(rms_norm(x) @ weight.T + bias), each part but the product optional: [..., width].
 
     x [..., K], weight [N, K], bias [N], norm (weight [K], eps), residual [..., width].
     gated: the first N / 2 rows of the weights are the gate's, the others up's, and f is silu(gate) * up.
-    heads (rope [2, M, D], slots int64 [M], kv [2, KV_HEADS, S, D]), x [M, K]: the outputs are queries, keys and values.
-    Rotated queries [M, H * D] are returned; rotated keys, and values, are stored in kv (ops.embed_rope.rope_store).
+    rope_cache (rope [2, M, D], slots int64 [M], kv [2, KV_HEADS, S, D]), x [M, K]: the outputs are queries, keys,
+    values. Rotated queries [M, H * D] are returned; rotated keys, and values, are stored in kv (embed_rope.rope_store).
     dtype: of the output, by default x's. fp32 keeps the kernel's fp32 sums (bf16 logits near 20 are 0.125 apart); where
     linear_torch runs, the result is rounded to x's dtype first.
     """
     if cpu_kernels.takes_linear(x, weight, bias, norm and norm[0], residual):
-        if heads is None or cpu_kernels.takes_heads(heads[2]):
-            return cpu_kernels.linear(x, weight, bias, norm, residual, gated, heads)
-        return rope_store(cpu_kernels.linear(x, weight, bias, norm), *heads).flatten(1)
+        if rope_cache is None or cpu_kernels.takes_heads(rope_cache[2]):
+            return cpu_kernels.linear(x, weight, bias, norm, residual, gated, rope_cache)
+        return rope_store(cpu_kernels.linear(x, weight, bias, norm), *rope_cache).flatten(1)
     rows, K = x.numel() // x.shape[-1], x.shape[-1]
     if (not x.is_cuda or rows > MAX_ROWS or K % 16 or x.dtype not in (torch.bfloat16, torch.float16)
             or wants_gradients(x, weight, bias, residual, *(norm or ()))):
         y = linear_torch(x, weight, bias, norm, residual, gated, fast=True)
-        return y.to(dtype or y.dtype) if heads is None else rope_store(y, *heads).flatten(1)
+        return y.to(dtype or y.dtype) if rope_cache is None else rope_store(y, *rope_cache).flatten(1)
     flat = None if residual is None else residual.reshape(rows, -1)
-    return linear_triton(x.reshape(rows, K), weight, bias, norm, flat, gated, heads, dtype).view(*x.shape[:-1], -1)
+    return linear_triton(x.reshape(rows, K), weight, bias, norm, flat, gated, rope_cache, dtype).view(*x.shape[:-1], -1)
 
 
 def wants_gradients(*tensors: object) -> bool:
@@ -71,7 +71,7 @@ def wants_gradients(*tensors: object) -> bool:
 def linear_torch(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None,
                  norm: tuple[Tensor, float] | None = None, residual: Tensor | None = None,
                  gated: bool = False, fast: bool = False) -> Tensor:
-    """`linear` in plain PyTorch, without heads and dtype: each step is rounded to x's dtype. fast: with a CPU's
+    """`linear` in plain PyTorch, without rope_cache and dtype: each step is rounded to x's dtype. fast: with a CPU's
     kernels, which for int8 round x to 14 or 7 bits."""
     if norm is not None:
         x = rms_norm(x, *norm) if fast else F.rms_norm(x, x.shape[-1:], *norm)
@@ -100,7 +100,7 @@ def float_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 def linear_triton(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None,
                   norm: tuple[Tensor, float] | None = None, residual: Tensor | None = None, gated: bool = False,
-                  heads: tuple[Tensor, Tensor, Tensor] | None = None, dtype: torch.dtype | None = None,
+                  rope_cache: tuple[Tensor, Tensor, Tensor] | None = None, dtype: torch.dtype | None = None,
                   config: Tiling | None = None) -> Tensor:
     """`linear` by the kernel, of x [M, K] with M <= MAX_ROWS. config: by default that of ops/tiling.py."""
     M, K = x.shape
@@ -115,15 +115,15 @@ def linear_triton(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = N
         config = linear_config(M, N, K, *device_limits(x.device))
     BM, BN, BK, SK, warps, stages, ahead, unroll = config
     tiles = triton.cdiv(N, BN)
-    width = N // 2 if gated or heads else N
-    rope, slots, kv = heads or (None, None, None)
-    kv_heads, num_slots, D = kv.shape[1:] if heads else (0, 0, 2)
+    width = N // 2 if gated or rope_cache else N
+    rope, slots, kv = rope_cache or (None, None, None)
+    kv_heads, num_slots, D = kv.shape[1:] if rope_cache else (0, 0, 2)
     assert kv is None or (kv.is_contiguous() and rope.is_contiguous() and not gated)
     assert M <= BM and data.is_contiguous() and (SK == 1 or tiles <= MAX_TILES)
     assert not group or SK <= triton.cdiv(columns, BK), "an empty split would add the offsets once more"
     x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
-    out = x.new_empty(M, N - 2 * kv_heads * D if heads else width, dtype=dtype)
+    out = x.new_empty(M, N - 2 * kv_heads * D if rope_cache else width, dtype=dtype)
     norm_weight, eps = norm or (None, 0.0)
     x_scale = sums = None
     if integers and BM == 1:  # the kernel makes integers of x

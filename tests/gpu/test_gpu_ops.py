@@ -114,7 +114,7 @@ def test_heads(M: int, H: int, K: int, D: int, C: int) -> None:
     exact = kv.double()
     projected = linear.linear_torch(x.double(), weight.double(), None, (norm[0].double(), norm[1]))
     q = embed_rope.rope_store_torch(projected, rope.double(), slots, exact)
-    assert error(linear.linear(x, weight, None, norm, heads=(rope, slots, kv)), q.flatten(1)) < 1e-2
+    assert error(linear.linear(x, weight, None, norm, rope_cache=(rope, slots, kv)), q.flatten(1)) < 1e-2
     assert error(kv, exact) < 1e-2
 
 

@@ -94,7 +94,7 @@ def test_heads(D: int) -> None:
     plain = linear(x, weight)
     caches = [torch.zeros(2, K, S, D) for _ in range(3)]
     exact = embed_rope.rope_store_torch(plain, rope, slots, caches[0])
-    for found, kv in ((linear(x, weight, heads=(rope, slots, caches[1])).view(T, 8, D), caches[1]),
+    for found, kv in ((linear(x, weight, rope_cache=(rope, slots, caches[1])).view(T, 8, D), caches[1]),
                       (embed_rope.rope_store(plain, rope, slots, caches[2]), caches[2])):
         torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(kv, caches[0], rtol=1e-5, atol=1e-5)

@@ -127,7 +127,7 @@ def test_heads() -> None:
         wanted = kv.clone()
         q = rope_store_torch(linear_torch(x, weight, bias, norms), rope, slots, wanted)
         config = Tiling(1 if M == 1 else 16 if M <= 16 else 64, 32, 64, SK, 4, 3)
-        out = linear_triton(x, weight, bias, norms, heads=(rope, slots, kv), config=config)
+        out = linear_triton(x, weight, bias, norms, rope_cache=(rope, slots, kv), config=config)
         torch.testing.assert_close(out, q.flatten(1), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(kv, wanted, rtol=1e-5, atol=1e-5)
 

@@ -251,7 +251,7 @@ def test_one_row(mode: str) -> None:
     x, angles, kv = torch.randn(1, 576), torch.randn(1, 12).repeat(1, 2), torch.zeros(2, 1, 8, 24)
     heads, wanted = (torch.stack((angles.cos(), angles.sin())), torch.tensor([5])), kv.clone()
     q = rope_store_torch(linear_torch(rounded(x), weight), *heads, wanted)
-    out = linear_triton(x, weight, heads=(*heads, kv))
+    out = linear_triton(x, weight, rope_cache=(*heads, kv))
     torch.testing.assert_close(out, q.flatten(1), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(kv, wanted, rtol=1e-4, atol=1e-4)
 
@@ -270,7 +270,7 @@ def test_heads(mode: str) -> None:
         wanted = kv.clone()
         q = rope_store_torch(linear_torch(x, weight, None, norms), rope, slots, wanted)
         config = Tiling(16, 32, 128, 1, 4, 3)
-        out = linear_triton(x, weight, None, norms, heads=(rope, slots, kv), config=config)
+        out = linear_triton(x, weight, None, norms, rope_cache=(rope, slots, kv), config=config)
         for a, b in ((out, q.flatten(1)), (kv, wanted)):
             assert (a - b).norm() / b.norm() < (5e-3 if weight.planes == 1 else 1e-4), (mode, norm)
 

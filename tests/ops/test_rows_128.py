@@ -120,7 +120,7 @@ def test_options(mode: str) -> None:
         rope, kv = torch.stack((angles.cos(), angles.sin())), torch.zeros(2, 1, 130, D)
         wanted = kv.double()
         q = rope_store_torch(separate_steps(x, weight, norm, bias=bias), rope.double(), slots, wanted)
-        out = linear_triton(x, weight, bias, norm, heads=(rope, slots, kv), config=config)
+        out = linear_triton(x, weight, bias, norm, rope_cache=(rope, slots, kv), config=config)
         assert out.shape == (M, H * D)
         assert_near(out, q.flatten(1), mode, config)
         assert_near(kv, wanted, mode, config)
