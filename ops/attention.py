@@ -135,7 +135,7 @@ def load_slots(keys, values, slot, in_cache, d, in_head, k, v, D: tl.constexpr):
 def blocks_of_split(n, tile, split, S, T: tl.constexpr, G: tl.constexpr, WORDS: tl.constexpr, WINDOW: tl.constexpr,
                     BM: tl.constexpr, BN: tl.constexpr, NS: tl.constexpr):
     """Which blocks of BN slots a program of attention_kernel reads: (common, end, first, stop). Every row of the tile
-    sees the slots below `common`, none those from `end`; the blocks are `first` to stop - 1."""
+    sees all slots below `common`, and no row sees a slot from `end` on. Its blocks are `first` to stop - 1."""
     if WORDS > 0:
         common, end = n, tl.minimum(n + 64 * WORDS, S)
     else:
@@ -240,7 +240,7 @@ def merge_splits_kernel(parts, logs, out, ROWS: tl.constexpr, D: tl.constexpr, D
     for i in tl.static_range(NS):
         at = row * NS + i
         weight = tl.exp2(tl.load(logs + at, mask=valid, other=0.0) - top)
-        wrote = mask & (weight > 0)[:, None]  # a split without slots wrote no part
+        wrote = mask & (weight > 0)[:, None]  # a row that sees no slot of a split has weight 0, and no part or NaN
         part = tl.load(parts + at[:, None] * D + d[None, :], mask=wrote, other=0.0)
         acc, total = acc + weight[:, None] * part, total + weight
     tl.store(out + row[:, None] * D + d[None, :], acc / total[:, None], mask=mask)

@@ -10,7 +10,7 @@ from ops.quantized import offset_of, scale_of, zero_of
 @triton.jit
 def unpack_int4(packed, INTERPRET: tl.constexpr):
     """int8 -> 16 times the low four bits and 16 times the high four bits, as signed numbers, int8 each: masking out the
-    other half of a byte leaves just that. One instruction does it for four bytes."""
+    other half of a byte leaves just that. Three instructions do it for four bytes."""
     if INTERPRET:
         return packed << 4, packed & -16
     else:

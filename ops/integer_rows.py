@@ -37,7 +37,7 @@ def quantize_kernel(x_ptr, norm_ptr, order_ptr, out_ptr, scale_ptr, sums_ptr, gr
     """See `quantize_triton`. Grid (M): a program does one row: RMSNorm, rotation, its largest value, its integers.
 
     Pointers: x [M, K], norm [K] (or None), order int32 [K] (or None), out int8 [PLANES, M, K], scale fp32 [M], sums
-    fp32 [groups, M] (or None). PADDED is K rounded up to a power of two.
+    fp32 [groups, M] (or None). PADDED is K rounded up to a power of two, at least 1024.
     """
     k, row = tl.arange(0, PADDED), tl.program_id(0).to(tl.int64)
     column = k

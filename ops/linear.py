@@ -193,7 +193,7 @@ def norm_kernel(x_ptr, norm_ptr, out_ptr, eps, K: tl.constexpr, PADDED: tl.const
 @triton.jit(do_not_specialize=["M"])  # one compiled kernel for every M up to BM
 def linear_kernel(
         x_ptr, w_ptr, bias_ptr, norm_ptr, eps, res_ptr, out_ptr,  # x [M, K] (or int8: [PLANES, M, K]), w [N, columns]
-        partial_ptr, count_ptr,  # split K: fp32 [tiles, SK, BN + 1, BM], int32 [tiles]; see store_split
+        partial_ptr, count_ptr,  # split K: fp32 [tiles, SK, (BN + 1) BM], int32 [tiles]; see store_split
         rope_ptr, slot_ptr, kv_ptr,  # RoPE and the cache write: [2, M, D], int64 [M], [2, KV_HEADS, S, D]
         x_scale_ptr, sums_ptr, w_scale_ptr,  # integers: fp32 [M]; fp32 [groups, M]; fp32 [N] or int32 [groups, N]
         M, width, K, columns, S, D: tl.constexpr, KV_HEADS: tl.constexpr, GATED: tl.constexpr, EVEN_K: tl.constexpr,
@@ -309,7 +309,7 @@ def store_split(acc, squares, ptr, count_ptr, split, NORM: tl.constexpr, BM: tl.
                 SK: tl.constexpr):
     """Store the sums of one split, and return true if all splits of the tile have now stored theirs.
 
-    ptr: the tile's fp32 [SK, BN + 1, BM]; BN rows of sums, then one of squares. Each split adds a share to the tile's
+    ptr: the tile's fp32 [SK, (BN + 1) BM]: sums [BM, BN], then BM squares. Each split adds a share to the tile's
     counter, and the shares of all splits add up to 64. So between launches a counter is a multiple of 64, whatever SK
     was; it may wrap around, and nothing has to reset it.
     """
