@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from app.options import DTYPES, add_method_options, check_methods
+from app.options import DTYPES, add_method_options, check_methods, check_output
 from benchmarks.card import card
 from benchmarks.contestants import makers, set_up
 from benchmarks.environment import environment
@@ -143,8 +143,7 @@ def check(args: argparse.Namespace) -> str | None:
             (args.llamacpp and not args.llamacpp.is_file(), f"--llamacpp {args.llamacpp}: there is no such file"),
             (args.gpt_fast and not (args.gpt_fast / "model.py").is_file(), f"--gpt_fast {args.gpt_fast}: no model.py "
              "there; clone github.com/meta-pytorch/gpt-fast and check out 32971d3"),
-            (args.json and args.json.is_dir(), f"--json {args.json}: a folder, where a file should be"),
-            (args.json and not args.json.parent.is_dir(), f"--json {args.json}: there is no such folder")):
+            (wrong_json := check_output(args, "json"), wrong_json)):
         if wrong:
             return message
     try:

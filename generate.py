@@ -14,7 +14,6 @@ if __name__ == "__main__":
     before_imports(gpu=True)
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from app.options import (
     add_method_flags,
     add_method_options,
     check_engine,
+    check_output,
     context,
     explain_template,
     flagged_method,
@@ -102,14 +102,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_run(args: argparse.Namespace) -> str | None:
     """What is wrong with what the engine is asked to do, if anything."""
-    for option in ("output", "profile", "tree_html"):  # said before the run, not after it
-        path = getattr(args, option)
-        if path and path.is_dir():
-            return f"--{option} {path}: a folder, not a file"
-        if path and not path.parent.is_dir():
-            return f"--{option} {path}: there is no such folder"
-        if path and not os.access(path if path.exists() else path.parent, os.W_OK):
-            return f"--{option} {path}: no permission to write there"
+    for option in ("output", "profile", "tree_html"):
+        if wrong := check_output(args, option):
+            return wrong
     plain = args.method == BASELINE
     trees = args.show_tree or args.tree_html
     for wrong, message in (

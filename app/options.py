@@ -1,5 +1,6 @@
 """Options of the command line, built from the table of methods, and the engine that they describe."""
 import argparse
+import os
 import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -85,11 +86,13 @@ def add_device_options(p: argparse.ArgumentParser) -> None:
 def check_methods(args: argparse.Namespace, methods: list[str]) -> str | None:
     """What is wrong with the options for these methods, if anything."""
     for name in methods:
-        if name not in METHODS:
-            extra = next((extra for extra in EXTRAS if extra in name.split("+")), None)
-            takers = [row.partition("+")[0] for row in METHODS if extra in row.split("+")[1:]]
-            return (f"{name} is no method: {extra} goes with {', '.join(takers)}" if extra
-                    else f"{name} is no method: there are {', '.join(METHODS)}")
+        if name in METHODS:
+            continue
+        for extra in EXTRAS:
+            if extra in name.split("+"):
+                takers = [row.partition("+")[0] for row in METHODS if extra in row.split("+")[1:]]
+                return f"{name} is no method: {extra} goes with {', '.join(takers)}"
+        return f"{name} is no method: there are {', '.join(METHODS)}"
     for option in OPTIONS:
         takers = [name for name, row in METHODS.items() if option in row.options or (
             row.weights and row.weights.option == option)]
@@ -104,6 +107,20 @@ def check_methods(args: argparse.Namespace, methods: list[str]) -> str | None:
             (args.group and args.quantize != "int4", "--group is for --quantize int4; a quantised file has its own")):
         if wrong:
             return message
+    return None
+
+
+def check_output(args: argparse.Namespace, option: str) -> str | None:
+    """Why the file that this option names cannot be written, if so: said before the run, not after it."""
+    path = getattr(args, option)
+    if not path:
+        return None
+    if path.is_dir():
+        return f"--{option} {path}: a folder, where a file should be"
+    if not path.parent.is_dir():
+        return f"--{option} {path}: there is no such folder"
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        return f"--{option} {path}: no permission to write there"
     return None
 
 

@@ -132,7 +132,7 @@ def number_or_auto(text: str) -> int | str:
     try:
         return text if text == "auto" else int(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of nodes nor auto") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from error
 
 
 # Options that shape a method, as argparse takes them. None: not given.

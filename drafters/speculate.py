@@ -23,7 +23,7 @@ from draft import Drafter, tree_ops
 from drafters.lookup import Retrieval
 from engine import SPARE
 from formats.config import Config
-from formats.foreign import kind_of_head
+from formats.foreign import head_for_model
 from formats.weights import fill, read_tensors
 from model import Llama, load_model
 from ops.attention import TreeMask, causal_mask
@@ -54,9 +54,8 @@ def load_draft_model(path: Path | str, target: Llama) -> Llama:
     file = path / "model.safetensors" if path.is_dir() else path
     cfg = Config.load(file.parent)
     tensors, metadata = read_tensors(file)
-    kind = None if "format" in metadata else kind_of_head(map(str, tensors), {})
-    if kind and not kind.startswith("a whole model"):
-        raise ValueError(f"{file}: holds {kind.partition(' (')[0]}, not a model")
+    if "format" not in metadata and (kind := head_for_model(map(str, tensors), {})):
+        raise ValueError(f"{file}: holds {kind}, not a model")
     if cfg.vocab_size != target.cfg.vocab_size:
         raise ValueError(f"{file}: a model of {cfg.vocab_size} tokens cannot draft for one of {target.cfg.vocab_size}: "
                          "they need the same tokenizer")

@@ -156,6 +156,13 @@ SAID = {"peagle": "a P-EAGLE head", "hydra": "Hydra heads", "medusa": "Medusa he
         "mlp_speculator": "an MLP speculator", "mtp": "an MTP head"}
 
 
+def head_for_model(names: Iterable[str], raw: dict) -> str | None:
+    """What kind of draft head stands where a model should, without the remark in brackets; None for a model, which may
+    have MTP layers of its own."""
+    kind = kind_of_head(names, raw)
+    return None if kind is None or kind.startswith(("a whole model", "an MTP")) else kind.partition(" (")[0]
+
+
 def kind_of_head(names: Iterable[str], raw: dict) -> str | None:
     """What kind of draft head has tensors of these names and this config.json, such as "an EAGLE-3 head", or None."""
     names = {re.sub(r"^((model|draft_model|dflash_module|module)\.)+", "", name) for name in names}

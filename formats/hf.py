@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from formats.families import WRAPPERS, has_biases, llama_words
-from formats.foreign import kind_of_head, pickled_by, quantized_by_tensors
+from formats.foreign import head_for_model, pickled_by, quantized_by_tensors
 from formats.packed import Packed, is_read, join_parts, stated
 from formats.tokenizer_files import read_json
 from formats.weights import read_tensors
@@ -72,10 +72,9 @@ def open_folder(folder: Path) -> dict[str, LazyTensor]:
     if raw.get("model_type") in list(WRAPPERS):
         tensors = text_tensors(tensors)
     raw = llama_words(raw)
-    kind = kind_of_head(tensors, raw)
-    if kind and not kind.startswith(("a whole model", "an MTP")):  # models may have MTP layers of their own
-        raise ValueError(f"the folder holds {kind.partition(' (')[0]}, not a model: give the model's "
-                         "folder, and --eagle for an EAGLE-1/2 head")
+    if kind := head_for_model(tensors, raw):
+        raise ValueError(f"the folder holds {kind}, not a model: give the model's folder, and --eagle for an "
+                         "EAGLE-1/2 head")
     found = stated(raw, folder)
     if found and is_read(*found[:2]):
         tensors = join_parts(tensors, *found[:2], has_biases(raw))
