@@ -12,6 +12,7 @@ Shapes: B dialogues, S tokens of one, A anchors of one, b rows of a block, N = B
 L layers, K key/value heads, D head size, V tokens, Vd draft tokens, r the Markov head's rank.
 """
 import argparse
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from model import Layer, Llama, apply_rope
 from tokenizer import Tokenizer
 from training.attention import FusedAttention, seen
 from training.dialogues import Script, unmark
-from training.steps import compile_on_gpu, soft_cross_entropy
+from training.steps import compile_on_gpu, in_parts, soft_cross_entropy
 from training.tapped import DRAFT_VOCAB, TappedTrainer, channel_scales, check_key_heads, frequent_tokens, sample_hidden
 
 LAYERS = 2  # where --head_layers does not say how many
@@ -80,18 +81,18 @@ def block_attention(layer: Layer, x: Tensor, rope: Tensor, before: Tensor, keys:
     return y.to(v.dtype).movedim(1, 3).flatten(-2)
 
 
-def distill_block(markov: Markov | None, h: Tensor, previous: Tensor, feature: Tensor, target_rows: Tensor,
-                  learned: Tensor) -> tuple[Tensor, Tensor]:
-    """For each of N rows h [N, H]: the loss [N] fp32, and whether the row's best token is the target's, [N] bool. Rows
-    that are not `learned` [N] bool have loss 0 and False. previous [N] int64: the true token before the guessed one.
-    feature [N, H]: the target's. target_rows [Vd, H]: the target's lm_head for the draft tokens."""
+def distill_block(markov: Markov | None, target_rows: Tensor, h: Tensor, previous: Tensor, feature: Tensor
+                  ) -> tuple[Tensor, Tensor]:
+    """For each of N rows h [N, H]: the loss [N] fp32, and whether the row's best token is the target's, [N] bool.
+    target_rows [Vd, H]: the target's lm_head for the draft tokens. previous [N] int64: the true token before the
+    guessed one. feature [N, H]: the target's."""
     target = F.linear(feature, target_rows).detach().float()
     logits = F.linear(h, target_rows)
     if markov is not None:  # it adds nothing to the first rows, of tokens that are not in the draft vocabulary
         added = markov.w2(markov.w1(previous).to(h.dtype))
         logits = logits + F.pad(added, (logits.shape[1] - added.shape[1], 0))
     logits = logits.float()
-    return soft_cross_entropy(logits, target) * learned, learned & (logits.argmax(-1) == target.argmax(-1))
+    return soft_cross_entropy(logits, target), logits.argmax(-1) == target.argmax(-1)
 
 
 # ----- A new head --------------------------------------------------------------------------------------------------
@@ -165,9 +166,9 @@ class BlockTrainer(TappedTrainer):
         return self.module.cfg.block_size
 
     def kept_rows(self, batch: int) -> tuple[int, int, int]:
-        """As Trainer.kept_rows. Rows of layers: of blocks and context; of logits: of blocks. Twice, for gradients."""
+        """As Trainer.kept_rows. Rows of layers: of blocks and context, twice, for gradients; of logits: of blocks."""
         rows = batch * self.anchors * self.module.cfg.block_size
-        return 2, 2 * (rows + batch * self.args.length), 2 * rows
+        return 2, 2 * (rows + batch * self.args.length), rows
 
     @property
     def anchors(self) -> int:
@@ -214,15 +215,16 @@ class BlockTrainer(TappedTrainer):
         block = torch.full_like(place, head.cfg.mask_token)
         block[..., 0] = tokens.gather(1, anchors)
         rope = self.rope[:, :tokens.shape[1]]
+        learned = in_answer & known
+        counts = in_answer.view(-1, rows).sum(0).clamp(min=1)
+        weight = learned.view(-1, rows) * self.args.decay ** torch.arange(rows, device=self.device) / counts
         with self.amp:
             entries = self.context(head, taps, rope)
             x = self.model.embed(block)
             h = self.block_rows(head, x, self.rope[:, place], anchors, entries).flatten(0, 2)
-            loss, agrees = self.distill(head.markov, h, previous, feature, self.target_rows, in_answer & known)
-        counts = in_answer.view(-1, rows).sum(0).clamp(min=1)
-        weight = self.args.decay ** torch.arange(rows, device=self.device)
-        total = (loss.view(-1, rows).sum(0) / counts * weight).sum()
-        return total, agrees.view(-1, rows).sum(0) / counts
+            loss, agree = in_parts(partial(self.distill, head.markov, self.target_rows), len(self.target_rows),
+                                   weight.flatten(), h, previous, feature)
+        return loss, (agree & learned).view(-1, rows).sum(0) / counts
 
     def export(self) -> None:
         save_block(self.module.cfg, *self.published(), self.args.out)

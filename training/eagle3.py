@@ -13,6 +13,7 @@ Shapes: B dialogues, R positions, N places, H the head's width, C the target's, 
 """
 import argparse
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from formats.eagle3 import open_eagle3, save_eagle3
 from formats.eagle3_config import Eagle3Config, usual_taps
 from model import Llama
 from quant.linear import drafting_rows
-from training.steps import compile_on_gpu, soft_cross_entropy, unrolled_attention
+from training.steps import compile_on_gpu, in_parts, shares, soft_cross_entropy, unrolled_attention
 from training.tapped import (
     DRAFT_VOCAB,
     TappedTrainer,
@@ -151,21 +152,15 @@ def unrolled3(head: Eagle3Head, embedding: Tensor, taken: Tensor, rope: Tensor, 
     return head.norm(h).to(h.dtype) if head.cfg.norm_output else h
 
 
-def distill3(head: Eagle3Head, taken: Tensor, feature: Tensor, target_rows: Tensor, of_answer: Tensor, known: Tensor
-             ) -> tuple[Tensor, Tensor]:
-    """The mean loss over those of N places that count, and how often the best token is the target's.
+def distill3(head: Eagle3Head, target_rows: Tensor, taken: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:
+    """For each of N places: the loss [N] fp32, and whether the best token is the target's, [N] bool.
 
-    taken [N, H] is unrolled3's, feature [N, C] the target's. target_rows [Vd, C]: the target's lm_head for the draft
-    tokens. of_answer [N] bool: the next token belongs to an answer. known [N] bool: it is a draft token. Where it is
-    not, nothing is learned, and the head disagrees.
-    """
+    target_rows [Vd, C]: the target's lm_head for the draft tokens. taken [N, H] is unrolled3's, feature [N, C] the
+    target's."""
     target = F.linear(feature, target_rows).detach().float()
     rows = target_rows if head.lm_head is None else head.lm_head.weight
     logits = F.linear(taken if head.cfg.norm_output else head.norm(taken), rows).float()
-    learned = of_answer & known
-    share = learned / learned.sum().clamp(min=1)
-    agree = learned & (logits.argmax(-1) == target.argmax(-1))
-    return (soft_cross_entropy(logits, target) * share).sum(), agree.sum() / of_answer.sum().clamp(min=1)
+    return soft_cross_entropy(logits, target), logits.argmax(-1) == target.argmax(-1)
 
 
 # ----- The trainer -------------------------------------------------------------------------------------------------
@@ -255,10 +250,13 @@ class Eagle3Trainer(TappedTrainer):
                 embedding = self.model.embed(tokens[:, j:j + rows])
                 rope = self.rope[:, j - 1:j - 1 + rows]
                 taken = self.unrolled(head, embedding, taken, rope, keys, values)
-                loss, agree = self.distill(head, at_places(taken, 0), at_places(features, j), self.target_rows,
-                                           at_places(of_answer, j + 1), at_places(known, j + 1))
-            total = total + self.args.decay ** (j - 1) * loss
-            agreements.append(agree)
+                answers = at_places(of_answer, j + 1)
+                learned = answers & at_places(known, j + 1)  # nothing of other tokens, where the head disagrees
+                loss, agree = in_parts(partial(self.distill, head, self.target_rows), len(self.target_rows),
+                                       self.args.decay ** (j - 1) * shares(learned),
+                                       at_places(taken, 0), at_places(features, j))
+            total = total + loss
+            agreements.append(((agree & learned) * shares(answers)).sum())
         return total, agreements
 
 

@@ -12,6 +12,7 @@ import torch
 from app.memory import OVERHEAD, dequantized, free_bytes, total_bytes
 from model import Llama
 from quant.linear import is_quantized
+from training.steps import places_in_part
 
 USABLE = 0.9  # of the free memory: the rest is lost to fragmentation
 
@@ -22,7 +23,7 @@ class Need(NamedTuple):
     head: int  # weights, gradients and states of the optimizers, all fp32
     hidden: int  # features and taps of the target
     steps: int  # what autograd keeps of the unrolled draft steps
-    loss: int  # the logits of the places, the head's and the target's
+    loss: int  # the logits of a part of the places, the head's and the target's
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in self._asdict().items())
@@ -36,16 +37,18 @@ def training_need(trainer, batch: int) -> Need:
     gate, up and their product (3 I).
     """
     args, cfg = trainer.args, trainer.layer_config
-    passes, rows, logit_rows = trainer.kept_rows(batch)
+    passes, rows, places = trainer.kept_rows(batch)
     per_position = 7 * cfg.hidden_size + 5 * cfg.num_heads * cfg.head_dim + 3 * cfg.intermediate_size
     parameters = sum(p.numel() for p in trainer.module.parameters())
     states = sum((2 if isinstance(optimizer, torch.optim.AdamW) else 1) * p.numel()
                  for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"])
     hidden = batch * args.length * trainer.model.cfg.hidden_size * (1 + len(trainer.taps))
-    logits = 2 * logit_rows * len(trainer.target_rows)
+    tokens = len(trainer.target_rows)
+    logits = 2 * min(places, places_in_part(places, tokens)) * tokens  # the head's and the target's
     return Need(target=total_bytes(trainer.model) + target_passing(trainer.model, batch * args.length),
                 head=4 * (2 * parameters + states), hidden=2 * hidden,
-                steps=2 * (passes * parameters + cfg.num_layers * rows * per_position), loss=2 * logits)
+                steps=2 * (passes * parameters + cfg.num_layers * rows * per_position),
+                loss=2 * 2 * logits)  # and their gradients
 
 
 def target_passing(model: Llama, tokens: int) -> int:
@@ -88,7 +91,7 @@ def fit_generate_batch(model: Llama, asked: int, length: int) -> int:
 
 def fit_batch(trainer) -> int:
     """How many dialogues a step of this trainer can take: --batch, or what fits. Prints what that needs."""
-    smaller = "--length or --anchors" if "anchors" in trainer.own_options else "--length or --places"
+    smaller = "--length or --anchors" if "anchors" in trainer.own_options else "--length"
     batch = fit("--batch", trainer.args.batch, lambda batch: sum(training_need(trainer, batch)), trainer.model, smaller)
     need = training_need(trainer, batch)
     free = free_bytes(trainer.device.type)

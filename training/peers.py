@@ -26,6 +26,7 @@ import copy
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,6 +43,7 @@ from quant.linear import quantize_linears
 from training.commands import options, prepare
 from training.dialogues import check_answers, unmark
 from training.exported import foreign
+from training.steps import in_parts, shares
 from training.trainer import Trainer, check_ahead
 
 # ----- Training ----------------------------------------------------------------------------------------------------
@@ -114,11 +116,12 @@ class PeerTrainer(Trainer):
             drafted = drafted.flatten(0, 1)[places]
             heads = self.module.medusa(features[:, :rows].flatten(0, 1)[places])
             for ahead, predicted in enumerate((drafted, *heads)):
-                loss, agree = self.distill(
-                    predicted, features[:, ahead:ahead + rows].flatten(0, 1)[places], self.model.lm_head.weight,
-                    of_answer[:, ahead + 1:ahead + 1 + rows].flatten()[places], 0.0)
-                total = total + self.args.decay ** max(ahead - 1, 0) * loss
-                agreements.append(agree)
+                share = shares(of_answer[:, ahead + 1:ahead + 1 + rows].flatten()[places])
+                loss, agree = in_parts(partial(self.distill, self.model.lm_head.weight, 0.0), self.model.cfg.vocab_size,
+                                       self.args.decay ** max(ahead - 1, 0) * share, predicted,
+                                       features[:, ahead:ahead + rows].flatten(0, 1)[places])
+                total = total + loss
+                agreements.append((agree * share).sum())
         return total, agreements
 
     def export(self) -> None:

@@ -13,6 +13,8 @@ from formats.config import Config
 from model import Layer
 from training.attention import FusedAttention
 
+LOGITS = 200_000_000  # logits that are computed at a time: 0.4 GB for the head, and as much for the target
+
 
 def new_head(cfg: Config, device: torch.device) -> EagleHead:
     """An untrained head for a target of this config. Its weights are small and random: at first the layer adds almost
@@ -57,20 +59,49 @@ def unrolled_attention(layer: Layer, x: Tensor, rope: Tensor, keys: list[Tensor]
     return y.to(q.dtype).transpose(1, 2).flatten(2)
 
 
-def distill(predicted: Tensor, feature: Tensor, lm_head: Tensor, of_answer: Tensor,
-            regression: float) -> tuple[Tensor, Tensor]:
-    """The mean loss, and how often the best token is the target's, over those of N places that count.
+def distill(lm_head: Tensor, regression: float, predicted: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:
+    """For each of N places: the loss [N] fp32, and whether the head's best token is the target's, [N] bool.
 
-    predicted and feature [N, C]: the head's and the target's. lm_head [V, C]. of_answer [N] bool: which places count,
-    those whose next token belongs to an answer. regression: the weight of the distance between the features.
+    lm_head [V, C]. predicted and feature [N, C]: the head's and the target's. regression: the weight of the distance
+    between these two.
     """
     target = F.linear(feature, lm_head).detach().float()
     logits = F.linear(predicted, lm_head).float()
-    cross_entropy = soft_cross_entropy(logits, target)
     distance = F.smooth_l1_loss(predicted.float(), feature.float(), reduction="none").mean(-1)
-    share = of_answer / of_answer.sum().clamp(min=1)
-    agree = logits.argmax(-1) == target.argmax(-1)
-    return ((cross_entropy + regression * distance) * share).sum(), (agree * share).sum()
+    return soft_cross_entropy(logits, target) + regression * distance, logits.argmax(-1) == target.argmax(-1)
+
+
+def in_parts(distill: Callable[..., tuple[Tensor, Tensor]], tokens: int, weight: Tensor, taken: Tensor, *rows: Tensor
+             ) -> tuple[Tensor, Tensor]:
+    """The sum of weight * loss over N places, 0-d, and where the best tokens agree, [N] bool, with the logits of a part
+    of the places in memory at a time. (Those of all draft steps would take 25 GB for a vocabulary of 152,000.)
+
+    distill(taken, *rows) gives loss and agreement of each place, from logits of `tokens` tokens. weight [N] fp32; taken
+    and rows [N, any]. The backward pass of each part runs here: the gradients of distill's own parameters are added to
+    their .grad. `taken` gets its gradient, as usual, in the backward pass of the sum.
+    """
+    losses, agreements, gradients = [], [], []
+    size = places_in_part(len(taken), tokens)
+    for part, shares, *others in zip(*(t.split(size) for t in (taken.detach(), weight, *rows))):
+        loss, agree = distill(part.requires_grad_(), *others)
+        loss = (loss * shares).sum()
+        loss.backward()
+        losses.append(loss.detach())
+        agreements.append(agree)
+        gradients.append(part.grad)
+    zero = ((taken - taken.detach()) * torch.cat(gradients)).sum()  # it has the gradient for `taken`
+    return sum(losses) + zero, torch.cat(agreements)
+
+
+def places_in_part(places: int, tokens: int) -> int:
+    """How many of the places `in_parts` takes at a time, a whole eight: as many as have LOGITS logits of `tokens`."""
+    parts = -(-places * tokens // LOGITS)
+    return -(-places // (8 * parts)) * 8
+
+
+def shares(counts: Tensor) -> Tensor:
+    """The weights of a mean over those of N places where `counts` [N] bool is True: [N] fp32."""
+    return counts / counts.sum().clamp(min=1)
 
 
 def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from formats.writing import replace_files, write_text
 from model import Llama, rope_table
 from training.dialogues import unmark
 from training.exported import exporting
-from training.steps import Replay, compile_on_gpu, distill, new_head, unrolled
+from training.steps import Replay, compile_on_gpu, distill, in_parts, new_head, shares, unrolled
 
 AGREEMENTS = "curve.json"  # beside the state: the agreement on held-out dialogues while the head was trained
 BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left"
@@ -92,12 +93,12 @@ class Trainer:
         return self.args.unroll
 
     def kept_rows(self, batch: int) -> tuple[int, int, int]:
-        """For the memory estimate of a step with `batch` dialogues: the number of passes through the module, and over
-        all passes the rows of each layer and the rows of logits. One extra pass stands for the gradients of the pass
-        that backward is in."""
+        """For the memory estimate of a step with `batch` dialogues: the number of passes through the module, the rows
+        of each layer over all passes, and the rows of logits of one pass. One extra pass stands for the gradients of
+        the pass that backward is in."""
         passes = self.ahead + 1
         rows = batch * (self.args.length - passes)
-        return passes, passes * rows, passes * min(self.args.places, rows)
+        return passes, passes * rows, min(self.args.places, rows)
 
     def make_module(self) -> nn.Module:
         """What is trained, before training: a module with a `cfg`."""
@@ -150,7 +151,7 @@ class Trainer:
     def predict(self, marked: Tensor) -> tuple[Tensor, Tensor]:
         """The loss, 0-d, on marked tokens [B, S], and for each draft step the agreement, [predictions]: the share (0 to
         1) of the answer positions used where the head's argmax is the target's.
-        Only `args.places` random positions of all answers are used: the logits over the vocabulary take most of a
+        Only `args.places` random positions of all answers are used: logits over the vocabulary take much of a
         step's time, and neighbouring positions teach much the same."""
         tokens = unmark(marked)
         of_answer = marked >= 0
@@ -182,12 +183,13 @@ class Trainer:
                 embedding = self.model.embed(tokens[:, j:j + rows])
                 rope = self.rope[:, j - 1:j - 1 + rows]
                 predicted = self.unrolled(self.module, embedding, predicted, rope, keys, values)
-                loss, agree = self.distill(
-                    predicted.flatten(0, 1)[places], features[:, j:j + rows].flatten(0, 1)[places],
-                    self.target_rows, of_answer[:, j + 1:j + 1 + rows].flatten()[places],
-                    self.args.regression)
-            total = total + self.args.decay ** (j - 1) * loss
-            agreements.append(agree)
+                share = shares(of_answer[:, j + 1:j + 1 + rows].flatten()[places])
+                loss, agree = in_parts(partial(self.distill, self.target_rows, self.args.regression),
+                                       len(self.target_rows), self.args.decay ** (j - 1) * share,
+                                       predicted.flatten(0, 1)[places],
+                                       features[:, j:j + rows].flatten(0, 1)[places])
+            total = total + loss
+            agreements.append((agree * share).sum())
         return total, agreements
 
     def progress(self) -> float:

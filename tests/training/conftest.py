@@ -8,6 +8,7 @@ from helpers import read
 from torch import Tensor
 
 from model import Llama
+from training import steps
 from training.dialogues import Script, write_dialogues
 
 
@@ -18,3 +19,9 @@ def learnable(tmp_path_factory: pytest.TempPathFactory) -> tuple[Llama, Tensor]:
     plain = SimpleNamespace(has_chat_template=False, stop_ids=frozenset([4]), bos_id=1)
     write_dialogues(model, Script(plain, torch.device("cpu")), path, 256, 32, 256)
     return model, read(path, 32)
+
+
+@pytest.fixture(autouse=True)
+def several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let training take the few places of a test in several parts, as it takes thousands with a large vocabulary."""
+    monkeypatch.setattr(steps, "LOGITS", 1000)

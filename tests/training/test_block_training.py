@@ -212,7 +212,7 @@ def test_markov_rows() -> None:
     torch.manual_seed(0)
     h, rows, before, feature = torch.randn(5, 8), torch.randn(7, 8), torch.arange(5), torch.randn(5, 8)
     markov = SimpleNamespace(w1=torch.nn.Embedding(9, 3), w2=torch.nn.Linear(3, 4, bias=False))
-    loss, _ = distill_block(markov, h, before, feature, rows, torch.ones(5, dtype=torch.bool))
+    loss, _ = distill_block(markov, rows, h, before, feature)
     logits = h @ rows.T
     logits[:, 3:] += markov.w2(markov.w1(before))
     assert torch.allclose(loss, F.cross_entropy(logits, (feature @ rows.T).softmax(-1), reduction="none"), atol=1e-5)

@@ -11,13 +11,13 @@ import tiny
 import torch
 from conftest import ROOT
 from helpers import Letters, marked
-from torch import nn
+from torch import Tensor, nn
 
 from model import Llama
-from training import dialogues
+from training import dialogues, steps
 from training.commands import options
 from training.dialogues import Script, read_openers
-from training.steps import unrolled_attention
+from training.steps import in_parts, soft_cross_entropy, unrolled_attention
 from training.trainer import Trainer, new_head
 
 CPU = torch.device("cpu")
@@ -181,3 +181,33 @@ def test_gradient_of_attention() -> None:
     found, wanted = (torch.autograd.grad((out * given).sum(), layer.wqkv.weight, retain_graph=True)[0]
                      for out in (y, plain))
     assert torch.allclose(y, plain, atol=1e-5) and (found - wanted).norm() < 1e-4 * wanted.norm()
+
+
+def test_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a loss that is computed for a few places at a time differs from the loss of all at once, or one of its
+    gradients, or if logits of more places are made at once."""
+    torch.manual_seed(0)
+    given, weight = torch.randn(45, 12, requires_grad=True), torch.rand(45)
+    feature, rows = torch.randn(45, 12), torch.randn(100, 12)
+    lm_head = nn.Linear(12, 100, bias=False)
+    sizes = []
+
+    def loss_of(taken: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:
+        sizes.append(len(taken))
+        logits, target = lm_head(taken), feature @ rows.T
+        return soft_cross_entropy(logits, target), logits.argmax(-1) == target.argmax(-1)
+
+    taken = given * 2
+    loss, agree = loss_of(taken, feature)
+    (3 * (loss * weight).sum()).backward()
+    expected = given.grad, lm_head.weight.grad / 3
+    for logits, parts in ((4500, [45]), (4499, [24, 21]), (1600, [16, 16, 13]), (1, [8, 8, 8, 8, 8, 5])):
+        monkeypatch.setattr(steps, "LOGITS", logits)
+        given.grad = lm_head.weight.grad = None
+        sizes.clear()
+        total, agreed = in_parts(loss_of, 100, weight, given * 2, feature)
+        assert sizes == parts
+        assert torch.allclose(total, (loss * weight).sum()) and torch.equal(agreed, agree)
+        (3 * total).backward()
+        assert torch.allclose(given.grad, expected[0], atol=1e-6), parts
+        assert torch.allclose(lm_head.weight.grad, expected[1], atol=1e-6), parts
