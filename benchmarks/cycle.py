@@ -33,7 +33,7 @@ from statistics import median
 import torch
 
 from app.answer import Run, run
-from app.options import DTYPES
+from app.options import DTYPES, check_output
 from benchmarks.environment import describe, environment
 from benchmarks.report import parts_rows, table
 from benchmarks.widen import SHAPES
@@ -318,7 +318,8 @@ def parse_args() -> argparse.Namespace:
             (args.startup and args.shape, "--startup runs generate.py, which does not widen: leave out --shape"),
             (args.tree not in (None, ["auto"]) and (len(args.tree) != 3 or "auto" in args.tree),
              "--tree takes nodes, levels and top-k, or auto"),
-            (args.group and args.quantize != "int4", "--group is for --quantize int4; a quantised file has its own")):
+            (args.group and args.quantize != "int4", "--group is for --quantize int4; a quantised file has its own"),
+            (wrong_json := check_output(args, "json"), wrong_json)):
         if wrong:
             p.error(message)
     return args

@@ -339,7 +339,7 @@ def test_startup(arguments) -> None:
     (("--startup", "--shape", "llama-2-7b"), "leave out --shape"), (("--max_new_tokens", 1), "2 or more"),
     (("--rounds", 0), "1 or more"),
     (("--shape", "7b"), "invalid choice"), (("--tree", 8, 3), "--tree takes nodes"),
-    (("--tree", "auto", 3, 3), "--tree takes nodes")])
+    (("--tree", "auto", 3, 3), "--tree takes nodes"), (("--json", "no/such/x.json"), "there is no such folder")])
 def test_refused(words: tuple, message: str, arguments, capsys) -> None:
     """Fails if bad input is found only after the model is loaded."""
     with pytest.raises(SystemExit) as exit:
