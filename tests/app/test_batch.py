@@ -138,8 +138,9 @@ def test_bad_files(prompts: list, message: str, call, tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("more, message", [
     (("--prompt", "x"), "not allowed with"), (("--compare",), "--compare"), (("--json",), "--json"),
-    (("--profile", "x"), "--profile"), (("--output", "/no/such/folder/x"), "no such folder"),
-    (("--output", "."), "--output ."), (("--output", "/dev/null"), "not a file that a run could go on with"),
+    (("--profile", "x"), "--profile"), (("--tree_html", "x"), "--tree_html"),
+    (("--output", "/no/such/folder/x"), "no such folder"), (("--output", "."), "--output ."),
+    (("--output", "/dev/null"), "not a file that a run could go on with"),
     (("--prompt_file", "/no/such/file"), "/no/such/file")])
 def test_bad_flags(more: tuple, message: str, call, tmp_path: Path) -> None:
     """Fails if a flag is silently ignored, or if a bad path is found only after all the work."""
@@ -259,6 +260,24 @@ def test_settings(checkpoint: Path) -> None:
             (["--lookahead", "--window", "5", "3", "5"], {"method": "lookahead", "window": [5, 3, 5]}),
             (["--eagle2", "--draft_tokens", "9", "--raw"], {"method": "eagle2", "draft_tokens": 9, "raw": True})):
         assert batch.settings(generate.parse_args([*words, *flags])) == common | own
+
+
+def test_settings_of_a_template(checkpoint: Path, tmp_path: Path) -> None:
+    """Fails if a run goes on after the template file was changed, or does not after it was moved."""
+    made = []
+    for name, text in (("a", "one"), ("a", "two"), ("b", "two")):
+        (tmp_path / name).write_text(text)
+        words = ["--checkpoint", str(checkpoint), "--prompt_file", "x", "--output", "y"]
+        made.append(batch.settings(generate.parse_args([*words, "--chat_template", str(tmp_path / name)])))
+    assert made[0] != made[1] == made[2]
+
+
+def test_stop(call, tmp_path: Path) -> None:
+    """Fails if --stop does not end the answers of a file."""
+    whole = call(PROMPTS[:1])[1][0]["text"]
+    (tmp_path / "answers.jsonl").unlink()
+    [answer] = call(None, "--stop", whole[4:6])[1]
+    assert answer["text"] == whole.partition(whole[4:6])[0] and answer["stop"] == "string"
 
 
 def test_fingerprint(tmp_path: Path) -> None:

@@ -391,6 +391,26 @@ def test_pipe(call, tmp_path: Path) -> None:
     assert [m["content"] for m in messages[1::2]] == ["one", "two", "three"] and len(read_messages(tmp_path / "a")) == 3
 
 
+def test_stop_through_a_pipe(call) -> None:
+    """Fails if --stop of the command line does not end the answers of a chat."""
+    words = ("--interactive", "--max_new_tokens", 30)
+    whole = call("one\n", *words)[1][:-1]
+    assert call("one\n", *words, "--stop", whole[5:7])[1] == whole.partition(whole[5:7])[0] + "\n"
+
+
+@pytest.mark.parametrize("stdin, stdout, reader", [
+    (True, True, "Terminal"), (True, False, "Pipe"), (False, True, "Pipe")])
+def test_who_reads(stdin: bool, stdout: bool, reader: str, make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the line editor draws where there is no terminal, such as into the file that answers go to."""
+    talk, readers = make(), []
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: stdin))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: stdout)
+    monkeypatch.setattr(chat, "Terminal", type("Terminal", (), {}))
+    monkeypatch.setattr(Chat, "run", lambda self, reader: readers.append(type(reader).__name__))
+    chat.chat(talk.engine, talk.tokenizer, Sampling(), 9)
+    assert readers == [reader]
+
+
 @pytest.mark.parametrize("text, words, message", [
     ("x", (), "--prompt --interactive"), ("x", ("--interactive", "--prompt", "x"), "not allowed with"),
     ("x", ("--interactive", "--raw"), "without --raw"), ("x", ("--interactive", "--json"), "--json"),

@@ -3,6 +3,7 @@
     python -m pytest tests/app/test_numbers.py
 """
 import argparse
+import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -139,6 +140,53 @@ def test_compare() -> None:
     assert said.startswith("2.50x vanilla; differs at token 2, where vanilla's two best scores are 0.125 apart (bfloat")
     assert engine.asked == [([1, 2, 5, 6], Sampling(1.0, seed=3))]
     assert compare(engine, vanilla | {"tokens_per_sec": 0.0}, fast, [1], Sampling()) == "identical tokens"
+
+
+def test_what_vanilla_is_compared_under(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if --compare lets vanilla run otherwise than the method: without graphs, cold, or beyond --stop."""
+    made = []
+
+    class Plain(Engine):
+        def __init__(self, model: object, drafter: object, *how: object) -> None:
+            super().__init__(CYCLES)
+            made.append(how)
+
+        def warm_up(self, sampling: Sampling) -> None:
+            made.append((sampling, len(self.asked)))
+
+    monkeypatch.setattr(answer, "Engine", Plain)
+    monkeypatch.setattr(answer, "setting", lambda engine: "")
+    engine = Engine(CYCLES)
+    engine.tokenizer = tokenizer
+    words = ["--checkpoint", "x", "--prompt", "x", "--eagle2", "--compare", "--stop", "wo"]
+    for more, compiled in (((), True), (("--no_compile",), False)):
+        made.clear()
+        result = answer.answer_and_report(parse_args([*words, *more]), engine, [1], Sampling(0.5))
+        assert result["identical"] and result["vanilla"]["text"] == result["text"] == "Hello big "
+        assert made == [(512, tokenizer.stop_ids, compiled), (Sampling(0.5), 0)]
+
+
+def test_parts_of_the_start() -> None:
+    """Fails if a part of 10 ms or more is left out of the time to the first token, or a shorter one is shown."""
+    parts = {"imports": 2.0, "model": 0.01, "tokenizer": 0.009}
+    result = answer.time_to_first_token(parts, 0.481)
+    assert answer.start_report(result) == "first token after 2.50 s: imports 2.00, model 0.01, prompt 0.48"
+
+
+def test_text_comes_at_once(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the text of a cycle waits in a buffer for that of the next one, in an answer or in a chat."""
+    seen = []
+
+    class Out(io.StringIO):
+        def flush(self) -> None:
+            seen.append(self.getvalue())
+
+    for write in (lambda: generate(Engine(CYCLES), [1], 99, Sampling(), tokenizer, show=True),
+                  lambda: Chat(Engine(CYCLES), tokenizer, Sampling(), 16).write_answer([1])):
+        seen.clear()
+        monkeypatch.setattr("sys.stdout", Out())
+        write()
+        assert seen[:6] == ["H", "Hell", "Hello", "Hello big ", "Hello big wo", "Hello big world!"]
 
 
 def test_run_asks_the_clock_twice(clock) -> None:
