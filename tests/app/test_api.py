@@ -3,6 +3,7 @@
     python -m pytest tests/app/test_api.py
 """
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -71,6 +72,8 @@ def test_what_is_said(served: Served) -> None:
         True, served.engine.tokenizer.chat(HELLO), 7, Sampling(**how), ("a", "b"), True, True)
     assert ask(served, max_tokens=3, max_completion_tokens=3).max_tokens == 3
     assert ask(served, max_tokens=10**30).max_tokens >= 96
+    assert ask(served, temperature=1, seed=2, top_k=-1).sampling == Sampling(1, seed=2), "vLLM's word for off"
+    assert len(ask(served, stop=["x" * 200] * 8).stops) == 8
     assert ask(served, stop="x").stops == ("x",) and ask(served, stop=[]).stops == ()
     assert ask(served, False, prompt=[1, 2, 259]).ids == [1, 2, 259]
     assert ask(served, False, prompt=["Hi"]).ids == ask(served, False, prompt=[[72, 105]]).ids == list(b"Hi")
@@ -148,6 +151,15 @@ def test_completions_refused(served: Served, fields: dict, said: str) -> None:
     assert said in refusal(served, False, **fields).message
 
 
+def test_codes(served: Served) -> None:
+    """Fails if programs that look at an error's code, as many do to shorten a conversation, take it for another."""
+    for chat, fields, code in (
+            (True, {"messages": [{"role": "user", "content": "x" * 99}]}, "context_length_exceeded"),
+            (False, {"prompt": "x" * 96}, "context_length_exceeded"), (False, {"prompt": ""}, None),
+            (True, {"model": "gpt-5"}, "model_not_found"), (True, {"n": 2}, "unsupported_value")):
+        assert refusal(served, chat, **fields).code == code
+
+
 @pytest.mark.parametrize("raw", [
     b"", b"[]", b"5", b"{", b'{"messages": NaN}', b"\xff", b'{"a": 1}}', b"[" * 100_000, b'{"n": ' + b"9" * 5000 + b"}",
     '{"é": 1}'.encode("latin-1")], ids=lambda raw: str(raw)[:20])
@@ -174,6 +186,8 @@ def test_replies(served: Served) -> None:
                               "prompt_tokens_details": {"cached_tokens": 4}}
     assert whole["timings"] == {"queue_s": 0.5, "prefill_s": 0.25, "decode_s": 1.0, "tokens_per_sec": 2.0,
                                 "mean_gained": 1.0}
+    assert 0 <= time.time() - whole["created"] < 60 and whole["model"] == "small"
+    assert served.card(7) == {"id": "small", "object": "model", "created": 7, "owned_by": "local", "max_model_len": 96}
     for stop, reason in (("string", "stop"), ("length", "length"), ("context", "length")):
         assert Reply(ask(served, False), served).whole(RESULT | {"stop": stop})["choices"][0] == {
             "index": 0, "text": "Hi!", "logprobs": None, "finish_reason": reason}

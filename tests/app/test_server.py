@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -28,6 +29,7 @@ from app.answer import generate
 from app.api import Refusal, Served, read_request
 from app.server import is_this_machine, listen, read_key
 from app.service import Job, Service, Unlocked
+from engine import Engine
 from sampling import Sampling
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -174,6 +176,8 @@ def test_errors(live) -> None:
                 (403, http.get("/v1/models", headers={"host": "evil.example:80"}))):
             assert answer.status_code == status and error_of(answer)["type"] == "invalid_request_error", answer.text
         assert http.post(chat, json={"messages": HELLO}, headers={"host": "localhost:5"}).status_code == 200
+        assert http.post(chat, content=json.dumps({"messages": HELLO}).ljust(70_000), headers=JSON).status_code == 200
+        assert http.get("/v1/models", headers={"host": "evil.example"}).headers["connection"] == "close"
     with pytest.raises(openai.BadRequestError, match="n: this server does it only as 1"):
         client(url).chat.completions.create(model="tiny", messages=HELLO, n=2)
     with pytest.raises(openai.NotFoundError):
@@ -363,7 +367,9 @@ def test_signals(signal_number: int, code: int, said: str, folder: Path) -> None
     command = [sys.executable, "generate.py", "--checkpoint", str(folder), "--eagle2", "--device", "cpu", "--dtype",
                "float32", "--serve", "127.0.0.1:0"]
     restore = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=restore) as process:
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=restore) as process, \
+            ExitStack() as at_the_end:
+        at_the_end.callback(process.kill)  # else a failure would wait for it for ever
         line = process.stderr.readline()
         assert line.startswith("tiny with eagle2 at http://127.0.0.1:")
         url = line.split()[-1]
@@ -403,6 +409,26 @@ def test_addresses() -> None:
     assert all(map(is_this_machine, here))
     assert not any(map(is_this_machine, ("", "example.com", "127.0.0.1.example.com", "localhost.example.com", "[", "0",
                                          "10.0.0.1", "localhost:x:y@evil")))
+
+
+def test_unread_answers() -> None:
+    """Fails if a client that reads nothing is dropped after another time than UNREAD_S: Linux counts milliseconds."""
+    with listen("127.0.0.1:0", None) as sock:
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 60_000
+
+
+def test_what_is_served(folder: Path, call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if an option does not hold for requests that say nothing, if the model has the name of a file, or if the
+    first client waits for what could be compiled before."""
+    seen = []
+    monkeypatch.setattr(service_module.Service, "finish", lambda self: None)
+    monkeypatch.setattr(server_module.Server, "run", lambda self, sockets: seen.append(self.service.served))
+    monkeypatch.setattr(Engine, "warm_up", lambda self, sampling: seen.append(sampling))
+    words = ("--checkpoint", folder / "model.safetensors", "--device", "cpu", "--eagle2", "--serve", "127.0.0.1:0")
+    code, _, err = call(*words, "--stop", "a", "--stop", "b", "--temperature", 0.5)
+    warmed, served = seen
+    assert code == 0 and err.startswith("tiny with eagle2 at http://127.0.0.1:")
+    assert served == Served(served.engine, "tiny", "eagle2", 1024, warmed, ("a", "b")) and warmed == Sampling(0.5)
 
 
 def test_keys_from_files(tmp_path: Path) -> None:
