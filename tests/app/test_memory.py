@@ -222,6 +222,28 @@ def test_free_on_a_cpu() -> None:
     assert abs(memory.free_bytes("cpu") - available) < 0.2 * available
 
 
+def test_every_number_of_the_line(everything: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a number stands at another place, or in another unit."""
+    args = generate.parse_args(["--checkpoint", str(everything), "--memory"])
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 8 * 10**9)
+    shares = "weights 1.50 GB, cache 0.25 GB, drafter 0.75 GB, activations 0.50 GB"
+    for loading, said in ((0, f"{shares}: at most 3.00 GB of 8.00 GB free"),
+                          (3 * 10**9, f"{shares}; before that, while it is quantised, 3.00 GB beside the weights: at "
+                           "most 4.50 GB of 8.00 GB free")):
+        need = memory.Need(*(int(1e9 * size) for size in (1.5, 0.25, 0.75, 0.5)), loading)
+        monkeypatch.setattr(memory, "plan", lambda *how, need=need: need)
+        assert memory.summary(args, "cpu", torch.float32, 100) == said
+
+
+def test_free_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if what PyTorch's allocator holds counts as taken, or its limit for this process is passed over."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (20, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 30)
+    for share, free in ((1.0, 50), (0.25, 25)):
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda share=share: share)
+        assert memory.free_bytes("cuda") == free
+
+
 # ----- Where memory ends -----------------------------------------------------------------------------------------
 
 
@@ -243,6 +265,19 @@ def test_advice(free: float, words: tuple, fits: list[str], tmp_path: Path, monk
     assert "\n" not in said and said.startswith("out of GPU memory: Llama-2-13B in ") and all(w in said for w in fits)
     assert "3.5 GB of cache for 4096 slots" in said and f"{free / 1e9:.1f} GB free" in said
     assert words or "26.0 GB of weights" in said
+
+
+def test_advice_for_quantised_weights(everything: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a file that is quantised already is to be quantised; or if a model that would fit is called too large
+    where something else took the memory."""
+    monkeypatch.setattr(memory, "plan", lambda args, dtype, slots, mode, device: memory.Need(
+        10**9 // (2 if mode else 1), slots * 10**6, 0, 0, 0))
+    words = ["--checkpoint", str(everything / "int8/model.safetensors"), "--prompt", "x"]
+    for free, said in ((1.28e9, "free: --max_seq_len 256 ("), (9e8, "a smaller model would fit")):
+        text = memory.advice(generate.parse_args(words), "cuda", torch.bfloat16, 300, int(free))
+        assert "--quantize" not in text and (said in text)
+    text = memory.advice(generate.parse_args(words), "cuda", torch.bfloat16, 200, 2 * 10**9)
+    assert text.endswith("free: something else took it meanwhile")
 
 
 @pytest.mark.parametrize("error, is_memory", [
