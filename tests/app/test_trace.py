@@ -52,7 +52,7 @@ def test_phases(sampling: Sampling, tmp_path: Path) -> None:
         assert places == sorted(places)
     assert found["prefill"][0][1] <= cycles[0][0]
     assert all(name in text for name in (*PHASES, LAUNCHED, "trace.json", "perfetto")) and REPLAYED not in text
-    assert "GPU" not in text
+    assert "GPU" not in text and f"({(tmp_path / 'trace.json').stat().st_size / 1e6:.1f} MB)" in text
     assert parts(engine) == before and vars(engine.drafter) == own and engine.stop_ids.equal(stop_ids)
     assert len(list(engine.generate(ids, 20, sampling))) == 1, "every token is a stop"
 

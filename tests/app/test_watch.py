@@ -323,6 +323,8 @@ def test_answer() -> None:
     assert text == "⟨A⟩bc⟨D⟩⟨E⟩f\ng"
     assert legend == "7 tokens in 3 cycles: 3 of the model's own ⟨⟩; drafted: 2 at depth 1, 2 at depth 2"
     assert plain_text(answer_text(cycles, pieces, True)).startswith("Abc" "DEf\ng\n\n")
+    deep = answer_text([{"path": [*range(1, 10)], "gained": 10}], [*"abcdefghijk"], True)
+    assert plain_text(deep).startswith("abcdefghijk\n") and "1 at depth 9" in deep, "deeper than there are colours"
     assert answer_text([], ["A"], False) == "⟨A⟩\n\n1 tokens in 0 cycles: 1 of the model's own ⟨⟩"
 
 
@@ -344,6 +346,7 @@ def test_view(monkeypatch: pytest.MonkeyPatch) -> None:
         assert 1 + sum(cycle["gained"] for cycle in record["cycles"]) == 30
         assert all(str(t) in record["texts"] for cycle in record["cycles"] for t in cycle["tokens"] + cycle["next"])
         assert out.getvalue().count("cycle ") == len(record["cycles"]) * trees
+        assert out.getvalue().count(draw_tree.LEGEND) == out.getvalue().count(draw_tree.SCORES_LEGEND) == trees
         assert max(map(columns, out.getvalue().split("\n\n")[-3].splitlines() if trees else [""])) <= 50
 
 
