@@ -18,8 +18,9 @@ def environment(device: torch.device) -> dict[str, str]:
     found = {"device": device_name(device)}
     if device.type == "cuda" and shutil.which("nvidia-smi"):
         gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-        values = output("nvidia-smi", "-i", gpu, "--format=csv,noheader", "--query-gpu=" + ",".join(CLOCKS))
-        found |= zip(CLOCKS, values.split(", "))
+        values = output("nvidia-smi", "-i", gpu, "--format=csv,noheader", "--query-gpu=" + ",".join(CLOCKS)).split(", ")
+        if len(values) == len(CLOCKS):  # else it said why it cannot, such as "No devices were found"
+            found |= zip(CLOCKS, values)
     return found | {"torch": torch.__version__, "triton": getattr(triton, "__version__", "absent"),
                     "cuda": torch.version.cuda or "none", "python": platform.python_version(),
                     "commit": commit_of(Path(__file__).parent.parent), "date": time.strftime("%Y-%m-%d")}

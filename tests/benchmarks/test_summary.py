@@ -4,13 +4,14 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import SHAPE, operations, tiny_checkpoint
 
 import bench
-from benchmarks import cycle, summary
+from benchmarks import cycle, environment, summary
 from benchmarks.environment import CLOCKS, describe
 from benchmarks.result_files import NAMES, RESULTS, SHAPES, Results, add, clean_command, problems, read_results, strip
 from benchmarks.summary import BLOCKS, MISSING, PAGE, render, write
@@ -220,6 +221,24 @@ def test_a_gpu_with_clocks(raw: dict[str, dict]) -> None:
     assert kept == gpu | clocks | {"power": "700.00 W"}
 
 
+@pytest.mark.parametrize("said, shown", [
+    ("700.00 W, 1500 MHz, 1980 MHz, 2619 MHz, 31, 580.95.05",
+     " (power limit 700.00 W, SM clock 1500 MHz of 1980 MHz, memory 2619 MHz, 31 °C, driver 580.95.05)"),
+    ("No devices were found", ""), ("", "")])
+def test_what_nvidia_smi_says(said: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a clock is shown as another one, another GPU is asked, or what is no power limit is kept as one: then
+    `bench.py card` does not read the file."""
+    asked = []
+    monkeypatch.setattr(environment.shutil, "which", lambda program: program)
+    monkeypatch.setattr(environment, "device_name", lambda device: "a card")
+    monkeypatch.setattr(environment, "commit_of", lambda folder: "abc")
+    monkeypatch.setattr(environment, "output", lambda *words: asked.append(words[:3]) or said)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1-2"))
+    found = environment.environment(torch.device("cuda"))
+    assert describe(found).startswith(f"a card{shown}, torch {torch.__version__}, triton ")
+    assert asked == [("nvidia-smi", "-i", "GPU-1-2")] and ("power.limit" in found) == bool(shown)
+
+
 def test_readme() -> None:
     """Fails if a number in README is not what the stored results give."""
     page = summary.README.read_text(encoding="utf-8")
@@ -242,11 +261,25 @@ def test_command_line(results: Results, tmp_path: Path, capsys, monkeypatch: pyt
     device = results[CYCLES]["environment"]["device"]
     assert readme.read_text() == (f"<!-- number: device -->one {device}<!-- end --> and "
                                   f"<!-- number: 7b_speedup -->{ratio:.2f}<!-- end -->x")
+    added = []
+    monkeypatch.setattr(summary, "add", lambda *how: added.append(how))
+    monkeypatch.setattr(sys, "argv", ["summary.py", "--add", "x.json", METHODS, "--commit", "abc"])
+    assert summary.main() == 0 and added == [(Path("x.json"), METHODS, "abc")]
+    capsys.readouterr()
     results[METHODS]["environment"]["commit"] = "fedcba9"
     monkeypatch.setattr(sys, "argv", ["summary.py"])
     assert summary.main() == 1
     printed = capsys.readouterr()
     assert all(render(name, results) in printed.out for name in BLOCKS) and "fedcba9 in methods" in printed.err
+
+
+def test_damaged_results(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a stored file that lacks something ends in a traceback."""
+    monkeypatch.setattr(summary, "read_results", lambda: {METHODS: {"measured": []}})
+    monkeypatch.setattr(sys, "argv", ["summary.py"])
+    assert summary.main() == 2
+    said = capsys.readouterr().err
+    assert "a file in benchmarks/results/ is damaged (KeyError" in said and said.count("\n") == 1
 
 
 def test_refused(tmp_path: Path, raw: dict[str, dict]) -> None:
