@@ -143,6 +143,7 @@ def check(args: argparse.Namespace) -> str | None:
             (args.llamacpp and not args.llamacpp.is_file(), f"--llamacpp {args.llamacpp}: there is no such file"),
             (args.gpt_fast and not (args.gpt_fast / "model.py").is_file(), f"--gpt_fast {args.gpt_fast}: no model.py "
              "there; clone github.com/meta-pytorch/gpt-fast and check out 32971d3"),
+            (args.plots and args.plots.is_file(), f"--plots {args.plots}: a file, where a folder should be"),
             (wrong_json := check_output(args, "json"), wrong_json)):
         if wrong:
             return message

@@ -21,7 +21,7 @@ CHANGES_BY_ITSELF = ("date", "clocks.sm", "temperature.gpu")  # from minute to m
 
 def table(*rows: tuple) -> str:
     """A Markdown table with aligned columns; the first row is the heading."""
-    cells = [[str(cell) for cell in row] for row in rows]
+    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     cells.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells) + "\n"

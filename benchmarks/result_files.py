@@ -38,7 +38,6 @@ def strip(raw: dict) -> dict:
         gaps = [max((at["gap"] for at in entry["gaps"]), default=None) for entry in entries]
         kept = {"environment": raw["before"] | {"power": raw["before"].get("power.limit")},
                 "command": clean_command(shlex.split(raw["command"])), "num_prompts": len(raw["prompts"]),
-                "num_runs": len(entries[0]["runs"]),
                 "measured": [shorten(entry) | {"largest_gap": gap} for entry, gap in zip(entries, gaps)]}
     else:
         raise ValueError("neither benchmarks.cycle nor bench.py wrote this, or nothing was measured")

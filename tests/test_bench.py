@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -126,15 +127,16 @@ def gpt_fast(tmp_path: Path) -> Path:
     return tmp_path / "clone"
 
 
-def clockwork(order: list, *, fails: str = "", stops: int = 10**9, seconds: float = 1.0) -> dict[str, Contestant]:
+def clockwork(order: list, *, fails: str = "", error: Exception | None = None, stops: int = 10**9,
+              seconds: float = 1.0) -> dict[str, Contestant]:
     """Contestants that write two cycles, of 1 and 2 tokens, in `seconds` each, and append every call to `order`.
-    fails: the one that runs out of memory. stops: Ctrl-C comes after this number of calls."""
+    fails: the one that raises `error` or runs out of memory. stops: Ctrl-C comes after this number of calls."""
     def decode(ids: list[int], new_tokens: int, sampling: Sampling, name: str) -> Run:
         order.append((name, sampling.temperature, ids[0], sampling.seed))
         if len(order) > stops:
             raise KeyboardInterrupt
         if name == fails:
-            raise torch.OutOfMemoryError("out of\n memory")
+            raise error or torch.OutOfMemoryError("out of\n memory")
         return Run([1, 2, 3, 4], [1, 2], 0.5, 2 * seconds)
     return {name: Contestant(partial(decode, name=name), None if name == "other" else object())
             for name in ("vanilla", "b", "other")}
@@ -166,6 +168,15 @@ def test_a_method_that_fails_leaves_the_others(capsys) -> None:
     assert [name for name, *_ in order].count("b") == 1 and result["failed"] == {"b": "out of memory"}
     assert list(runs[0.0]) == ["vanilla", "other"] and len(runs[1.0]["vanilla"]) == 2
     assert capsys.readouterr().err.splitlines() == ["b failed, the others go on: out of memory"]
+
+
+@pytest.mark.parametrize("error, said", [
+    (ImportError("no sentencepiece"), "no sentencepiece"), (OSError("gone"), "gone"), (RuntimeError(), "RuntimeError")])
+def test_what_ends_one_method(error: Exception, said: str) -> None:
+    """Fails if another engine that lacks a package or a file ends the race, or if an error without words is told by
+    nothing."""
+    _, result, runs = run_race(fails="b", error=error)
+    assert result["failed"] == {"b": said} and list(runs[0.0]) == ["vanilla", "other"]
 
 
 def test_interrupted() -> None:
@@ -241,6 +252,15 @@ def test_second_turns(checkpoint: Path, tmp_path: Path) -> None:
     model.free_cache()
     with pytest.raises(ValueError, match="question 81, turn 1: its .* do not fit the model's context of 512: leave it"):
         workload.ask(model, tokenizer, [Question("81", "chat", ["One? " * 200])], 10)
+
+
+def test_a_window_limits_prompts() -> None:
+    """Fails if a prompt is taken that fits the model's context, but not its sliding window."""
+    model = SimpleNamespace(cfg=SimpleNamespace(max_position_embeddings=512, context_limit=64))
+    tokenizer = SimpleNamespace(dialogue=lambda texts: [1] * 60)
+    with pytest.raises(ValueError, match="do not fit the model's context of 64"):
+        workload.ask(model, tokenizer, [Question("81", "chat", ["One?"])], 10)
+    assert len(workload.ask(model, tokenizer, [Question("81", "chat", ["One?"])], 4)) == 1
 
 
 def test_questions_of_another_form(tmp_path: Path) -> None:
@@ -500,6 +520,7 @@ def test_models_that_others_lack_are_refused(gpt_fast: Path) -> None:
     (("--temperature", 1e-9), "--temperature must be 0, or 0.000001"), (("--json", "."), "a folder, where a file"),
     (("--transformers", "--temperature", 1), "add --temperature 0"),
     (("--transformers", "--quantize", "int8"), "without --quantize"), (("--json", "no/such/x.json"), "no such folder"),
+    (("--plots", __file__), "a file, where a folder should be"),
     (("--methods", "lookup", "--draft_vocab", 9), "--draft_vocab is for the methods eagle, eagle2")])
 def test_refused(words: tuple, message: str, arguments, capsys) -> None:
     """Fails if bad input is found only after the model is loaded."""
@@ -520,10 +541,51 @@ def test_saved_before_printed(arguments, tmp_path: Path, monkeypatch: pytest.Mon
     assert json.loads((tmp_path / "out.json").read_text())["measured"] == [1]
 
 
+def test_plots(arguments, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if --plots draws nothing, or somewhere else."""
+    plots = pytest.importorskip("benchmarks.plots")
+    monkeypatch.setattr(bench, "bench", lambda args, result: result.update(measured=[1]))
+    monkeypatch.setattr(bench, "report", lambda result: "tables")
+    monkeypatch.setattr(plots, "draw", lambda result, folder: [folder / "a.png", folder / f"{result['measured']}.png"])
+    arguments("--plots", tmp_path)
+    assert bench.main() == 0 and capsys.readouterr().out == f"tables\npictures: {tmp_path}/a.png {tmp_path}/[1].png\n"
+
+
+def test_nothing_measured(arguments, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a script takes a run in which every method failed for one that measured."""
+    monkeypatch.setattr(bench, "bench", lambda args, result: None)
+    arguments()
+    assert bench.main() == 2
+
+
+def test_what_against_compares(arguments, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if an option by which numbers differ is not among the settings that --against compares."""
+    def stop(args: argparse.Namespace, result: dict) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "prepare", stop)
+    args, result = arguments("--quantize", "int4", "--group", 64, "--temperature", 0, 0, 1), {}
+    with pytest.raises(KeyboardInterrupt):
+        bench.bench(args, result)
+    assert args.temperature == [0, 1]
+    named = {"quantize": "int4", "group": "64", "dtype": "float32", "device": "cpu", "max_new_tokens": "12",
+             "runs": "5", "shape": "None", "questions": str(args.questions), "checkpoint": str(args.checkpoint)}
+    assert {name: result["settings"][name] for name in named} == named
+
+
 def test_bad_files(arguments, tmp_path: Path) -> None:
     """Fails if a bad --against file gives a traceback, or is found only after everything is measured."""
     (tmp_path / "old.json").write_text("[]")
-    for old, message in (("old.json", "not what bench.py --json writes"), ("gone.json", "No such file")):
+    words = {"method": "x", "temperature": 0.0, "tokens_per_sec": {"median": 1.0, "q1": 1.0, "q3": 1.0, "runs": ["1"]}}
+    numbers = race.speeds([[Run([1, 2], [1], 1.0, 1.0)]])
+    entry = numbers | words | {"by_category": {"x": numbers}, "split_ms": None, "accept_by_depth": [], "same": 1,
+                               "gaps": [], "texts": [[1]], "steady": True, "distinct4": 1.0,
+                               "runs": [{"prefill_s": [1.0], "decode_s": [1.0]}]}
+    whole = {"command": "x", "note": "x", "settings": {}, "prompts": [{"ids": [1]}], "methods": {}, "failed": {},
+             "memory_gb": 1.0, "before": dict.fromkeys(("device", "torch", "triton", "commit", "date"), "x")}
+    (tmp_path / "texts.json").write_text(json.dumps(whole | {"measured": [entry]}))
+    for old, message in (("old.json", "not what bench.py --json writes"), ("gone.json", "No such file"),
+                         ("texts.json", "not what bench.py --json writes")):
         arguments("--against", tmp_path / old)
         with pytest.raises((ValueError, OSError), match=message):
             bench.main()

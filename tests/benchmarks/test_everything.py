@@ -13,6 +13,7 @@ from benchmarks import cycle, everything
 from benchmarks.environment import commit_of
 from benchmarks.result_files import NAMES, read_results
 from benchmarks.result_files import add as add_to
+from quant.linear import MODES
 
 HERE = {"device": "a GPU", "torch": "2", "triton": "3", "commit": "abc1234", "date": "2026-01-01"}
 RAW = {"contexts": [{"speed": {}}], "device": "a GPU, torch 2, triton 3, commit abc1234, 2026-01-01, ", "arguments": {
@@ -53,7 +54,8 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., in
 
 
 def test_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Fails if a command has an option that its program does not take, or a result that no table shows."""
+    """Fails if a command has an option that its program does not take, a result that no table shows, or weights of
+    another format than its name says."""
     found = everything.commands("a b.jsonl")
     assert {*found} == {*NAMES}
     assert {*found} - {*everything.commands(None)} == {"cycle-demo-mt-bench"}
@@ -63,7 +65,8 @@ def test_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         program, words = (cycle, words[2:]) if words[0] == "-m" else (bench, words[1:])
         assert name.startswith("cycle") == (program is cycle)
         monkeypatch.setattr(sys, "argv", [name, *words, "--device", "cpu"])
-        program.parse_args()
+        mode = name.rpartition("-")[2]
+        assert program.parse_args().quantize == (mode if mode in MODES else None)
 
 
 def test_goes_on_where_it_stopped(program: Callable[..., int], tmp_path: Path, capsys) -> None:

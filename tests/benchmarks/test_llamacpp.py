@@ -59,6 +59,7 @@ def test_errors(llamacpp: dict) -> None:
 
 @pytest.mark.parametrize("words, message", [
     (("--llamacpp", "no/such.gguf"), "no such file"), (("--shape", "llama-2-7b"), "without --shape"),
+    (("--device", "cuda"), "for --device cpu"),
     (("--temperature", "1"), "add --temperature 0"), ((), "xllamacpp is not installed; pip install xllamacpp")])
 def test_refused(words: tuple, message: str, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if bad input, or a missing package, is found only after the model is loaded."""

@@ -2,13 +2,16 @@
 
     python -m pytest tests/benchmarks/test_tables.py
 """
+import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from helpers import operations
 
+import bench
 from app.answer import Run
 from benchmarks import cycle, race, report, summary
 from benchmarks.card import card
@@ -128,6 +131,61 @@ def test_card() -> None:
         ["theirs", "250.0", "3.6%", "2.50", "", "25.0", "2 of 3", "0.12", "0.25"]]
     assert "theirs: 4 of 9 prompt tokens" in rest and "medusa failed: no heads" in rest
     assert rest.endswith("```\npython bench.py --checkpoint Name --runs 2\n```")
+
+
+def test_older_and_newer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Fails if `bench.py compare OLD NEW` or `benchmarks.report NEW OLD` take one for the other, or if it is not told
+    that other prompts, another commit or other versions were measured."""
+    faster = VANILLA | {"tokens_per_sec": {"median": 150.0, "q1": 140.0, "q3": 160.0, "runs": [140.0, 160.0]}}
+    before = RESULT["before"] | {"clocks.sm": "1500 MHz", "temperature.gpu": "50"}
+    changed = {"commit": "def", "torch": "9", "date": "later", "clocks.sm": "1400 MHz", "temperature.gpu": "60"}
+    methods = {name: about | {"max_depth": 6} for name, about in METHODS.items()}
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    for path, entry, now, ids in ((old, VANILLA, before, 2), (new, faster, before | changed, 3)):
+        path.write_text(json.dumps(RESULT | {
+            "measured": [entry], "settings": {}, "methods": methods, "before": now,
+            "prompts": [{"ids": [1] * 7}, {"ids": [ids]}]}))
+    assert bench.reread(["compare", str(old), str(new)]) == 0
+    compared = capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["report", str(new), str(old)])
+    report.main()
+    assert capsys.readouterr().out.endswith(compared)
+    rows, *lines = compared.rstrip("\n").split("\n\n")
+    assert cells(rows)[1] == ["vanilla", "0.5", "100.0", "150.0", "1.500", "yes"]
+    assert [line.partition(" differs")[0] for line in lines[0].splitlines()] == ["torch", "commit", "prompts"]
+
+
+def test_a_bar_in_a_cell() -> None:
+    """Fails if a name that has a "|" in it becomes two cells."""
+    assert report.table(("a|b", "c"), (1, "`d|e`")).splitlines()[::2] == ["| a\\|b | c      |", "| 1    | `d\\|e` |"]
+
+
+def test_pictures_show_the_numbers() -> None:
+    """Fails if a bar, a line or a label is that of another number, part, depth, method or temperature."""
+    figures = pytest.importorskip("matplotlib.figure")
+    from benchmarks import plots
+
+    def panel(draw, entries: list[dict]) -> tuple:
+        ax = figures.Figure().subplots()
+        draw(ax, entries, {"measured": [faster, VANILLA, EAGLE2]}, {"eagle2": plots.look_of(0)})
+        return ax, [text.get_text() for text in ax.texts]
+
+    faster = VANILLA | {"temperature": 0.0, "by_category": EAGLE2["by_category"]}
+    ax, texts = panel(plots.speed_panel, [VANILLA, EAGLE2])
+    assert texts == ["100.0  1.00x", "250.0  2.50x"] and [bar.get_width() for bar in ax.patches] == [100.0, 250.0]
+    spreads = [bars.lines[2][0].get_segments()[0][:, 0].tolist() for bars in ax.containers if hasattr(bars, "has_xerr")]
+    assert spreads == [[97.0, 105.0], [247.0, 255.0]]
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    assert names == ["vanilla", "eagle2"] and ax.get_ylim()[0] > ax.get_ylim()[1], "the first is at the top"
+    ax, _ = panel(plots.category_panel, [EAGLE2])
+    assert [bar.get_height() for bar in ax.patches] == [1.5, 4.0]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["chat", "coding"]
+    ax, _ = panel(plots.acceptance_panel, [EAGLE2])
+    assert ax.lines[0].get_xydata().tolist() == [[1, 80], [2, 30]] and ax.lines[0].get_label() == "eagle2"
+    ax, texts = panel(plots.cycle_panel, [EAGLE2])
+    assert [(bars.get_label(), bars[0].get_x(), bars[0].get_width()) for bars in ax.containers] == [
+        ("draft", 0.0, 1.25), ("verify", 1.25, 6.375), ("other", 7.625, 0.75)]
+    assert texts == ["8.38 ms, 2.50 tokens"]
 
 
 def test_all_runs_count() -> None:
