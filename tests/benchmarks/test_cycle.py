@@ -16,6 +16,7 @@ import tiny
 import torch
 from helpers import CPU, SHAPE, STOPS, bits_of, operations, tiny_checkpoint
 
+import generate
 from app.answer import Run, run
 from benchmarks import cycle, shape, workload
 from benchmarks.cycle import cycle_parts, speed_of
@@ -333,6 +334,18 @@ def test_startup(arguments) -> None:
         assert 0.1 < sum(parts) < first_text < 300
     with pytest.raises(ValueError, match="generate.py ended with exit code 2"):
         cycle.startup_seconds(arguments("--draft", "no/such/head"))
+
+
+def test_what_is_started(arguments, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if another model, head or format is started than the one that is measured."""
+    asked = []
+    monkeypatch.setattr(cycle.subprocess, "Popen", lambda command, **how: asked.extend(map(str, command)) or 1 / 0)
+    given = arguments("--startup", "--quantize", "int4", "--group", 64, "--draft_vocab", 0, "--draft", "a/head")
+    with pytest.raises(ZeroDivisionError):
+        cycle.startup_seconds(given)
+    started = vars(generate.parse_args(asked[2:]))
+    same = ("checkpoint", "method", "draft", "draft_vocab", "quantize", "group", "dtype", "device")
+    assert {name: started[name] for name in same} == {name: vars(given)[name] for name in same}
 
 
 @pytest.mark.parametrize("words, message", [

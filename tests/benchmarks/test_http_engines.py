@@ -186,6 +186,23 @@ def test_request_with_texts(server: StandIn, subject: Subject, tmp_path: Path) -
     assert run.said["prompt_tokens"] == 9 and run.said["other_prompt"], "its template made 9 tokens, ours 2"
 
 
+def test_a_key_is_encrypted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if what is for https, a key above all, is sent where everybody can read it."""
+    (tmp_path / "key").write_text("abc")
+    asked = []
+
+    class Encrypted(http_engines.HTTPSConnection):
+        def connect(self) -> None:
+            asked.append((self.host, self.port))
+            raise ConnectionRefusedError(111, "Connection refused")
+
+    monkeypatch.setattr(http_engines, "HTTPSConnection", Encrypted)
+    monkeypatch.setattr(http_engines.HTTPConnection, "connect", lambda self: 1 / 0)
+    with pytest.raises(ValueError, match="https://nobody.invalid/v1/models: Connection refused"):
+        ask(Endpoint("x", "https://nobody.invalid/v1", key=f"@{tmp_path / 'key'}"), "/models")
+    assert asked == [("nobody.invalid", 443)]
+
+
 class Clock:
     """Stands for time.perf_counter: the server sets it, each time after the client has looked at it so often."""
 
@@ -207,10 +224,13 @@ class Clock:
 
 
 def test_times(server: StandIn, subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if pieces get their times when the answer is over, if the time before the first one is decoding, or if what
-    comes after the finish_reason is part of the answer."""
+    """Fails if pieces get their times when the answer is over, if the time before the first one is decoding, or that in
+    which a connection is made is any of it, or if what comes after the finish_reason is part of the answer."""
     clock = Clock()
     monkeypatch.setattr(http_engines, "time", clock)
+    connect = http_engines.HTTPConnection.connect
+    clock.now = 3.0
+    monkeypatch.setattr(http_engines.HTTPConnection, "connect", lambda self: clock.set(10.0, 0) or connect(self))
     server.parts = [partial(clock.set, 11.0, 1), piece("a"), partial(clock.set, 12.0, 3), piece("bc"),
                     partial(clock.set, 14.0, 5), piece("d", "stop"), partial(clock.set, 19.0, 7), used(2), DONE]
     run = http_decoder(Endpoint("x", server.url, "m"), subject)([72, 105], 8)
@@ -255,6 +275,7 @@ def test_short_answers(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> Non
     assert run == Run([*b"abc", END], [], 2.0, 0.0, run.said)
     run = decode([(12.0, piece("", "stop"))], subject, monkeypatch)
     assert run == Run([END], [], 2.0, 0.0, run.said)
+    assert len(decode([(12.0, piece("a" * 32, "length"))], subject, monkeypatch).tokens) == 32
     with pytest.raises(ValueError, match="http://y/v1/completions: 33 tokens came in one piece"):
         decode([(12.0, piece("a" * 33, "stop"))], subject, monkeypatch)
 

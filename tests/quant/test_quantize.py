@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import quantize
+from benchmarks import quality as quality_module
 from benchmarks.quality import kept, perplexity, quality
 from benchmarks.workload import gigabytes
 from convert_hf_checkpoint import staged
@@ -360,6 +361,34 @@ def test_quality_numbers(folder: Path) -> None:
     assert perplexity(model, chunks) == pytest.approx(float(torch.stack(losses).mean().exp()), rel=1e-5)
     model.layers[0].w2.weight.data.mul_(-1)
     assert kept(model, prompts, texts) < 0.9
+
+
+def test_quality_table(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Fails if a perplexity is compared with another one than bf16's, or if a step reads something else than the layers
+    and the lm_head."""
+    scores, shares = iter((10.0, 11.0, 9.0)), iter((1.0, 0.75, 0.5))
+    ids = SimpleNamespace(encode=lambda text: [1, 2, 3, 4] * 9, dialogue=lambda turns: [1, 2], stop_ids=frozenset())
+    models = [(name, load_model(folder)) for name in ("bf16", "b", "c")]
+    for name, stand_in in {"LENGTH": 8, "Tokenizer": lambda folder: ids, "perplexity": lambda *how: next(scores),
+                           "kept": lambda *how: next(shares), "gigabytes": lambda *parts: len(parts),
+                           "variants": lambda *how: models}.items():
+        monkeypatch.setattr(quality_module, name, stand_in)
+    (tmp_path / "x").write_text('{"turns": ["Why?"]}')
+    quality(folder, [tmp_path / "x"], tmp_path / "x", 34, 2, 64, "cpu")
+    assert capsys.readouterr().out.splitlines() == [
+        "| 32 tokens of text | perplexity | over bf16 | greedy tokens kept | GB per step |", "|---|---|---|---|---|",
+        "| bf16 | 10.000 | +0.00% | 100.0% | 2.000 |", "| b | 11.000 | +10.00% | 75.0% | 2.000 |",
+        "| c | 9.000 | -10.00% | 50.0% | 2.000 |"]
+
+
+def test_quality_variants(folder: Path) -> None:
+    """Fails if a row of the table is of another mode, or int4 without the search for scales is int4 with it."""
+    models = dict(quality_module.variants(folder, 64, "cpu"))
+    assert {name: modes_of(model)[:1] for name, model in models.items()} == {"bf16": []} | {
+        name: modes_of(load_model(folder, "cpu", None, mode, 64))[:1] for name, mode in (
+            ("int8", "int8"), ("int8dyn", "int8dyn"), ("int4 of 64, nearest", "int4"), ("int4 of 64", "int4"))}
+    nearest, searched = (models[name].layers[0].w2.weight for name in ("int4 of 64, nearest", "int4 of 64"))
+    assert not torch.equal(nearest.scale, searched.scale)
 
 
 def test_quality_needs_unquantised_weights(folder: Path) -> None:
