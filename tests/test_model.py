@@ -188,6 +188,9 @@ REFUSED = {
     "short_factor should be a list of 4": {"rope_parameters": {"rope_type": "longrope"}},
     "'yarn' does not use": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "low_freq_factor": 1.5}},
     "beta_slow 64": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_slow": 64}},
+    "rope_theta should be more than 1": {"rope_theta": 1.0, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    "original_max_position_embeddings should be more than 1": {"rope_scaling": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1}},
     "biases in the MLP": {"mlp_bias": True},
     "attention output": {"attention_bias": True},
     "hidden_act 'gelu'": {"hidden_act": "gelu"},

@@ -9,6 +9,7 @@ import tiny
 import torch
 from helpers import vanilla
 
+import sampling
 from draft import Eagle2
 from engine import Engine
 from sampling import Sampling, gumbel_noise, perturb, process
@@ -58,6 +59,23 @@ def test_coldest_and_hottest() -> None:
     for limits in ({}, {"top_p": 0.99}, {"min_p": 0.5}):
         counts = draw(1e6, 3200, **limits).bincount(minlength=16)
         assert ((counts - 200).abs() < 84).all()  # six standard deviations
+
+
+def test_where_a_limit_is_met_exactly() -> None:
+    """Fails if of tokens that are equally likely others are left than in transformers, or more than top_p asks for; or
+    if a top_k beyond the vocabulary is an error."""
+    equal = torch.zeros(1, 4)
+    assert process(equal, 1.0, top_p=0.75).isfinite().tolist() == [[False, True, True, True]]
+    assert process(equal, 1.0, top_k=2).isfinite().all() and process(equal, 1.0, min_p=0.99).isfinite().all()
+    assert torch.equal(process(LOGITS, 1.0, top_k=V + 1), LOGITS)
+
+
+@pytest.mark.parametrize("word", [0, 2**32 - 1])
+def test_noise_is_finite(word: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the first or last of all words that the hash gives makes an infinite noise: it would win over every
+    token, or tie with those that are excluded."""
+    monkeypatch.setattr(sampling, "mix32", lambda x: torch.full_like(x, word))
+    assert gumbel_noise(torch.tensor(1), torch.tensor([5]), 9).isfinite().all()
 
 
 def test_any_64_bits_are_a_seed() -> None:

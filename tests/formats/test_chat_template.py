@@ -161,7 +161,7 @@ def test_template_refuses(byte_level: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="chat template failed: Conversation roles must alternate"):
         ours.chat([TALK[1], TALK[1]])
     plain = Tokenizer(byte_level["gpt2"])
-    assert not plain.has_chat_template
+    assert not plain.has_chat_template and plain.dialogue(["a", "b", "c"]) == plain.encode("a\n\nb\n\nc")
     with pytest.raises(ValueError, match="no chat template"):
         plain.chat(TALK)
 
@@ -196,6 +196,10 @@ def test_stop_ids(byte_level: dict[str, Path], tmp_path: Path) -> None:
     <|eot_id|>."""
     folder = copy_with(byte_level["gpt2"], tmp_path / "x", eos_token="<|endoftext|>")
     assert Tokenizer(folder).stop_ids == {0}
+    for wrong in (2**40, 1.5, "7"):
+        write(folder / "config.json", {"eos_token_id": wrong})
+        with pytest.raises(ValueError, match="eos_token_id in config.json and generation_config.json must be ids"):
+            Tokenizer(folder)
     write(folder / "config.json", {"eos_token_id": [7, 8]})
     assert Tokenizer(folder).stop_ids == {0, 7, 8}
     write(folder / "generation_config.json", {"eos_token_id": 9})
@@ -208,6 +212,13 @@ def test_stop_ids(byte_level: dict[str, Path], tmp_path: Path) -> None:
     assert Tokenizer(folder).stop_ids == {0, 2, 7, 8, 9}
     write(folder / "chat_template.jinja", "<|im_start|>{{ messages[0].content }}")
     assert Tokenizer(folder).stop_ids == {0, 7, 8, 9}
+
+
+def test_first_token(byte_level: dict[str, Path], tmp_path: Path) -> None:
+    """Fails if a model whose tokenizer names no bos loses the one of config.json."""
+    folder = copy_with(byte_level["gpt2"], tmp_path / "x", bos_token=None)
+    write(folder / "config.json", {"bos_token_id": 5})
+    assert Tokenizer(folder).bos_id == 5 and Tokenizer(byte_level["gpt2"]).bos_id == 0
 
 
 def test_broken_template_matters_only_when_used(byte_level: dict[str, Path], tmp_path: Path) -> None:

@@ -137,6 +137,27 @@ def test_heads_may_say_what_they_like(tmp_path: Path) -> None:
     assert Config.load(tmp_path, model_type="llama").num_layers == 2
 
 
+def test_rope_in_other_words() -> None:
+    """Fails if YaRN's attn_factor of a published Qwen3 is lost, an older name of Phi-3's LongRoPE is read as another
+    scaling, or a context that is written with a point is refused."""
+    def rope(model_type: str, **scaling: object) -> dict:
+        return Config.from_dict(tiny.SHAPE | {"model_type": model_type, "rope_scaling": scaling}).rope_scaling
+
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    assert rope("qwen3", **yarn)["attention_factor"] == pytest.approx(1.1386294361)
+    assert rope("qwen3", **yarn, attn_factor=0.8782488562869419)["attention_factor"] == pytest.approx(1)
+    assert rope("qwen3", **yarn, beta_fast=1, beta_slow=1)["beta_fast"] == 1, "no blending, as some write it"
+    short = {key: value for key, value in tiny.SHAPE.items() if key != "max_position_embeddings"}
+    assert Config.from_dict(short | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}).rope_scaling[
+        "original_max_position_embeddings"] == 2048, "of LlamaConfig"
+    lists = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    su, yarn3, longrope = (rope("phi3", type=name, **lists) for name in ("su", "yarn", "longrope"))
+    assert su == yarn3 == longrope and longrope["rope_type"] == "longrope"
+    assert rope("llama", **LLAMA3 | {"original_max_position_embeddings": 8192.0}) == rope("llama", **LLAMA3)
+    with pytest.raises(ValueError, match="original_max_position_embeddings should be a positive whole number"):
+        rope("llama", **LLAMA3 | {"original_max_position_embeddings": 8192.5})
+
+
 # ----- Quantised weights -----------------------------------------------------------------------------------------
 
 # quantization_config, or all that is in config.json under another key -> what the error must name.

@@ -177,6 +177,7 @@ REFUSED = [
     ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval"),
     ("granite", {"my_scale": 2.0}, "my_scale"), ("granite", {"final_logit_softcapping": 30.0}, "final_logit_softc"),
     ("helium", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ("glm", {"partial_rotary_factor": 0.4}, "would rotate 51 of"),
     ("glm", {"partial_rotary_factor": 0.01}, "partial_rotary_factor"), ("glm", {"partial_rotary_factor": 2}, "partial"),
     ("phi3", {"rope_scaling": LONG, "partial_rotary_factor": 0.5}, "short_factor"),
     ("phi3", {"rope_scaling": LONG | {"original_max_position_embeddings": 64}}, "original_max_position_embeddings"),
@@ -186,6 +187,8 @@ REFUSED = [
     ("mistral3", {}, "text_config"), ("mistral3", {"text_config": [1]}, "text_config"),
     ("mistral3", {"text_config": {"model_type": "gemma3"}}, "gemma3"),
     ("mistral3", {"text_config": SIZES, "rope_scaling": YARN}, "rope_scaling is beside text_config"),
+    ("mistral3", {"text_config": SIZES, "sliding_window": 9}, "sliding_window is beside text_config"),
+    ("mistral3", {"text_config": SIZES, "architectures": ["LlavaForConditionalGeneration"]}, "Llava"),
     ("mistral3", {"text_config": SIZES, "quantization_config": {"quant_method": "exl3"}}, "EXL3"),
     ("glm4", {}, "norms"), ("gemma3", {}, "soft caps"), ("qwen3_moe", {}, "mixture of experts"),
     ("chatglm", {}, "glm-4-9b-chat-hf"), ("qwen3_5", {}, "state"), (["llama"], {}, "not implemented"),
@@ -199,6 +202,18 @@ def test_what_is_not_honoured_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError) as error:
             Config.load(tmp_path)
         assert words in str(error.value) and "\n" not in str(error.value), (model_type, entries, error.value)
+
+
+def test_entries_that_are_null() -> None:
+    """Fails if null is not what transformers takes it for; or if the embedding of a model that sees images is tied
+    otherwise than with transformers, which looks beside text_config."""
+    cfg = Config.from_dict(SIZES | {"model_type": "smollm3", "tie_word_embeddings": None, "no_rope_layers": None,
+                                    "rope_parameters": None})
+    assert (cfg.tie_word_embeddings, cfg.nope_layers, cfg.rope_theta) == (True, (3,), 2e6)
+    for beside in ({}, {"tie_word_embeddings": True}, {"tie_word_embeddings": False}):
+        theirs = transformers.Mistral3Config(text_config=SIZES | {"model_type": "mistral"}, **beside)
+        raw = {"model_type": "mistral3", "text_config": SIZES | {"head_dim": 8}} | beside
+        assert Config.from_dict(raw).tie_word_embeddings == theirs.tie_word_embeddings
 
 
 def test_limits() -> None:

@@ -243,7 +243,8 @@ def test_fields_that_are_computed_with(tmp_path: Path) -> None:
         ("llama", {"fields": YARN | MORE_YARN}, {"rope_parameters": THEIR_YARN | {
             "beta_fast": 8.0, "beta_slow": 0.5, "attention_factor": 0.5 * (0.1 * math.log(4) + 1)}}),
         ("llama", freqs, {"rope_parameters": llama3}),
-        ("llama", {"tensors": {"rope_freqs.weight": torch.ones(4)}}, {})]
+        ("llama", {"tensors": {"rope_freqs.weight": torch.ones(4)}}, {}),
+        ("qwen3", {"fields": {"rope.scaling.type": "yarn", "rope.scaling.original_context_length": 32}}, {})]
     plain = {}
     for i, (arch, ours, theirs) in enumerate(cases):
         path = tmp_path / f"{i}.gguf"
@@ -264,7 +265,8 @@ def test_tensors_that_change_the_model_are_refused(tmp_path: Path) -> None:
     divisors, _ = llama3_divisors(8.0)
     freqs = "rope_freqs.weight"
     cases = [  # name, tensor, field, what the error names
-        (freqs, divisors, {"rope.freq_base": 10000.0}, freqs), (freqs, divisors[:3], {}, freqs),
+        (freqs, divisors, {"rope.freq_base": 10000.0}, freqs), (freqs, 1.001 * divisors, {}, freqs),
+        (freqs, divisors[:3], {}, freqs),
         (freqs, divisors.repeat(2), {}, freqs), (freqs, torch.zeros(4), {}, freqs),
         (freqs, torch.full((4,), math.nan), {}, freqs),
         (freqs, divisors, {"rope.scaling.factor": 2.0}, "llama.rope.scaling.factor"),

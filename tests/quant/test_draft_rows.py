@@ -19,7 +19,7 @@ from ops import cpu_integers
 from ops.quantized import Quantized, dequantize, to_tiles
 from quant import draft_rows
 from quant.draft_rows import DraftRows
-from quant.linear import quantize_weight
+from quant.linear import drafting_rows, quantize_weight
 from sampling import Sampling
 from tree import State, Tree
 
@@ -58,6 +58,17 @@ def test_rows_are_the_tokens(mode: str | None, tiled: bool, monkeypatch: pytest.
         assert torch.equal(values(rows.weights[0]), expected[rows.ids])
         if integers:  # FBGEMM keeps a copy
             assert torch.allclose(cpu_integers.integer_linear(x, rows.weights[0]), x @ expected[rows.ids].T, atol=2)
+
+
+@pytest.mark.parametrize("mode", [None, "int8", "int4"])
+def test_rows_of_a_quantised_head(mode: str | None) -> None:
+    """Fails if rows that a prompt brings are in another format than the listed ones, where the head is quantised."""
+    lm_head = torch.randn(1008, 256, generator=torch.Generator().manual_seed(0))
+    weight = quantize_weight(lm_head, mode) if mode else lm_head
+    rows = DraftRows(weight, LISTED, True)
+    rows.follow(torch.tensor([7, 3, 700]), torch.tensor(3))
+    assert {7, 700} <= {*rows.ids[:rows.room].tolist()} and rows.room == 512
+    assert torch.equal(values(rows.weights[0]), values(drafting_rows(weight, rows.ids, True)))
 
 
 def test_all_tokens_in_another_order(tmp_path: Path) -> None:
