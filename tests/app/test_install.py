@@ -68,6 +68,14 @@ def test_format(device: str, stored: bool, expected: tuple, target: Path, tmp_pa
     assert asked == [(target, device, *expected)]
 
 
+def test_a_head_in_another_file(tmp_path: Path) -> None:
+    """Fails if the quantised file of an older head stays beside a new one whose file is no model.safetensors."""
+    (tmp_path / "model-int8.safetensors").touch()
+    with install.staged(tmp_path, tmp_path) as part:
+        (part / "pytorch_model.bin").touch()
+    assert [file.name for file in tmp_path.iterdir()] == ["pytorch_model.bin"]
+
+
 def test_memory_for_measuring(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a target is run that fits without its activations alone: the machine would be out of memory."""
     size = install.total_bytes(install.stored_model(target / "model.safetensors", torch.float32, None))

@@ -89,10 +89,12 @@ def test_all_tokens_in_another_order(tmp_path: Path) -> None:
 
 
 def test_without_room() -> None:
-    """Fails if a head that has rows of its own, or a list of nearly all tokens, gets rows of other tokens."""
+    """Fails if a head that has rows of its own, or a list of nearly all tokens, or one that is not to follow a prompt,
+    gets rows of other tokens."""
     lm_head = torch.randn(192, 16)
-    for vocab, rows in ((None, lm_head), (LISTED, lm_head), (torch.arange(150), lm_head[:150])):
-        made = DraftRows(lm_head, vocab, False)
+    for vocab, rows, follows in ((None, lm_head, True), (LISTED, lm_head, True),
+                                 (torch.arange(150), lm_head[:150], True), (torch.arange(64), lm_head[:64], False)):
+        made = DraftRows(lm_head, vocab, False, follows)
         made.follow(torch.tensor([191]), torch.tensor(1))
         assert made.ids is vocab or torch.equal(made.ids, vocab)
         assert torch.equal(made.weights[0], rows)
