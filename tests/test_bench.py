@@ -541,6 +541,14 @@ def test_saved_before_printed(arguments, tmp_path: Path, monkeypatch: pytest.Mon
     assert json.loads((tmp_path / "out.json").read_text())["measured"] == [1]
 
 
+def test_weights_are_named(checkpoint: Path) -> None:
+    """Fails if figures of quantised weights do not say so."""
+    for quantize, name, said in (("int4", "", "bfloat16, weights int4."), (None, "", "bfloat16."),
+                                 (None, "model.safetensors", "bfloat16, weights model.")):
+        args = argparse.Namespace(quantize=quantize, checkpoint=checkpoint / name, dtype="bfloat16", shape=None)
+        assert workload.describe_subject(args) == said
+
+
 def test_plots(arguments, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if --plots draws nothing, or somewhere else."""
     plots = pytest.importorskip("benchmarks.plots")

@@ -345,6 +345,15 @@ def test_terminal_asks(make) -> None:
     assert said(talk) == ["two", "thr"]
 
 
+@pytest.mark.parametrize("how", [KeyboardInterrupt, EOFError])
+def test_ctrl_c_is_no_yes(how: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if Ctrl-C or Ctrl-D at the question whether turns may be dropped drops them."""
+    def ended(question: str) -> bool:
+        raise how
+    monkeypatch.setattr(line_editor, "confirm", ended)
+    assert Terminal.confirm(None, "Drop the oldest turn?") is False
+
+
 @pytest.mark.slow
 def test_history_that_cannot_be_written(make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if the chat ends because a file is in the folder's place, the disk is full or half a character is typed."""

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from app.chat import Chat
+from app.chat import Answer, Chat, report
 from app.chat_file import Messages, write_messages
 from sampling import Sampling
 
@@ -62,6 +62,10 @@ def test_stats(talk: Chat, capsys: pytest.CaptureFixture) -> None:
     """Fails if /stats, /undo or /reset count or take back something else than what was said."""
     talk.command("/stats")
     assert "2 messages, 2 of 99 tokens of the context; answers: none" in capsys.readouterr().err
+    talk.tokenizer.chat = lambda messages: [1] * 7 * len(messages)
+    talk.answers = [Answer(9, 3, [4], 5, 1.0, 2.0), Answer(8, 2, [2], 3, 3.0, 1.0)]
+    talk.command("/stats")
+    assert f"14 of 99 tokens of the context; answers: 2, {report(talk.answers)}\n" in capsys.readouterr().err
     talk.messages = [SYSTEM, *TALK, *OTHER]
     talk.command("/undo")
     assert talk.messages == [SYSTEM, *TALK, *OTHER[:2]] and "[taken back: c]" in capsys.readouterr().err

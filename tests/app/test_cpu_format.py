@@ -48,6 +48,9 @@ def test_setting() -> None:
     assert setting(engine).endswith(f": {str(model.embed.weight.dtype).removeprefix('torch.')}")
     quantize_linears(model, "int8")
     assert ": int8 weights, " in setting(engine)
+    other = tiny.target()
+    quantize_linears(other, "int4", 64)
+    assert ": int4 weights, " in setting(Engine(other, Vanilla(), 64))
 
 
 @pytest.mark.parametrize("has_gpu", [False, True])

@@ -13,7 +13,7 @@ from safetensors.torch import safe_open, save_file
 
 from app import install
 from drafters.eagle3 import Eagle3Head
-from drafters.head_check import Variant
+from drafters.head_check import EXPECTED, Variant
 from formats.config import Config
 from formats.eagle3 import open_eagle3
 from formats.weights import FORMAT
@@ -66,6 +66,14 @@ def test_format(device: str, stored: bool, expected: tuple, target: Path, tmp_pa
     with pytest.raises(ValueError, match="loaded"):
         install.add_head(tmp_path / "head", target)
     assert asked == [(target, device, *expected)]
+
+
+def test_later_guesses_are_harder(capsys: pytest.CaptureFixture) -> None:
+    """Fails if a head is warned of for its third guess, or not for its first."""
+    head = tiny.head(tiny.target())
+    for shares, warned in (([0.9 * EXPECTED, 0.1, 0.01], False), ([0.3 * EXPECTED, 0.5, 0.5], True)):
+        install.warn(Path("head"), head, shares)
+        assert ("it is probably" in capsys.readouterr().err) == warned
 
 
 def test_a_head_in_another_file(tmp_path: Path) -> None:

@@ -47,6 +47,13 @@ def test_zero_is_no_default(folder: Path) -> None:
         Engine.load(folder, "eagle2", device="cpu", draft_tokens=0)
 
 
+def test_broken_template(folder: Path, tmp_path: Path) -> None:
+    """Fails if a broken template that a program gives is found only at the first chat."""
+    (tmp_path / "x.jinja").write_text("{% do x %}")
+    with pytest.raises(ValueError, match="tag 'do'"):
+        Engine.load(folder, device="cpu", chat_template=tmp_path / "x.jinja")
+
+
 def test_the_whole_context_is_no_nonsense(folder: Path, capsys: pytest.CaptureFixture) -> None:
     """Fails if somebody who asks for all tokens that the model was made for is warned."""
     most = json.loads((folder / "config.json").read_text())["max_position_embeddings"]

@@ -484,8 +484,10 @@ def test_a_place_is_kept_while_the_engine_works(served: Served) -> None:
 
 
 def test_seconds_of_each_part(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if the seconds of the prompt, of the answer and of waiting are taken for one another."""
+    """Fails if what was counted, or the seconds of the prompt, of the answer and of waiting, are taken for one another.
+    """
     service = Service(served)
+    served.engine.reused = 4
     asked = read_request(b'{"prompt": "Hello"}', False, served)
     result = {"prompt_tokens": 5, "new_tokens": 3, "cycles": 2, "prefill_s": 0.25, "decode_s": 2.0}
     monkeypatch.setattr(service_module, "generate", lambda *how, **more: time.sleep(0.5) or dict(result))
@@ -496,7 +498,16 @@ def test_seconds_of_each_part(served: Served, monkeypatch: pytest.MonkeyPatch) -
         return job.events.get_nowait()
 
     assert asyncio.run(answered())["queue_s"] < 0.4
-    assert (service.counts["prefill_seconds"], service.counts["decode_seconds"]) == (0.25, 2.0)
+    assert service.counts == {"prefill_seconds": 0.25, "decode_seconds": 2.0, "prompt_tokens": 5, "reused_tokens": 4,
+                              "new_tokens": 3, "steps": 2}
+
+
+def test_health(served: Served) -> None:
+    """Fails if a server that is to end, or whose engine failed, is still sent requests."""
+    service = Service(served)
+    for closing, failing, status in ((False, False, 200), (True, False, 503), (False, True, 503)):
+        service.closing, service.failing = closing, failing
+        assert asyncio.run(server_module.Pages(service).health(None)).status_code == status
 
 
 def test_only_health_is_open(served: Served) -> None:

@@ -185,7 +185,7 @@ def test_pictures_show_the_numbers() -> None:
     ax, texts = panel(plots.cycle_panel, [EAGLE2])
     assert [(bars.get_label(), bars[0].get_x(), bars[0].get_width()) for bars in ax.containers] == [
         ("draft", 0.0, 1.25), ("verify", 1.25, 6.375), ("other", 7.625, 0.75)]
-    assert texts == ["8.38 ms, 2.50 tokens"]
+    assert texts == ["8.38 ms, 2.50 tokens"] and len({plots.look_of(i)[:2] for i in range(16)}) == 16
 
 
 def test_all_runs_count() -> None:
