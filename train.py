@@ -38,7 +38,7 @@ from formats.writing import locked
 from model import load_model
 from tokenizer import Tokenizer
 from training.block import BlockTrainer
-from training.commands import options, prepare
+from training.commands import at_least, options, prepare
 from training.dialogues import check_answers
 from training.eagle3 import Eagle3Trainer
 from training.evaluation import compare_speeds, evaluate, held_out_prompts, save_curve
@@ -57,8 +57,8 @@ def parse_args() -> argparse.Namespace:
                    "block: a head that drafts all levels in one forward")
     p.add_argument("--out", type=Path, help="folder for the head (default: <checkpoint>/<kind>)")
     p.add_argument("--unroll", type=int, default=4, help="eagle, eagle3: draft steps that training unrolls")
-    p.add_argument("--held_out", type=int, default=500, metavar="N", help="measure the agreement on held-out dialogues "
-                   "every N steps, in whole hundreds, and write it to <work>/<kind>/curve.json; 0: never")
+    p.add_argument("--held_out", type=at_least(0), default=500, metavar="N", help="measure the agreement on held-out "
+                   "dialogues every N steps, in whole hundreds, and write it to <work>/<kind>/curve.json; 0: never")
     p.add_argument("--target_quantize", choices=["int8"], help="keep the model in int8 meanwhile: half its memory")
     p.add_argument("--draft_vocab", type=int, metavar="N", help="eagle3, block: draft these many tokens, which the "
                    "model writes most often (default: 16384). eagle, and with --steps 0 for any trained head: write "
@@ -67,15 +67,16 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--regression", type=float, help="eagle: weight of the regression on features in the loss")
     p.add_argument("--head_layers", type=int, choices=range(1, 6), metavar="N", help="eagle3, block: layers of the "
                    "head (default: 1 and 2)")
-    p.add_argument("--mlp", type=int, metavar="N", help="eagle3, block: width of its MLP (default: the model's)")
+    p.add_argument("--mlp", type=at_least(1), metavar="N", help="eagle3, block: width of its MLP (default: the "
+                   "model's)")
     p.add_argument("--kv_heads", type=int, metavar="N", help="eagle3, block: key/value heads of its layers "
                    "(default: the model's)")
     p.add_argument("--block_size", type=int, choices=range(2, 17), metavar="N", help="block: levels that are drafted "
                    "(default: 8)")
-    p.add_argument("--markov_rank", type=int, metavar="N", help="block: rank of its Markov head (default: 128; 0: "
-                   "none)")
-    p.add_argument("--anchors", type=int, metavar="N", help="block: random positions of each dialogue after which a "
-                   "training step predicts a block; used instead of --places (default: 256)")
+    p.add_argument("--markov_rank", type=at_least(0), metavar="N", help="block: rank of its Markov head (default: 128; "
+                   "0: none)")
+    p.add_argument("--anchors", type=at_least(1), metavar="N", help="block: random positions of each dialogue after "
+                   "which a training step predicts a block; used instead of --places (default: 256)")
     p.add_argument("--norms", action="store_true", default=None, help="eagle3: EAGLE-3.1's norms, of each tap "
                    "before fc, and of what is fed back")
     p.add_argument("--share_lm_head", action="store_true", default=None, help="eagle3: draft with the model's own "

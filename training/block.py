@@ -148,8 +148,6 @@ class BlockTrainer(TappedTrainer):
             raise ValueError(f"--length {args.length} leaves no room for a block behind some context")
         TappedTrainer.check(args, target)
         check_key_heads(args, target)
-        if args.anchors is not None and args.anchors < 1:
-            raise ValueError("--anchors must be 1 or more")
 
     def __init__(self, model: Llama, args: argparse.Namespace, data: Tensor, held_out: Tensor | None = None) -> None:
         super().__init__(model, args, data, held_out)

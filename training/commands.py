@@ -3,6 +3,7 @@ import argparse
 import logging
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,21 +24,35 @@ def options(description: str) -> argparse.ArgumentParser:
     p.add_argument("--tokens", type=float, default=40e6, help="dialogue tokens that the model writes")
     p.add_argument("--openers", type=Path, metavar="FILE", help="a JSON list of the first words of user turns, such as "
                    "training/coding_openers.json (default: those in training/dialogues.py, of general questions)")
-    p.add_argument("--steps", type=int, default=10000, help="end training after this many steps; 0: do not train, only "
-                   "evaluate what is there already")
-    p.add_argument("--minutes", type=float, default=math.inf, help="end training after this time, if that comes sooner")
-    p.add_argument("--length", type=int, default=640, help="tokens of a dialogue")
-    p.add_argument("--batch", type=int, default=32, help="dialogues per training step (train.py: fewer if "
+    p.add_argument("--steps", type=at_least(0), default=10000, help="end training after this many steps; 0: do not "
+                   "train, only evaluate what is there already")
+    p.add_argument("--minutes", type=at_least(0, float), default=math.inf, help="end training after this time, if that "
+                   "comes sooner")
+    p.add_argument("--length", type=at_least(3), default=640, help="tokens of a dialogue")
+    p.add_argument("--batch", type=at_least(1), default=32, help="dialogues per training step (train.py: fewer if "
                    "memory is short)")
-    p.add_argument("--generate_batch", type=int, default=2048, help="dialogues written at the same time, fewer if "
-                   "memory is short; so many are held out")
+    p.add_argument("--generate_batch", type=at_least(1), default=2048, help="dialogues written at the same time, fewer "
+                   "if memory is short; so many are held out")
     p.add_argument("--decay", type=float, default=0.8, help="weight in the loss of each draft step, or position ahead, "
                    "relative to the one before")
-    p.add_argument("--places", type=int, default=8192, help="positions per training step that the loss looks at")
+    p.add_argument("--places", type=at_least(1), default=8192, help="positions per training step that the loss looks "
+                   "at")
     p.add_argument("--lr", type=float, default=5e-3, help="peak learning rate (Muon)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--eval_prompts", type=int, default=80, help="held-out dialogues to evaluate on; 0: do not evaluate")
+    p.add_argument("--eval_prompts", type=at_least(0), default=80, help="held-out dialogues to evaluate on; 0: do not "
+                   "evaluate")
     return p
+
+
+def at_least(least: int, kind: type = int) -> Callable[[str], float]:
+    """For argparse: a function that reads a number, int or float, and refuses one below `least`."""
+    def read(text: str) -> float:
+        number = kind(text)
+        if not number >= least:  # also for nan
+            raise argparse.ArgumentTypeError(f"must be {least} or more")
+        return number
+    read.__name__ = kind.__name__  # argparse says "invalid int value"
+    return read
 
 
 def prepare(args: argparse.Namespace, quantize: str | None = None) -> tuple[Llama, Tokenizer, Tensor]:

@@ -194,7 +194,8 @@ class Trainer:
 
     def progress(self) -> float:
         """How much of the training is done, 0 to 1: it ends with --steps or --minutes, whichever comes first."""
-        return min(max(self.step / self.args.steps, self.seconds / (60 * self.args.minutes)), 1)
+        args = self.args
+        return min(max(self.step / args.steps, self.seconds / (60 * args.minutes) if args.minutes else 1), 1)
 
     def schedule(self) -> float:
         """The share of the peak learning rate: 100 steps of warm-up, then a cosine."""

@@ -175,8 +175,6 @@ def test_command(command, capsys: pytest.CaptureFixture) -> None:
     assert "resuming at step 3" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--length 7 leaves no room"):
         command(*words, "--length", 7)
-    with pytest.raises(ValueError, match="--anchors must be 1 or more"):
-        command(*words, "--anchors", 0)
     with pytest.raises(ValueError, match="--norms is no option of --kind block"):
         command(*words, "--norms")
 

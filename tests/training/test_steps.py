@@ -4,6 +4,7 @@
 """
 import argparse
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from conftest import ROOT
 from helpers import Letters, marked
 from torch import Tensor, nn
 
+import train
 from model import Llama
 from training import dialogues, steps
 from training.commands import options
@@ -104,6 +106,26 @@ def test_defaults() -> None:
                                                     "decay", "places", "lr", "eval_prompts")}
     assert found == {"tokens": 40e6, "steps": 10000, "minutes": math.inf, "length": 640, "batch": 32,
                      "generate_batch": 2048, "decay": 0.8, "places": 8192, "lr": 5e-3, "eval_prompts": 80}
+
+
+@pytest.mark.parametrize("words, says", [
+    ("--places 0", "must be 1 or more"), ("--batch 0", "must be 1 or more"), ("--generate_batch -1", "must be 1 or"),
+    ("--length 2", "must be 3 or more"), ("--steps -1", "must be 0 or more"), ("--minutes nan", "must be 0 or more"),
+    ("--eval_prompts -1", "must be 0 or more"), ("--places 1.5", "invalid int value: '1.5'"),
+    ("--held_out -1", "must be 0 or more"), ("--mlp -1", "must be 1 or more"), ("--anchors 0", "must be 1 or more"),
+    ("--markov_rank -1", "must be 0 or more")])
+def test_numbers_that_are_refused(words: str, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+                                  ) -> None:
+    """Fails if a number that nothing can be trained with is not refused in one line, before dialogues are written."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--checkpoint", "x", *words.split()])
+    with pytest.raises(SystemExit):
+        train.parse_args()
+    assert f"argument {words.split()[0]}: {says}" in capsys.readouterr().err
+
+
+def test_no_minutes(model: Llama) -> None:
+    """Fails if --minutes 0 ends in a division by zero: it only writes and evaluates what was trained before."""
+    assert make(model, minutes=0).progress() == 1 and make(model, minutes=2.0).progress() == 0
 
 
 def test_new_head(model: Llama) -> None:
