@@ -94,8 +94,9 @@ def in_parts(distill: Callable[..., tuple[Tensor, Tensor]], tokens: int, weight:
 
 
 def places_in_part(places: int, tokens: int) -> int:
-    """How many of the places `in_parts` takes at a time, a whole eight: as many as have LOGITS logits of `tokens`."""
-    parts = -(-places * tokens // LOGITS)
+    """How many of the places `in_parts` takes at a time: all, a half, a quarter and so on, filled up to whole eights,
+    with at most LOGITS logits of `tokens`. So 8192 places are cut into parts of one size: the loss is compiled once."""
+    parts = 2 ** (-(-places * tokens // LOGITS) - 1).bit_length()
     return -(-places // (8 * parts)) * 8
 
 

@@ -19,7 +19,7 @@ from model import Llama
 from training import dialogues, steps
 from training.commands import options
 from training.dialogues import Script, read_openers
-from training.steps import in_parts, soft_cross_entropy, unrolled_attention
+from training.steps import in_parts, places_in_part, soft_cross_entropy, unrolled_attention
 from training.trainer import Trainer, new_head
 
 CPU = torch.device("cpu")
@@ -233,3 +233,15 @@ def test_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         (3 * total).backward()
         assert torch.allclose(given.grad, expected[0], atol=1e-6), parts
         assert torch.allclose(lm_head.weight.grad, expected[1], atol=1e-6), parts
+
+
+@pytest.mark.parametrize("tokens", [16896, 32000, 49152, 128256, 151936])
+def test_parts_of_one_size(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the last part of the places that a step takes by default, or of a block head's 32 * 256 * 8, is smaller
+    than the others: its loss is compiled once more. Or if a part has more logits than its memory is counted for, or
+    less than half as many."""
+    monkeypatch.setattr(steps, "LOGITS", 200_000_000)
+    for places in (8192, 65536):
+        size = places_in_part(places, tokens)
+        assert places % size == 0 and size * tokens <= 200_000_000
+        assert size == places or 2 * size * tokens > 200_000_000
