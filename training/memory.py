@@ -1,7 +1,8 @@
 """How much memory training takes, and how many dialogues at a time fit into what is free.
 
 Weights and optimizer states are added up as they are. What autograd keeps is estimated by a formula for compiled
-functions, as on a GPU: these keep bf16 tensors and recompute the rest. On a CPU, a step takes about 50 % more.
+functions, as on a GPU: these keep bf16 tensors and recompute the rest. On a CPU, a step takes about 50 % more, and
+logits 2.4 times as much.
 """
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +24,7 @@ class Need(NamedTuple):
     head: int  # weights, gradients and states of the optimizers, all fp32
     hidden: int  # features and taps of the target
     steps: int  # what autograd keeps of the unrolled draft steps
-    loss: int  # the logits of a part of the places, the head's and the target's
+    loss: int  # the logits of a part of the places, the head's and the target's, and as much for gradients
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in self._asdict().items())
@@ -48,7 +49,7 @@ def training_need(trainer, batch: int) -> Need:
     return Need(target=total_bytes(trainer.model) + target_passing(trainer.model, batch * args.length),
                 head=4 * (2 * parameters + states), hidden=2 * hidden,
                 steps=2 * (passes * parameters + cfg.num_layers * rows * per_position),
-                loss=2 * 2 * logits)  # and their gradients
+                loss=2 * 2 * logits)  # bf16, and as much for gradients
 
 
 def target_passing(model: Llama, tokens: int) -> int:

@@ -150,7 +150,8 @@ class Trainer:
 
     def predict(self, marked: Tensor) -> tuple[Tensor, Tensor]:
         """The loss, 0-d, on marked tokens [B, S], and for each draft step the agreement, [predictions]: the share (0 to
-        1) of the answer positions used where the head's argmax is the target's.
+        1) of the answer positions used where the head's argmax is the target's. Some gradients are added to .grad here,
+        the others come with the loss's backward pass: see in_parts.
         Only `args.places` random positions of all answers are used: logits over the vocabulary take much of a
         step's time, and neighbouring positions teach much the same."""
         tokens = unmark(marked)
@@ -243,7 +244,7 @@ class Trainer:
 
     def measure(self, work: Path) -> Tensor:
         """The agreement on held-out dialogues, [predictions], which with the loss is also added to the curve in `work`.
-        (A forward pass would do. But the function for a training step is there already.)"""
+        (No gradients are needed. But the function for a training step is there already.)"""
         torch.manual_seed(0)  # the same places each time
         rows = torch.arange(self.args.batch) % len(self.held_out)
         loss, agreement = self.gradients(self.held_out[rows].to(self.device, torch.int64))
