@@ -30,7 +30,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from app.memory import exhausted
 from formats.config import Config
 from formats.eagle import save_vocab
 from formats.questions import read_questions
@@ -43,7 +42,7 @@ from training.dialogues import check_answers
 from training.eagle3 import Eagle3Trainer
 from training.evaluation import compare_speeds, evaluate, held_out_prompts, save_curve
 from training.exported import foreign
-from training.memory import fit_batch
+from training.memory import fit_batch, smaller_batches
 from training.trainer import Trainer
 
 KINDS: dict[str, type[Trainer]] = {"eagle": Trainer, "eagle3": Eagle3Trainer, "block": BlockTrainer}
@@ -101,14 +100,8 @@ def main() -> None:
         raise ValueError(f"--checkpoint {args.checkpoint}: give its folder (for int8 weights --target_quantize "
                          "int8 too)")
     KINDS[args.kind].check(args, Config.load(args.checkpoint))  # says what is wrong before folders are made
-    with locked(args.work), locked(args.out):
-        try:
-            train(args)
-        except RuntimeError as error:
-            if not exhausted(error):
-                raise
-            raise ValueError(f"out of memory: use a --batch below {args.batch}, or a --generate_batch below "
-                             f"{args.generate_batch}") from error
+    with locked(args.work), locked(args.out), smaller_batches(args):
+        train(args)
 
 
 def train(args: argparse.Namespace) -> None:

@@ -4,13 +4,15 @@ Weights and optimizer states are added up as they are. What autograd keeps is es
 functions, as on a GPU: these keep bf16 tensors and recompute the rest. On a CPU, a step takes about 50 % more, and
 logits 2.4 times as much.
 """
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from app.memory import OVERHEAD, dequantized, free_bytes, total_bytes
+from app.memory import OVERHEAD, dequantized, exhausted, free_bytes, total_bytes
 from model import Llama
 from quant.linear import is_quantized
 from training.steps import places_in_part
@@ -98,3 +100,15 @@ def fit_batch(trainer) -> int:
     free = free_bytes(trainer.device.type)
     print(f"memory: about {sum(need) / 1e9:.2f} GB of {free / 1e9:.2f} GB ({need})", flush=True)
     return batch
+
+
+@contextmanager
+def smaller_batches(args: argparse.Namespace) -> Iterator[None]:
+    """A context in which a RuntimeError that means "out of memory" becomes a ValueError that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not exhausted(error):
+            raise
+        raise ValueError(f"out of memory: use a --batch below {args.batch}, or a --generate_batch below "
+                         f"{args.generate_batch}") from error

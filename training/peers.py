@@ -43,6 +43,7 @@ from quant.linear import quantize_linears
 from training.commands import options, prepare
 from training.dialogues import check_answers, unmark
 from training.exported import foreign
+from training.memory import smaller_batches
 from training.steps import in_parts, shares
 from training.trainer import Trainer, check_ahead
 
@@ -212,7 +213,7 @@ def main() -> None:
     args = parse_args()
     Config.load(args.checkpoint)  # says so if it is not there, before folders are made
     check_ahead("heads", args.heads, args.length)
-    with locked(args.work), locked(args.medusa), locked(args.draft_model):
+    with locked(args.work), locked(args.medusa), locked(args.draft_model), smaller_batches(args):
         train(args)
 
 

@@ -294,6 +294,18 @@ def test_too_short(command, tmp_path: Path) -> None:
     assert not (tmp_path / "model/training").exists()
 
 
+@pytest.mark.parametrize("says, kind, shown", [
+    ("CUDA out of memory. Tried", ValueError, "^out of memory: use a --batch below 4, or a --generate_batch below 10$"),
+    ("shapes", RuntimeError, "^shapes$")])
+def test_out_of_memory(says: str, kind: type[Exception], shown: str, command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a GPU that is too small ends in a traceback, or a mistake in the code does not."""
+    def full(args: argparse.Namespace) -> None:
+        raise RuntimeError(says)
+    monkeypatch.setattr(peers_module, "train", full)
+    with pytest.raises(kind, match=shown):
+        command()
+
+
 def test_no_answers(command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if training begins, or an evaluation divides, with no answer to learn from."""
     monkeypatch.setattr(dialogues.Script, "step", lambda self, turns, sampled: ~torch.full_like(sampled, 1))
