@@ -22,7 +22,7 @@ USABLE = 0.9  # of the free memory: the rest is lost to fragmentation
 
 class Need(NamedTuple):
     """Bytes that a step of training takes."""
-    target: int  # its weights, and what one of its layers takes in passing
+    target: int  # its weights, the copied rows of its lm_head, and what one of its layers takes in passing
     head: int  # weights, gradients and states of the optimizers, all fp32
     hidden: int  # features and taps of the target
     steps: int  # what autograd keeps of the unrolled draft steps
@@ -48,7 +48,8 @@ def training_need(trainer, batch: int) -> Need:
     hidden = batch * args.length * trainer.model.cfg.hidden_size * (1 + len(trainer.taps))
     tokens = len(trainer.target_rows)
     logits = 2 * min(places, places_in_part(places, tokens)) * tokens  # the head's and the target's
-    return Need(target=total_bytes(trainer.model) + target_passing(trainer.model, batch * args.length),
+    target = total_bytes((trainer.model, trainer.target_rows))
+    return Need(target=target + target_passing(trainer.model, batch * args.length),
                 head=4 * (2 * parameters + states), hidden=2 * hidden,
                 steps=2 * (passes * parameters + cfg.num_layers * rows * per_position),
                 loss=2 * 2 * logits)  # bf16, and as much for gradients

@@ -13,7 +13,7 @@ from formats.config import Config
 from model import Layer
 from training.attention import FusedAttention
 
-LOGITS = 200_000_000  # logits that are computed at a time: 0.4 GB for the head, and as much for the target
+LOGITS = 200_000_000  # at most so many are computed at a time: 0.4 GB for the head, and as much for the target
 
 
 def new_head(cfg: Config, device: torch.device) -> EagleHead:

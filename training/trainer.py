@@ -31,8 +31,8 @@ BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left"
 
 
 class Trainer:
-    """Trains `module`. Subclasses override what differs: the three fields below, `check`, `layer_config`, `ahead`,
-    `kept_rows`, `make_module`, `predict` or `losses`, `export` and `folders`.
+    """Trains `module`. Subclasses override what differs: the three fields below, `check`, `writes_vocab`,
+    `layer_config`, `ahead`, `kept_rows`, `make_module`, `predict` or `losses`, `export`, `folders` and `resume`.
 
     data [dialogues, S] int32, marked: those to train on. held_out [any, S]: a few others, to measure agreement on."""
     own_options: tuple[str, ...] = ("regression",)  # options of train.py that are for this kind of head alone
