@@ -11,7 +11,7 @@ import tiny
 import torch
 
 import train
-from training import block
+from training import block, steps
 from training.trainer import Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -42,7 +42,8 @@ def test_every_parameter_learns(kind: str, changes: dict, compiled: bool, tmp_pa
                                 monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a step trains something else than the same step on a CPU in fp32: our kernels have no backward pass, and
     autograd does not say so where one of them stands in the way. Or if the graph of a step keeps what it was captured
-    with."""
+    with, or loses what one of several parts adds to a gradient."""
+    monkeypatch.setattr(steps, "LOGITS", 4000)  # several parts, the last one smaller
     monkeypatch.setattr(block, "unused_token", lambda *_: 63)
     monkeypatch.setattr(block, "Tokenizer", lambda _: None)
     gradients = {}
