@@ -40,7 +40,7 @@ from formats.weights import FORMAT, save_tensors
 from formats.writing import locked, replace_files
 from model import Llama, layer_ropes, load_model
 from quant.linear import quantize_linears
-from training.commands import options, prepare
+from training.commands import at_least, options, prepare
 from training.dialogues import check_answers, unmark
 from training.exported import foreign
 from training.memory import smaller_batches
@@ -198,8 +198,9 @@ def parse_args() -> argparse.Namespace:
     p.prog = "python -m training.peers"
     p.add_argument("--medusa", type=Path, help="folder for the Medusa heads (default: <checkpoint>/medusa)")
     p.add_argument("--draft_model", type=Path, help="folder for the draft model (default: <checkpoint>/draft_model)")
-    p.add_argument("--heads", type=int, default=4, help="how many Medusa heads")
-    p.add_argument("--draft_layers", type=int, default=2, help="how many layers the draft model has")
+    p.add_argument("--heads", type=at_least(1), default=4, help="how many Medusa heads")
+    p.add_argument("--draft_layers", type=at_least(1), default=2, help="the draft model's layers: it starts from "
+                   "as many of the model's first ones")
     p.add_argument("--int8", action="store_true", help="write the draft model's matrices in int8: half the size")
     p.set_defaults(lr=2e-3)
     args = p.parse_args()
@@ -211,7 +212,9 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    Config.load(args.checkpoint)  # says so if it is not there, before folders are made
+    layers = Config.load(args.checkpoint).num_layers  # says so if it is not there, before folders are made
+    if args.draft_layers > layers:
+        raise ValueError(f"--draft_layers {args.draft_layers}: the model has {layers}")
     check_ahead("heads", args.heads, args.length)
     with locked(args.work), locked(args.medusa), locked(args.draft_model), smaller_batches(args):
         train(args)

@@ -306,6 +306,12 @@ def test_out_of_memory(says: str, kind: type[Exception], shown: str, command, mo
         command()
 
 
+def test_more_layers_than_the_model(command) -> None:
+    """Fails if a draft model silently gets fewer layers than were asked for."""
+    with pytest.raises(ValueError, match="--draft_layers 3: the model has 2"):
+        command("--draft_layers", 3)
+
+
 def test_no_answers(command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if training begins, or an evaluation divides, with no answer to learn from."""
     monkeypatch.setattr(dialogues.Script, "step", lambda self, turns, sampled: ~torch.full_like(sampled, 1))
