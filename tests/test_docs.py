@@ -5,6 +5,7 @@
 import argparse
 import contextlib
 import io
+import json
 import re
 import runpy
 import shlex
@@ -17,15 +18,18 @@ import pytest
 import tiny
 import torch
 from conftest import ROOT
+from safetensors.torch import load_file
 
 import drafters
 import generate
 from app.options import check_methods
 from draft import Vanilla
 from drafters import methods
+from drafters.heads import load_head
 from drafters.methods import METHODS, make_drafter
 from engine import Engine
 from model import load_model
+from quantize import quantize_draft
 from sampling import Sampling
 from tree import State
 
@@ -259,6 +263,34 @@ def test_your_own_drafter_reads_nothing_on_the_host(bigram: type) -> None:
     zero = torch.zeros((), dtype=torch.int64, device="meta")
     state = State(torch.zeros(161, dtype=torch.int64, device="meta"), zero, zero, zero, zero, 160)
     assert bigram("meta", 32).propose(state).tokens.shape == (5,)
+
+
+@pytest.mark.parametrize("ids", [None, [20, 3, 4, 5, 11]])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("file", ["model.safetensors", "model-int8.safetensors"])
+def test_a_head_for_other_engines(file: str, shared: bool, ids: list[int] | None, tmp_path: Path, monkeypatch) -> None:
+    """Fails if the copy that the page makes has other weights than the head, if its lm_head is not the model's where
+    the head has none, or if it is no published head."""
+    model = tiny.target(dtype=torch.bfloat16)
+    head = tiny.head3(model, ids=ids)
+    if shared:
+        head.lm_head = None
+    folder = tiny.save_target(model, tmp_path / "x")
+    source, out = tiny.save_head3(head, folder / "eagle3"), tmp_path / "out"
+    quantize_draft(source, folder, "int8", 128)
+    page = TEXTS["docs/other_engines.md"]
+    [code] = [block for block in code_blocks(page, "python") if "save_eagle3" in block]
+    monkeypatch.setattr(sys, "argv", ["x", str(source / file), str(folder), str(out)])
+    exec(code, {})
+    made = load_file(out / "model.safetensors")
+    assert "share_lm_head" not in json.loads((out / "config.json").read_text()) and "lm_head.weight" in made
+    copy = load_head(out, model)
+    assert copy.cfg == head.cfg and (copy.vocab is None if ids is None else copy.vocab.tolist() == ids)
+    rows = model.lm_head.weight if ids is None else model.lm_head.weight[ids]
+    assert not shared or torch.equal(copy.lm_head.weight, rows)
+    for name, weight in head.state_dict().items():
+        error = (copy.state_dict()[name].float() - weight.float()).norm() / weight.float().norm()
+        assert error < (0.02 if "int8" in file else 1e-9), name
 
 
 def test_readme_shows_the_same_drafter() -> None:
