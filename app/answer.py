@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from app.watch import View, Watch
 from draft import Vanilla
@@ -15,6 +16,7 @@ from engine import Engine, first_difference
 from ops.device import device_name, peak_gb
 from ops.quantized import Quantized
 from ops.startup import parts_so_far
+from quant.linear import is_quantized
 from sampling import Sampling
 from tokenizer import Tokenizer
 
@@ -104,6 +106,8 @@ def setting(engine: Engine) -> str:
     """One line: the device and the formats in which it computes."""
     weight = engine.model.layers[0].wqkv.weight
     weights = f"int{4 if weight.group else 8} weights, " if isinstance(weight, Quantized) else ""
+    if not weights and is_quantized(getattr(engine.drafter, "head", nn.Module())):
+        weights = "draft head in int8, "
     return f"{device_name(engine.device)}: {weights}{str(engine.model.embed.weight.dtype).removeprefix('torch.')}"
 
 

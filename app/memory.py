@@ -117,10 +117,12 @@ def cache_bytes(cfg: Config, max_seq_len: int, dtype: torch.dtype) -> int:
     return 2 * (max_seq_len + SPARE) * planes * cfg.head_dim * dtype.itemsize
 
 
-def empty_drafter(args: argparse.Namespace, model: Llama, max_seq_len: int, mode: str | None = None) -> Drafter:
-    """--method's drafter with its cache and what it makes of its weights, for a model on the meta device."""
+def empty_drafter(args: argparse.Namespace, model: Llama, max_seq_len: int, mode: str | None = None,
+                  device: str = "cuda") -> Drafter:
+    """--method's drafter with its cache and what it makes of its weights on this device, for a model on the meta
+    device."""
     tree = None if args.draft_tokens == "auto" else args.draft_tokens  # to choose one is to measure
-    asked = {**vars(args), "quantize": mode, "draft_tokens": tree, "tree_table": None}
+    asked = {**vars(args), "quantize": mode, "device": device, "draft_tokens": tree, "tree_table": None}
     drafter = make_drafter(args.method, argparse.Namespace(**asked), model, max_seq_len)
     drafter.allocate(max_seq_len + SPARE)
     return drafter
@@ -157,7 +159,7 @@ def plan(args: argparse.Namespace, dtype: torch.dtype, max_seq_len: int, mode: s
     stored, _ = stored_mode(file, read_metadata(file), None)
     model = stored_model(file, dtype, mode, args.group or 128)
     on_load = None if stored else mode
-    drafter = empty_drafter(args, model, max_seq_len, on_load)
+    drafter = empty_drafter(args, model, max_seq_len, on_load, device)
     copies = copied_bytes((model, drafter), dtype) if device == "cpu" else 0
     return Need(total_bytes(model), cache_bytes(cfg, max_seq_len, dtype), total_bytes(drafter, besides=model),
                 passing(cfg, dtype, stored or mode) + copies, loading(cfg, dtype, on_load))

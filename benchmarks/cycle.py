@@ -50,7 +50,7 @@ from benchmarks.workload import (
 )
 from draft import Eagle2, Vanilla
 from drafters.heads import tree_drafter
-from drafters.methods import BASELINE, CPU_TREE, GPU_TREE, WITH_TREES, head_path, number_or_auto
+from drafters.methods import BASELINE, CPU_TREE, GPU_TREE, OPTIONS, WITH_TREES, head_path, number_or_auto
 from drafters.tree_size import fastest_tree, read_curve, verify_by_rows
 from engine import Engine
 from formats.questions import read_questions
@@ -170,6 +170,7 @@ def startup_seconds(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         args.method, "--prompt", "Why is the sky blue?", "--max_new_tokens", "8", "--json", "--device", args.device,
         "--dtype", args.dtype, *(["--draft", args.draft] if args.draft else []),
         *(["--draft_vocab", str(args.draft_vocab)] if args.draft_vocab is not None else []),
+        *(["--draft_weights", args.draft_weights] if args.draft_weights else []),
         *(["--quantize", args.quantize] if args.quantize else []),
         *(["--group", str(args.group)] if args.group else [])]
     seconds = {}
@@ -298,6 +299,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--group", type=int, choices=GROUPS, help="columns that share a scale, with int4 (default: 128)")
     p.add_argument("--draft_vocab", type=int, help="draft only this many of the head's most frequent tokens, and "
                    "the prompt's own; 0: all")
+    p.add_argument("--draft_weights", **OPTIONS["draft_weights"])
     p.add_argument("--shape", choices=SHAPES, help="widen the checkpoint to this shape (default: do not widen)")
     p.add_argument("--contexts", type=int, nargs="+", default=[512, 3500],
                    help="lengths of the prompts in tokens; 0: the questions alone (default: 512 3500)")

@@ -18,6 +18,7 @@ from draft import EagleHead, Vanilla
 from drafters.block import BlockHead
 from drafters.eagle3 import Eagle3Head
 from drafters.medusa import MedusaHeads
+from drafters.methods import weights_of_head
 from engine import Engine
 from formats.block_config import NESTED
 from formats.eagle import find_head, folder_of, read_config
@@ -61,6 +62,7 @@ class Widening:
         self.device, self.dtype = args.device, DTYPES[args.dtype]
         self.generator = torch.Generator(args.device).manual_seed(0)  # of the noise
         self.quantize = (args.quantize, args.group or 128) if args.quantize else None
+        self.of_head = weights_of_head(args, args.device)
         vocab_size = small.cfg.vocab_size
         used = {*stop_ids, *(i for ids in prompts for i in ids), *mask_tokens(args, vocab_size)}
         if self.shape["vocab_size"] < vocab_size:  # the answers must not lose their ids: write them to see which
@@ -81,8 +83,8 @@ class Widening:
         if small.of_embedding is not None:
             raise ValueError(QUANTISED)
         head = widen_head(small, self.shape, self.device, self.dtype, self.generator)
-        if self.quantize:
-            head.quantize(*self.quantize)
+        if self.of_head.takes(head):
+            head.quantize(self.of_head.mode)
         if small.vocab is not None:
             drafted = [self.wide_ids[i] for i in small.vocab.tolist() if i in self.wide_ids]
             head.vocab = torch.tensor(drafted, device=self.device)
@@ -90,14 +92,14 @@ class Widening:
 
     def head3(self, small: Eagle3Head) -> Eagle3Head:
         head = widen_head3(small, self.small.cfg, self.shape, self.kept_ids, self.device, self.dtype, self.generator)
-        if self.quantize:
-            head.quantize(*self.quantize)
+        if self.of_head.takes(head):
+            head.quantize(self.of_head.mode)
         return head
 
     def block(self, small: BlockHead) -> BlockHead:
         head = widen_block(small, self.small.cfg, self.shape, self.kept_ids, self.device, self.dtype, self.generator)
-        if self.quantize:
-            head.quantize(*self.quantize)
+        if self.of_head.takes(head):
+            head.quantize(self.of_head.mode)
         return head
 
     def medusa(self, small: MedusaHeads) -> MedusaHeads:

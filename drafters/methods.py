@@ -16,7 +16,7 @@ from draft import Drafter, EagleHead, Vanilla
 from drafters.block import BlockHead
 from drafters.eagle1 import Eagle1
 from drafters.eagle3 import Eagle3Head
-from drafters.heads import Head, load_head, tree_drafter, type_of_head
+from drafters.heads import LARGE, Head, Quantize, load_head, tree_drafter, type_of_head
 from drafters.lookahead import Lookahead
 from drafters.lookup import RULES, Lookup, Retrieval
 from drafters.medusa import Medusa, load_medusa
@@ -76,11 +76,23 @@ def load_eagle(args: argparse.Namespace, model: Llama, folder: str = "eagle") ->
     """A head of any kind: the one that --draft names, or the one in this folder of the checkpoint. Says what the files
     of the head leave open."""
     path = eagle_path(args, folder)
-    head = load_head(path, model, args.draft_vocab, args.quantize, args.group or 128)
+    device = model.embed.weight.device.type
+    head = load_head(path, model, args.draft_vocab, *weights_of_head(args, args.device if device == "meta" else device))
     if doubts := getattr(head, "doubts", ()):
         print(f"{path}: its files leave open what {' and '.join(doubts)} should be, and the likeliest is taken; "
               "convert_hf_checkpoint.py --eagle tries it out", file=sys.stderr)
     return head
+
+
+def weights_of_head(args: argparse.Namespace, device: str) -> Quantize:
+    """How a head that is not quantised is drafted with. Texts are the same, and drafts as good in int8. A level of a
+    large head takes a GPU 60 % of the time then; int4 would save little more, and drafts worse (docs/experiments.md).
+    """
+    if args.draft_weights:
+        return Quantize("int8" if args.draft_weights == "int8" else None)
+    if args.quantize:
+        return Quantize("int8")
+    return Quantize("int8" if device == "cuda" else None, least=LARGE)
 
 
 def widen_eagle(wide: Any, head: Head) -> Head:
@@ -143,6 +155,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "speculate": dict(type=Path, metavar="DIR", help="draft model: its folder"),
     "draft_vocab": dict(type=int, help="EAGLE drafts only this many of the head's most frequent tokens, and the "
                         "prompt's own; 0: all"),
+    "draft_weights": dict(choices=("int8", "stored"), help="weights of the draft head: 8 bits, or as they are stored "
+                          "(default: int8 with --quantize, and for large heads on a GPU; texts are the same)"),
     "draft_tokens": dict(type=number_or_auto, help="EAGLE-2: nodes of the tree, the root included; auto: as many "
                          "nodes and levels as are fastest with this head on this device (the default on a GPU, if the "
                          "head comes with an acceptance.json)"),
@@ -153,7 +167,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lookup_rule": dict(choices=tuple(RULES), help=f"which match is continued (drafters/lookup.py; default: {RULE})"),
     "window": dict(type=int, nargs=3, metavar=("W", "N", "G"),
                    help=f"Lookahead: window, n-gram and guesses (default: {' '.join(map(str, WINDOW))})")}
-TREE = ("draft_tokens", "draft_depth", "draft_topk", "tree_table", "draft_vocab")
+TREE = ("draft_tokens", "draft_depth", "draft_topk", "tree_table", "draft_vocab", "draft_weights")
 BLOCK_TREE = tuple(option for option in TREE if option != "draft_depth")
 LOOKUP = ("chain", "lookup_rule")
 
@@ -230,7 +244,7 @@ METHODS: dict[str, Method] = {
         "same seed no longer gives the text of plain decoding", DRAFT_MODEL, ("chain",)),
     "speculate+lookup": Method(make_staged, "speed up the draft model by what the text suggests", DRAFT_MODEL, LOOKUP),
     "eagle": Method(lambda setup: Eagle1(head_of(setup, EagleHead, Eagle3Head), setup.model), "draft with EAGLE-1's "
-                    "fixed tree", EAGLE, ("draft_vocab",)),
+                    "fixed tree", EAGLE, ("draft_vocab", "draft_weights")),
     "eagle2": Method(make_tree, "draft with EAGLE-2's dynamic tree", EAGLE, TREE),
     "eagle2+lookup": Method(
         lambda setup: make_tree(setup, with_lookup=True), "let what the text suggests compete with its own nodes",

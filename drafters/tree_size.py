@@ -35,6 +35,7 @@ from model import Llama
 from ops.device import device_name, triton
 from ops.graphs import Timer, timed
 from ops.startup import part
+from quant.linear import is_quantized
 from tree import Candidates, best_first
 
 NODES = (8, 16, 24, 32, 48, 60, 96, 128)  # the sizes of a curve, the root included; an older curve ends at 60
@@ -106,7 +107,7 @@ def profile_key(model: Llama, head: Head, paths: Iterable[Path], *settings: obje
     weight = model.embed.weight
     return json.dumps([device_name(weight.device), str(model.cfg), str(weight.dtype), torch.__version__,
                        getattr(triton, "__version__", None), 0 if head.vocab is None else len(head.vocab),
-                       settings, stamps])
+                       is_quantized(head), settings, stamps])
 
 
 def cached_profile(key: str, model: Llama, head: Head, max_seq_len: int, sizes: tuple[int, ...] = NODES

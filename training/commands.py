@@ -21,7 +21,7 @@ def options(description: str) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=description)
     p.add_argument("--checkpoint", type=Path, required=True, help="folder of the converted target model")
     p.add_argument("--work", type=Path, help="dialogues and training state (default: <checkpoint>/training)")
-    p.add_argument("--tokens", type=at_least(1, float), default=40e6, help="dialogue tokens that the model writes")
+    p.add_argument("--tokens", type=at_least(0, float), default=40e6, help="dialogue tokens that the model writes")
     p.add_argument("--openers", type=Path, metavar="FILE", help="a JSON list of the first words of user turns, such as "
                    "training/coding_openers.json (default: those in training/dialogues.py, of general questions)")
     p.add_argument("--steps", type=at_least(0), default=10000, help="end training after this many steps; 0: do not "

@@ -16,6 +16,7 @@ from drafters.block import Block, BlockHead, BoundBlock
 from drafters.head_check import run_blocks
 from engine import Engine
 from model import Llama
+from quant.linear import is_quantized
 from sampling import Sampling
 
 V, C = tiny.SHAPE["vocab_size"], tiny.SHAPE["hidden_size"]
@@ -133,20 +134,23 @@ def test_what_does_not_widen() -> None:
         widen_block(tiny.block(model, intermediate_size=200), model.cfg, SHAPE, KEPT)
 
 
-@pytest.mark.parametrize("quantize", [None, "int8"])
-def test_the_mask_token_is_kept(quantize: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("quantize, weights, quantised", [
+    (None, None, False), ("int8", None, True), (None, "int8", True), ("int8", "stored", False)])
+def test_the_mask_token_is_kept(quantize: str | None, weights: str | None, quantised: bool, tmp_path: Path,
+                                 monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if --shape cuts the mask token, which no text contains, where the checkpoint or --draft has a block head,
-    or does not quantise what it has widened."""
+    or does not quantise what it has widened as it is asked to."""
     model = tiny.target(dtype=torch.float32, vocab_size=200)
     head = tiny.block(model, mask_token=199)
     monkeypatch.setitem(SHAPES, "tiny", SHAPE | {"vocab_size": 100})
     args = argparse.Namespace(shape="tiny", device="cpu", dtype="float32", quantize=quantize, group=None,
-                              max_new_tokens=5, checkpoint=tmp_path, draft=None)
+                              draft_weights=weights, max_new_tokens=5, checkpoint=tmp_path, draft=None)
     assert shape.mask_tokens(args, 200) == set()
     tiny.save_block(head, tmp_path / "block")
     wide = shape.Widening(args, model, [tiny.prompt(1, 9, 200)], frozenset([2]))
     big_head = wide.block(head)
-    assert wide.kept_ids[big_head.cfg.mask_token] == 199 and big_head.quantized == bool(quantize)
+    assert wide.kept_ids[big_head.cfg.mask_token] == 199 and big_head.quantized == quantised
+    assert is_quantized(wide.model) == bool(quantize)
     assert sum(Engine(wide.model, Block(big_head, wide.model, 8), 64).generate([1, 5, 2], 9), [])
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "config.json").write_text(json.dumps({"mask_token_id": 150}))

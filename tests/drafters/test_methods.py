@@ -11,18 +11,22 @@ from conftest import ROOT
 from helpers import FLAGS, arguments, tiny_checkpoint
 
 import generate
+from app.answer import setting
 from app.batch import METHOD_FLAGS
+from app.memory import empty_drafter, stored_model
 from app.options import Engine, load_engine
 from draft import Eagle2, Vanilla
 from drafters import methods
 from drafters.block import Block
 from drafters.eagle1 import Eagle1
+from drafters.heads import LARGE
 from drafters.lookahead import Lookahead
 from drafters.lookup import Lookup
 from drafters.medusa import Medusa, MedusaHeads, save_medusa
 from drafters.methods import BASELINE, METHODS, make_drafter
 from drafters.speculate import Speculate
 from model import Llama
+from quant.linear import is_quantized
 
 KINDS = {"vanilla": Vanilla, "lookup": Lookup, "lookahead": Lookahead, "medusa": Medusa, "speculate": Speculate,
          "eagle": Eagle1, "eagle2": Eagle2, "eagle3": Eagle2, "block": Block}
@@ -100,6 +104,35 @@ def test_load_what_is_asked_for(loadable: Path) -> None:
         Engine.load(loadable, "eagle", head="nohead")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         Engine.load(loadable / "nowhere")
+
+
+@pytest.mark.parametrize("words, device, weights", [
+    ((), "cuda", ("int8", LARGE)), ((), "cpu", (None, LARGE)), (("--quantize", "int8"), "cpu", ("int8", 0)),
+    (("--quantize", "int8dyn"), "cpu", ("int8", 0)), (("--quantize", "int4", "--group", "64"), "cuda", ("int8", 0)),
+    (("--draft_weights", "int8"), "cpu", ("int8", 0)), (("--draft_weights", "stored"), "cuda", (None, 0)),
+    (("--draft_weights", "stored", "--quantize", "int8"), "cuda", (None, 0))])
+def test_weights_of_a_head(words: tuple, device: str, weights: tuple, loadable: Path, monkeypatch) -> None:
+    """Fails if a head is quantised where that is slower or not asked for, or is not where it should be; and if the
+    memory that is planned is another head's."""
+    args = generate.parse_args(arguments(loadable, "--eagle2", *words))
+    mode, group, least = methods.weights_of_head(args, device)
+    assert (mode, least) == weights and group == 128
+    for large, quantised in ((10**6, mode is not None and least == 0), (100, mode is not None)):
+        monkeypatch.setattr(methods, "LARGE", large)
+        model = stored_model(loadable / "model.safetensors", torch.float32)
+        drafter = empty_drafter(args, model, 64, args.quantize, device)
+        assert is_quantized(drafter.head) == quantised
+
+
+def test_text_with_an_int8_head(loadable: Path) -> None:
+    """Fails if a head in int8 beside a model that is not quantised changes the text, or is not in int8."""
+    made = {name: Engine.load(loadable, "eagle2", device="cpu", draft_weights=name) for name in ("int8", "stored")}
+    assert [is_quantized(engine.drafter.head) for engine in made.values()] == [True, False]
+    assert not any(is_quantized(engine.model) for engine in made.values())
+    assert "draft head in int8, float32" in setting(made["int8"]) and "int8" not in setting(made["stored"])
+    ids = made["int8"].tokenizer.chat([{"role": "user", "content": "Why?"}])
+    texts = [sum(engine.generate(ids, 40), []) for engine in (*made.values(), Engine.load(loadable, device="cpu"))]
+    assert texts[0] == texts[1] == texts[2]
 
 
 @pytest.mark.parametrize("options, message", [

@@ -200,6 +200,8 @@ def test_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         keys.append(key(None, None))
     head.vocab = torch.arange(12)
     keys.append(key(None, None))
+    head.quantize("int8")
+    keys.append(key(None, None))
     model.embed.weight.data = model.embed.weight.data.float()
     keys.append(key(None, None))
     monkeypatch.setattr(tree_size, "device_name", lambda device: "another")
