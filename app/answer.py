@@ -106,9 +106,14 @@ def setting(engine: Engine) -> str:
     """One line: the device and the formats in which it computes."""
     weight = engine.model.layers[0].wqkv.weight
     weights = f"int{4 if weight.group else 8} weights, " if isinstance(weight, Quantized) else ""
-    if not weights and is_quantized(getattr(engine.drafter, "head", nn.Module())):
+    if has_int8_head(engine):
         weights = "draft head in int8, "
     return f"{device_name(engine.device)}: {weights}{str(engine.model.embed.weight.dtype).removeprefix('torch.')}"
+
+
+def has_int8_head(engine: Engine) -> bool:
+    """Whether it drafts with integers beside a model that is not quantised."""
+    return is_quantized(getattr(engine.drafter, "head", nn.Module())) and not is_quantized(engine.model)
 
 
 def report(result: dict) -> str:

@@ -324,6 +324,10 @@ def test_quantized(shape: tuple, arguments, monkeypatch: pytest.MonkeyPatch) -> 
     args, result = arguments("--methods", "eagle2", "--quantize", "int8", "--runs", 1, *shape), {}
     bench.bench(args, result)
     assert [e["same"] for e in result["measured"]] == [3, 3] and "weights int8" in result["note"]
+    assert result["measured"][1]["mean_gained"] > 1.5 and "Draft heads" not in result["note"]
+    args, result = arguments("--methods", "eagle2", "--draft_weights", "int8", "--runs", 1, *shape), {}
+    bench.bench(args, result)
+    assert [e["same"] for e in result["measured"]] == [3, 3] and result["note"].endswith(" Draft heads are in int8.")
     assert result["measured"][1]["mean_gained"] > 1.5
 
 

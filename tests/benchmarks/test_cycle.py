@@ -109,6 +109,17 @@ def test_command_line(arguments, tmp_path: Path, capsys, monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
+def test_head_in_int8(arguments, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if nobody is told that the head has another format than the model."""
+    monkeypatch.setattr(graphs, "elapsed", operations)
+    for weights, said in (("int8", True), ("stored", False)):
+        result = {}
+        cycle.measure_all(arguments("--draft_weights", weights, "--contexts", 40, "--max_new_tokens", 8, "--rounds", 1),
+                          result)
+        assert result["device"].endswith(" The draft head is in int8.") == said
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mode, per_weight", [("int8", 1), ("int8dyn", 1), ("int4", 0.5)])
 @pytest.mark.parametrize("shape", [("--shape", "tiny"), ()])
 def test_quantized(mode: str, per_weight: float, shape: tuple, arguments, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,11 +351,12 @@ def test_what_is_started(arguments, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if another model, head or format is started than the one that is measured."""
     asked = []
     monkeypatch.setattr(cycle.subprocess, "Popen", lambda command, **how: asked.extend(map(str, command)) or 1 / 0)
-    given = arguments("--startup", "--quantize", "int4", "--group", 64, "--draft_vocab", 0, "--draft", "a/head")
+    given = arguments("--startup", "--quantize", "int4", "--group", 64, "--draft_vocab", 0, "--draft", "a/head",
+                      "--draft_weights", "stored")
     with pytest.raises(ZeroDivisionError):
         cycle.startup_seconds(given)
     started = vars(generate.parse_args(asked[2:]))
-    same = ("checkpoint", "method", "draft", "draft_vocab", "quantize", "group", "dtype", "device")
+    same = ("checkpoint", "method", "draft", "draft_vocab", "draft_weights", "quantize", "group", "dtype", "device")
     assert {name: started[name] for name in same} == {name: vars(given)[name] for name in same}
 
 
