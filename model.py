@@ -216,7 +216,6 @@ def load_model(path: Path | str, device: torch.device | str = "cpu", dtype: torc
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{file}: not a converted checkpoint; run `python convert_hf_checkpoint.py {file.parent}`")
     mode, stored_group = stored_mode(file, metadata, quantize)
-    check_integer_support(mode or quantize, torch.device(device))
     if problem := gpu_problem(torch.device(device).type):
         raise ValueError(problem)
     with torch.device("meta"):
@@ -233,10 +232,3 @@ def load_model(path: Path | str, device: torch.device | str = "cpu", dtype: torc
     if tied:
         model.lm_head.weight = model.embed.weight  # `fill` made two parameters of the one tensor
     return model
-
-
-def check_integer_support(mode: str | None, device: torch.device) -> None:
-    """ValueError where our integer kernels cannot run."""
-    if mode and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        raise ValueError(f"{mode} needs a GPU of compute capability 8.0 or more, whose tensor cores multiply integers: "
-                         "leave the weights unquantised, or use --device cpu")

@@ -487,13 +487,3 @@ def test_head_of_a_model_file(folder: Path, monkeypatch: pytest.MonkeyPatch, cap
         path = folder / "eagle/model-int8.safetensors"
         assert capsys.readouterr().out == f"{path}\n"
         path.unlink()
-
-
-@pytest.mark.parametrize("quantize", [None, "int8dyn"])
-def test_old_device(folder: Path, monkeypatch: pytest.MonkeyPatch, quantize: str | None) -> None:
-    """Fails if a GPU that is too old for the kernels is noticed only by the compiler, after everything is loaded."""
-    if quantize is None:
-        folder = quantize_checkpoint(folder, "int8", 128, "cpu")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    with pytest.raises(ValueError, match="compute capability 8.0"):
-        load_model(folder, "cuda", torch.float16, quantize)
