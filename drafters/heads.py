@@ -25,7 +25,7 @@ KINDS = {"an EAGLE-3 head": Eagle3Head, "a block head": BlockHead}  # by formats
 
 
 class Quantize(NamedTuple):
-    """How to quantise a head that is not yet."""
+    """How to quantise a head that is stored unquantised."""
     mode: str | None
     group: int = 128
     least: int = 0  # a head of fewer weights stays as it is
