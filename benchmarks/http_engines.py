@@ -51,7 +51,8 @@ def read_endpoint(text: str) -> Endpoint:
     wrong = None
     try:
         parts = urlsplit(url)
-        usable = name and parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        usable = (name and parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+                  and not (parts.query or parts.fragment or "@" in parts.netloc))  # none of these would be sent
     except ValueError:  # no address, or no port
         usable = False
     if not usable:

@@ -130,7 +130,8 @@ def test_read_endpoint() -> None:
 
 @pytest.mark.parametrize("text, message", [
     ("http://x", "NAME=URL"), ("x=127.0.0.1:8000", "NAME=URL"), ("=http://x", "NAME=URL"), ("x=http://", "NAME=URL"),
-    ("x=http://y:z", "NAME=URL"), ("x=http://[y", "NAME=URL"),
+    ("x=http://y:z", "NAME=URL"), ("x=http://[y", "NAME=URL"), ("x=https://y/v1?api-version=1", "NAME=URL"),
+    ("x=http://me:secret@y", "NAME=URL"), ("x=http://y/v1#z", "NAME=URL"),
     ("x=http://y,temperature=1", "only ,model"), ("x=http://y,model", "only ,model"),
     ("x=http://y,prompts=text", "prompts=ids"), ("x=http://y,key=secret", "key=@FILE")])
 def test_refused_endpoint(text: str, message: str) -> None:
