@@ -25,6 +25,7 @@ class TappedHead(nn.Module):
         self.lm_head = nn.Linear(size, cfg.draft_vocab_size, bias=False) if own else None
         self.vocab: Tensor | None = None  # [any] int64: the draft vocabulary, in the order of the lm_head's rows
         self.quantized = False
+        self.fc_in_integers = "fc.data" in names  # as in files that quantize.py wrote before 2026-12-01
         self.kv: Tensor | None = None  # [L, 2, 1, K, S, D]
         self.rope: Tensor | None = None  # [2, S, D]
 
@@ -38,6 +39,10 @@ class TappedHead(nn.Module):
         self.kv = kv  # last, as in Llama.allocate_cache
 
     def quantize(self, mode: str, group: int = 128, device: torch.device | str | None = None) -> None:
-        """Quantise all linears. int8 means int8dyn, as in EagleHead.quantize; the lm_head is int8 in every mode."""
-        quantize_linears(self, "int8dyn" if mode == "int8" else mode, group, device)
+        """Quantise all linears but fc. int8 means int8dyn, as in EagleHead.quantize; the lm_head is int8 in every mode.
+
+        fc is needed once a cycle, and reads taps of different sizes side by side: of 8 bits for all of them little may
+        be left for the smallest (docs/experiments.md, "Heads in int8")."""
+        but = None if self.fc_in_integers else "fc"
+        quantize_linears(self, "int8dyn" if mode == "int8" else mode, group, device, but=but)
         self.quantized = True

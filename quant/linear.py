@@ -189,10 +189,11 @@ def mode_of(name: str, mode: str) -> str:
 
 
 def quantize_linears(module: nn.Module, mode: str, group: int = 128, device: torch.device | str | None = None,
-                     shrink: Sequence[float] = SHRINK) -> None:
-    """Replace every nn.Linear in `module` by a QuantizedLinear, one after the other. The integers go to `device` (None:
-    they stay where the weight was). A weight on the meta device gives shapes and dtypes only."""
-    paths = [path for path, part in module.named_modules() if isinstance(part, nn.Linear)]
+                     shrink: Sequence[float] = SHRINK, but: str | None = None) -> None:
+    """Replace every nn.Linear in `module`, `but` the one of this path, by a QuantizedLinear, one after the other. The
+    integers go to `device` (None: they stay where the weight was). A weight on the meta device gives shapes and dtypes
+    only."""
+    paths = [path for path, part in module.named_modules() if isinstance(part, nn.Linear) and path != but]
     for path in paths:  # a list of the linears themselves would keep their weights
         old = module.get_submodule(path)
         parent, _, name = path.rpartition(".")
