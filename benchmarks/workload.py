@@ -164,7 +164,8 @@ def load_weights(method: str, args: argparse.Namespace, subject: Subject) -> dic
         return {}
     if subject.widening is None:
         return {weights: weights.load(args, subject.model)}
-    unquantised = argparse.Namespace(**vars(args) | {"quantize": None, "draft_weights": "stored"})  # Widening does
+    # Widening quantises what it has widened.
+    unquantised = argparse.Namespace(**vars(args) | {"quantize": None, "draft_weights": "stored"})
     small = weights.load(unquantised, subject.widening.small)
     return {weights: weights.widen(subject.widening, small)}
 
