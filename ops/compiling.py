@@ -28,13 +28,30 @@ def compile_kernels(*jobs: Callable[[], object]) -> None:
     with without_launches() as calls, Zeros():
         for job in jobs:
             job()
-    with Loader(os.cpu_count()) as loader:
+    with one_parser(), Loader(os.cpu_count()) as loader:
         # With ignore_errors=False, a failed kernel would leave the mode switched on. The futures below raise the error.
         with triton.AsyncCompileMode(loader, ignore_errors=True):
             for kernel, args, options in calls:
                 kernel.run(*args, grid=None, warmup=True, **dict(options))
     for future in loader.futures:
         future.result()
+
+
+@contextmanager
+def one_parser() -> Iterator[None]:
+    """In the block, threads parse kernels one after another. CPython 3.11 counts the depth of `ast.parse` for all
+    threads together, so two at once may raise "AST constructor recursion depth mismatch"."""
+    parse, lock = triton.JITFunction.parse, Lock()
+
+    def parse_alone(kernel):
+        with lock:
+            return parse(kernel)
+
+    triton.JITFunction.parse = parse_alone
+    try:
+        yield
+    finally:
+        triton.JITFunction.parse = parse
 
 
 class Loader(ThreadPoolExecutor):

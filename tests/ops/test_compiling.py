@@ -120,6 +120,24 @@ def test_one_launcher_at_a_time(gpu: Gpu) -> None:
     assert (2, 3) in together and not {(2, 2), (3, 3), (2, 2, 3), (2, 3, 3)} & together
 
 
+def test_one_parser_at_a_time(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if two threads parse kernels at the same time, or if parsing stays changed afterwards."""
+    parsing, most = [], []
+    parse = triton.JITFunction.parse
+
+    def slow(kernel):
+        parsing.append(kernel)
+        most.append(len(parsing))
+        time.sleep(0.05)
+        parsing.remove(kernel)
+        return parse(kernel)
+
+    monkeypatch.setattr(triton.JITFunction, "parse", slow)
+    x = torch.zeros(64)
+    compile_kernels(lambda: add_kernel[1, 1, 1](x, 16, N=8), lambda: fill_kernel[1, 1, 1](x, N=8))
+    assert max(most) == 1 and len(most) >= 2 and triton.JITFunction.parse is slow
+
+
 def test_errors(gpu: Gpu) -> None:
     """Fails if a kernel that cannot be compiled, or an error of a job, is swallowed, or if kernels are no longer
     launched after it."""
