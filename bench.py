@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from app.answer import has_int8_head
+from app.answer import integers_of_head
 from app.options import DTYPES, add_method_options, check_methods, check_output
 from benchmarks.card import card
 from benchmarks.contestants import makers, set_up
@@ -86,8 +86,9 @@ def bench(args: argparse.Namespace, result: dict) -> None:
                "methods": {}, "failed": {}, "measured": [], "before": environment(device)}
     contestants, prompts, tokenizer = prepare(args, result)
     vanilla = contestants[BASELINE].engine
-    if any(contestant.engine and has_int8_head(contestant.engine) for contestant in contestants.values()):
-        result["note"] += " Draft heads are in int8."
+    formats = {contestant.engine and integers_of_head(contestant.engine) for contestant in contestants.values()}
+    if formats := formats - {None}:
+        result["note"] += f" Draft heads are in {' and '.join(sorted(formats))}."
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # with --shape, loading takes more than all the rest
     result["before"] = environment(device)  # again, now with the clocks of a warm GPU

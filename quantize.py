@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from draft import EagleHead
-from drafters.heads import load_head
+from drafters.heads import Quantize, load_head
 from formats.eagle import folder_of, open_head
 from formats.weights import FORMAT, read_tensors, write_file
 from formats.writing import locked, replace_files
@@ -64,7 +64,7 @@ def quantize_checkpoint(path: Path, mode: str, group: int, device: str) -> Path:
 def quantize_draft(head: Path, checkpoint: Path, mode: str, group: int) -> Path:
     """As quantize_checkpoint, for a draft head given by its folder or file. On the CPU; int4 is not calibrated."""
     stored_mode(*open_head(head, "EAGLE-1/2", "EAGLE-3", "block")[::2], mode)  # refuses one that is quantised already
-    eagle = load_head(head, open_model(checkpoint, mode)[0], 0, mode, group)
+    eagle = load_head(head, open_model(checkpoint, mode)[0], 0, Quantize(mode, group))
     tensors = eagle.state_dict()
     if not isinstance(eagle, EagleHead) and eagle.vocab is not None:
         tensors["d2t"] = eagle.vocab - torch.arange(len(eagle.vocab))  # as published: offsets

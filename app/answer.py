@@ -16,7 +16,7 @@ from engine import Engine, first_difference
 from ops.device import device_name, peak_gb
 from ops.quantized import Quantized
 from ops.startup import parts_so_far
-from quant.linear import is_quantized
+from quant.linear import QuantizedLinear, is_quantized
 from sampling import Sampling
 from tokenizer import Tokenizer
 
@@ -106,14 +106,16 @@ def setting(engine: Engine) -> str:
     """One line: the device and the formats in which it computes."""
     weight = engine.model.layers[0].wqkv.weight
     weights = f"int{4 if weight.group else 8} weights, " if isinstance(weight, Quantized) else ""
-    if has_int8_head(engine):
-        weights = "draft head in int8, "
+    if head := integers_of_head(engine):
+        weights = f"draft head in {head}, "
     return f"{device_name(engine.device)}: {weights}{str(engine.model.embed.weight.dtype).removeprefix('torch.')}"
 
 
-def has_int8_head(engine: Engine) -> bool:
-    """Whether it drafts with integers beside a model that is not quantised."""
-    return is_quantized(getattr(engine.drafter, "head", nn.Module())) and not is_quantized(engine.model)
+def integers_of_head(engine: Engine) -> str | None:
+    """"int8" or "int4" where the draft head has such weights beside a model that is not quantised."""
+    head = getattr(engine.drafter, "head", nn.Module())
+    groups = [part.weight.group for part in head.modules() if isinstance(part, QuantizedLinear)]
+    return f"int{4 if any(groups) else 8}" if groups and not is_quantized(engine.model) else None
 
 
 def report(result: dict) -> str:

@@ -32,7 +32,7 @@ from statistics import median
 
 import torch
 
-from app.answer import Run, has_int8_head, run
+from app.answer import Run, integers_of_head, run
 from app.options import DTYPES, check_output
 from benchmarks.environment import describe, environment
 from benchmarks.report import parts_rows, table
@@ -224,8 +224,8 @@ def measure_all(args: argparse.Namespace, result: dict) -> None:
         tree = fastest_tree(model, head, curve, slots, show=True) or default
     engines = {BASELINE: Engine(model, Vanilla(device), slots, stop_ids),
                args.method: Engine(model, tree_drafter(head, model, *tree), slots, stop_ids)}
-    if has_int8_head(engines[args.method]):
-        result["device"] += " The draft head is in int8."
+    if head_format := integers_of_head(engines[args.method]):
+        result["device"] += f" The draft head is in {head_format}."
     for n in args.contexts:
         context = measure_context(engines, [p.ids for p in prompts if p.category == str(n)], args)
         result["contexts"].append(context)

@@ -17,6 +17,7 @@ from benchmarks.widen_eagle3 import widen_head3
 from draft import EagleHead, Vanilla
 from drafters.block import BlockHead
 from drafters.eagle3 import Eagle3Head
+from drafters.heads import Head
 from drafters.medusa import MedusaHeads
 from drafters.methods import weights_of_head
 from engine import Engine
@@ -83,21 +84,20 @@ class Widening:
         if small.of_embedding is not None:
             raise ValueError(QUANTISED)
         head = widen_head(small, self.shape, self.device, self.dtype, self.generator)
-        if self.of_head.takes(head):
-            head.quantize(self.of_head.mode)
         if small.vocab is not None:
             drafted = [self.wide_ids[i] for i in small.vocab.tolist() if i in self.wide_ids]
             head.vocab = torch.tensor(drafted, device=self.device)
-        return head
+        return self.quantized(head)
 
     def head3(self, small: Eagle3Head) -> Eagle3Head:
-        head = widen_head3(small, self.small.cfg, self.shape, self.kept_ids, self.device, self.dtype, self.generator)
-        if self.of_head.takes(head):
-            head.quantize(self.of_head.mode)
-        return head
+        return self.quantized(widen_head3(small, self.small.cfg, self.shape, self.kept_ids, self.device, self.dtype,
+                                          self.generator))
 
     def block(self, small: BlockHead) -> BlockHead:
-        head = widen_block(small, self.small.cfg, self.shape, self.kept_ids, self.device, self.dtype, self.generator)
+        return self.quantized(widen_block(small, self.small.cfg, self.shape, self.kept_ids, self.device, self.dtype,
+                                          self.generator))
+
+    def quantized(self, head: Head) -> Head:
         if self.of_head.takes(head):
             head.quantize(self.of_head.mode)
         return head

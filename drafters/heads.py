@@ -25,8 +25,8 @@ KINDS = {"an EAGLE-3 head": Eagle3Head, "a block head": BlockHead}  # by formats
 
 
 class Quantize(NamedTuple):
-    """How to quantise a head that is stored unquantised."""
-    mode: str | None
+    """How to quantise a head that is stored unquantised; without a mode, not at all."""
+    mode: str | None = None
     group: int = 128
     least: int = 0  # a head of fewer weights stays as it is
 
@@ -36,22 +36,21 @@ class Quantize(NamedTuple):
         return self.mode is not None and own >= self.least
 
 
-def load_head(path: Path | str, target: Llama, vocab: int | None = None, quantize: str | None = None,
-              group: int = 128, least: int = 0) -> Head:
+def load_head(path: Path | str, target: Llama, vocab: int | None = None, quantize: Quantize = Quantize()) -> Head:
     """Load a head as published: a folder with config.json and model.safetensors or pytorch_model.bin, or one
     file of such a folder, for example what quantize.py writes.
 
     vocab: draft only so many of the most frequent tokens, which draft_vocab.json beside the weights lists (train.py
     makes it), and the prompt's own; None: all that it lists, 0: every token. A head with a draft vocabulary of its own
     drafts from all of it.
-    quantize: convert to this mode while loading, if the head has at least `least` weights. A head that is stored
-    quantised stays in its own mode. An EAGLE-3 or block head has `doubts`: the fields that its files leave open, for
-    which the likeliest values are taken.
+    quantize: what to convert it to while loading. A head that is stored quantised stays in its own mode.
+    An EAGLE-3 or block head has `doubts`: the fields that its files leave open, for which the likeliest values are
+    taken.
     Raises FileNotFoundError, or ValueError where the head is damaged, of another kind, or made for another model.
     """
     path = Path(path)
     load = {EagleHead: load_eagle, Eagle3Head: load_eagle3, BlockHead: load_block}[type_of_head(path)]
-    head = load(path, target, Quantize(quantize, group, least))
+    head = load(path, target, quantize)
     file = folder_of(path) / VOCAB
     if head.vocab is not None:
         if vocab:

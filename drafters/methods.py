@@ -77,7 +77,7 @@ def load_eagle(args: argparse.Namespace, model: Llama, folder: str = "eagle") ->
     of the head leave open."""
     path = eagle_path(args, folder)
     device = model.embed.weight.device.type
-    head = load_head(path, model, args.draft_vocab, *weights_of_head(args, args.device if device == "meta" else device))
+    head = load_head(path, model, args.draft_vocab, weights_of_head(args, args.device if device == "meta" else device))
     if doubts := getattr(head, "doubts", ()):
         print(f"{path}: its files leave open what {' and '.join(doubts)} should be, and the likeliest is taken; "
               "convert_hf_checkpoint.py --eagle tries it out", file=sys.stderr)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import generate
 from app import memory
 from draft import Eagle2, Vanilla
-from drafters.heads import load_head
+from drafters.heads import Quantize, load_head
 from drafters.methods import METHODS, make_drafter
 from engine import SPARE, Engine
 from formats.config import Config
@@ -97,7 +97,7 @@ def test_eagle_is_exact(mode: str | None, group: int, ids: int | None, tmp_path:
     tiny.save_head(head, folder / "eagle")
     (folder / "eagle/draft_vocab.json").write_text(json.dumps(list(range(12))))
     model = load_model(folder, "cpu", torch.bfloat16, mode, group)
-    head = load_head(folder / "eagle", model, ids or 0, mode and "int8")
+    head = load_head(folder / "eagle", model, ids or 0, Quantize(mode and "int8"))
     drafter = Eagle2(head, model, 8, 3, 3)
     drafter.allocate(100 + SPARE)
     own = () if ids is None else (drafter.bound.lm_head, head.vocab, drafter.bound.ids, drafter.bound.draft_rows.rank)

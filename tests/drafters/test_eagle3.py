@@ -16,7 +16,7 @@ import generate
 from draft import Eagle2, Vanilla
 from drafters.eagle1 import EAGLE1_TREE, Eagle1
 from drafters.eagle3 import Eagle3Head
-from drafters.heads import load_head
+from drafters.heads import Quantize, load_head
 from drafters.lookup import Retrieval
 from drafters.methods import load_eagle, make_drafter
 from engine import Engine
@@ -156,7 +156,7 @@ def test_quantised_file(mode: str, ids: list[int] | None, tmp_path: Path) -> Non
     tiny.save_head3(head, folder / "eagle3")
     file = quantize_draft(folder / "eagle3", folder, mode, 64)
     prompt, texts = tiny.prompt(2, 7), []
-    for loaded in (load_head(file, model), load_head(folder / "eagle3", model, None, mode, 64)):
+    for loaded in (load_head(file, model), load_head(folder / "eagle3", model, None, Quantize(mode, 64))):
         texts.append(list(Engine(model, Eagle2(loaded, model, 20, 4, 3), 128).generate(prompt, 60)))
         assert isinstance(loaded.layers[0].wo, QuantizedLinear) and loaded.cfg == head.cfg
     assert texts[0] == texts[1]

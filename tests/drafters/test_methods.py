@@ -19,7 +19,7 @@ from draft import Eagle2, Vanilla
 from drafters import methods
 from drafters.block import Block
 from drafters.eagle1 import Eagle1
-from drafters.heads import LARGE
+from drafters.heads import LARGE, Quantize, load_head
 from drafters.lookahead import Lookahead
 from drafters.lookup import Lookup
 from drafters.medusa import Medusa, MedusaHeads, save_medusa
@@ -130,6 +130,9 @@ def test_text_with_an_int8_head(loadable: Path) -> None:
     assert [is_quantized(engine.drafter.head) for engine in made.values()] == [True, False]
     assert not any(is_quantized(engine.model) for engine in made.values())
     assert "draft head in int8, float32" in setting(made["int8"]) and "int8" not in setting(made["stored"])
+    model = made["stored"].model
+    int4 = Eagle2(load_head(loadable / "eagle", model, quantize=Quantize("int4", 32)), model)
+    assert "draft head in int4, float32" in setting(Engine(model, int4, 64))
     ids = made["int8"].tokenizer.chat([{"role": "user", "content": "Why?"}])
     texts = [sum(engine.generate(ids, 40), []) for engine in (*made.values(), Engine.load(loadable, device="cpu"))]
     assert texts[0] == texts[1] == texts[2]

@@ -10,7 +10,7 @@ import torch
 from app.options import Engine
 from draft import Eagle2, Vanilla
 from drafters import lookup, tree_size
-from drafters.heads import load_head
+from drafters.heads import Quantize, load_head
 from drafters.lookup import Retrieval
 from drafters.methods import BASELINE, METHODS
 from drafters.speculate import Speculate
@@ -57,7 +57,7 @@ def test_rejection(engines: list[Engine], demo_prompts: list[list[int]]) -> None
 def test_rows_of_the_prompt(demo, demo_prompts: list[list[int]], mode: str | None) -> None:
     """Fails if the graphs go on with the rows of the first prompt, or a row is not its token's."""
     model = load_model(demo, "cuda", torch.bfloat16, mode)
-    head = load_head(demo / "eagle", model, quantize=mode)
+    head = load_head(demo / "eagle", model, quantize=Quantize(mode))
     head.vocab = torch.arange(0, 40000, 4, device="cuda")
     drafter = Eagle2(head, model, 16, 4, 4)
     engine, rows = Engine(model, drafter, 900), drafter.bound.draft_rows

@@ -11,7 +11,7 @@ from gpu_tools import cycles_without_waiting, ties, variants
 from soak import soak
 
 from draft import Eagle2, Vanilla
-from drafters.heads import load_head
+from drafters.heads import Quantize, load_head
 from engine import Engine
 from model import load_model
 from quant.linear import MODES
@@ -80,7 +80,7 @@ def test_quantized(demo, demo_prompts: list[list[int]], mode: str) -> None:
     later prompt compiles anything. Activations of 8 bits make more near-ties than those of 16 (BENCHMARKS.md), so for
     int8dyn whole texts that are equal are not counted."""
     model = load_model(demo, "cuda", torch.bfloat16, mode)
-    head = load_head(demo / "eagle", model, None, mode)
+    head = load_head(demo / "eagle", model, None, Quantize(mode))
     vanilla, eagle = (Engine(model, drafter, 3200, frozenset([2])) for drafter in (
         Vanilla("cuda"), Eagle2(head, model)))
     same = tied = total = 0

@@ -23,7 +23,7 @@ from benchmarks.workload import gigabytes
 from convert_hf_checkpoint import staged
 from draft import Eagle2, Vanilla
 from drafters.eagle1 import Eagle1
-from drafters.heads import load_head
+from drafters.heads import Quantize, load_head
 from engine import Engine
 from formats import weights
 from formats.eagle import VOCAB
@@ -310,7 +310,7 @@ def test_draft_head(mode: str, group: int, folder: Path) -> None:
     before = Eagle2(load_head(folder / "eagle", target), target)
     path = quantize_draft(folder / "eagle", folder, mode, group)
     assert path == folder / "eagle" / f"model-{mode}.safetensors"
-    head, on_load = load_head(path, target), load_head(folder / "eagle", target, None, mode, group)
+    head, on_load = load_head(path, target), load_head(folder / "eagle", target, None, Quantize(mode, group))
     assert modes_of(head) == modes_of(on_load) and len(modes_of(head)) == 5
     tensors = on_load.state_dict()
     assert head.state_dict().keys() == tensors.keys()
