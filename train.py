@@ -59,10 +59,10 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--held_out", type=at_least(0), default=500, metavar="N", help="measure the agreement on held-out "
                    "dialogues every N steps, in whole hundreds, and write it to <work>/<kind>/curve.json; 0: never")
     p.add_argument("--target_quantize", choices=["int8"], help="keep the model in int8 meanwhile: half its memory")
-    p.add_argument("--draft_vocab", type=int, metavar="N", help="eagle3, block: draft these many tokens, which the "
-                   "model writes most often (default: 16384). eagle, and with --steps 0 for any trained head: write "
-                   "draft_vocab.json beside it: the N most frequent tokens, which alone are drafted then, beside the "
-                   "prompt's")
+    p.add_argument("--draft_vocab", type=int, metavar="N", help="draft only these many tokens, which the model writes "
+                   "most often (default: 16384; 0: all). eagle, and with --steps 0 for any trained head: by a list "
+                   "beside it, draft_vocab.json; the prompt's own tokens are drafted too. eagle3, block: as a part of "
+                   "the head")
     p.add_argument("--regression", type=float, help="eagle: weight of the regression on features in the loss")
     p.add_argument("--head_layers", type=int, choices=range(1, 6), metavar="N", help="eagle3, block: layers of the "
                    "head (default: 1 and 2)")
@@ -107,14 +107,14 @@ def main() -> None:
 def train(args: argparse.Namespace) -> None:
     """Write the dialogues, train, and evaluate, each as far as the options ask for it and it is not done yet."""
     questions = {str(path): read_questions(path)[::2] for path in args.questions}
-    writes_vocab = KINDS[args.kind].writes_vocab(args, Config.load(args.checkpoint))
+    listed = KINDS[args.kind].listed(args, Config.load(args.checkpoint))
     has_head = (args.out / "config.json").exists()
-    if args.eval_prompts and not (args.steps or writes_vocab or has_head):
+    if args.eval_prompts and not (args.steps or listed or has_head):
         raise ValueError(f"{args.out}: no head to evaluate: name its folder with --out, or its kind with --kind; "
                          "without one give --eval_prompts 0")
     tokenizer, data = write_and_train(args)
-    if writes_vocab:
-        save_vocab(data, args.out, args.draft_vocab)
+    if listed:
+        save_vocab(data, args.out, listed)
     if not args.eval_prompts or not (args.steps or has_head):
         return
     model = load_model(args.checkpoint, args.device, torch.bfloat16, args.target_quantize)

@@ -27,7 +27,14 @@ from tokenizer import Tokenizer
 from training.attention import FusedAttention, seen
 from training.dialogues import Script, unmark
 from training.steps import compile_on_gpu, in_parts, soft_cross_entropy
-from training.tapped import DRAFT_VOCAB, TappedTrainer, channel_scales, check_key_heads, frequent_tokens, sample_hidden
+from training.tapped import (
+    TappedTrainer,
+    channel_scales,
+    check_key_heads,
+    draft_tokens,
+    frequent_tokens,
+    sample_hidden,
+)
 
 LAYERS = 2  # where --head_layers does not say how many
 BLOCK = 8  # the same for --block_size
@@ -108,7 +115,7 @@ def new_config(target: Config, args: argparse.Namespace, mask_token: int) -> Blo
     return BlockConfig(
         layer, target.hidden_size, target.num_layers, tuple(taps),
         args.block_size or BLOCK, mask_token, anchor_first=True, causal=True, windows=(None,) * count,
-        draft_vocab_size=args.draft_vocab or min(DRAFT_VOCAB, target.vocab_size), markov="vanilla" if rank else None,
+        draft_vocab_size=draft_tokens(args, target), markov="vanilla" if rank else None,
         markov_rank=rank)
 
 

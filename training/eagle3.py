@@ -29,10 +29,10 @@ from model import Llama
 from quant.linear import drafting_rows
 from training.steps import compile_on_gpu, in_parts, shares, soft_cross_entropy, unrolled_attention
 from training.tapped import (
-    DRAFT_VOCAB,
     TappedTrainer,
     channel_scales,
     check_key_heads,
+    draft_tokens,
     frequent_tokens,
     sample_hidden,
 )
@@ -58,7 +58,7 @@ def new_config(target: Config, args: argparse.Namespace) -> Eagle3Config:
                          num_kv_heads=args.kv_heads or target.num_kv_heads)
     return Eagle3Config(
         layer, target.hidden_size, target.num_layers, choose_taps(target.num_layers), (True,) + (False,) * (count - 1),
-        args.draft_vocab or min(DRAFT_VOCAB, target.vocab_size), norm_before_residual=False,
+        draft_tokens(args, target), norm_before_residual=False,
         norm_output=bool(args.norms))
 
 

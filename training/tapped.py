@@ -15,10 +15,16 @@ from formats.eagle3 import HeadFiles
 from model import Llama
 from quant.draft_rows import DraftRows
 from training.dialogues import unmark
-from training.trainer import Trainer
+from training.trainer import DRAFT_VOCAB, Trainer
 
-DRAFT_VOCAB = 16384  # tokens, where --draft_vocab does not say how many
 SAMPLE = 4  # dialogues that the sizes of the taps are measured on
+
+
+def draft_tokens(args: argparse.Namespace, target: Config) -> int:
+    """How many tokens a new head drafts."""
+    if args.draft_vocab is None:
+        return min(DRAFT_VOCAB, target.vocab_size)
+    return args.draft_vocab or target.vocab_size
 
 
 def frequent_tokens(data: Tensor, size: int, vocab_size: int) -> Tensor | None:
@@ -61,16 +67,16 @@ class TappedTrainer(Trainer):
     open_files: Callable[[Path, Config], HeadFiles]  # of a published head
 
     @classmethod
-    def writes_vocab(cls, args: argparse.Namespace, target: Config) -> bool:
-        """Only for a trained head that drafts all tokens. ValueError for one with another draft vocabulary of its own.
-        """
+    def listed(cls, args: argparse.Namespace, target: Config) -> int:
+        """As Trainer.listed, only for a trained head that drafts all tokens, and only with --draft_vocab. ValueError
+        for one with another draft vocabulary of its own."""
         if args.steps or not args.draft_vocab or not (args.out / "config.json").exists():
-            return False
+            return 0
         ids = cls.open_files(args.out, target).ids
         if ids is not None and len(ids) != args.draft_vocab:
             raise ValueError(f"{args.out}: this head has a draft vocabulary of {len(ids)} tokens, which --draft_vocab "
                              "cannot change")
-        return ids is None
+        return args.draft_vocab if ids is None else 0
 
     def __init__(self, model: Llama, args: argparse.Namespace, data: Tensor, held_out: Tensor | None = None) -> None:
         super().__init__(model, args, data, held_out)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from formats.config import Config
-from formats.eagle import save_head
+from formats.eagle import VOCAB, save_head
 from formats.weights import first_line
 from formats.writing import replace_files, write_text
 from model import Llama, rope_table
@@ -27,11 +27,12 @@ from training.exported import exporting
 from training.steps import Replay, compile_on_gpu, distill, in_parts, new_head, shares, unrolled
 
 AGREEMENTS = "curve.json"  # beside the state: the agreement on held-out dialogues while the head was trained
+DRAFT_VOCAB = 16384  # tokens to draft, where --draft_vocab does not say how many
 BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left"
 
 
 class Trainer:
-    """Trains `module`. Subclasses override what differs: the three fields below, `check`, `writes_vocab`,
+    """Trains `module`. Subclasses override what differs: the three fields below, `check`, `listed`,
     `layer_config`, `ahead`, `kept_rows`, `make_module`, `predict` or `losses`, `export`, `folders` and `resume`.
 
     data [dialogues, S] int32, marked: those to train on. held_out [any, S]: a few others, to measure agreement on."""
@@ -78,9 +79,13 @@ class Trainer:
             raise ValueError(f"--draft_vocab takes 10 to {target.vocab_size} tokens, which are all that the model has")
 
     @classmethod
-    def writes_vocab(cls, args: argparse.Namespace, target: Config) -> bool:
-        """Whether --draft_vocab asks for a list beside the head, draft_vocab.json."""
-        return bool(args.draft_vocab)
+    def listed(cls, args: argparse.Namespace, target: Config) -> int:
+        """How many tokens are to be listed in draft_vocab.json beside the head; 0: no list is written. Without
+        --draft_vocab a head that is trained gets a list, if it has none yet."""
+        if args.draft_vocab is not None:
+            return args.draft_vocab
+        wanted = args.steps and target.vocab_size > DRAFT_VOCAB and not (args.out / VOCAB).exists()
+        return DRAFT_VOCAB if wanted else 0
 
     @property
     def layer_config(self) -> Config:

@@ -35,12 +35,12 @@ from model import Llama, load_model, rope_table
 from ops.attention import causal_mask
 from quant.linear import quantize_linears
 from quantize import quantize_draft
-from training import commands, dialogues, eagle3, memory, steps, trainer
+from training import commands, dialogues, eagle3, memory, steps, tapped, trainer
 from training.commands import prepare
 from training.dialogues import Script, unmark, write_dialogues
 from training.eagle3 import OWN_SCORE, Eagle3Trainer, choose_taps, fc_inputs, frequent_tokens
 from training.steps import unrolled
-from training.tapped import channel_scales
+from training.tapped import channel_scales, draft_tokens
 from training.trainer import Trainer
 from tree import State
 
@@ -626,6 +626,14 @@ def test_command_from_start_to_end(command, capsys: pytest.CaptureFixture, monke
     command(*words, "--steps", 0)
     assert capsys.readouterr().out.splitlines()[-1].startswith("tokens per step 1.00 -> ")
     assert not (folder / "eagle3/draft_vocab.json").exists()
+
+
+def test_how_many_draft_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a new head drafts another number of tokens than --draft_vocab says, where 0 means all."""
+    monkeypatch.setattr(tapped, "DRAFT_VOCAB", 14)
+    cfg = tiny.target(num_hidden_layers=8).cfg
+    asked = (None, 12, 0, V)
+    assert [draft_tokens(settings(tmp_path, draft_vocab=n), cfg) for n in asked] == [14, 12, V, V]
 
 
 @pytest.mark.slow

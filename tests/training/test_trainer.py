@@ -463,6 +463,23 @@ def test_command_from_start_to_end(command, capsys: pytest.CaptureFixture) -> No
     assert (folder / "eagle/model.safetensors").read_bytes() == first
 
 
+@pytest.mark.slow
+def test_a_list_by_itself(command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a head that is trained drafts from the whole vocabulary where no one asked for it, if a list of another
+    length is replaced when training goes on, or if a head that is only evaluated gets one."""
+    monkeypatch.setattr(trainer, "DRAFT_VOCAB", 14)
+    folder = command("--steps", 1, "--draft_vocab", 0, "--eval_prompts", 0)
+    listed = folder / "eagle/draft_vocab.json"
+    assert not listed.exists()
+    command("--steps", 0, "--eval_prompts", 1)
+    assert not listed.exists()
+    command("--steps", 2, "--eval_prompts", 0)
+    assert len(json.loads(listed.read_text())) == 14
+    command("--steps", 0, "--draft_vocab", 11, "--eval_prompts", 0)
+    command("--steps", 3, "--eval_prompts", 0)
+    assert len(json.loads(listed.read_text())) == 11
+
+
 def test_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if PyTorch's tracebacks about inline assembly are shown, or if other warnings of it are not."""
     shown = []
