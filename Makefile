@@ -62,7 +62,7 @@ coder: $(CODER)/config.json $(if $(CODER_HEAD_FILES),$(CODER)/eagle3/config.json
 		--max_new_tokens 128 --prompt "$(PROMPT)"
 
 coder-head: $(CODER)/config.json
-	$(PY) train.py --checkpoint $(CODER) --kind eagle3 --tokens 14e6 --minutes 12.5 --steps 20000 --lr 2e-3 --mlp 1024 \
+	$(PY) train.py --checkpoint $(CODER) --kind eagle3 --tokens 14e6 --minutes 12.5 --mlp 1024 \
 		--share_lm_head --openers training/coding_openers.json --out $(CODER)/own-head
 	@echo "use it: $(PY) generate.py --checkpoint $(CODER) --draft $(CODER)/own-head --prompt ..."
 

@@ -1,7 +1,7 @@
 """Train a draft head for any converted chat model, on one GPU, from nothing but the model itself.
 
-    python train.py --checkpoint checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct --tokens 16e6 --minutes 7
-    python train.py --checkpoint checkpoints/Qwen/Qwen2.5-Coder-1.5B-Instruct --kind eagle3 --minutes 12 --lr 2e-3
+    python train.py --checkpoint checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct
+    python train.py --checkpoint checkpoints/Qwen/Qwen2.5-Coder-1.5B-Instruct --kind eagle3 --minutes 30
 
 1. Data: the model writes its own dialogues, thousands at a time, user turns included. So the head learns what it will
    be asked to guess, without a data set or a network. The dialogues are kept in <work>/dialogues.bin.
@@ -37,7 +37,7 @@ from formats.writing import locked
 from model import load_model
 from tokenizer import Tokenizer
 from training.block import BlockTrainer
-from training.commands import at_least, options, prepare
+from training.commands import at_least, options, prepare, read_options
 from training.dialogues import check_answers
 from training.eagle3 import Eagle3Trainer
 from training.evaluation import compare_speeds, evaluate, held_out_prompts, save_curve
@@ -83,7 +83,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--init", type=Path, metavar="DIR", help="eagle3: start from this EAGLE-3 head")
     p.add_argument("--questions", type=Path, nargs="*", default=[], metavar="FILE",
                    help="also evaluate on every second question of these files: JSON lines with \"turns\"")
-    args = p.parse_args()
+    args = read_options(p)
     kind = KINDS[args.kind]
     for name in sorted({name for other in KINDS.values() for name in other.own_options} - {*kind.own_options}):
         if getattr(args, name) is not None:

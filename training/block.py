@@ -1,6 +1,6 @@
 """Training a block drafter (drafters/block.py): what differs from an EAGLE-1/2 head (training/trainer.py).
 
-    python train.py --checkpoint checkpoints/ORG/NAME --kind block --tokens 24e6 --minutes 12 --lr 2e-3
+    python train.py --checkpoint checkpoints/ORG/NAME --kind block
 
 A dialogue is cut at random places of its answers, the anchors. Behind each, a block of rows guesses the tokens that
 follow, all at once: row j (from 0) the token j + 1 after the anchor. The rows see the text before the anchor as context

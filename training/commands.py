@@ -15,19 +15,21 @@ from quant.linear import QuantizedLinear, is_quantized
 from tokenizer import Tokenizer
 from training.dialogues import Script, check_dialogues, read_openers, write_dialogues
 
+MINUTES = 12  # of training, where neither --steps nor --minutes says when it ends
+
 
 def options(description: str) -> argparse.ArgumentParser:
     """The options of every training command: the target, its dialogues, how long to train."""
     p = argparse.ArgumentParser(description=description)
     p.add_argument("--checkpoint", type=Path, required=True, help="folder of the converted target model")
     p.add_argument("--work", type=Path, help="dialogues and training state (default: <checkpoint>/training)")
-    p.add_argument("--tokens", type=at_least(0, float), default=40e6, help="dialogue tokens that the model writes")
+    p.add_argument("--tokens", type=at_least(0, float), default=24e6, help="dialogue tokens that the model writes")
     p.add_argument("--openers", type=Path, metavar="FILE", help="a JSON list of the first words of user turns, such as "
                    "training/coding_openers.json (default: those in training/dialogues.py, of general questions)")
-    p.add_argument("--steps", type=at_least(0), default=10000, help="end training after this many steps; 0: do not "
-                   "train, only evaluate what is there already")
-    p.add_argument("--minutes", type=at_least(0, float), default=math.inf, help="end training after this time, if that "
-                   "comes sooner")
+    p.add_argument("--minutes", type=at_least(0, float), help=f"end training after this time (default: {MINUTES}, or "
+                   "with --steps any time)")
+    p.add_argument("--steps", type=at_least(0), help="end training after this many steps, if that comes sooner; 0: do "
+                   "not train, only evaluate what is there already")
     p.add_argument("--length", type=at_least(3), default=640, help="tokens of a dialogue")
     p.add_argument("--batch", type=at_least(1), default=32, help="dialogues per training step (train.py: fewer if "
                    "memory is short)")
@@ -37,11 +39,21 @@ def options(description: str) -> argparse.ArgumentParser:
                    "relative to the one before")
     p.add_argument("--places", type=at_least(1), default=8192, help="positions per training step that the loss looks "
                    "at")
-    p.add_argument("--lr", type=float, default=5e-3, help="peak learning rate (Muon)")
+    p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (Muon)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--eval_prompts", type=at_least(0), default=80, help="held-out dialogues to evaluate on; 0: do not "
                    "evaluate")
     return p
+
+
+def read_options(p: argparse.ArgumentParser, words: list[str] | None = None) -> argparse.Namespace:
+    """What the words (default: the command line's) ask for, by the parser that `options` made."""
+    args = p.parse_args(words)
+    if args.minutes is None:
+        args.minutes = MINUTES if args.steps is None else math.inf
+    if args.steps is None:
+        args.steps = math.inf
+    return args
 
 
 def at_least(least: int, kind: type = int) -> Callable[[str], float]:

@@ -1,6 +1,6 @@
 """Training an EAGLE-3 head (arXiv 2503.01840): what differs from an EAGLE-1/2 head (training/trainer.py).
 
-    python train.py --checkpoint checkpoints/ORG/NAME --kind eagle3 --tokens 24e6 --minutes 12 --lr 2e-3
+    python train.py --checkpoint checkpoints/ORG/NAME --kind eagle3
 
 The head drafts from taps, the target's residual stream at three depths, and has an lm_head of its own over a draft
 vocabulary: the tokens that the target writes most often in its answers. With --share_lm_head these are the target's

@@ -1,7 +1,6 @@
 """Train EAGLE's peers, the drafters that it is compared with: Medusa heads and a draft model.
 
-    python -m training.peers --checkpoint checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct --tokens 24e6 --minutes 12 \\
-        --steps 20000 --int8
+    python -m training.peers --checkpoint checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct --int8
 
 They are trained on the dialogues that train.py trains EAGLE's head on, with the same loss, the cross-entropy with the
 target's own distribution in the answers. Both see every batch, and share the target's forward.
@@ -40,7 +39,7 @@ from formats.weights import FORMAT, save_tensors
 from formats.writing import locked, replace_files
 from model import Llama, layer_ropes, load_model
 from quant.linear import quantize_linears
-from training.commands import at_least, options, prepare
+from training.commands import at_least, options, prepare, read_options
 from training.dialogues import check_answers, unmark
 from training.exported import foreign
 from training.memory import smaller_batches
@@ -202,8 +201,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--draft_layers", type=at_least(1), default=2, help="the draft model's layers: it starts from "
                    "as many of the model's first ones")
     p.add_argument("--int8", action="store_true", help="write the draft model's matrices in int8: half the size")
-    p.set_defaults(lr=2e-3)
-    args = p.parse_args()
+    args = read_options(p)
     args.medusa = args.medusa or args.checkpoint / "medusa"
     args.draft_model = args.draft_model or args.checkpoint / "draft_model"
     args.work = args.work or args.checkpoint / "training"

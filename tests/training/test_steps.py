@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import train
 from model import Llama
 from training import dialogues, steps
-from training.commands import options
+from training.commands import options, read_options
 from training.dialogues import Script, read_openers
 from training.steps import in_parts, places_in_part, soft_cross_entropy, unrolled_attention
 from training.trainer import Trainer, new_head
@@ -100,12 +100,16 @@ def test_rates(model: Llama) -> None:
 
 
 def test_defaults() -> None:
-    """Fails if what the documentation measured was trained with other defaults."""
-    args = options("Train.").parse_args(["--checkpoint", "x"])
+    """Fails if what the documentation measured was trained with other defaults, or ends elsewhere than it should."""
+    args = read_options(options("Train."), ["--checkpoint", "x"])
     found = {name: getattr(args, name) for name in ("tokens", "steps", "minutes", "length", "batch", "generate_batch",
                                                     "decay", "places", "lr", "eval_prompts")}
-    assert found == {"tokens": 40e6, "steps": 10000, "minutes": math.inf, "length": 640, "batch": 32,
-                     "generate_batch": 2048, "decay": 0.8, "places": 8192, "lr": 5e-3, "eval_prompts": 80}
+    assert found == {"tokens": 24e6, "steps": math.inf, "minutes": 12, "length": 640, "batch": 32,
+                     "generate_batch": 2048, "decay": 0.8, "places": 8192, "lr": 2e-3, "eval_prompts": 80}
+    for words, ends in ((("--steps", "30"), (30, math.inf)), (("--minutes", "2.5"), (math.inf, 2.5)), (
+            ("--steps", "0"), (0, math.inf)), (("--steps", "9", "--minutes", "3"), (9, 3))):
+        args = read_options(options("Train."), ["--checkpoint", "x", *words])
+        assert (args.steps, args.minutes) == ends
 
 
 @pytest.mark.parametrize("words, says", [
