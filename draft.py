@@ -145,9 +145,9 @@ class EagleHead(nn.Module):
 class BoundHead:
     """An EAGLE-1/2 head with the target that it drafts for. `Eagle` calls a head of any kind by these three methods:
 
-    enter   target's hidden states -> the head's input (`taken`)
-    run     tokens, and the input from the hidden state before each -> predicted features
-    read    predicted features -> logits, and the input of the next level
+    make_inputs   target's hidden states -> the head's inputs
+    predict       tokens, and the input from the hidden state before each -> predicted features
+    read_logits   predicted features -> logits, and the input of the next level
 
     fc([e; f]) = fc_e e + fc_f f. The table fc_of_token holds fc_e e + bias of every token. fc_f f is the head's input:
     it is computed once for each feature, not for each child; with a draft vocabulary the same matrix product gives the
@@ -174,21 +174,21 @@ class BoundHead:
             self.draft_rows.weights = [self.lm_head, self.lm_head_and_fc]
 
     def weights(self) -> tuple[tuple, tuple, tuple]:
-        """For benchmarks/cycle.py: the weights read by `enter`, by each level, and by each level but the last too."""
+        """For benchmarks/cycle.py: weights read by `make_inputs`, by each level, and by each level but the last too."""
         return (self.fc,), (self.head.layer, self.lm_head), (self.fc,)
 
-    def enter(self, hidden: Tensor) -> Tensor:
+    def make_inputs(self, hidden: Tensor) -> Tensor:
         """fc's share of the target's features [T, C]: [T, C]."""
         return linear(hidden, self.fc)
 
-    def run(self, tokens: Tensor, taken: Tensor, parent_rows: Tensor | None, rope_pos: Tensor, cache_pos: Tensor,
+    def predict(self, tokens: Tensor, inputs: Tensor, parent_rows: Tensor | None, rope_pos: Tensor, cache_pos: Tensor,
             mask: Tensor | TreeMask) -> Tensor:
-        """The features [T, C] predicted after tokens [T]. Row parent_rows[i] of `taken` [any, C] (without parent_rows:
-        row i) is what was taken from the feature before token i."""
-        x, rope = embed(self.fc_of_token, tokens, self.head.rope, rope_pos, taken, parent_rows)
+        """The features [T, C] predicted after tokens [T]. Row parent_rows[i] of `inputs` [any, C] (without parent_rows:
+        row i) is the input from the feature before token i."""
+        x, rope = embed(self.fc_of_token, tokens, self.head.rope, rope_pos, inputs, parent_rows)
         return self.head(x[None], rope, cache_pos, mask)[0]
 
-    def read(self, features: Tensor, last: bool) -> tuple[Tensor, Tensor | None]:
+    def read_logits(self, features: Tensor, last: bool) -> tuple[Tensor, Tensor | None]:
         """Logits [N, Vd] of the next tokens, at least fp32 (Vd: draft vocabulary; without one, all V), and fc's product
         with the features [N, C], the input of the next level (None if `last`). features [N, C]."""
         dtype = torch.promote_types(features.dtype, torch.float32)
@@ -216,10 +216,10 @@ class Eagle(Drafter):
         return (self.head.kv,)
 
     def reset(self, state: State) -> None:
-        self.bound.draft_rows.follow(state.tokens, state.length)
+        self.bound.draft_rows.add_prompt(state.tokens, state.length)
 
     def prefill(self, state: State, hidden: Tensor, slots: Tensor, mask: Tensor | TreeMask) -> None:
-        self.bound.run(state.tokens[slots + 1], self.bound.enter(hidden), None, slots, slots, mask)
+        self.bound.predict(state.tokens[slots + 1], self.bound.make_inputs(hidden), None, slots, slots, mask)
 
     @staticmethod
     def noise(state: State, depth: int) -> Tensor | None:
@@ -234,7 +234,7 @@ class Eagle(Drafter):
         Returns the feature [1, C] predicted after the root, and the absolute positions and slots of `scratch`."""
         tokens, slots, last_row, scratch = self.tree_ops.catch_up(state, self.max_depth + 1, self.scratch)
         mask = causal_mask(slots[0], len(slots), state.width)
-        predicted = self.bound.run(tokens, self.bound.enter(state.hidden), None, slots, slots, mask)
+        predicted = self.bound.predict(tokens, self.bound.make_inputs(state.hidden), None, slots, slots, mask)
         return predicted.index_select(0, last_row), scratch
 
 
@@ -257,27 +257,27 @@ class Eagle2(Eagle):
         self.root_level, self.candidates = start_tree(topk, draft_depth, fed.device, chain and chain + 1)
 
     def propose(self, state: State) -> Tree:
-        scratch, taken, level = self.begin(state)
+        scratch, inputs, level = self.begin(state)
         for depth in range(1, self.levels):
-            taken, level = self.expand(state, scratch, taken, level, depth)
+            inputs, level = self.expand(state, scratch, inputs, level, depth)
         return self.rerank(state)
 
     def begin(self, state: State) -> tuple[Tensor, Tensor | None, Level]:
         """Catch up with what was committed and draft the first level. Returns what `expand` needs: the positions and
-        slots of all levels, what the head takes from the root's feature, and the level."""
+        slots of all levels, the head's input after the root, and the level."""
         predicted, scratch = self.extend(state)
-        logits, taken = self.bound.read(predicted, self.levels == 1)
-        return scratch, taken, self.grow(state, logits, self.root_level, 0)
+        logits, inputs = self.bound.read_logits(predicted, self.levels == 1)
+        return scratch, inputs, self.grow(state, logits, self.root_level, 0)
 
-    def expand(self, state: State, scratch: Tensor, taken: Tensor, level: Level, depth: int
+    def expand(self, state: State, scratch: Tensor, inputs: Tensor, level: Level, depth: int
                ) -> tuple[Tensor | None, Level]:
-        """Run the head over the nodes of `level`, at this depth, and draft the next level. taken [any, C]: the head's
+        """Run the head over the nodes of `level`, at this depth, and draft the next level. inputs [any, C]: the head's
         inputs from the level before. Returns those from this level [k, C] (None at the last), and the next level."""
         positions, slots = scratch[:, (depth - 1) * self.topk:depth * self.topk]
         mask = tree_mask(scratch[0, 0], level.visible, state.width)
-        predicted = self.bound.run(level.tokens, taken, level.parent_rows, positions, slots, mask)
-        logits, taken = self.bound.read(predicted, depth == self.levels - 1)
-        return taken, self.grow(state, logits, level, depth)
+        predicted = self.bound.predict(level.tokens, inputs, level.parent_rows, positions, slots, mask)
+        logits, inputs = self.bound.read_logits(predicted, depth == self.levels - 1)
+        return inputs, self.grow(state, logits, level, depth)
 
     def grow(self, state: State, logits: Tensor, level: Level, depth: int) -> Level:
         return self.tree_ops.grow(logits, level, self.candidates, depth, self.topk, self.ids, self.noise(state, depth))

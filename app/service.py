@@ -32,15 +32,15 @@ class Job:
         self.loop = asyncio.get_running_loop()
         self.events: asyncio.Queue[str | dict | Refusal] = asyncio.Queue()
         self.arrived = time.perf_counter()
-        self.turn: asyncio.Task | None = None  # see Service.take_turn
+        self.task: asyncio.Task | None = None  # see Service.take_turn
         self.begun = False  # the engine has it
         self.left = False  # nobody waits for the answer any more: the engine stops after its next cycle or chunk
 
     def end(self, why: Refusal) -> None:
         self.left = True
         self.events.put_nowait(why)
-        if self.turn and not self.begun:
-            self.turn.cancel()
+        if self.task and not self.begun:
+            self.task.cancel()
 
     def leave(self) -> None:
         """The client has gone."""
@@ -81,7 +81,7 @@ class Service:
         served.engine.tokenizer.bpe = Unlocked(served.engine.tokenizer.bpe)
         self.driver = ThreadPoolExecutor(1, "engine")
         self.reader = ThreadPoolExecutor(1, "requests")
-        self.turn = asyncio.Lock()  # those who wait get it in order of arrival
+        self.engine_lock = asyncio.Lock()  # those who wait get it in order of arrival
         self.jobs: set[Job] = set()  # the one that is answered, and those that wait
         self.counts: Counter[str] = Counter()
         self.closing = False
@@ -100,19 +100,19 @@ class Service:
             yield job
         finally:
             job.leave()  # after a whole answer, this changes nothing
-            if job.turn:
-                await asyncio.wait([job.turn])
+            if job.task:
+                await asyncio.wait([job.task])
             self.jobs.discard(job)
 
     async def begin(self, job: Job, raw: bytes, chat: bool) -> Asked:
         """Read a request and put it in the queue: from now on, the job has news. Raises Refusal."""
         asked = await job.loop.run_in_executor(self.reader, read_request, raw, chat, self.served)
-        job.turn = asyncio.create_task(self.take_turn(job, asked))
+        job.task = asyncio.create_task(self.take_turn(job, asked))
         return asked
 
     async def take_turn(self, job: Job, asked: Asked) -> None:
         """Wait for the engine, and let it answer."""
-        async with self.turn:
+        async with self.engine_lock:
             if job.left:
                 return
             job.begun = True

@@ -94,12 +94,12 @@ def cycle_parts(engine: Engine) -> list[dict]:
     level_gb += kv_gigabytes(drafter.head.kv, length)
     if isinstance(drafter, Eagle2):
         next_gb = [next_gb] * (drafter.levels - 1) + [0]  # of each level but the last
-        scratch, taken, level = time_part(f"draft: extend, {drafter.max_depth + 1} rows",
+        scratch, inputs, level = time_part(f"draft: extend, {drafter.max_depth + 1} rows",
                                           enter_gb + level_gb + next_gb[0], partial(drafter.begin, state))
         for depth in range(1, drafter.levels):
-            taken, level = time_part(
+            inputs, level = time_part(
                 f"draft: expansion {depth}, {drafter.topk} rows", level_gb + next_gb[depth],
-                partial(drafter.expand, state, scratch, taken, level, depth))
+                partial(drafter.expand, state, scratch, inputs, level, depth))
     else:
         time_part(f"draft: block, {drafter.rows} rows", enter_gb + level_gb, partial(drafter.draft, state))
     tree = time_part("rerank", 0, partial(drafter.rerank, state))

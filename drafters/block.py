@@ -118,28 +118,28 @@ class BoundBlock:
         if head.markov and head.vocab is not None and self.w2.shape[0] > len(head.vocab):  # listed by draft_vocab.json
             self.w2_rows = DraftRows(self.w2, head.vocab, False)
             self.w2 = self.w2_rows.weights[0]
-        elif head.markov and self.draft_rows.room:  # it knows the listed tokens alone, and adds nothing to others
-            self.w2 = stack(zero_rows(self.w2, self.draft_rows.room), self.w2)
+        elif head.markov and self.draft_rows.prompt_rows:  # it knows listed tokens alone: it adds 0 to others
+            self.w2 = stack(zero_rows(self.w2, self.draft_rows.prompt_rows), self.w2)
 
-    def follow(self, state: State) -> None:
+    def draft_prompt(self, state: State) -> None:
         """Draft the prompt's tokens too."""
-        self.draft_rows.follow(state.tokens, state.length)
+        self.draft_rows.add_prompt(state.tokens, state.length)
         if self.w2_rows:
-            self.w2_rows.follow(state.tokens, state.length)
+            self.w2_rows.add_prompt(state.tokens, state.length)
 
     def weights(self) -> tuple[tuple, tuple, tuple]:
-        """The weights that `remember` reads, and that `run` and `read` do, as draft.BoundHead.weights."""
+        """The weights that `add_context` reads, and that `predict` and `read_logits` do, as draft.BoundHead.weights."""
         markov = () if self.w2 is None else (self.w2,)
         return (self.head.fc, self.kv_weight), (self.head.layers, self.lm_head, *markov), ()
 
-    def remember(self, taps: Tensor, slots: Tensor) -> None:
+    def add_context(self, taps: Tensor, slots: Tensor) -> None:
         """Store the context entries of tokens in `slots` [T], of which the target's taps are [T, k * C]."""
         head = self.head
         t = linear(taps, head.fc.weight)
         rows = linear(t, self.kv_weight, self.kv_bias, (head.hidden_norm.weight, head.hidden_norm.eps))
         store_context(rows, head.rope, slots, head.kv[:, :, 0], self.k_norms, head.layers[0].k_norm.eps)
 
-    def run(self, tokens: Tensor, rope_pos: Tensor, cache_pos: Tensor, masks: dict[int | None, Tensor | TreeMask]
+    def predict(self, tokens: Tensor, rope_pos: Tensor, cache_pos: Tensor, masks: dict[int | None, Tensor | TreeMask]
             ) -> Tensor:
         """The hidden states [rows, H] of rows of blocks, before the last norm. tokens, rope_pos, cache_pos [rows];
         masks: one for each value of cfg.windows (None: no sliding window)."""
@@ -149,16 +149,16 @@ class BoundBlock:
             x = layer(x, rope, kv, cache_pos, masks[window])
         return x[0]
 
-    def normed(self, x: Tensor) -> Tensor:
+    def last_norm(self, x: Tensor) -> Tensor:
         """Hidden states [N, H] after the last norm."""
         return rms_norm(x, self.head.norm.weight, self.head.norm.eps)
 
-    def read(self, x: Tensor) -> Tensor:
+    def read_logits(self, x: Tensor) -> Tensor:
         """The logits [N, Vd] of hidden states [N, H], at least fp32."""
         norm = self.head.norm
         return linear(x, self.lm_head, norm=(norm.weight, norm.eps), dtype=torch.promote_types(x.dtype, torch.float32))
 
-    def after(self, tokens: Tensor, h: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def markov_logits(self, tokens: Tensor, h: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """What the Markov head adds to the logits below tokens [m], [m, Vd] at least fp32, and its states after them.
         """
         e, state = self.head.markov(tokens, h, state)
@@ -208,10 +208,10 @@ class Block(Drafter):
         return (self.head.kv,)
 
     def reset(self, state: State) -> None:
-        self.bound.follow(state)
+        self.bound.draft_prompt(state)
 
     def prefill(self, state: State, hidden: Tensor, slots: Tensor, mask: Tensor | TreeMask) -> None:
-        self.bound.remember(hidden, slots)
+        self.bound.add_context(hidden, slots)
 
     def propose(self, state: State) -> Tree:
         self.draft(state)
@@ -221,13 +221,13 @@ class Block(Drafter):
         """Catch up with what was committed, and draft all levels. Rows of `hidden` that do not count are remembered
         too, in slots that the block overwrites or cannot see."""
         _, places, _, (slots, _) = self.tree_ops.catch_up(state, self.max_depth + 1, self.scratch)
-        self.bound.remember(state.hidden, places)
+        self.bound.add_context(state.hidden, places)
         anchor = root_token(state)
         # The row at position p sees the context from position p - window + 1 on, as SpecForge trains it. speculators
         # lets all rows see back to `window` positions before the anchor: a difference of a few tokens at the edge.
         masks = {window: tree_mask(slots[0], self.visible, state.width, window) for window in self.head.cfg.windows}
-        x = self.bound.run(torch.cat((anchor, self.mask_tokens)), slots, slots, masks)[self.read_rows]
-        logits = self.bound.read(x)
+        x = self.bound.predict(torch.cat((anchor, self.mask_tokens)), slots, slots, masks)[self.read_rows]
+        logits = self.bound.read_logits(x)
         if self.head.markov:
             self.grow(state, anchor, x, logits)
         else:
@@ -246,7 +246,7 @@ class Block(Drafter):
         level = self.root_level._replace(tokens=anchor)
         vanilla = markov.kind == "vanilla"
         fused = vanilla and not isinstance(w2, Quantized)
-        h = x if vanilla else self.bound.normed(x)
+        h = x if vanilla else self.bound.last_norm(x)
         states = x.new_zeros(1, markov.w1.weight.shape[1])
         for depth in range(self.depth):
             noise = None if state.noise is None else state.noise[depth]
@@ -254,7 +254,7 @@ class Block(Drafter):
             if fused:
                 level = grow_markov(logits[depth:depth + 1], markov.w1.weight, w2, *below)
             else:
-                added, states = self.bound.after(level.tokens, h[depth:depth + 1], states)
+                added, states = self.bound.markov_logits(level.tokens, h[depth:depth + 1], states)
                 level = self.tree_ops.grow(logits[depth:depth + 1] + added, *below)
                 states = states[level.parent_rows] if markov.kind == "rnn" else states
 

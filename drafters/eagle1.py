@@ -62,13 +62,13 @@ class Eagle1(Eagle):
 
     def propose(self, state: State) -> Tree:
         predicted, scratch = self.extend(state)
-        logits, taken = self.bound.read(predicted, not self.levels)
+        logits, inputs = self.bound.read_logits(predicted, not self.levels)
         tokens = [self.best_children(logits, state, 0)]
         for depth, fed in enumerate(self.levels, 1):
             positions, slots = scratch[:, fed.scratch]
             mask = tree_mask(scratch[0, 0], fed.visible, state.width)
-            predicted = self.bound.run(tokens[-1][fed.nodes], taken, fed.parent_rows, positions, slots, mask)
-            logits, taken = self.bound.read(predicted, depth == len(self.levels))
+            predicted = self.bound.predict(tokens[-1][fed.nodes], inputs, fed.parent_rows, positions, slots, mask)
+            logits, inputs = self.bound.read_logits(predicted, depth == len(self.levels))
             tokens.append(self.best_children(logits, state, depth))
         return self.tree._replace(tokens=torch.cat((root_token(state), *tokens)))
 

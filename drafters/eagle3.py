@@ -90,8 +90,8 @@ class Eagle3Head(TappedHead):
 
 
 class BoundHead3:
-    """An EAGLE-3 head with the target that it drafts for, as draft.BoundHead. The head's input (`taken`) is g: fc of
-    the target's taps, or from the second level on its own hidden state h, without fc."""
+    """An EAGLE-3 head with the target that it drafts for, as draft.BoundHead. The head's inputs are g: fc of the
+    target's taps, or from the second level on its own hidden states h, without fc."""
 
     def __init__(self, head: Eagle3Head, target: Llama) -> None:
         self.head = head
@@ -105,16 +105,16 @@ class BoundHead3:
         """As BoundHead.weights."""
         return (self.head.fc,) if self.taps else (), (self.head.layers, self.lm_head), ()
 
-    def enter(self, hidden: Tensor) -> Tensor:
+    def make_inputs(self, hidden: Tensor) -> Tensor:
         """What the head drafts from, [T, H], of the target's taps or features."""
         return self.head.join(hidden)
 
-    def run(self, tokens: Tensor, taken: Tensor, parent_rows: Tensor | None, rope_pos: Tensor, cache_pos: Tensor,
+    def predict(self, tokens: Tensor, inputs: Tensor, parent_rows: Tensor | None, rope_pos: Tensor, cache_pos: Tensor,
             mask: Tensor | TreeMask) -> Tensor:
-        """The hidden states h [T, H] after tokens [T]. Row parent_rows[i] of `taken` [any, H] (without parent_rows: row
-        i) is g before token i."""
+        """The hidden states h [T, H] after tokens [T]. Row parent_rows[i] of `inputs` [any, H] (without parent_rows:
+        row i) is g before token i."""
         head = self.head
-        h, rows = taken, parent_rows
+        h, rows = inputs, parent_rows
         for layer, kv in zip(head.layers, head.kv):
             if layer.wide:
                 x, residual, rope = embed_pair(self.table, tokens, layer.embed_norm.weight, h, rows,
@@ -126,9 +126,9 @@ class BoundHead3:
             rows = None
         return h
 
-    def read(self, h: Tensor, last: bool) -> tuple[Tensor, Tensor]:
-        """The logits [N, Vd] of the tokens below hidden states h [N, H], at least fp32, and what the head takes from
-        them, [N, H]."""
+    def read_logits(self, h: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+        """The logits [N, Vd] of the tokens below hidden states h [N, H], at least fp32, and the inputs of the next
+        level, [N, H]."""
         norm = None if self.head.norm is None else (self.head.norm.weight, self.head.norm.eps)
         if self.head.cfg.norm_output:
             h = rms_norm(h, *norm)

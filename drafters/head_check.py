@@ -70,25 +70,25 @@ def right_guesses(head: Head, model: Llama, answers: list[Answer]) -> list[Tenso
     for answer in answers:
         ids = torch.tensor(answer.ids, device=device)
         positions = torch.arange(len(ids), device=device)
-        taken = bound.enter(model.forward_with_taps(ids[None], positions, taps=bound.taps)[1][0])
+        inputs = bound.make_inputs(model.forward_with_taps(ids[None], positions, taps=bound.taps)[1][0])
         for step in range(STEPS):
             told = ids[2 + step:]  # row i is fed token i + 1 + step and guesses the one after it
-            predicted = run_step(bound, ids, taken[:len(told)], step)
-            logits, taken = bound.read(predicted, False)
+            predicted = run_step(bound, ids, inputs[:len(told)], step)
+            logits, inputs = bound.read_logits(predicted, False)
             guesses = logits.argmax(-1)
             guesses = guesses if bound.ids is None else bound.ids[guesses]
             right[step].append((guesses == told)[max(0, answer.start - 2 - step):].cpu())
     return [torch.cat(parts) for parts in right]
 
 
-def run_step(bound: BoundHead | BoundHead3, ids: Tensor, taken: Tensor, step: int) -> Tensor:
+def run_step(bound: BoundHead | BoundHead3, ids: Tensor, inputs: Tensor, step: int) -> Tensor:
     """One step of drafting for all rows at once: what is predicted, [rows, H]. A row sees the first step's entries up
     to its own, made of true hidden states, and its own entries of the later steps."""
-    rows, n = len(taken), len(ids)
+    rows, n = len(inputs), len(ids)
     row = torch.arange(rows, device=ids.device)
     slot = torch.arange((step + 1) * n, device=ids.device)
     mask = torch.where(slot < n, slot <= row[:, None], slot % n == row[:, None])
-    return bound.run(ids[1 + step:1 + step + rows], taken, None, row + step, step * n + row, mask)
+    return bound.predict(ids[1 + step:1 + step + rows], inputs, None, row + step, step * n + row, mask)
 
 
 @torch.inference_mode()
@@ -105,14 +105,14 @@ def right_guesses_of_blocks(head: BlockHead, model: Llama, answers: list[Answer]
         ids = torch.tensor(answer.ids, device=device)
         n = len(ids)
         slots = torch.arange(n, device=device)
-        bound.remember(model.forward_with_taps(ids[None], slots, taps=head.cfg.taps)[1][0], slots)
+        bound.add_context(model.forward_with_taps(ids[None], slots, taps=head.cfg.taps)[1][0], slots)
         anchors = torch.arange(answer.start - 1, max(answer.start - 1, n - STEPS), device=device)
         x = run_blocks(bound, ids, anchors).unflatten(0, (-1, size))[:, skipped:]
         states = x.new_zeros(len(anchors), head.cfg.markov_rank)
         for step in range(min(STEPS, x.shape[1])):
-            logits = bound.read(x[:, step])
+            logits = bound.read_logits(x[:, step])
             if head.markov:
-                added, states = bound.after(ids[anchors + step], bound.normed(x[:, step]), states)
+                added, states = bound.markov_logits(ids[anchors + step], bound.last_norm(x[:, step]), states)
                 logits = logits + added
             guesses = logits.argmax(-1)
             guesses = guesses if bound.ids is None else bound.ids[guesses]
@@ -141,7 +141,7 @@ def run_blocks(bound: BoundBlock, ids: Tensor, anchors: Tensor) -> Tensor:
         if window is not None:
             in_context &= slot[:n] > place[:, None] - window
         masks[window] = torch.cat((in_context, in_block), 1)
-    return bound.run(tokens.flatten(), place, slot[n:], masks)
+    return bound.predict(tokens.flatten(), place, slot[n:], masks)
 
 
 def compare(head: Eagle3Head | BlockHead, open_fields: dict[str, tuple], model: Llama, answers: list[Answer]

@@ -76,10 +76,10 @@ def measure(model: Llama, head: Head, max_seq_len: int, sizes: tuple[int, ...] =
 
     with torch.inference_mode():  # not above: other engines go on with the caches that were allocated there
         if isinstance(drafter, Eagle2):
-            scratch, taken, level = drafter.begin(state)
+            scratch, inputs, level = drafter.begin(state)
             first = part_ms(drafter.begin, state)
-            further = part_ms(drafter.expand, state, scratch, taken, level, 1)
-            last = part_ms(drafter.expand, state, scratch, taken, level, LEVELS - 1)
+            further = part_ms(drafter.expand, state, scratch, inputs, level, 1)
+            last = part_ms(drafter.expand, state, scratch, inputs, level, LEVELS - 1)
             # An EAGLE-2 head's levels but the last also compute fc's share, which the next level reads. It takes
             # further - last and is counted with the level that reads it, so that a tree of one level has none.
             first -= further - last

@@ -13,42 +13,43 @@ from ops.cpu_integers import PACKED
 from ops.quantized import Quantized, to_tiles
 from quant.linear import drafting_rows
 
-ROOM = 512  # rows; if a prompt has more unlisted tokens, its latest ones get them
+PROMPT_ROWS = 512  # rows; if a prompt has more unlisted tokens, its latest ones get them
 LISTED = -2**40  # below every other rank
 
 
 class DraftRows:
     """`weights`: a list of one weight [Vd, C], the rows of lm_head [V, C] used for drafting. A caller that stacks them
-    with other rows adds the stacked weight, so that `follow` updates it too. `ids` [Vd] int64: their tokens, or None.
+    with other rows adds the stacked weight, so that `add_prompt` updates it too. `ids` [Vd] int64: their tokens, or
+    None.
 
     vocab [any] int64: the draft vocabulary; None: all rows. If it has a token for each row of lm_head, row i is token
-    vocab[i]. If it has fewer, the first `room` of the Vd rows are for the prompt's tokens: a multiple of 64, whole
-    tiles of every kernel; it may be 0. follows=False: no such rows. quantized: see drafting_rows.
+    vocab[i]. If it has fewer, the first `prompt_rows` of the Vd rows are for the prompt's tokens: a multiple of 64,
+    whole tiles of every kernel; it may be 0. with_prompt=False: no such rows. quantized: see drafting_rows.
     """
 
     def __init__(self, lm_head: Tensor | Quantized, vocab: Tensor | None, quantized: bool,
-                 follows: bool = True) -> None:
+                 with_prompt: bool = True) -> None:
         self.lm_head, self.quantized = lm_head, quantized
         self.ids = vocab
         others = 0 if vocab is None else lm_head.shape[0] - len(vocab)
-        self.room = min(ROOM, others) // 64 * 64 if follows else 0
-        if self.room:
+        self.prompt_rows = min(PROMPT_ROWS, others) // 64 * 64 if with_prompt else 0
+        if self.prompt_rows:
             self.rank = -torch.arange(lm_head.shape[0], device=vocab.device) - 1  # [V]: which token comes first
             self.rank[vocab] = LISTED
-            self.ids = torch.cat((self.rank.topk(self.room).indices, vocab))
+            self.ids = torch.cat((self.rank.topk(self.prompt_rows).indices, vocab))
         self.weights = [drafting_rows(lm_head, self.ids if others else None, quantized)]
 
-    def follow(self, tokens: Tensor, length: Tensor) -> None:
-        """Put the tokens of a prompt that are not listed into the room. tokens [any] int64, the first `length` count
-        (0-d int64). On a GPU nothing is read on the host."""
-        if not self.room:
+    def add_prompt(self, tokens: Tensor, length: Tensor) -> None:
+        """Put the tokens of a prompt that are not listed into the first rows. tokens [any] int64, the first `length`
+        count (0-d int64). On a GPU nothing is read on the host."""
+        if not self.prompt_rows:
             return
         place = torch.arange(len(tokens), device=tokens.device)
         last = self.rank.scatter_reduce(0, tokens, torch.where(place < length, place, LISTED), "amax")
-        ids = last.where(self.rank > LISTED, LISTED).topk(self.room).indices
-        if not ids.is_cuda and torch.equal(ids, self.ids[:self.room]):
+        ids = last.where(self.rank > LISTED, LISTED).topk(self.prompt_rows).indices
+        if not ids.is_cuda and torch.equal(ids, self.ids[:self.prompt_rows]):
             return  # the weights may be packed in FBGEMM's order: after a change all of them are packed again
-        self.ids[:self.room] = ids
+        self.ids[:self.prompt_rows] = ids
         for weight in self.weights:
             overwrite(weight, drafting_rows(self.lm_head, ids, self.quantized))
 

@@ -40,7 +40,7 @@ class PlainBlock:
         q, k = self.norm(at + "q_norm", q), self.norm(at + "k_norm", k)
         return rotate(q, place, sizes), (rotate(k, place, sizes), v)
 
-    def remember(self, taps: Tensor, place: int) -> list[KeyValue]:
+    def add_context(self, taps: Tensor, place: int) -> list[KeyValue]:
         """A context entry: for each layer key and value of the token at this place, of its taps [k * C]."""
         t = self.norm("hidden_norm", self.linear("fc", taps))
         return [self.qkv(layer, t, place)[1] for layer in range(self.cfg.layer.num_layers)]
@@ -79,7 +79,7 @@ class BlockBuilder:
 
     def __init__(self, head: PlainBlock, text: list[int], taps: Tensor, sampling: Sampling = Sampling()) -> None:
         self.head, self.text, self.sampling = head, text, sampling
-        self.context = [head.remember(row, place) for place, row in enumerate(taps)]
+        self.context = [head.add_context(row, place) for place, row in enumerate(taps)]
 
     def noise(self, place: int) -> Tensor | float:
         s = self.sampling

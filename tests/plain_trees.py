@@ -72,12 +72,12 @@ class PlainHead:
         y = self.w[name + ".weight"] @ x
         return y + self.w[name + ".bias"] if name + ".bias" in self.w else y
 
-    def enter(self, token: int, feature: Tensor) -> Tensor:
+    def make_input(self, token: int, feature: Tensor) -> Tensor:
         return self.linear("fc", torch.cat((self.embed[token], feature)))
 
     def run(self, token: int, feature: Tensor, position: int, seen: list[Row]) -> tuple[Row, Tensor]:
         """The key and value of a row, and the feature predicted after it."""
-        x, size = self.enter(token, feature), self.cfg.head_dim
+        x, size = self.make_input(token, feature), self.cfg.head_dim
         q, k = (rotate(self.linear(f"self_attn.{name}_proj", x).view(-1, size), position, self.cfg) for name in "qk")
         row = ((k, self.linear("self_attn.v_proj", x).view(-1, size)),)
         x = x + self.linear("self_attn.o_proj", attend(q, [layers[0] for layers in (*seen, row)]))
@@ -122,7 +122,7 @@ class PlainHead3:
             hidden = self.norm("input_norm", hidden)
         return self.linear("fc", hidden)
 
-    def enter(self, token: int, feature: Tensor) -> Tensor:
+    def make_input(self, token: int, feature: Tensor) -> Tensor:
         """What the first layer reads."""
         return torch.cat((self.norm("layers.0.embed_norm", self.embed[token]),
                           self.norm("layers.0.feature_norm", feature)))
@@ -272,7 +272,7 @@ def check_rows(cycle: Cycle, plain: Plain, builder: Builder, atol: float) -> Non
     length, (extend, *levels) = cycle.length, cycle.calls
     first, n = length - 1 - cycle.committed, cycle.committed
     assert extend.tokens[:n] == builder.text[first + 1:length]
-    given = [builder.head.enter(builder.text[i + 1], builder.features[i]) for i in range(first, length - 1)]
+    given = [builder.head.make_input(builder.text[i + 1], builder.features[i]) for i in range(first, length - 1)]
     assert torch.allclose(extend.given[:n], torch.stack(given), atol=atol, rtol=0)
     assert extend.rope_pos[:n] == extend.cache_pos[:n] == list(range(first, length - 1))
     assert extend.seen[:n] == [set(range(i + 1)) for i in range(first, length - 1)]

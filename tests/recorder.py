@@ -31,35 +31,35 @@ class Cycle:
 
 
 class Recorder:
-    """Replaces `run` of this drafter's head and its `propose` by methods that record and then call the originals."""
+    """Replaces `predict` of this drafter's head and its `propose` by methods that record and call the originals."""
 
     def __init__(self, drafter: Eagle1 | Eagle2) -> None:
         self.drafter = drafter
         self.cycles: list[Cycle] = []
-        self.original_run = drafter.bound.run
+        self.original_predict = drafter.bound.predict
         self.original_propose = drafter.propose
-        drafter.bound.run = self.run
+        drafter.bound.predict = self.predict
         drafter.propose = self.propose
 
-    def run(self, tokens: Tensor, taken: Tensor, parent_rows: Tensor | None, rope_pos: Tensor,
+    def predict(self, tokens: Tensor, inputs: Tensor, parent_rows: Tensor | None, rope_pos: Tensor,
             cache_pos: Tensor, mask: Tensor | TreeMask) -> Tensor:
         within_propose = self.cycles and self.cycles[-1].tree is None  # else prefill runs the head
         if within_propose:
             dense = mask.dense(len(tokens), self.drafter.head.rope.shape[1]) if isinstance(mask, TreeMask) else mask
             seen = [set(row.nonzero().flatten().tolist()) for row in dense]
-            share = taken if parent_rows is None else taken[parent_rows]
+            share = inputs if parent_rows is None else inputs[parent_rows]
             given = self.first_input(tokens, share)
             self.cycles[-1].calls.append(Call(tokens.tolist(), given, rope_pos.tolist(), cache_pos.tolist(), seen))
-        return self.original_run(tokens, taken, parent_rows, rope_pos, cache_pos, mask)
+        return self.original_predict(tokens, inputs, parent_rows, rope_pos, cache_pos, mask)
 
-    def first_input(self, tokens: Tensor, taken: Tensor) -> Tensor:
+    def first_input(self, tokens: Tensor, inputs: Tensor) -> Tensor:
         bound = self.drafter.bound
         if hasattr(bound, "fc_of_token"):
-            return bound.fc_of_token[tokens] + taken
+            return bound.fc_of_token[tokens] + inputs
         layer = bound.head.layers[0]
         size, eps = layer.embed_norm.weight.shape, layer.embed_norm.eps
         return torch.cat((F.rms_norm(bound.table[tokens], size, layer.embed_norm.weight, eps),
-                          F.rms_norm(taken, size, layer.feature_norm.weight, eps)), -1)
+                          F.rms_norm(inputs, size, layer.feature_norm.weight, eps)), -1)
 
     def propose(self, state: State) -> Tree:
         cycle = Cycle(int(state.length), int(state.committed))

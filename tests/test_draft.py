@@ -136,13 +136,13 @@ def test_draft_vocabulary(kind: type, temperature: float) -> None:
         drafter = kind(head, model)
         recorder = Recorder(drafter)
         if head.vocab is None:
-            impossible, read = torch.full((24,), -1e9).index_fill(0, vocab, 0), drafter.bound.read
+            impossible, read = torch.full((24,), -1e9).index_fill(0, vocab, 0), drafter.bound.read_logits
 
-            def read_less(*args, read=read, impossible=impossible):
+            def read_fewer(*args, read=read, impossible=impossible):
                 logits, taken = read(*args)
                 return logits + impossible, taken
 
-            drafter.bound.read = read_less
+            drafter.bound.read_logits = read_fewer
         runs.append((list(Engine(model, drafter, 96).generate(ids, 30, sampling)), recorder.cycles))
     (ours, mine), (theirs, full) = runs
     assert ours == theirs and sum(ours, []) == sum(Engine(model, Vanilla(), 96).generate(ids, 30, sampling), [])

@@ -133,15 +133,14 @@ def join(head: Eagle3Head, taps: Tensor) -> Tensor:
     return head.fc(fc_inputs(head, taps) * head.tap_scale)
 
 
-def unrolled3(head: Eagle3Head, embedding: Tensor, taken: Tensor, rope: Tensor, keys: list[list[Tensor]],
+def unrolled3(head: Eagle3Head, embedding: Tensor, h: Tensor, rope: Tensor, keys: list[list[Tensor]],
               values: list[list[Tensor]]) -> Tensor:
-    """One draft step of the head for R positions at once: what it takes from them at the next step [B, R, H], which is
+    """One draft step of the head for R positions at once: its inputs at the next step [B, R, H], which are
     h, normed if the head has norm_output. As training.steps.unrolled, with lists of keys and values for each layer.
 
-    embedding [B, R, H] of the tokens, taken [B, R, H] from the step before or from the taps, rope [2, R, D].
+    embedding [B, R, H] of the tokens, h [B, R, H] from the step before or from the taps, rope [2, R, D].
     On a GPU autocast makes norms fp32, where drafting rounds them to bf16.
     """
-    h = taken
     for layer, layer_keys, layer_values in zip(head.layers, keys, values):
         x = residual = h
         if layer.wide:
@@ -152,14 +151,14 @@ def unrolled3(head: Eagle3Head, embedding: Tensor, taken: Tensor, rope: Tensor, 
     return head.norm(h).to(h.dtype) if head.cfg.norm_output else h
 
 
-def distill3(head: Eagle3Head, target_rows: Tensor, taken: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:
+def distill3(head: Eagle3Head, target_rows: Tensor, h: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:
     """For each of N places: the loss [N] fp32, and whether the best token is the target's, [N] bool.
 
-    target_rows [Vd, C]: the target's lm_head for the draft tokens. taken [N, H] is unrolled3's, feature [N, C] the
+    target_rows [Vd, C]: the target's lm_head for the draft tokens. h [N, H] is unrolled3's, feature [N, C] the
     target's."""
     target = F.linear(feature, target_rows).detach().float()
     rows = target_rows if head.lm_head is None else head.lm_head.weight
-    logits = F.linear(taken if head.cfg.norm_output else head.norm(taken), rows).float()
+    logits = F.linear(h if head.cfg.norm_output else head.norm(h), rows).float()
     return soft_cross_entropy(logits, target), logits.argmax(-1) == target.argmax(-1)
 
 
@@ -244,17 +243,17 @@ class Eagle3Trainer(TappedTrainer):
             return x[:, first:first + rows].flatten(0, 1).index_select(0, places)
 
         with self.amp:
-            taken = self.join(head, taps[:, :rows])
+            h = self.join(head, taps[:, :rows])
         for j in range(1, self.ahead + 1):  # row s predicts what follows feature s + j, as in Trainer.losses
             with self.amp:
                 embedding = self.model.embed(tokens[:, j:j + rows])
                 rope = self.rope[:, j - 1:j - 1 + rows]
-                taken = self.unrolled(head, embedding, taken, rope, keys, values)
+                h = self.unrolled(head, embedding, h, rope, keys, values)
                 answers = at_places(of_answer, j + 1)
                 learned = answers & at_places(known, j + 1)  # nothing of other tokens, where the head disagrees
                 loss, agree = in_parts(partial(self.distill, head, self.target_rows), len(self.target_rows),
                                        self.args.decay ** (j - 1) * shares(learned),
-                                       at_places(taken, 0), at_places(features, j))
+                                       at_places(h, 0), at_places(features, j))
             total = total + loss
             agreements.append(((agree & learned) * shares(answers)).sum())
         return total, agreements

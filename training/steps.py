@@ -71,26 +71,26 @@ def distill(lm_head: Tensor, regression: float, predicted: Tensor, feature: Tens
     return soft_cross_entropy(logits, target) + regression * distance, logits.argmax(-1) == target.argmax(-1)
 
 
-def in_parts(loss_of: Callable[..., tuple[Tensor, Tensor]], tokens: int, weight: Tensor, taken: Tensor, *rows: Tensor
+def in_parts(loss_of: Callable[..., tuple[Tensor, Tensor]], tokens: int, weight: Tensor, outputs: Tensor, *rows: Tensor
              ) -> tuple[Tensor, Tensor]:
     """The sum of weight * loss over N places, 0-d, and where the best tokens agree, [N] bool. Only the logits of a part
     of the places are in memory at a time. (All, of four draft steps and 152,000 tokens, would take 20 GB.)
 
-    loss_of(taken, *rows) gives loss and agreement of each place, from logits of `tokens` tokens. weight [N] fp32; taken
-    and rows [N, any]. The gradients come in two steps: those of what else loss_of reads (an lm_head, a last norm) are
-    added to .grad here, part by part; that of `taken` comes with the backward pass of the sum. So the caller sets .grad
-    to None before, runs that pass once, and scales nothing but `weight`.
+    loss_of(outputs, *rows) gives loss and agreement of each place, from logits of `tokens` tokens. weight [N] fp32,
+    outputs and rows [N, any]. The gradients come in two steps: those of what else loss_of reads (an lm_head, a last
+    norm) are added to .grad here, part by part; that of `outputs` comes with the backward pass of the sum. So the
+    caller sets .grad to None before, runs that pass once, and scales nothing but `weight`.
     """
     losses, agreements, gradients = [], [], []
-    size = places_in_part(len(taken), tokens)
-    for part, weights, *others in zip(*(t.split(size) for t in (taken.detach(), weight, *rows))):
+    size = places_in_part(len(outputs), tokens)
+    for part, weights, *others in zip(*(t.split(size) for t in (outputs.detach(), weight, *rows))):
         loss, agree = loss_of(part.requires_grad_(), *others)
         loss = (loss * weights).sum()
         loss.backward()
         losses.append(loss.detach())
         agreements.append(agree)
         gradients.append(part.grad)
-    zero = ((taken - taken.detach()) * torch.cat(gradients)).sum()  # its gradient for `taken` is that of the sum
+    zero = ((outputs - outputs.detach()) * torch.cat(gradients)).sum()  # its gradient for `outputs` is that of the sum
     return sum(losses) + zero, torch.cat(agreements)
 
 

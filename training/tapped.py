@@ -91,13 +91,13 @@ class TappedTrainer(Trainer):
         return self.module.cfg.layer
 
     @property
-    def follows(self) -> bool:
+    def with_prompt(self) -> bool:
         """Whether drafting will have rows for tokens of the prompt that are not in the draft vocabulary."""
         return self.module.lm_head is None
 
     def use_vocab(self) -> None:
         """Take the draft vocabulary from the head."""
-        self.draft_rows = DraftRows(self.model.lm_head.weight, self.module.vocab, False, self.follows)
+        self.draft_rows = DraftRows(self.model.lm_head.weight, self.module.vocab, False, self.with_prompt)
         self.target_rows = self.draft_rows.weights[0]  # [Vd, C]
 
     def resume(self, work: Path) -> None:
@@ -105,14 +105,14 @@ class TappedTrainer(Trainer):
         self.use_vocab()
 
     def known(self, tokens: Tensor) -> Tensor:
-        """If `follows`, put tokens of these dialogues [B, S] that are not draft tokens into `target_rows` (at most
-        draft_rows.room). Returns which tokens have a row, [V] bool. Where the text's next token has none, nothing is
-        learned. (Testing the target's best token instead would cost a product with its whole lm_head, for a few
-        positions that differ.)"""
+        """If `with_prompt`, put tokens of these dialogues [B, S] that are not draft tokens into `target_rows` (at most
+        draft_rows.prompt_rows). Returns which tokens have a row, [V] bool. Where the text's next token has none,
+        nothing is learned. (Testing the target's best token instead would cost a product with its whole lm_head, for a
+        few positions that differ.)"""
         known = torch.zeros(self.model.cfg.vocab_size, dtype=torch.bool, device=self.device)
         if self.draft_rows.ids is None:
             return ~known
-        self.draft_rows.follow(tokens.flatten(), torch.full((), tokens.numel(), device=self.device))
+        self.draft_rows.add_prompt(tokens.flatten(), torch.full((), tokens.numel(), device=self.device))
         return known.index_fill(0, self.draft_rows.ids, True)
 
     def published(self) -> tuple[dict[str, Tensor], Tensor | None]:

@@ -45,11 +45,11 @@ def guesses(model: Llama, head: BlockHead, ids: list[int]) -> tuple[Tensor, Tens
     tokens = torch.tensor(ids)
     head.allocate_cache(n + len(anchors) * head.cfg.block_size)
     model.allocate_rope(n)
-    bound.remember(model.forward_with_taps(tokens[None], slots, taps=head.cfg.taps)[1][0], slots)
+    bound.add_context(model.forward_with_taps(tokens[None], slots, taps=head.cfg.taps)[1][0], slots)
     x = run_blocks(bound, tokens, anchors)
-    logits = bound.read(x)
+    logits = bound.read_logits(x)
     if head.markov:
-        logits = logits + bound.after(tokens[torch.arange(len(x)) % n], x, None)[0]
+        logits = logits + bound.markov_logits(tokens[torch.arange(len(x)) % n], x, None)[0]
     return x, logits
 
 

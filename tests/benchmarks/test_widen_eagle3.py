@@ -24,13 +24,13 @@ def guesses(model: Llama, head: Eagle3Head, ids: list[int]) -> tuple[Tensor, Ten
     model.allocate_rope(n)
     position = torch.arange(n)
     tokens = torch.tensor(ids)
-    taken = bound.enter(model.forward_with_taps(tokens[None], position, taps=bound.taps)[1][0])
+    inputs = bound.make_inputs(model.forward_with_taps(tokens[None], position, taps=bound.taps)[1][0])
     found = []
     for step in range(2):
         slot = torch.arange((step + 1) * n)
         mask = torch.where(slot < n, slot <= position[:, None], slot % n == position[:, None])
-        h = bound.run(tokens.roll(-1 - step), taken, None, position + step, step * n + position, mask)
-        logits, taken = bound.read(h, False)
+        h = bound.predict(tokens.roll(-1 - step), inputs, None, position + step, step * n + position, mask)
+        logits, inputs = bound.read_logits(h, False)
         found.append((h, logits))
     return tuple(map(torch.stack, zip(*found, strict=True)))
 

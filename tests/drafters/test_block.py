@@ -167,7 +167,7 @@ def test_quantized(mode: str | None) -> None:
     drafter = Block(head, model, 16)
     drafter.allocate(64)
     hidden, slots = torch.randn(5, 3 * 256), torch.arange(5)
-    drafter.bound.remember(hidden, slots)
+    drafter.bound.add_context(hidden, slots)
     for i, layer in enumerate(head.layers):
         rows = layer.num_kv_heads * layer.head_dim
         made = layer.wqkv(head.hidden_norm(head.fc(hidden)))[:, -2 * rows:]

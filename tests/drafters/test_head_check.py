@@ -89,7 +89,7 @@ def guessed_by(plain: PlainBlock, model: Llama, ids: list[int], length: int, own
     """A text that begins with `ids`, in which every `own`-th token is the first guess of the head."""
     while len(ids) < length:
         taps = model.forward_with_taps(torch.tensor([ids]), torch.arange(len(ids)), taps=plain.cfg.taps)[1][0]
-        context = [plain.remember(row, place) for place, row in enumerate(taps[:-1])]
+        context = [plain.add_context(row, place) for place, row in enumerate(taps[:-1])]
         h = plain.rows(ids[-1], len(ids) - 1, context)[0]
         logits = plain.lm_head @ h
         if plain.cfg.markov:
@@ -114,7 +114,7 @@ def test_guesses_of_blocks(kind: str) -> None:
     expected = [[] for _ in range(steps)]
     for ids, start in answers:
         taps = model.forward_with_taps(torch.tensor([ids]), torch.arange(len(ids)), taps=head.cfg.taps)[1][0]
-        context = [plain.remember(row, place) for place, row in enumerate(taps)]
+        context = [plain.add_context(row, place) for place, row in enumerate(taps)]
         for anchor in range(start - 1, len(ids) - STEPS):
             state = torch.zeros(head.cfg.markov_rank, dtype=torch.float64)
             for step, h in enumerate(plain.rows(ids[anchor], anchor, context[:anchor])[:steps]):

@@ -35,7 +35,7 @@ def values(weight: Tensor | Quantized) -> Tensor:
 def test_rows_are_the_tokens(mode: str | None, tiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a row is not its token's, in rows or in the order of a CPU's kernels; if a token of the prompt that is
     not listed is left out, or one is twice there; if text behind the prompt counts, or what an older prompt left."""
-    monkeypatch.setattr(draft_rows, "ROOM", 64)
+    monkeypatch.setattr(draft_rows, "PROMPT_ROWS", 64)
     lm_head = torch.randn(1008, 256, generator=torch.Generator().manual_seed(0))
     weight = quantize_weight(lm_head, mode) if mode else lm_head
     expected = values(weight).clone()
@@ -49,7 +49,7 @@ def test_rows_are_the_tokens(mode: str | None, tiled: bool, monkeypatch: pytest.
         to_tiles(rows.weights[0])
     for prompt in ([7, 3, 700, 1000, 7], list(range(400, 800)), []):
         tokens = torch.tensor([*prompt, 901, 902, 904])
-        rows.follow(tokens, torch.tensor(len(prompt)))
+        rows.add_prompt(tokens, torch.tensor(len(prompt)))
         ids = rows.ids.tolist()
         own = [t for t in dict.fromkeys(reversed(prompt)) if t not in LISTED]
         assert ids[:min(64, len(own))] == own[:64]
@@ -66,8 +66,8 @@ def test_rows_of_a_quantised_head(mode: str | None) -> None:
     lm_head = torch.randn(1008, 256, generator=torch.Generator().manual_seed(0))
     weight = quantize_weight(lm_head, mode) if mode else lm_head
     rows = DraftRows(weight, LISTED, True)
-    rows.follow(torch.tensor([7, 3, 700]), torch.tensor(3))
-    assert {7, 700} <= {*rows.ids[:rows.room].tolist()} and rows.room == 512
+    rows.add_prompt(torch.tensor([7, 3, 700]), torch.tensor(3))
+    assert {7, 700} <= {*rows.ids[:rows.prompt_rows].tolist()} and rows.prompt_rows == 512
     assert torch.equal(values(rows.weights[0]), values(drafting_rows(weight, rows.ids, True)))
 
 
@@ -88,14 +88,14 @@ def test_all_tokens_in_another_order(tmp_path: Path) -> None:
         assert loaded.vocab is None and rows.ids is None and torch.equal(rows.lm_head, own)
 
 
-def test_without_room() -> None:
+def test_without_prompt_rows() -> None:
     """Fails if a head that has rows of its own, or a list of nearly all tokens, or one that is not to follow a prompt,
     gets rows of other tokens."""
     lm_head = torch.randn(192, 16)
-    for vocab, rows, follows in ((None, lm_head, True), (LISTED, lm_head, True),
+    for vocab, rows, with_prompt in ((None, lm_head, True), (LISTED, lm_head, True),
                                  (torch.arange(150), lm_head[:150], True), (torch.arange(64), lm_head[:64], False)):
-        made = DraftRows(lm_head, vocab, False, follows)
-        made.follow(torch.tensor([191]), torch.tensor(1))
+        made = DraftRows(lm_head, vocab, False, with_prompt)
+        made.add_prompt(torch.tensor([191]), torch.tensor(1))
         assert made.ids is vocab or torch.equal(made.ids, vocab)
         assert torch.equal(made.weights[0], rows)
 
@@ -136,7 +136,7 @@ def make(kind: str, model: Llama, listed: Tensor) -> Eagle1 | Eagle2 | Block:
 def test_drafts_as_from_one_list(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a head drafts the prompt's tokens in another way than listed ones, or the text is not vanilla's: the
     trees must be those of a head whose list has the prompt's tokens too. The second prompt must not see the first."""
-    monkeypatch.setattr(draft_rows, "ROOM", 64)
+    monkeypatch.setattr(draft_rows, "PROMPT_ROWS", 64)
     model = tiny.pair(4, 0.1, vocab_size=1000)[0]
     drafter = make(kind, model, LISTED)
     engine = Engine(model, drafter, 96)
@@ -146,7 +146,7 @@ def test_drafts_as_from_one_list(kind: str, monkeypatch: pytest.MonkeyPatch) -> 
         found = list(engine.generate(ids, 20, Sampling(temperature)))
         assert {*ids} <= {*drafter.bound.ids.tolist()}
         with monkeypatch.context() as patch:
-            patch.setattr(draft_rows, "ROOM", 0)
+            patch.setattr(draft_rows, "PROMPT_ROWS", 0)
             other = make(kind, model, drafter.bound.ids.sort().values)
         others = trees_of(other)
         assert list(Engine(model, other, 96).generate(ids, 20, Sampling(temperature))) == found

@@ -322,10 +322,11 @@ def test_draft_head(mode: str, group: int, folder: Path) -> None:
     assert error.norm() < (0.12 if mode == "int4" else 0.01) * before.bound.fc.float().norm()
     assert (after.bound.lm_head_and_fc is None) == (mode == "int4")  # int8 rows and int4 rows cannot be stacked
     features = random(3, 64, seed=5)
-    for found, weight in zip(after.bound.read(features, False), (after.bound.lm_head, after.bound.fc), strict=True):
+    outputs = after.bound.read_logits(features, False)
+    for found, weight in zip(outputs, (after.bound.lm_head, after.bound.fc), strict=True):
         exact = features @ plain(weight, 64).mT
         assert (found - exact).norm() < 0.03 * exact.norm()
-    logits, nothing = after.bound.read(features, True)
+    logits, nothing = after.bound.read_logits(features, True)
     assert nothing is None and logits.shape == (3, 12)
     quantize_linears(target, mode, group)
     rows = plain(Eagle2(head, target).bound.lm_head, 64)

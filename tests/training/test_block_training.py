@@ -72,7 +72,7 @@ def test_rows_are_what_drafting_computes(case: dict, tmp_path: Path) -> None:
     losses, hits, counts = [[] for _ in range(size)], [0] * size, [0] * size
     for b, row in enumerate(anchors.tolist()):
         logits = (features[b] @ model.lm_head.weight.T).tolist()
-        context = [plain.remember(taps[b, p], p) for p in range(20)]
+        context = [plain.add_context(taps[b, p], p) for p in range(20)]
         for a in row:
             for j, h in enumerate(plain.rows(int(tokens[b, a]), a, context[:a])):
                 if data[b, a + j + 1] < 0:

@@ -99,13 +99,13 @@ def drafted(head: Eagle3Head, model: Llama, ids: list[int], place: int, depth: i
     if place:
         slots, mask = torch.arange(place), causal_mask(torch.tensor(0), place, place)
         drafter.prefill(state, taps[:place], slots, mask)
-    found = [drafter.bound.read(drafter.extend(state)[0], False)]
+    found = [drafter.bound.read_logits(drafter.extend(state)[0], False)]
     for level in range(1, depth):
         slot = torch.tensor([place + level])  # of the chain's node `level`, which sees the chain up to itself
-        h = drafter.bound.run(tokens[slot + 1], found[-1][1], None, slot, slot, causal_mask(slot[0], 1, 64))
-        found.append(drafter.bound.read(h, False))
-    logits, taken = zip(*found)
-    return torch.cat(taken), torch.cat(logits)
+        h = drafter.bound.predict(tokens[slot + 1], found[-1][1], None, slot, slot, causal_mask(slot[0], 1, 64))
+        found.append(drafter.bound.read_logits(h, False))
+    logits, inputs = zip(*found)
+    return torch.cat(inputs), torch.cat(logits)
 
 
 # ----- A step and its loss -----------------------------------------------------------------------------------------
@@ -145,10 +145,10 @@ def test_unrolled_is_what_drafting_does(case: str, tmp_path: Path) -> None:
         text = [~t if t < 0 else t for t in row]
         target = tiny.logits(model, text).tolist()
         for s in range(rows):
-            taken, logits = drafted(head, model, text, s, steps)
+            inputs, logits = drafted(head, model, text, s, steps)
             for j in range(1, steps + 1):
                 found = predictions[j - 1][b, s]
-                assert (found - taken[j - 1]).norm() < 1e-4 * taken[j - 1].norm(), (s, j)  # attention is float32
+                assert (found - inputs[j - 1]).norm() < 1e-4 * inputs[j - 1].norm(), (s, j)  # attention is float32
                 if row[s + j + 1] < 0:
                     continue
                 counts[j - 1] += 1
@@ -199,11 +199,11 @@ def test_new_head(norms: bool | None, tmp_path: Path) -> None:
     assert norms or torch.allclose(logits, lens, rtol=1e-2, atol=1e-2)
     keys, values = [[]], [[]]
     with torch.no_grad():
-        taken = made.unrolled(made.module, model.embed(tokens[:, 1:]), first[:, :-1], made.rope[:, :31].float(), keys,
+        h = made.unrolled(made.module, model.embed(tokens[:, 1:]), first[:, :-1], made.rope[:, :31].float(), keys,
                               values)
-    agree = (made.module.lm_head(taken if norms else made.module.norm(taken)).argmax(-1) == lens[:, :-1].argmax(-1))
+    agree = (made.module.lm_head(h if norms else made.module.norm(h)).argmax(-1) == lens[:, :-1].argmax(-1))
     assert agree.float().mean() > 0.95
-    sizes = [x.square().mean(-1).sqrt().median().item() for x in (first, taken)]
+    sizes = [x.square().mean(-1).sqrt().median().item() for x in (first, h)]
     assert sizes[0] == pytest.approx(sizes[1], rel=0.2) and (norms or sizes[0] == pytest.approx(1, rel=0.1))
     read = fc_inputs(made.module, taps) * made.module.tap_scale
     assert 0.5 < read.abs().flatten(0, 1).median(0).values.median() < 2 and read.abs().max() < 100

@@ -218,13 +218,13 @@ def test_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     lm_head = nn.Linear(12, 100, bias=False)
     sizes = []
 
-    def loss_of(taken: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:
-        sizes.append(len(taken))
-        logits, target = lm_head(taken), feature @ rows.T
+    def loss_of(outputs: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:
+        sizes.append(len(outputs))
+        logits, target = lm_head(outputs), feature @ rows.T
         return soft_cross_entropy(logits, target), logits.argmax(-1) == target.argmax(-1)
 
-    taken = given * 2
-    loss, agree = loss_of(taken, feature)
+    outputs = given * 2
+    loss, agree = loss_of(outputs, feature)
     (3 * (loss * weight).sum()).backward()
     expected = given.grad, lm_head.weight.grad / 3
     for logits, parts in ((4500, [45]), (4499, [24, 21]), (1600, [16, 16, 13]), (1, [8, 8, 8, 8, 8, 5])):

@@ -215,9 +215,9 @@ def drafted(head: EagleHead, model: Llama, ids: list[int], place: int, depth: in
     predicted = [drafter.extend(state)[0]]
     for level in range(1, depth):
         slot = torch.tensor([place + level])  # of the chain's node `level`, which sees the chain up to itself
-        taken = drafter.bound.read(predicted[-1], False)[1]
+        inputs = drafter.bound.read_logits(predicted[-1], False)[1]
         mask = causal_mask(slot[0], 1, 64)
-        predicted.append(drafter.bound.run(tokens[slot + 1], taken, None, slot, slot, mask))
+        predicted.append(drafter.bound.predict(tokens[slot + 1], inputs, None, slot, slot, mask))
     return torch.cat(predicted)
 
 
