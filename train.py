@@ -113,7 +113,8 @@ def train(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.out}: no head to evaluate: name its folder with --out, or its kind with --kind; "
                          "without one give --eval_prompts 0")
     tokenizer, data = write_and_train(args)
-    if listed:
+    # A list that no one asked for is not written from so few dialogues that it would lack frequent tokens.
+    if listed and (args.draft_vocab or torch.bincount(data[data >= 0]).count_nonzero() >= listed):
         save_vocab(data, args.out, listed)
     if not args.eval_prompts or not (args.steps or has_head):
         return

@@ -464,11 +464,16 @@ def test_command_from_start_to_end(command, capsys: pytest.CaptureFixture) -> No
 
 
 @pytest.mark.slow
-def test_a_list_by_itself(command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_list_by_itself(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a head that is trained drafts from the whole vocabulary where no one asked for it, if a list of another
-    length is replaced when training goes on, or if a head that is only evaluated gets one."""
-    monkeypatch.setattr(trainer, "DRAFT_VOCAB", 14)
+    length is replaced when training goes on, or if a head that is only evaluated, or one that learned from too few
+    different tokens, gets one."""
     folder = command("--steps", 1, "--draft_vocab", 0, "--eval_prompts", 0)
+    monkeypatch.setattr(trainer, "DRAFT_VOCAB", Config.load(folder).vocab_size - 1)
+    command("--steps", 1, "--eval_prompts", 0, "--out", tmp_path / "few", "--work", tmp_path / "work", "--tokens", 0,
+            "--generate_batch", 2, "--batch", 2)
+    assert not (tmp_path / "few/draft_vocab.json").exists()
+    monkeypatch.setattr(trainer, "DRAFT_VOCAB", 14)
     listed = folder / "eagle/draft_vocab.json"
     assert not listed.exists()
     command("--steps", 0, "--eval_prompts", 1)
