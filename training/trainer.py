@@ -76,7 +76,7 @@ class Trainer:
         """Raise ValueError for options that do not fit this target, before anything is written."""
         check_ahead("unroll", args.unroll, args.length)
         if args.draft_vocab and not 10 <= args.draft_vocab <= target.vocab_size:
-            raise ValueError(f"--draft_vocab takes 10 to {target.vocab_size} tokens, which are all that the model has")
+            raise ValueError(f"--draft_vocab takes 10 to {target.vocab_size} tokens, or 0 for all that the model has")
 
     @classmethod
     def listed(cls, args: argparse.Namespace, target: Config) -> int:
