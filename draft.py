@@ -182,7 +182,7 @@ class BoundHead:
         return linear(hidden, self.fc)
 
     def predict(self, tokens: Tensor, inputs: Tensor, parent_rows: Tensor | None, rope_pos: Tensor, cache_pos: Tensor,
-            mask: Tensor | TreeMask) -> Tensor:
+                mask: Tensor | TreeMask) -> Tensor:
         """The features [T, C] predicted after tokens [T]. Row parent_rows[i] of `inputs` [any, C] (without parent_rows:
         row i) is the input from the feature before token i."""
         x, rope = embed(self.fc_of_token, tokens, self.head.rope, rope_pos, inputs, parent_rows)

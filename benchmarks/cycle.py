@@ -90,18 +90,18 @@ def cycle_parts(engine: Engine) -> list[dict]:
         parts.append({"part": name, "ms": timed(function, engine.device), "gb": gb})
         return function()  # once more, outside of any CUDA graph: the next part reads the result
 
-    enter_gb, level_gb, next_gb = (gigabytes(*weights) for weights in drafter.bound.weights())
+    inputs_gb, level_gb, next_gb = (gigabytes(*weights) for weights in drafter.bound.weights())
     level_gb += kv_gigabytes(drafter.head.kv, length)
     if isinstance(drafter, Eagle2):
         next_gb = [next_gb] * (drafter.levels - 1) + [0]  # of each level but the last
         scratch, inputs, level = time_part(f"draft: extend, {drafter.max_depth + 1} rows",
-                                          enter_gb + level_gb + next_gb[0], partial(drafter.begin, state))
+                                           inputs_gb + level_gb + next_gb[0], partial(drafter.begin, state))
         for depth in range(1, drafter.levels):
             inputs, level = time_part(
                 f"draft: expansion {depth}, {drafter.topk} rows", level_gb + next_gb[depth],
                 partial(drafter.expand, state, scratch, inputs, level, depth))
     else:
-        time_part(f"draft: block, {drafter.rows} rows", enter_gb + level_gb, partial(drafter.draft, state))
+        time_part(f"draft: block, {drafter.rows} rows", inputs_gb + level_gb, partial(drafter.draft, state))
     tree = time_part("rerank", 0, partial(drafter.rerank, state))
     base = state.length - 1
     hidden, next_tokens = time_part(f"verify, {len(tree.tokens)} rows", step_gb(model, length),

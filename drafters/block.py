@@ -140,7 +140,7 @@ class BoundBlock:
         store_context(rows, head.rope, slots, head.kv[:, :, 0], self.k_norms, head.layers[0].k_norm.eps)
 
     def predict(self, tokens: Tensor, rope_pos: Tensor, cache_pos: Tensor, masks: dict[int | None, Tensor | TreeMask]
-            ) -> Tensor:
+                ) -> Tensor:
         """The hidden states [rows, H] of rows of blocks, before the last norm. tokens, rope_pos, cache_pos [rows];
         masks: one for each value of cfg.windows (None: no sliding window)."""
         x, rope = embed(self.table, tokens, self.head.rope, rope_pos)

@@ -110,7 +110,7 @@ class BoundHead3:
         return self.head.join(hidden)
 
     def predict(self, tokens: Tensor, inputs: Tensor, parent_rows: Tensor | None, rope_pos: Tensor, cache_pos: Tensor,
-            mask: Tensor | TreeMask) -> Tensor:
+                mask: Tensor | TreeMask) -> Tensor:
         """The hidden states h [T, H] after tokens [T]. Row parent_rows[i] of `inputs` [any, H] (without parent_rows:
         row i) is g before token i."""
         head = self.head
