@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from benchmarks.environment import describe, environment
 from benchmarks.report import table
 from benchmarks.widen import SHAPES
-from benchmarks.workload import Prompt, describe_subject, load
+from benchmarks.workload import Prompt, Subject, describe_subject, load
 from draft import Vanilla
 from engine import Engine
 from model import Llama
@@ -49,14 +49,18 @@ Product = tuple[int, int]  # the shape of the weight's data: (rows, columns), of
 
 
 def neighbours(t: Tiling) -> list[Tiling]:
-    """The tilings that differ in one number, or in warps and the columns that they share. Some cannot be compiled."""
+    """The tilings that differ in one number, or in two that share something: warps the columns of a block, stages the
+    shared memory that blocks fill, splits the programs that fit on the GPU. Some cannot be compiled."""
     changed = [t._replace(BN=t.BN * 2), t._replace(BN=t.BN // 2), t._replace(BK=t.BK * 2), t._replace(BK=t.BK // 2),
                t._replace(warps=t.warps * 2), t._replace(warps=t.warps // 2),
-               t._replace(BK=t.BK * 2, warps=t.warps * 2), t._replace(BK=t.BK // 2, warps=t.warps // 2)]
+               t._replace(BK=t.BK * 2, warps=t.warps * 2), t._replace(BK=t.BK // 2, warps=t.warps // 2),
+               t._replace(BK=t.BK * 2, stages=t.stages // 2), t._replace(BK=t.BK // 2, stages=t.stages * 2),
+               t._replace(BN=t.BN * 2, stages=t.stages // 2), t._replace(BN=t.BN // 2, stages=t.stages * 2),
+               t._replace(BN=t.BN * 2, SK=t.SK * 2), t._replace(BN=t.BN // 2, SK=t.SK // 2)]
     changed += [t._replace(**{name: getattr(t, name) + step})
                 for name in ("SK", "stages", "unroll") for step in (-1, 1, 3)]
     changed += [t._replace(ahead=ahead) for ahead in {t.ahead * 2, t.ahead // 2, 1} - {t.ahead}]  # powers of two, or 0
-    return [c for c in changed if c.BN >= (1 if c.BM == 1 else 16) and c.BK >= 32 and 1 <= c.SK <= 64
+    return [c for c in dict.fromkeys(changed) if c.BN >= (1 if c.BM == 1 else 16) and c.BK >= 32 and 1 <= c.SK <= 64
             and c.warps in (1, 2, 4, 8) and 1 <= c.stages <= 12 and 0 <= c.ahead <= 16 and 1 <= c.unroll <= 8]
 
 
@@ -172,7 +176,7 @@ def numbers_of(tiling: Tiling) -> str:
     return " ".join(f"{name} {number}" for name, number in tiling._asdict().items())
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser("python -m benchmarks.tilings", description="Search for faster tilings on this GPU.")
     p.add_argument("--checkpoint", type=Path, required=True, help="converted folder, or a model file in it")
     p.add_argument("--shape", choices=SHAPES, help="widen the checkpoint to this shape (default: do not widen)")
@@ -181,11 +185,18 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--rows", type=int, nargs="+", default=[1, 16, 60], help="nodes verified (default: 1 16 60)")
     p.add_argument("--context", type=int, default=500, help="tokens of the text before them (default: 500)")
     p.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
-    args = p.parse_args()
+    args = p.parse_args(argv)
     args.device = "cuda"
+    args.draft = args.draft_weights = None  # of a draft head, which --shape would widen too: none is loaded here
+    args.max_new_tokens = 1  # of the text that --shape has the checkpoint write, to see which ids are in use
     if not all(1 <= rows <= linear.MAX_ROWS for rows in args.rows) or args.context < 1:
         p.error(f"--rows are from 1 to {linear.MAX_ROWS}, and --context is 1 or more")
     return args
+
+
+def load_model_of(args: argparse.Namespace) -> Subject:
+    """The model that the options name, widened with --shape."""
+    return load(args, lambda model, tokenizer: [Prompt("", 1, "", tokenizer.dialogue(["Hello!"]))])
 
 
 def main() -> None:
@@ -193,7 +204,7 @@ def main() -> None:
     if problem := gpu_problem("cuda"):
         raise ValueError(problem.removesuffix(WITHOUT))
     device = torch.device(args.device)
-    subject = load(args, lambda model, tokenizer: [Prompt("", 1, "", tokenizer.dialogue(["Hello!"]))])
+    subject = load_model_of(args)
     print(f"{describe(environment(device))}; {describe_subject(args)} {args.context} tokens.\n")
     engine = Engine(subject.model, Vanilla(device), args.context + linear.MAX_ROWS, subject.stop_ids)
     for rows in args.rows:

@@ -1,18 +1,21 @@
 """Searching for tilings (benchmarks/tilings.py), without a GPU: where the search goes, and what it would replace."""
 import math
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from helpers import SHAPE, tiny_checkpoint
 from torch import Tensor
 
 from benchmarks import tilings
 from benchmarks.tilings import neighbours, products_of, search
+from benchmarks.widen import SHAPES
 from draft import Vanilla
 from engine import Engine
 from ops import linear
 from ops.tiling import Tiling
-from quant.linear import quantize_linears
+from quant.linear import is_quantized, quantize_linears
 
 FIRST = Tiling(1, 8, 512, 1, 2, 1, 1, 2)
 
@@ -71,6 +74,17 @@ def test_products():
     with torch.no_grad():
         quantize_linears(model, "int4")
     assert products_of(model)[2 * cfg.intermediate_size, 128].count("w13") == cfg.num_layers
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_shape(quantize: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if --shape needs an option that this command does not have, or if it searches the small model."""
+    monkeypatch.setitem(SHAPES, "llama-2-7b", SHAPE | {"vocab_size": 200})  # fewer ids than the checkpoint's
+    args = tilings.parse_args(["--checkpoint", str(tiny_checkpoint(tmp_path)), "--shape", "llama-2-7b",
+                               *(["--quantize", quantize] if quantize else [])])
+    args.device = "cpu"
+    model = tilings.load_model_of(args).model
+    assert model.cfg.hidden_size == SHAPE["hidden_size"] and is_quantized(model) == bool(quantize)
 
 
 def test_search_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
