@@ -71,8 +71,10 @@ def search(first: Tiling, measure: Callable[[list[Tiling]], dict[Tiling, float]]
     if not times:
         raise ValueError(f"the tiling of ops/tiling.py cannot be timed: {numbers_of(first)}")
     best = first
+    seen = {first}  # also those that cannot run
     while True:
-        fresh = [t for t in neighbours(best) if t not in times]
+        fresh = [t for t in neighbours(best) if t not in seen]
+        seen.update(fresh)
         times |= measure(fresh) if fresh else {}
         fastest = min(times, key=times.get)
         if times[fastest] > times[best] * (1 - LEAST):
