@@ -47,14 +47,18 @@ def commands(mt_bench: str | None) -> dict[str, str]:
             how = {"bf16": "", "int4": " --quantize int4 --tree auto"}.get(kind, f" --quantize {kind}")
             found[f"cycle-llama-{shape}-{kind}"] = (f"{cycle} --shape llama-{shape}{how} --contexts 512 "
                                                     "--max_new_tokens 96 --rounds 1 --rows")
+    block = "bench.py --methods block,block+lookup --max_new_tokens 256 --runs 1"
     if mt_bench:
         found["cycle-demo-mt-bench"] = (f"{cycle} --contexts 0 --tree auto --max_new_tokens 128 --rounds 2 --questions "
                                         f"{shlex.quote(mt_bench)}")
+        found["methods-demo-block"] = (f"{block} --checkpoint {DEMO} --draft {DEMO}/block --questions "
+                                       f"{shlex.quote(mt_bench)}")
     found["methods-llama-2-7b"] = f"{demo} --shape llama-2-7b"
     found["methods-demo"] = demo
     found["methods-coder-bf16"] = f"{coder},speculate --speculate {SMALL_CODER} --checkpoint {CODER}"
     found["methods-coder-int8"] = f"{coder},speculate --speculate {SMALL_CODER} --checkpoint {CODER} --quantize int8"
     found["methods-coder-gguf"] = f"{coder} --checkpoint {AS_IS}"
+    found["methods-coder-block"] = f"{block} --checkpoint {CODER} --draft {CODER}/block --questions {CODING}"
     return found
 
 

@@ -14,7 +14,8 @@ RESULTS = Path(__file__).parent / "results"
 SHAPES = tuple(f"cycle-llama-{name}" for name in (
     "2-7b-bf16", "2-7b-int8", "2-7b-int8dyn", "2-7b-int4", "3-8b-bf16", "2-13b-bf16", "2-13b-int8", "2-13b-int4"))
 CODER = ("methods-coder-bf16", "methods-coder-int8", "methods-coder-gguf")
-NAMES = (*SHAPES, "cycle-demo-mt-bench", "methods-llama-2-7b", "methods-demo", *CODER)
+BLOCK_HEADS = ("methods-demo-block", "methods-coder-block")
+NAMES = (*SHAPES, "cycle-demo-mt-bench", "methods-llama-2-7b", "methods-demo", *CODER, *BLOCK_HEADS)
 LARGE = {"texts", "gained", "said", "runs", "gaps", "prompts", "unfinished", "histogram", "with_prefill", "settings",
          "arguments", "before", "after", "device"}
 # How result["device"] of benchmarks/cycle.py begins. Only a GPU has a power limit and clocks.

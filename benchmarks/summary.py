@@ -15,7 +15,7 @@ from pathlib import Path
 
 from app.command import fail, run_command
 from benchmarks.report import parts_rows, table
-from benchmarks.result_files import CODER, DAMAGED, NAMES, SHAPES, Results, add, problems, read_results
+from benchmarks.result_files import BLOCK_HEADS, CODER, DAMAGED, NAMES, SHAPES, Results, add, problems, read_results
 from drafters.methods import WITH_TREES
 from formats.writing import write_text
 
@@ -134,6 +134,7 @@ BLOCKS: dict[str, tuple[Callable[[Results], str], tuple[str, ...]]] = {
     "methods-cycle": (split_table, ("methods-llama-2-7b",)), "demo": (summary_table, ("cycle-demo-mt-bench",)),
     "demo-methods": (methods_table, ("methods-demo",)), "demo-methods-cycle": (split_table, ("methods-demo",)),
     "coder": (methods_table, CODER), "coder-cycle": (split_table, CODER),
+    "block": (methods_table, BLOCK_HEADS), "block-cycle": (split_table, BLOCK_HEADS),
     "commands": (commands_table, NAMES)}
 
 
