@@ -75,7 +75,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--markov_rank", type=at_least(0), metavar="N", help="block: rank of its Markov head (default: 128; "
                    "0: none)")
     p.add_argument("--anchors", type=at_least(1), metavar="N", help="block: random positions of each dialogue after "
-                   "which a training step predicts a block; used instead of --places (default: 256)")
+                   "which a training step predicts a block; used instead of --places (default: 128)")
     p.add_argument("--norms", action="store_true", default=None, help="eagle3: EAGLE-3.1's norms, of each tap "
                    "before fc, and of what is fed back")
     p.add_argument("--share_lm_head", action="store_true", default=None, help="eagle3: draft with the model's own "

@@ -40,7 +40,7 @@ LAYERS = 2  # where --head_layers does not say how many
 BLOCK = 8  # the same for --block_size
 RANK = 128  # the same for --markov_rank
 TAPS = 5  # as published heads have
-ANCHORS = 256  # of a dialogue, where --anchors does not say how many
+ANCHORS = 128  # of a dialogue, where --anchors does not say how many
 
 # ----- The forward and its loss ------------------------------------------------------------------------------------
 
