@@ -196,7 +196,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_model_of(args: argparse.Namespace) -> Subject:
+def load_subject(args: argparse.Namespace) -> Subject:
     """The model that the options name, widened with --shape."""
     return load(args, lambda model, tokenizer: [Prompt("", 1, "", tokenizer.dialogue(["Hello!"]))])
 
@@ -206,7 +206,7 @@ def main() -> None:
     if problem := gpu_problem("cuda"):
         raise ValueError(problem.removesuffix(WITHOUT))
     device = torch.device(args.device)
-    subject = load_model_of(args)
+    subject = load_subject(args)
     print(f"{describe(environment(device))}; {describe_subject(args)} {args.context} tokens.\n")
     engine = Engine(subject.model, Vanilla(device), args.context + linear.MAX_ROWS, subject.stop_ids)
     for rows in args.rows:

@@ -83,7 +83,7 @@ def test_shape(quantize: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyP
     args = tilings.parse_args(["--checkpoint", str(tiny_checkpoint(tmp_path)), "--shape", "llama-2-7b",
                                *(["--quantize", quantize] if quantize else [])])
     args.device = "cpu"
-    model = tilings.load_model_of(args).model
+    model = tilings.load_subject(args).model
     assert model.cfg.hidden_size == SHAPE["hidden_size"] and is_quantized(model) == bool(quantize)
 
 
