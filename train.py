@@ -125,6 +125,8 @@ def train(args: argparse.Namespace) -> None:
         prompts = [tokenizer.dialogue(question.turns[:1]) for question in asked]
         sets[name] = [ids for ids in prompts if len(ids) <= LONGEST_QUESTION]
     for name, prompts in sets.items():
+        if not prompts:
+            continue
         greedy, sampled = [evaluate(model, args.out, prompts, tokenizer.stop_ids, t) for t in (0.0, 1.0)]
         print(f"tokens per step on {len(prompts)} {name}: greedy {greedy:.2f}, T=1 {sampled:.2f}", flush=True)
     save_curve(model, args.out, [ids for prompts in sets.values() for ids in prompts], tokenizer.stop_ids)

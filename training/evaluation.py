@@ -3,6 +3,7 @@
 train.py prints all of it; `train.py --steps 0` measures a head that is there already.
 """
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from app.answer import run
 from draft import Vanilla
 from drafters.heads import load_head, tree_drafter
 from drafters.methods import CPU_TREE, GPU_TREE
-from drafters.tree_size import LEVELS, NODES, TOPK, fastest_tree, largest_tree, read_curve, tokens_by_size
+from drafters.tree_size import NODES, TOPK, fastest_tree, largest_tree, read_curve, tokens_by_size
 from engine import Engine
 from formats.eagle import CURVE
 from formats.writing import replace_files
@@ -38,7 +39,8 @@ def evaluate(model: Llama, out: Path, prompts: list[list[int]], stop_ids: frozen
 def save_curve(model: Llama, out: Path, prompts: list[list[int]], stop_ids: frozenset[int],
                new_tokens: int = 128) -> None:
     """Write acceptance.json beside the head in `out`: the tokens per step of trees of all sizes, greedily. All are read
-    from the candidates of the largest tree, which is drafted here (drafters/tree_size.py)."""
+    from the candidates of the largest tree, which is drafted here (drafters/tree_size.py). Where no answer to `prompts`
+    has a second token, there is none, and it is said."""
     longest = max(map(len, prompts), default=0) + new_tokens
     model.free_cache()
     engine = Engine(model, largest_tree(load_head(out, model), model, MAX_NODES), longest, stop_ids)
@@ -54,7 +56,11 @@ def save_curve(model: Llama, out: Path, prompts: list[list[int]], stop_ids: froz
         # The whole text, not what each cycle committed: another tree might have had more of it accepted.
         text = state.tokens[:int(state.length)].tolist()
         counts += [tokens_by_size(candidates, text[length:]) for length, candidates in drafted]
-    mean = torch.stack(counts).double().mean(0) if counts else torch.ones(len(NODES), LEVELS)
+    if not counts:
+        print(f"{out / CURVE} is not written: there is no answer of two tokens to measure on (--eval_prompts is too "
+              "low, or --length too short for an answer)", file=sys.stderr)
+        return
+    mean = torch.stack(counts).double().mean(0)
     curve = {"nodes": NODES, "topk": TOPK, "gained": [[round(x, 3) for x in row] for row in mean.tolist()]}
     with replace_files(out) as part:
         (part / CURVE).write_text(json.dumps(curve) + "\n", encoding="utf-8")

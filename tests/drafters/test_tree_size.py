@@ -211,6 +211,16 @@ def test_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(set(keys)) == len(keys)
 
 
+@pytest.mark.parametrize("asked", [0, 2])
+def test_no_curve_of_nothing(asked: int, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Fails if a curve that was measured on no cycle is written: the engine would choose its trees by it."""
+    model, head = tiny.pair(1, 0.1)
+    folder = tiny.save_head(head, tmp_path / "head")
+    prompts = [tiny.prompt(seed, 9) for seed in range(asked)]  # every answer ends with its first token
+    evaluation.save_curve(model, folder, prompts, frozenset(range(model.cfg.vocab_size)), 26)
+    assert not (folder / CURVE).exists() and f"{CURVE} is not written" in capsys.readouterr().err
+
+
 def test_curve_is_refused(tmp_path: Path) -> None:
     """Fails if a curve of other trees, half a curve, or numbers that no tree can reach are accepted, or if the command
     that measures one is not of this head, whatever its kind."""
