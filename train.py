@@ -126,6 +126,7 @@ def train(args: argparse.Namespace) -> None:
         sets[name] = [ids for ids in prompts if len(ids) <= LONGEST_QUESTION]
     for name, prompts in sets.items():
         if not prompts:
+            print(f"{name}: no prompt to evaluate on", file=sys.stderr)
             continue
         greedy, sampled = [evaluate(model, args.out, prompts, tokenizer.stop_ids, t) for t in (0.0, 1.0)]
         print(f"tokens per step on {len(prompts)} {name}: greedy {greedy:.2f}, T=1 {sampled:.2f}", flush=True)

@@ -49,8 +49,8 @@ Product = tuple[int, int]  # the shape of the weight's data: (rows, columns), of
 
 
 def neighbours(t: Tiling) -> list[Tiling]:
-    """The tilings that differ in one number, or in two that share something: warps the columns of a block, stages the
-    shared memory that blocks fill, splits the programs that fit on the GPU. Some cannot be compiled."""
+    """The tilings that differ in one number, or in two, so that a warp's columns, the shared memory or the number of
+    programs stays about the same. Some cannot be compiled."""
     changed = [t._replace(BN=t.BN * 2), t._replace(BN=t.BN // 2), t._replace(BK=t.BK * 2), t._replace(BK=t.BK // 2),
                t._replace(warps=t.warps * 2), t._replace(warps=t.warps // 2),
                t._replace(BK=t.BK * 2, warps=t.warps * 2), t._replace(BK=t.BK // 2, warps=t.warps // 2),

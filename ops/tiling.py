@@ -99,14 +99,15 @@ def many_rows(N: int, columns: int, w_bytes: int, x_bytes: int, group: int, sms:
     """
     hopper = capability >= (9, 0)
     BN, tiles = 128, -(-N // 128)
-    two = hopper and x_bytes == w_bytes and tiles > sms  # two programs fit on a multiprocessor, with half the stages
+    two = hopper and x_bytes == w_bytes and tiles > sms  # programs a multiprocessor, half the memory each
     half = -(-N // 64)
     if hopper and not group and not two and (tiles > sms or half <= sms and sms // half * half >= sms // tiles * tiles):
         BN, tiles = 64, half  # as many programs with half of the splits
     if group:
         BK, stages = 64, 4 if hopper else 3
     elif hopper:
-        BK, stages = 128 // w_bytes, 4 if x_bytes > w_bytes else 3 if two else 6 if BN == 128 else 8
+        BK = 128 // w_bytes
+        stages = (96 if two else 192) * 1024 // (BK * (BN * w_bytes + 128 * x_bytes))  # of a program's shared memory
     else:
         BK, stages = 64 // w_bytes, 4
     SK = max(1, sms // tiles)
@@ -197,7 +198,7 @@ def hopper_int8(rows: int, tiles: int, columns: int, sms: int) -> tuple[int, int
         return BK, sms // tiles, stages
     if columns < 4096 and tiles <= 3 * sms and rows != 64:  # all tiles at once, three programs a multiprocessor
         return 128, 1, 6 if rows < 64 else 3
-    if rows <= 16 and tiles <= 3 * sms:  # the same
+    if rows <= 16 and tiles <= 3 * sms:  # of more columns too, all tiles at once
         return (128, 1, 5) if tiles <= 2 * sms else (256, 1, 3)
     if rows < 64:
         return 256, 1, 6 if rows <= 16 else 4

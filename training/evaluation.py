@@ -39,8 +39,8 @@ def evaluate(model: Llama, out: Path, prompts: list[list[int]], stop_ids: frozen
 def save_curve(model: Llama, out: Path, prompts: list[list[int]], stop_ids: frozenset[int],
                new_tokens: int = 128) -> None:
     """Write acceptance.json beside the head in `out`: the tokens per step of trees of all sizes, greedily. All are read
-    from the candidates of the largest tree, which is drafted here (drafters/tree_size.py). Where no answer to `prompts`
-    has a second token, there is none, and it is said."""
+    from the candidates of the largest tree, which is drafted here (drafters/tree_size.py). If no answer to `prompts`
+    has a second token, nothing is written, and a message says so."""
     longest = max(map(len, prompts), default=0) + new_tokens
     model.free_cache()
     engine = Engine(model, largest_tree(load_head(out, model), model, MAX_NODES), longest, stop_ids)

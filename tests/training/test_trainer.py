@@ -552,7 +552,8 @@ def test_held_out_dialogues_are_not_trained_on(command, monkeypatch: pytest.Monk
 @pytest.mark.slow
 def test_questions(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """Fails if a file that is no list of questions is noticed only after training, if a line is cut at a character in
-    its text, if a file takes the place of its namesake, or if a model needs a chat template to be asked."""
+    its text, if a file takes the place of its namesake, if a model needs a chat template to be asked, or if a file of
+    too long questions gets figures."""
     monkeypatch.setattr(Letters, "dialogue", lambda self, texts: [BOS, USER, *map(len, texts), END], raising=False)
     monkeypatch.setattr(Letters, "chat", None)
     monkeypatch.setattr(Letters, "has_chat_template", False)
@@ -569,6 +570,10 @@ def test_questions(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     command("--steps", 1, "--questions", *files)
     out = capsys.readouterr().out
     assert f"tokens per step on 2 {files[0]}: " in out and f"tokens per step on 3 {files[1]}: " in out
+    monkeypatch.setattr(train, "LONGEST_QUESTION", 3)  # shorter than all of them
+    command("--steps", 1, "--questions", files[0])
+    out, err = capsys.readouterr()
+    assert f"{files[0]}: no prompt to evaluate on" in err and "asked.jsonl" not in out and "held-out dialogues: " in out
 
 
 @pytest.mark.parametrize("words", [[], ["--kind", "eagle3", "--draft_vocab", 12], ["--out", "elsewhere"]])
